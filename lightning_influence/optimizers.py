@@ -1,0 +1,273 @@
+"""An optimizer's step as one pure elementwise function; its Jacobian, adjoint and finite response.
+
+Each update rule is written once (method.md section 2). Everything else follows from that function,
+by `torch.func.vjp` or by calling it on changed inputs. Because the maps are elementwise, their
+Jacobians are a handful of diagonals, shared by all queries.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor
+
+from lightning_influence.errors import UnsupportedOptimizer
+from lightning_influence.trajectory import Hyper
+
+Moments: TypeAlias = tuple[Tensor, ...]
+
+
+@dataclass(frozen=True)
+class Update:
+    """An elementwise update rule.
+
+    Attributes:
+        moments: names of the moments in ``torch.optim.Optimizer.state``, in order.
+        apply: ``(moments, gradient, hyper) -> (change of the parameter, new moments)``. The gradient
+            is the effective one (`effective_gradient`); decoupled weight decay is not part of it.
+    """
+
+    moments: tuple[str, ...]
+    apply: Callable[[Moments, Tensor, Hyper], tuple[Tensor, Moments]]
+
+
+def _safe_sqrt(x: Tensor) -> Tensor:
+    """Square root whose derivative at 0 is 0: where ``v = 0`` also ``m = 0``, and nothing moves."""
+    positive = x > 0
+    return torch.where(positive, torch.sqrt(torch.where(positive, x, 1.0)), 0.0)
+
+
+def _adam_moments(moments: Moments, gradient: Tensor, hyper: Hyper) -> Moments:
+    m, v = moments
+    m = hyper["beta1"] * m + (1 - hyper["beta1"]) * gradient
+    v = hyper["beta2"] * v + (1 - hyper["beta2"]) * gradient**2
+    return m, v
+
+
+def _adam_change(m: Tensor, v: Tensor, hyper: Hyper) -> Tensor:
+    correction1 = 1 - hyper["beta1"] ** hyper["step"]
+    correction2 = 1 - hyper["beta2"] ** hyper["step"]
+    return -hyper["lr"] * (m / correction1) / (_safe_sqrt(v / correction2) + hyper["eps"])
+
+
+def _adam(moments: Moments, gradient: Tensor, hyper: Hyper) -> tuple[Tensor, Moments]:
+    m, v = _adam_moments(moments, gradient, hyper)
+    return _adam_change(m, v, hyper), (m, v)
+
+
+def _amsgrad(moments: Moments, gradient: Tensor, hyper: Hyper) -> tuple[Tensor, Moments]:
+    m, v = _adam_moments(moments[:2], gradient, hyper)
+    largest = torch.maximum(moments[2], v)
+    return _adam_change(m, largest, hyper), (m, v, largest)
+
+
+def _sgd(moments: Moments, gradient: Tensor, hyper: Hyper) -> tuple[Tensor, Moments]:
+    return -hyper["lr"] * gradient, ()
+
+
+def _momentum_sgd(moments: Moments, gradient: Tensor, hyper: Hyper) -> tuple[Tensor, Moments]:
+    (buffer,) = moments
+    dampening = hyper["dampening"] if hyper["step"] > 1 else 0.0  # torch starts the buffer at the gradient
+    buffer = hyper["momentum"] * buffer + (1 - dampening) * gradient
+    direction = gradient + hyper["momentum"] * buffer if hyper["nesterov"] else buffer
+    return -hyper["lr"] * direction, (buffer,)
+
+
+UPDATES: dict[str, Update] = {
+    "adam": Update(("exp_avg", "exp_avg_sq"), _adam),
+    "amsgrad": Update(("exp_avg", "exp_avg_sq", "max_exp_avg_sq"), _amsgrad),
+    "sgd": Update((), _sgd),
+    "momentum_sgd": Update(("momentum_buffer",), _momentum_sgd),
+}
+"""The known update rules. AdamW is ``adam`` with ``decoupled`` weight decay."""
+
+
+def decay(hyper: Hyper) -> float:
+    """Factor that decoupled weight decay applies to the parameter itself."""
+    return 1 - hyper["lr"] * hyper["weight_decay"] if hyper["decoupled"] else 1.0
+
+
+def coupling(hyper: Hyper) -> float:
+    """Coefficient of the parameter in the effective gradient: coupled weight decay (L2)."""
+    return 0.0 if hyper["decoupled"] else hyper["weight_decay"]
+
+
+def effective_gradient(gradient: Tensor, parameter: Tensor | None, hyper: Hyper) -> Tensor:
+    """The gradient that enters the moments: sign of ``maximize``, coupled weight decay added."""
+    signed = -gradient if hyper["maximize"] else gradient
+    if coupling(hyper) == 0.0:
+        return signed
+    if parameter is None:
+        raise ValueError("coupled weight decay needs the parameter; the step record holds none")
+    return signed + coupling(hyper) * parameter
+
+
+def step(
+    update: Update, parameter: Tensor, moments: Moments, gradient: Tensor, hyper: Hyper
+) -> tuple[Tensor, Moments]:
+    """One optimizer step (method.md section 2): new parameter and moments, shapes as given.
+
+    Args:
+        gradient: the gradient that the optimizer consumes, after clipping.
+    """
+    change, moments = update.apply(moments, effective_gradient(gradient, parameter, hyper), hyper)
+    return decay(hyper) * parameter + change, moments
+
+
+@dataclass(frozen=True)
+class RecordedStep:
+    """One parameter's recorded step, where `adjoint` and `finite_response` start from.
+
+    Attributes:
+        gradient: ``(d,)`` the effective gradient (`effective_gradient`).
+        moments: ``(d,)`` each, before the step.
+    """
+
+    update: Update
+    moments: Moments
+    gradient: Tensor
+    hyper: Hyper
+
+    def double(self) -> RecordedStep:
+        """The same in float64, in which all elementwise algebra runs: at the first step the
+        derivative is a difference of nearly equal numbers (method.md section 2)."""
+        return RecordedStep(
+            self.update, tuple(m.double() for m in self.moments), self.gradient.double(), self.hyper
+        )
+
+
+@dataclass(frozen=True)
+class Adjoint:
+    """Derivative of the queries with respect to one parameter's optimizer state: ``(q, d)`` each."""
+
+    parameter: Tensor
+    moments: Moments
+
+
+def adjoint(recorded: RecordedStep, after: Adjoint) -> tuple[Adjoint, Tensor]:
+    """Pull the adjoint back through one step (method.md section 3).
+
+    Returns:
+        The adjoint before the step, with the loss gradient held fixed, and ``A`` ``(q, d)``, the
+        derivative of the queries with respect to the consumed gradient.
+    """
+    recorded, hyper = recorded.double(), recorded.hyper
+    outputs, pull = torch.func.vjp(
+        lambda moments, gradient: recorded.update.apply(moments, gradient, hyper),
+        recorded.moments,
+        recorded.gradient,
+    )
+    cotangents = (after.parameter, *after.moments)
+    flat = (outputs[0], *outputs[1])
+    d_moments = [torch.zeros_like(after.parameter) for _ in recorded.moments]
+    d_gradient = torch.zeros_like(after.parameter)
+    for i, cotangent in enumerate(cotangents):
+        unit = [torch.ones_like(o) if i == j else torch.zeros_like(o) for j, o in enumerate(flat)]
+        by_moments, by_gradient = pull((unit[0], tuple(unit[1:])))
+        d_gradient += cotangent * by_gradient.to(cotangent.dtype)
+        for total, diagonal in zip(d_moments, by_moments, strict=True):
+            total += cotangent * diagonal.to(cotangent.dtype)
+    before = Adjoint(decay(hyper) * after.parameter + coupling(hyper) * d_gradient, tuple(d_moments))
+    return before, -d_gradient if hyper["maximize"] else d_gradient
+
+
+def finite_response(
+    window: Sequence[RecordedStep],
+    after: Sequence[Tensor],
+    closing: Moments,
+    change: Tensor,
+) -> Tensor:
+    """Exact response of the queries to a finite change of one step's gradient (method.md section 5).
+
+    The elementwise step runs forward through the window on the changed and on the recorded moments,
+    with the recorded gradients; the difference of the parameter updates is contracted with the
+    adjoint, and what is left in the moments at the end of the window with theirs.
+
+    Args:
+        window: the recorded step and the up to ``memory_window`` steps that follow.
+        after: ``(q, d)``, the adjoint of the parameter after each step of the window.
+        closing: ``(q, d)`` each, the adjoint of the moments after the last step of the window.
+        change: ``(n, d)``, change of the gradient consumed in the first step, one row a sample.
+
+    Returns:
+        ``(q, n)``, the predicted changes of the queries.
+    """
+    first = window[0].double()
+    change = -change.double() if first.hyper["maximize"] else change.double()
+    response = torch.zeros(after[0].shape[0], change.shape[0], dtype=torch.float64, device=change.device)
+    changed = tuple(m.expand(change.shape) for m in first.moments)
+    for position, (recorded, weight) in enumerate(zip(window, after, strict=True)):
+        recorded = recorded.double()
+        gradient = recorded.gradient + change if position == 0 else recorded.gradient
+        delta, changed = recorded.update.apply(changed, gradient, recorded.hyper)
+        base_delta, base = recorded.update.apply(recorded.moments, recorded.gradient, recorded.hyper)
+        response += weight.double() @ (delta - base_delta).T
+    for weight, new, old in zip(closing, changed, base, strict=True):
+        response += weight.double() @ (new - old).T
+    return response.to(after[0].dtype)
+
+
+def update_name(optimizer: torch.optim.Optimizer) -> str:
+    """Key of `UPDATES` for a torch optimizer.
+
+    Raises:
+        UnsupportedOptimizer: the optimizer's step is not one of the known elementwise functions.
+    """
+    groups = optimizer.param_groups
+    kind = type(optimizer)
+    if kind in (torch.optim.Adam, torch.optim.AdamW):
+        return _one_rule(kind, {"amsgrad" if g["amsgrad"] else "adam" for g in groups})
+    if kind is torch.optim.SGD:
+        return _one_rule(kind, {"momentum_sgd" if g["momentum"] else "sgd" for g in groups})
+    raise UnsupportedOptimizer(
+        f"the optimizer is {kind.__module__}.{kind.__qualname__}, whose step is not a known elementwise "
+        "function; influence is defined for torch.optim.AdamW, Adam (also amsgrad) and SGD "
+        "(also momentum, nesterov). Use one of these, not a subclass or a wrapper."
+    )
+
+
+def _one_rule(kind: type, names: set[str]) -> str:
+    if len(names) > 1:
+        raise UnsupportedOptimizer(
+            f"the parameter groups of {kind.__name__} use different update rules ({', '.join(sorted(names))}); "
+            "give all groups the same amsgrad (Adam) or all or none of them momentum (SGD)."
+        )
+    return names.pop()
+
+
+def read_hyper(group: dict[str, Any], state: dict[str, Any], kind: type) -> dict[str, float]:
+    """Hyperparameters of one parameter for its next step.
+
+    Args:
+        group: its entry of ``optimizer.param_groups``.
+        state: its entry of ``optimizer.state``; empty before its first step.
+        kind: class of the optimizer.
+    """
+    hyper: dict[str, float] = {
+        "lr": float(group["lr"]),
+        "weight_decay": float(group["weight_decay"]),
+        "maximize": float(group["maximize"]),
+    }
+    if kind is torch.optim.SGD:
+        started = state.get("momentum_buffer") is not None
+        hyper |= {key: float(group[key]) for key in ("momentum", "dampening", "nesterov")}
+        # SGD keeps no step count, and only its first step differs from the others.
+        return hyper | {"decoupled": 0.0, "step": 2.0 if started else 1.0}
+    beta1, beta2 = group["betas"]
+    decoupled = kind is torch.optim.AdamW or bool(group.get("decoupled_weight_decay"))
+    return hyper | {
+        "beta1": float(beta1),
+        "beta2": float(beta2),
+        "eps": float(group["eps"]),
+        "decoupled": float(decoupled),
+        "step": float(state.get("step", 0)) + 1,
+    }
+
+
+def read_moments(state: dict[str, Any], update: Update, like: Tensor) -> Moments:
+    """Moments of one parameter before its next step, copies shaped like it; zeros before the first."""
+    values = (state.get(key) for key in update.moments)
+    return tuple(torch.zeros_like(like) if v is None else v.detach().clone() for v in values)

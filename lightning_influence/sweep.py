@@ -1,0 +1,216 @@
+"""The backward sweep: from the gradient of the queries to a score for every (sample, step).
+
+One walk serves post-hoc attribution (a whole run), look-ahead selection (a short roll-out) and the
+SGD baseline (another update rule). Its cost is linear in the number of steps (method.md section 3).
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from lightning_influence.clipping import clip_adjoint
+from lightning_influence.curvature import CURVATURES, fisher_product
+from lightning_influence.errors import ConfigurationError
+from lightning_influence.optimizers import (
+    UPDATES,
+    Adjoint,
+    Moments,
+    RecordedStep,
+    adjoint,
+    effective_gradient,
+    finite_response,
+)
+from lightning_influence.removal import consumed_change, consumed_gradients, removal
+from lightning_influence.trajectory import Shares, StepRecord, Trajectory, Vectors
+
+RESPONSES = ("finite", "tangent")
+
+_CHUNK_ELEMENTS = 2**22  # of one dense block of per-sample gradients: 32 MiB in float64
+
+
+@dataclass(frozen=True)
+class RowScores:
+    """Scores of every (sample, step) row, in order of step.
+
+    Attributes:
+        sample_ids, steps: ``(n_rows,)`` int64.
+        scores: ``(n_rows, q)``, predicted query loss without the sample minus with it.
+        tangent: ``(n_rows, q)``, the same to first order in the change of the gradient.
+    """
+
+    sample_ids: Tensor
+    steps: Tensor
+    scores: Tensor
+    tangent: Tensor
+
+
+@dataclass(frozen=True)
+class Method:
+    """Which estimator a sweep evaluates (method.md sections 3 to 6)."""
+
+    curvature: Literal["none", "fisher", "gauss_newton", "hessian"] = "fisher"
+    response: Literal["finite", "tangent"] = "finite"
+    memory_window: int = 8
+    counterfactual: Literal["drop", "zero"] = "drop"
+    optimizer: Literal["sgd"] | None = None
+    """None: the optimizer that trained; ``"sgd"``: the assumption that the paper refutes."""
+
+    def __post_init__(self) -> None:
+        for name, value, known in (
+            ("curvature", self.curvature, CURVATURES),
+            ("response", self.response, RESPONSES),
+            ("optimizer_assumption", self.optimizer, (None, "sgd")),
+        ):
+            if value not in known:
+                raise ConfigurationError(f"{name}={value!r}; choose one of {', '.join(map(str, known))}")
+        if self.memory_window < 0:
+            raise ConfigurationError(f"memory_window={self.memory_window}; it counts steps and cannot be negative")
+
+
+Adjoints = dict[str, Adjoint]
+
+
+def sweep(
+    trajectory: Trajectory,
+    queries: Vectors,
+    method: Method = Method(),  # noqa: B008 (immutable)
+    *,
+    scored: range | None = None,
+    progress: bool = True,
+) -> RowScores:
+    """Walk a trajectory backwards and score every sample of every step.
+
+    Args:
+        trajectory: the run.
+        queries: ``(q, d)`` each, gradients of the queries at the parameters after the last step, on
+            the kept coordinates (`Trajectory.select`).
+        scored: the steps to score; all by default. The walk ends at the first of them.
+        progress: show a bar where the walk takes longer than two seconds.
+    """
+    scored = range(len(trajectory)) if scored is None else scored
+    walk = _Walk(trajectory, method, queries)
+    blocks = []
+    for index in tqdm(
+        range(len(trajectory) - 1, min(scored, default=len(trajectory)) - 1, -1),
+        desc="backward sweep",
+        unit="step",
+        delay=2,
+        disable=not progress,
+    ):
+        block = walk.back(index, score=index in scored)
+        if block is not None:
+            blocks.append(block)
+    return _concatenate(blocks[::-1], walk.n_queries)
+
+
+def _concatenate(blocks: list[RowScores], n_queries: int) -> RowScores:
+    if not blocks:
+        ids, scores = torch.zeros(0, dtype=torch.int64), torch.zeros(0, n_queries)
+        return RowScores(ids, ids, scores, scores)
+    fields = ("sample_ids", "steps", "scores", "tangent")
+    return RowScores(*(torch.cat([getattr(b, f) for b in blocks]) for f in fields))
+
+
+@dataclass(frozen=True)
+class _Passed:
+    """What a finite response needs of a step that the walk has passed: the step and the adjoint after it."""
+
+    recorded: dict[str, RecordedStep]
+    after: Adjoints
+
+
+class _Walk:
+    """The adjoint state of a sweep, moved back one step at a time."""
+
+    def __init__(self, trajectory: Trajectory, method: Method, queries: Vectors) -> None:
+        self.trajectory, self.method = trajectory, method
+        self.update = UPDATES[method.optimizer or trajectory.optimizer]
+        self.scales = {k: total / max(kept, 1) for k, (kept, total) in trajectory.sizes.items()}
+        self.n_queries = next(iter(queries.values())).shape[0]
+        self.adjoints: Adjoints = {
+            k: Adjoint(q, tuple(torch.zeros_like(q) for _ in self.update.moments)) for k, q in queries.items()
+        }
+        memory = method.memory_window if self.update.moments else 0
+        window = memory + 1 if method.response == "finite" else 0
+        self.passed: deque[_Passed] = deque(maxlen=window)  # newest first: steps t, t+1, ...
+
+    def back(self, index: int, *, score: bool) -> RowScores | None:
+        """Move from after step ``index`` to before it; the step's scores where asked for."""
+        record, shares = self.trajectory.record(index), self.trajectory.shares(index)
+        recorded = self._recorded(record)
+        self.passed.appendleft(_Passed(recorded, self.adjoints))
+        pulled = {k: adjoint(recorded[k], a) for k, a in self.adjoints.items()}
+        gradient_adjoints = clip_adjoint(
+            record.clip, record.gradients, {k: a for k, (_, a) in pulled.items()}, self.scales
+        )
+        products = torch.zeros(self.n_queries, len(record.sample_ids))
+        if score or self.method.curvature == "fisher":
+            products = sum_inner(shares, gradient_adjoints)
+        rows = self._score(record, shares, products) if score else None
+        bent = self._curvature(record, shares, gradient_adjoints, products)
+        self.adjoints = {
+            k: Adjoint(a.parameter + bent[k] if k in bent else a.parameter, a.moments)
+            for k, (a, _) in pulled.items()
+        }
+        return rows
+
+    def _recorded(self, record: StepRecord) -> dict[str, RecordedStep]:
+        if self.method.optimizer == "sgd":  # theta' = theta - lr g, nothing else
+            plain = {"weight_decay": 0.0, "decoupled": 1.0}
+            hyper = {k: {**h, **plain} for k, h in record.hyper.items()}
+            moments: dict[str, Moments] = {k: () for k in record.gradients}
+        else:
+            hyper, moments = dict(record.hyper), record.moments
+        consumed, parameters = consumed_gradients(record), record.parameters or {}
+        return {
+            k: RecordedStep(
+                self.update, moments[k], effective_gradient(g, parameters.get(k), hyper[k]), hyper[k]
+            )
+            for k, g in consumed.items()
+        }
+
+    def _score(self, record: StepRecord, shares: Mapping[str, Shares], products: Tensor) -> RowScores:
+        removed = removal(record, self.method.counterfactual)
+        tangent = removed.inner(products)
+        scores = tangent
+        if self.method.response == "finite":
+            chunks = {k: sample_chunks(s) for k, s in shares.items()}
+            consumed = consumed_change(removed, record, shares, self.scales, chunks)
+            scores = torch.zeros_like(tangent)
+            for name, share in shares.items():
+                window = [p.recorded[name] for p in self.passed]
+                after = [p.after[name].parameter for p in self.passed]
+                closing = self.passed[-1].after[name].moments
+                for samples in chunks[name]:
+                    change = consumed.change(record.gradients[name], share, samples)
+                    scores[:, samples] += finite_response(window, after, closing, change)
+        steps = torch.full_like(record.sample_ids, record.index)
+        return RowScores(record.sample_ids.cpu(), steps.cpu(), scores.T.cpu(), tangent.T.cpu())
+
+    def _curvature(
+        self, record: StepRecord, shares: Mapping[str, Shares], vectors: Vectors, products: Tensor
+    ) -> Vectors:
+        """Curvature of the batch loss times the gradient adjoints, ``(q, d)`` each (method.md section 4)."""
+        if self.method.curvature == "none":
+            return {}
+        if self.method.curvature == "fisher":
+            return fisher_product(record, shares, products)
+        return self.trajectory.curvature_product(record.index, self.method.curvature, vectors)
+
+
+def sum_inner(shares: Mapping[str, Shares], vectors: Vectors) -> Tensor:
+    """Inner products ``(q, n)`` of vectors and per-sample shares over all parameters."""
+    return torch.stack([share.inner(vectors[name]) for name, share in shares.items()]).sum(0)
+
+
+def sample_chunks(share: Shares) -> list[slice]:
+    """Slices of the samples whose dense shares stay within a bounded block."""
+    size = max(1, _CHUNK_ELEMENTS // max(share.n_coordinates, 1))
+    return [slice(i, i + size) for i in range(0, share.n_samples, size)]

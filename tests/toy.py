@@ -1,0 +1,200 @@
+"""A small smooth run in float64 with everything computed densely: the reference the sweep is held to."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+from torch.func import functional_call, grad, hessian, vmap
+
+from lightning_influence.optimizers import UPDATES, effective_gradient, read_hyper, read_moments, update_name
+from lightning_influence.trajectory import Clip, StepRecord
+
+Params = dict[str, Tensor]
+OptimizerFactory = Callable[[list[Tensor]], torch.optim.Optimizer]
+
+
+class DenseShares:
+    """Per-sample shares as a plain matrix, independent of the library's own forms."""
+
+    def __init__(self, values: Tensor) -> None:
+        self.values = values
+        self.n_samples, self.n_coordinates = values.shape
+
+    def inner(self, vectors: Tensor) -> Tensor:
+        return vectors @ self.values.to(vectors).T
+
+    def combine(self, weights: Tensor) -> Tensor:
+        return weights @ self.values.to(weights)
+
+    def dense(self, samples: slice = slice(None)) -> Tensor:
+        return self.values[samples]
+
+
+@dataclass
+class Toy:
+    """A GELU network on random data, a schedule of micro-batches and an optimizer.
+
+    `schedule[t]` is a list of micro-batches, each a list of sample indices.
+    """
+
+    optimizer: OptimizerFactory
+    schedule: list[list[list[int]]]
+    clip: Clip = field(default_factory=Clip)
+    lr_factor: Callable[[int], float] = lambda t: 1.0
+    n_samples: int = 12
+    n_queries: int = 3
+    width: int = 5
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        g = torch.Generator().manual_seed(self.seed)
+        kwargs = {"generator": g, "dtype": torch.float64}
+        self.x = torch.randn(self.n_samples, 4, **kwargs)
+        self.y = torch.randint(0, 3, (self.n_samples,), generator=g)
+        self.query_x = torch.randn(self.n_queries, 4, **kwargs)
+        self.query_y = torch.randint(0, 3, (self.n_queries,), generator=g)
+        self.net = torch.nn.Sequential(
+            torch.nn.Linear(4, self.width), torch.nn.GELU(), torch.nn.Linear(self.width, 3)
+        ).double()
+        self.start: Params = {
+            k: 0.5 * torch.randn(p.shape, **kwargs) for k, p in self.net.named_parameters()
+        }
+
+    def sample_loss(self, params: Params, x: Tensor, y: Tensor) -> Tensor:
+        logits = functional_call(self.net, params, (x[None],))
+        return torch.nn.functional.cross_entropy(logits, y[None])
+
+    def losses(self, params: Params, indices: list[int]) -> Tensor:
+        logits = functional_call(self.net, params, (self.x[indices],))
+        return torch.nn.functional.cross_entropy(logits, self.y[indices], reduction="none")
+
+    def query_losses(self, params: Params) -> Tensor:
+        logits = functional_call(self.net, params, (self.query_x,))
+        return torch.nn.functional.cross_entropy(logits, self.query_y, reduction="none")
+
+    def batch_loss(
+        self, params: Params, step: int, removed: tuple[int, int] | None = None, eps: float = 0.0, drop: bool = True
+    ) -> Tensor:
+        """Loss of a step with a share `eps` of sample `removed[0]` taken out of step `removed[1]`."""
+        total = torch.zeros((), dtype=torch.float64)
+        micro_batches = self.schedule[step]
+        for indices in micro_batches:
+            losses = self.losses(params, indices)
+            loss = losses.mean()
+            if removed is not None and removed[1] == step and removed[0] in indices:
+                keep = torch.tensor([i != removed[0] for i in indices])
+                rest = losses[keep].sum() / (keep.sum() if drop else len(indices))
+                loss = (1 - eps) * loss + eps * rest
+            total = total + loss / len(micro_batches)
+        return total
+
+    def train(
+        self, removed: tuple[int, int] | None = None, eps: float = 0.0, drop: bool = True, until: int | None = None,
+        observe: Callable[[int, Params, torch.optim.Optimizer, float], None] = lambda *_: None,
+    ) -> Params:
+        """Run the schedule with a real torch optimizer; final parameters."""
+        params = {k: p.clone().requires_grad_() for k, p in self.start.items()}
+        optimizer = self.optimizer(list(params.values()))
+        initial = [group["lr"] for group in optimizer.param_groups]
+        for t in range(len(self.schedule) if until is None else until):
+            for group, lr in zip(optimizer.param_groups, initial, strict=True):
+                group["lr"] = lr * self.lr_factor(t)
+            loss = self.batch_loss(params, t, removed, eps, drop)
+            for p, g in zip(params.values(), torch.autograd.grad(loss, list(params.values())), strict=True):
+                p.grad = g
+            norm = torch.cat([p.grad.flatten() for p in params.values()]).norm()
+            observe(t, params, optimizer, float(norm))
+            if self.clip.rule == "norm":
+                torch.nn.utils.clip_grad_norm_(list(params.values()), self.clip.bound)
+            elif self.clip.rule == "value":
+                torch.nn.utils.clip_grad_value_(list(params.values()), self.clip.bound)
+            optimizer.step()
+        return {k: p.detach() for k, p in params.items()}
+
+    def true_effect(self, sample: int, step: int, drop: bool = True) -> Tensor:
+        """Brute-force retraining without (sample, step): change of every query loss."""
+        without = self.train((sample, step), 1.0, drop)
+        return self.query_losses(without) - self.query_losses(self.train())
+
+    def derivative(self, sample: int, step: int, drop: bool = True, h: float = 1e-4) -> Tensor:
+        """Central finite difference of the query losses in the removed share of (sample, step)."""
+        plus, minus = (self.query_losses(self.train((sample, step), e, drop)) for e in (h, -h))
+        return (plus - minus) / (2 * h)
+
+
+class ToyTrajectory:
+    """A recorded `Toy` run with dense exact Hessians."""
+
+    def __init__(self, toy: Toy) -> None:
+        self.toy = toy
+        self.records: list[StepRecord] = []
+        self.thetas: list[Params] = []
+        self.final = toy.train(observe=self._observe)
+        self.sizes = {k: (p.numel(), p.numel()) for k, p in toy.start.items()}
+
+    def _observe(self, t: int, params: Params, optimizer: torch.optim.Optimizer, norm: float) -> None:
+        toy = self.toy
+        self.optimizer = update_name(optimizer)
+        update = UPDATES[self.optimizer]
+        groups = {id(p): g for g in optimizer.param_groups for p in g["params"]}
+        indices = [i for micro in toy.schedule[t] for i in micro]
+        numbers = [m for m, micro in enumerate(toy.schedule[t]) for _ in micro]
+        kappa = [1 / (len(micro) * len(toy.schedule[t])) for micro in toy.schedule[t] for _ in micro]
+        self.thetas.append({k: p.detach().clone() for k, p in params.items()})
+        self.records.append(
+            StepRecord(
+                index=t,
+                sample_ids=torch.tensor(indices),
+                loss_weights=torch.tensor(kappa, dtype=torch.float64),
+                micro_batches=torch.tensor(numbers),
+                gradients={k: p.grad.detach().flatten().clone() for k, p in params.items()},
+                moments={
+                    k: tuple(m.flatten() for m in read_moments(optimizer.state.get(p, {}), update, p))
+                    for k, p in params.items()
+                },
+                hyper={
+                    k: read_hyper(groups[id(p)], optimizer.state.get(p, {}), type(optimizer))
+                    for k, p in params.items()
+                },
+                clip=Clip(toy.clip.rule, toy.clip.bound, norm),
+                parameters={k: p.detach().flatten().clone() for k, p in params.items()},
+            )
+        )
+
+    def __len__(self) -> int:
+        return len(self.records)
+
+    def record(self, index: int) -> StepRecord:
+        return self.records[index]
+
+    def shares(self, index: int) -> Mapping[str, DenseShares]:
+        ids, kappa = self.records[index].sample_ids, self.records[index].loss_weights
+        rows = vmap(grad(self.toy.sample_loss), (None, 0, 0))(self.thetas[index], self.toy.x[ids], self.toy.y[ids])
+        return {k: DenseShares(kappa[:, None] * r.flatten(1)) for k, r in rows.items()}
+
+    def select(self, name: str, values: Tensor) -> Tensor:
+        return values.flatten(-len(self.toy.start[name].shape))
+
+    def dense_hessian(self, index: int) -> Tensor:
+        blocks = hessian(lambda params: self.toy.batch_loss(params, index))(self.thetas[index])
+        sizes = {k: n for k, (n, _) in self.sizes.items()}
+        return torch.cat(
+            [torch.cat([blocks[i][j].reshape(sizes[i], sizes[j]) for j in sizes], 1) for i in sizes]
+        )
+
+    def curvature_product(self, index: int, kind: str, vectors: Params) -> Params:
+        assert kind == "hessian"
+        product = torch.cat(list(vectors.values()), 1) @ self.dense_hessian(index).to(next(iter(vectors.values())))
+        return dict(zip(vectors, product.split([v.shape[1] for v in vectors.values()], 1), strict=True))
+
+    def query_gradients(self) -> Params:
+        rows = vmap(grad(self.toy.sample_loss), (None, 0, 0))(self.final, self.toy.query_x, self.toy.query_y)
+        return {k: r.flatten(1) for k, r in rows.items()}
+
+
+def effective(record: StepRecord, name: str) -> Tensor:
+    parameters = record.parameters or {}
+    return effective_gradient(record.gradients[name], parameters.get(name), record.hyper[name])
