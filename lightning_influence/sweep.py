@@ -146,7 +146,8 @@ class _Walk:
         record, shares = self.trajectory.record(index), self.trajectory.shares(index)
         recorded = self._recorded(record)
         self.passed.appendleft(_Passed(recorded, self.adjoints))
-        pulled = {k: adjoint(recorded[k], a) for k, a in self.adjoints.items()}
+        # a parameter without a gradient was skipped by the optimizer: its adjoint stays as it is
+        pulled = {k: adjoint(recorded[k], self.adjoints[k]) for k in recorded}
         gradient_adjoints = clip_adjoint(
             record.clip, record.gradients, {k: a for k, (_, a) in pulled.items()}, self.scales
         )
@@ -156,8 +157,11 @@ class _Walk:
         rows = self._score(record, shares, products) if score else None
         bent = self._curvature(record, shares, gradient_adjoints, products)
         self.adjoints = {
-            k: Adjoint(a.parameter + bent[k] if k in bent else a.parameter, a.moments)
-            for k, (a, _) in pulled.items()
+            **self.adjoints,
+            **{
+                k: Adjoint(a.parameter + bent[k] if k in bent else a.parameter, a.moments)
+                for k, (a, _) in pulled.items()
+            },
         }
         return rows
 
@@ -185,9 +189,10 @@ class _Walk:
             consumed = consumed_change(removed, record, shares, self.scales, chunks)
             scores = torch.zeros_like(tangent)
             for name, share in shares.items():
-                window = [p.recorded[name] for p in self.passed]
-                after = [p.after[name].parameter for p in self.passed]
-                closing = self.passed[-1].after[name].moments
+                passed = [p for p in self.passed if name in p.recorded]
+                window = [p.recorded[name] for p in passed]
+                after = [p.after[name].parameter for p in passed]
+                closing = passed[-1].after[name].moments
                 for samples in chunks[name]:
                     change = consumed.change(record.gradients[name], share, samples)
                     scores[:, samples] += finite_response(window, after, closing, change)

@@ -51,7 +51,8 @@ class StepRecord:
             of accumulated micro-batches and of ranks.
         micro_batches: ``(n,)`` int64, samples averaged together share a number.
         averaged: whether the loss is a mean over its samples (otherwise a sum).
-        gradients: ``(d,)`` each, the batch gradient before clipping.
+        gradients: ``(d,)`` each, the batch gradient before clipping; a parameter that had none, and was
+            skipped by the optimizer, is absent here, in ``moments``, ``hyper`` and the shares.
         moments: ``(d,)`` each, the optimizer's moments before the step, in the order of
             `optimizers.Update.moments`; zeros before the first step.
         hyper: per parameter.

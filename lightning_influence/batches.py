@@ -1,0 +1,47 @@
+"""Collated batches as trees of tensors: how many samples they hold, one sample of them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from lightning_utilities.core.apply_func import apply_to_collection
+from torch import Tensor
+
+from lightning_influence.errors import ConfigurationError
+
+
+def leaves(batch: Any) -> list[Tensor]:
+    """The tensors of a batch, in the order of its structure."""
+    found: list[Tensor] = []
+    apply_to_collection(batch, Tensor, found.append)
+    return found
+
+
+def batch_size(batch: Any) -> int:
+    """Number of samples: the first dimension of the first tensor that has one.
+
+    Raises:
+        ConfigurationError: the batch holds no such tensor.
+    """
+    for leaf in leaves(batch):
+        if leaf.dim() > 0:
+            return leaf.shape[0]
+    raise ConfigurationError(
+        f"a batch of type {type(batch).__name__} holds no tensor with a batch dimension; collate samples into tensors."
+    )
+
+
+def example(batch: Any, index: int) -> Any:
+    """A batch of one: sample ``index`` of every tensor whose first dimension is the batch's."""
+    n = batch_size(batch)
+
+    def one(leaf: Tensor) -> Tensor:
+        return leaf[index : index + 1] if leaf.dim() > 0 and leaf.shape[0] == n else leaf
+
+    return apply_to_collection(batch, Tensor, one)
+
+
+def to_dtype(batch: Any, dtype: torch.dtype) -> Any:
+    """The batch with its floating-point tensors in another precision."""
+    return apply_to_collection(batch, Tensor, lambda t: t.to(dtype) if t.is_floating_point() else t)

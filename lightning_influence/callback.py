@@ -1,0 +1,221 @@
+"""The Lightning face of the log: one callback that records a run."""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Sequence
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any, Literal
+
+import lightning as L
+import torch
+from torch import Tensor
+
+from lightning_influence.capture import GradientCapture
+from lightning_influence.errors import ConfigurationError
+from lightning_influence.optimizers import update_name
+from lightning_influence.recorder import Compression, CompressionName, Recorder
+from lightning_influence.sample_ids import IdSource, SampleIds
+from lightning_influence.sample_weights import WeightSource, sample_weights
+from lightning_influence.store import StoreWriter
+from lightning_influence.trajectory import Clip
+
+_PACKAGES = ("lightning-influence", "torch", "lightning", "safetensors", "transformers", "peft")
+
+
+class InfluenceCallback(L.Callback):
+    """Records, for every optimizer step, what `attribute` needs to say which samples helped or hurt.
+
+    Per-sample gradients come out of the training backward pass itself; nothing in the module, the dataset
+    or the loader has to change, and the run's random numbers stay as they are.
+
+    Args:
+        dirpath: directory of the log, created at the start of ``fit``.
+        compression: ``"full"`` keeps every coordinate of every per-sample gradient, ``"factored"`` the same
+            without loss in fewer bytes where a layer allows it, ``"mask"`` a fixed random set of
+            coordinates per parameter, ``"auto"`` the smallest lossless form within a budget and masks beyond.
+        mask_size: coordinates kept per parameter under a mask.
+        exclude: patterns (`fnmatch`) of parameter names that train but are not recorded.
+        sample_ids: how a batch says which samples it holds, for data that is not a map-style dataset:
+            a key of the batch or a function of it. By default the indices that the sampler drew.
+        sample_weights: function of the batch that gives the relative weight ``(n,)`` of every sample in the
+            batch's mean loss; see `sample_weights.sample_weights` for the default.
+        reduction: whether the training loss is a mean or a sum over the samples.
+        frozen_batch_norm: train batch normalisation with its running statistics, so that samples do not
+            depend on each other; refused otherwise.
+        existing: what to do where ``dirpath`` already holds a log. A run resumed from a checkpoint goes on
+            with its own log in any case.
+        seed: of the mask.
+
+    Raises:
+        ConfigurationError: at the start of ``fit``, where the run cannot be attributed.
+    """
+
+    def __init__(
+        self,
+        dirpath: str | Path,
+        *,
+        compression: CompressionName = "auto",
+        mask_size: int = 8192,
+        exclude: Sequence[str] = (),
+        sample_ids: IdSource = None,
+        sample_weights: WeightSource = None,
+        reduction: Literal["mean", "sum"] = "mean",
+        frozen_batch_norm: bool = False,
+        existing: Literal["error", "overwrite", "resume"] = "error",
+        seed: int = 0,
+    ) -> None:
+        self.dirpath = Path(dirpath)
+        self.compression = Compression(compression, mask_size, seed)
+        self.exclude = tuple(exclude)
+        self.sample_ids = SampleIds(sample_ids)
+        self.sample_weights = sample_weights
+        self.reduction = reduction
+        self.frozen_batch_norm = frozen_batch_norm
+        self.existing = existing
+        self._recorder: Recorder | None = None
+        self._resume_at: int | None = None
+
+    @property
+    def state_key(self) -> str:
+        return self._generate_state_key(dirpath=str(self.dirpath))
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"steps": len(self._recorder.writer) if self._recorder is not None else self._resume_at}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self._resume_at = state_dict["steps"]
+
+    # -- start and end of fit ---------------------------------------------------------------------------
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        if stage != "fit":
+            return
+        if not pl_module.automatic_optimization:
+            raise ConfigurationError(
+                f"{type(pl_module).__name__} uses manual optimization, whose steps the trainer does not see; "
+                "InfluenceCallback needs automatic_optimization=True."
+            )
+
+    def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        strategy = trainer.strategy
+        process = type(strategy).process_dataloader
+        # the loader's iterator is made before on_train_start, so the listener has to be in place before it
+        strategy.process_dataloader = lambda loader: self.sample_ids.listen(process(strategy, loader))  # type: ignore[method-assign]
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        optimizer = _only_optimizer(trainer)
+        update_name(optimizer)
+        capture = GradientCapture(pl_module, exclude=self.exclude, frozen_batch_norm=self.frozen_batch_norm)
+        self.sample_ids.start(trainer.train_dataloader)
+        resumed = self._resume_at is not None
+        writer = StoreWriter(
+            self.dirpath, rank=trainer.global_rank, existing="resume" if resumed else self.existing
+        )
+        if self._resume_at is not None:
+            writer.truncate(self._resume_at)
+        if trainer.is_global_zero:
+            writer.write_manifest(self._manifest(trainer, pl_module, capture, optimizer))
+        capture.attach()
+        self._recorder = Recorder(
+            capture,
+            optimizer,
+            writer,
+            self.compression,
+            averaged=self.reduction == "mean",
+            rank=trainer.global_rank,
+            ranks=trainer.world_size,
+        )
+
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._close(trainer, finished=True)
+
+    def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
+        self._close(trainer, finished=False)
+
+    def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        self._close(trainer, finished=False)
+
+    def _close(self, trainer: L.Trainer, *, finished: bool) -> None:
+        trainer.strategy.__dict__.pop("process_dataloader", None)
+        self.sample_ids.stop()
+        recorder, self._recorder = self._recorder, None
+        if recorder is not None:
+            self._resume_at = None
+            recorder.close(finished=finished)
+
+    # -- one optimizer step -----------------------------------------------------------------------------
+
+    def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self.sample_ids.start(trainer.train_dataloader)  # it may have been reloaded
+
+    def on_train_batch_start(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        assert self._recorder is not None
+        ids = self.sample_ids.next(batch)
+        weights = sample_weights(batch, len(ids), self.sample_weights)
+        self._recorder.begin(ids, weights, trainer.accumulate_grad_batches)
+
+    def on_after_backward(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        assert self._recorder is not None
+        scaler = _loss_scaler(trainer)
+        self._recorder.after_backward(scaler.get_scale() if scaler is not None else 1.0)
+
+    def on_before_optimizer_step(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: torch.optim.Optimizer
+    ) -> None:
+        assert self._recorder is not None
+        clip = Clip()
+        if trainer.gradient_clip_val:
+            rule = "value" if trainer.gradient_clip_algorithm == "value" else "norm"
+            clip = Clip(rule, float(trainer.gradient_clip_val))
+        self._recorder.before_step(clip, may_skip=_loss_scaler(trainer) is not None)
+
+    # -- what the log says of itself --------------------------------------------------------------------
+
+    def _manifest(
+        self,
+        trainer: L.Trainer,
+        pl_module: L.LightningModule,
+        capture: GradientCapture,
+        optimizer: torch.optim.Optimizer,
+    ) -> dict[str, Any]:
+        trained = sum(p.numel() for group in optimizer.param_groups for p in group["params"] if p.requires_grad)
+        recorded = sum(p.numel() for p in capture.parameters.values())
+        return {
+            "module": f"{type(pl_module).__module__}.{type(pl_module).__qualname__}",
+            "optimizer": type(optimizer).__name__,
+            "parameters": capture.table,
+            "excluded": list(self.exclude),
+            "coverage": {"trained": trained, "recorded": recorded},
+            "compression": self.compression.kind,
+            "reduction": self.reduction,
+            "precision": str(trainer.precision),
+            "ranks": trainer.world_size,
+            "versions": _versions(),
+        }
+
+
+def _only_optimizer(trainer: L.Trainer) -> torch.optim.Optimizer:
+    if len(trainer.optimizers) != 1:
+        raise ConfigurationError(
+            f"configure_optimizers gave {len(trainer.optimizers)} optimizers; influence follows one. Put all parameters "
+            "into groups of a single optimizer."
+        )
+    return trainer.optimizers[0]
+
+
+def _loss_scaler(trainer: L.Trainer) -> Any:
+    return getattr(trainer.precision_plugin, "scaler", None)
+
+
+def _versions() -> dict[str, str]:
+    found = {"python": platform.python_version()}
+    for package in _PACKAGES:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            continue  # an optional one
+    return found

@@ -1,0 +1,242 @@
+"""From the moments of a training loop to the steps of a log: what one optimizer step leaves behind.
+
+The order of calls within one optimizer step is ``begin`` and ``after_backward`` once per micro-batch,
+``before_step`` once, then the optimizer's own step, whose post hook writes the record: a step is in the
+log if and only if the optimizer took it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from lightning_influence.capture import GradientCapture
+from lightning_influence.clipping import norm_coefficient
+from lightning_influence.compression import Keep, Stack, plan
+from lightning_influence.errors import ConfigurationError, InfluenceError
+from lightning_influence.log import FINAL, LAYOUT, checksum, pack_layout, pack_step
+from lightning_influence.optimizers import UPDATES, coupling, read_hyper, read_moments, update_name
+from lightning_influence.store import StoreWriter
+from lightning_influence.trajectory import Clip, Shares, StepRecord
+
+CompressionName = Literal["auto", "full", "factored", "mask"]
+
+_SUM_TOLERANCE = 0.02  # relative; half-precision backward passes round at 2^-8
+_CLIP_TOLERANCE = 1e-3
+
+
+@dataclass(frozen=True)
+class Compression:
+    """What is kept of the per-sample gradients (`compression.plan`)."""
+
+    kind: CompressionName = "auto"
+    mask_size: int = 8192
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class _MicroBatch:
+    sample_ids: Tensor
+    loss_weights: Tensor
+    shares: dict[str, Shares]
+
+
+class Recorder:
+    """Writes every optimizer step of a training loop to a log.
+
+    Args:
+        capture: attached to the module; decides which parameters are recorded.
+        averaged: whether the training loss is a mean over its samples.
+        ranks: processes whose gradients are averaged; rank 0 writes what they share.
+    """
+
+    def __init__(
+        self,
+        capture: GradientCapture,
+        optimizer: torch.optim.Optimizer,
+        writer: StoreWriter,
+        compression: Compression,
+        *,
+        averaged: bool = True,
+        rank: int = 0,
+        ranks: int = 1,
+    ) -> None:
+        self.capture, self.optimizer, self.writer = capture, optimizer, writer
+        self.compression, self.averaged, self.rank, self.ranks = compression, averaged, rank, ranks
+        self.update_name = update_name(optimizer)
+        self.groups = {id(p): group for group in optimizer.param_groups for p in group["params"]}
+        self.keeps: dict[str, Keep] | None = None
+        self._micro_batches: list[_MicroBatch] = []
+        self._started: tuple[Tensor, Tensor] | None = None
+        self._pending: tuple[StepRecord, dict[str, Shares]] | None = None
+        self._post_hook = optimizer.register_step_post_hook(lambda *_: self._stepped())
+
+    def begin(self, sample_ids: Tensor, weights: Tensor, accumulated: int) -> None:
+        """A micro-batch is about to be run.
+
+        Args:
+            sample_ids: ``(n,)`` int64.
+            weights: ``(n,)``, relative weights of the samples in the loss (tokens, say).
+            accumulated: micro-batches by whose number its loss is divided.
+        """
+        weights = weights.detach().to("cpu", torch.float64)
+        if self.averaged:
+            weights = weights / weights.sum()
+        self._started = sample_ids, weights / (accumulated * self.ranks)
+        self.capture.begin(len(sample_ids))
+
+    def after_backward(self, loss_scale: float = 1.0) -> None:
+        """Collect the micro-batch's shares; ``loss_scale`` is what the loss was multiplied with."""
+        if self._started is None:
+            return
+        shares = self.capture.take(1.0 / (loss_scale * self.ranks))
+        if self.keeps is not None:
+            shares = {name: self.keeps[name].compress(share) for name, share in shares.items()}
+        self._micro_batches.append(_MicroBatch(*self._started, shares))
+        self._started = None
+
+    def before_step(self, clip: Clip, *, may_skip: bool = False) -> None:
+        """All gradients are there, not yet clipped.
+
+        Args:
+            clip: rule and bound; the norm is measured here.
+            may_skip: the optimizer may skip the step where the gradient is not finite (loss scaling).
+
+        Raises:
+            InfluenceError: a gradient that is not finite.
+            ConfigurationError: shares that do not sum to the gradient, or a gradient nobody recorded.
+        """
+        micro_batches, self._micro_batches = self._micro_batches, []
+        norm = _total_norm(p.grad for p in self._parameters())
+        if not torch.isfinite(norm):
+            if may_skip:
+                return
+            raise InfluenceError(
+                f"step {len(self.writer)}: the gradient's norm is {float(norm)}, so its influence is undefined. The log "
+                "keeps the steps before it. Lower the learning rate, clip the gradient, or look for the loss that "
+                "is not finite with Trainer(detect_anomaly=True)."
+            )
+        self._refuse_unrecorded()
+        shares = {
+            name: Stack([m.shares[name] for m in micro_batches]) if len(micro_batches) > 1 else share
+            for name, share in micro_batches[0].shares.items()
+        }
+        if self.keeps is None:
+            shares = self._plan(shares)
+        gradients = {k: p.grad for k, p in self.capture.parameters.items() if p.grad is not None}
+        record = self._record(micro_batches, gradients, Clip(clip.rule, clip.bound, float(norm)))
+        self._pending = record, {name: shares[name] for name in gradients}
+
+    def close(self, *, finished: bool) -> None:
+        """Write what is pending and let go of optimizer and module.
+
+        Args:
+            finished: the run ended as intended; the log then notes by which parameters.
+        """
+        self._post_hook.remove()
+        self.capture.detach()
+        if finished and self.rank == 0 and self.keeps is not None:
+            checksums = {name: checksum(p) for name, p in self.capture.parameters.items()}
+            self.writer.save(FINAL, {}, {"checksums": checksums})
+        self.writer.close()
+
+    def _parameters(self) -> Iterable[torch.nn.Parameter]:
+        return (p for group in self.optimizer.param_groups for p in group["params"])
+
+    def _refuse_unrecorded(self) -> None:
+        known = {id(p) for p in self.capture.parameters.values()} | self.capture.excluded_ids
+        unknown = [p for p in self._parameters() if p.grad is not None and id(p) not in known]
+        if unknown:
+            raise ConfigurationError(
+                f"step {len(self.writer)}: {len(unknown)} parameters (the first of shape {tuple(unknown[0].shape)}) began "
+                "to train after fit had started. Unfreeze them before fit, or name them in exclude=."
+            )
+
+    def _plan(self, shares: Mapping[str, Shares]) -> dict[str, Shares]:
+        """Decide at the first step what is kept, and check that the shares are the gradient's."""
+        parameters = self.capture.parameters
+        if self.ranks == 1:
+            for name, share in shares.items():
+                _check_sum(name, share, parameters[name].grad)
+        self.keeps = plan(
+            shares,
+            {name: tuple(parameters[name].shape) for name in shares},
+            compression=self.compression.kind,
+            mask_size=self.compression.mask_size,
+            seed=self.compression.seed,
+        )
+        if self.rank == 0:
+            self.writer.save(LAYOUT, *pack_layout(self.keeps, self.update_name))
+        return {name: self.keeps[name].compress(share) for name, share in shares.items()}
+
+    def _record(self, micro_batches: list[_MicroBatch], gradients: Mapping[str, Tensor], clip: Clip) -> StepRecord:
+        parameters = {name: self.capture.parameters[name] for name in gradients}
+        state = {name: self.optimizer.state.get(p, {}) for name, p in parameters.items()}
+        kind, update = type(self.optimizer), UPDATES[self.update_name]
+        hyper = {name: read_hyper(self.groups[id(p)], state[name], kind) for name, p in parameters.items()}
+        return StepRecord(
+            index=len(self.writer),
+            sample_ids=torch.cat([m.sample_ids for m in micro_batches]),
+            loss_weights=torch.cat([m.loss_weights for m in micro_batches]),
+            micro_batches=torch.cat([torch.full_like(m.sample_ids, i) for i, m in enumerate(micro_batches)]),
+            gradients={name: self._kept(name, g) for name, g in gradients.items()},
+            moments={
+                name: tuple(self._kept(name, m) for m in read_moments(state[name], update, p))
+                for name, p in parameters.items()
+            },
+            hyper=hyper,
+            averaged=self.averaged,
+            clip=clip,
+            parameters={name: self._kept(name, p) for name, p in parameters.items() if coupling(hyper[name])},
+        )
+
+    def _kept(self, name: str, values: Tensor) -> Tensor:
+        assert self.keeps is not None
+        return self.keeps[name].select(values.detach()).to("cpu", copy=True)
+
+    def _stepped(self) -> None:
+        """The optimizer took the step: its gradients are now the clipped ones."""
+        if self._pending is None:
+            return
+        (record, shares), self._pending = self._pending, None
+        self._check_clip(record.clip, record.index)
+        self.writer.append(record.index, *pack_step(record, shares, state=self.rank == 0))
+
+    def _check_clip(self, clip: Clip, index: int) -> None:
+        consumed = float(_total_norm(p.grad for p in self._parameters()))
+        if clip.rule == "value":
+            expected = consumed  # a clamp cannot be told from its norm; every coordinate is within the bound
+            largest = max(float(p.grad.abs().max()) for p in self._parameters() if p.grad is not None and p.numel())
+            agrees = largest <= clip.bound * (1 + _CLIP_TOLERANCE)
+        else:
+            expected = clip.raw_norm * float(norm_coefficient(clip, clip.raw_norm))
+            agrees = abs(consumed - expected) <= _CLIP_TOLERANCE * max(expected, 1e-30)
+        if not agrees:
+            raise ConfigurationError(
+                f"step {index}: the optimizer consumed a gradient of norm {consumed:.6g}, but {expected:.6g} was expected "
+                f"from the trainer's clipping ({clip.rule}, bound {clip.bound:g}). Something changes gradients between "
+                "on_before_optimizer_step and the step: an overridden configure_gradient_clipping, or another callback. "
+                "Use Trainer(gradient_clip_val=..., gradient_clip_algorithm=...) instead."
+            )
+
+
+def _total_norm(gradients: Iterable[Tensor | None]) -> Tensor:
+    norms = [torch.linalg.vector_norm(g.detach(), dtype=torch.float32) for g in gradients if g is not None]
+    return torch.linalg.vector_norm(torch.stack(norms)) if norms else torch.zeros(())
+
+
+def _check_sum(name: str, share: Shares, gradient: Tensor | None) -> None:
+    """The safety net under all capture rules: shares are additive parts of the gradient."""
+    total = share.combine(torch.ones(1, share.n_samples, device=gradient.device if gradient is not None else None))
+    reference = torch.zeros_like(total) if gradient is None else gradient.detach().flatten()[None].to(total)
+    error = float((total - reference).norm())
+    if error > _SUM_TOLERANCE * max(float(reference.norm()), 1e-12):
+        raise ConfigurationError(
+            f"the per-sample gradient shares of {name} sum to its gradient only up to a relative error of "
+            f"{error / max(float(reference.norm()), 1e-12):.3g}. The parameter is used in a way that its module's rule does "
+            "not see (outside its module's forward, say). Freeze it, name it in exclude=, or use record='replay'."
+        )
