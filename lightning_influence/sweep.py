@@ -119,17 +119,32 @@ def _concatenate(blocks: list[RowScores], n_queries: int) -> RowScores:
 
 
 @dataclass(frozen=True)
-class _Passed:
-    """What a finite response needs of a step that the walk has passed: the step and the adjoint after it."""
+class Passed:
+    """What is kept of a step that the walk has passed.
+
+    Attributes:
+        recorded: the step itself, by parameter.
+        after: adjoint of the optimizer state after the step.
+        gradient: ``(q, d)`` each, adjoint of the batch gradient before clipping.
+    """
 
     recorded: dict[str, RecordedStep]
     after: Adjoints
+    gradient: Vectors
+
+
+def walk_back(trajectory: Trajectory, queries: Vectors, method: Method) -> dict[int, Passed]:
+    """The adjoints of every step, without scores; memory grows with the number of steps."""
+    walk = _Walk(trajectory, method, queries, memory=len(trajectory))
+    for index in range(len(trajectory) - 1, -1, -1):
+        walk.back(index, score=False)
+    return dict(enumerate(walk.passed))
 
 
 class _Walk:
     """The adjoint state of a sweep, moved back one step at a time."""
 
-    def __init__(self, trajectory: Trajectory, method: Method, queries: Vectors) -> None:
+    def __init__(self, trajectory: Trajectory, method: Method, queries: Vectors, memory: int | None = None) -> None:
         self.trajectory, self.method = trajectory, method
         self.update = UPDATES[method.optimizer or trajectory.optimizer]
         self.scales = {k: total / max(kept, 1) for k, (kept, total) in trajectory.sizes.items()}
@@ -137,20 +152,21 @@ class _Walk:
         self.adjoints: Adjoints = {
             k: Adjoint(q, tuple(torch.zeros_like(q) for _ in self.update.moments)) for k, q in queries.items()
         }
-        memory = method.memory_window if self.update.moments else 0
-        window = memory + 1 if method.response == "finite" else 0
-        self.passed: deque[_Passed] = deque(maxlen=window)  # newest first: steps t, t+1, ...
+        if memory is None:
+            window = method.memory_window if self.update.moments else 0
+            memory = window + 1 if method.response == "finite" else 0
+        self.passed: deque[Passed] = deque(maxlen=memory)  # newest first: steps t, t+1, ...
 
     def back(self, index: int, *, score: bool) -> RowScores | None:
         """Move from after step ``index`` to before it; the step's scores where asked for."""
         record, shares = self.trajectory.record(index), self.trajectory.shares(index)
         recorded = self._recorded(record)
-        self.passed.appendleft(_Passed(recorded, self.adjoints))
         # a parameter without a gradient was skipped by the optimizer: its adjoint stays as it is
         pulled = {k: adjoint(recorded[k], self.adjoints[k]) for k in recorded}
         gradient_adjoints = clip_adjoint(
             record.clip, record.gradients, {k: a for k, (_, a) in pulled.items()}, self.scales
         )
+        self.passed.appendleft(Passed(recorded, self.adjoints, gradient_adjoints))
         products = torch.zeros(self.n_queries, len(record.sample_ids))
         if score or self.method.curvature == "fisher":
             products = sum_inner(shares, gradient_adjoints)

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
-from torch.func import functional_call, grad, hessian, vmap
+from torch.func import functional_call, grad, hessian, jvp, vmap
 
 from lightning_influence.optimizers import UPDATES, effective_gradient, read_hyper, read_moments, update_name
 from lightning_influence.trajectory import Clip, StepRecord
@@ -132,6 +132,7 @@ class ToyTrajectory:
         self.toy = toy
         self.records: list[StepRecord] = []
         self.thetas: list[Params] = []
+        self._hessians: dict[int, Tensor] = {}
         self.final = toy.train(observe=self._observe)
         self.sizes = {k: (p.numel(), p.numel()) for k, p in toy.start.items()}
 
@@ -179,6 +180,11 @@ class ToyTrajectory:
         return values.flatten(-len(self.toy.start[name].shape))
 
     def dense_hessian(self, index: int) -> Tensor:
+        if index not in self._hessians:
+            self._hessians[index] = self._dense_hessian(index)
+        return self._hessians[index]
+
+    def _dense_hessian(self, index: int) -> Tensor:
         blocks = hessian(lambda params: self.toy.batch_loss(params, index))(self.thetas[index])
         sizes = {k: n for k, (n, _) in self.sizes.items()}
         return torch.cat(
@@ -189,6 +195,32 @@ class ToyTrajectory:
         assert kind == "hessian"
         product = torch.cat(list(vectors.values()), 1) @ self.dense_hessian(index).to(next(iter(vectors.values())))
         return dict(zip(vectors, product.split([v.shape[1] for v in vectors.values()], 1), strict=True))
+
+    def third_derivative(self, index: int, vectors: Params) -> Params:
+        names = list(vectors)
+        out = []
+        for rows in zip(*vectors.values(), strict=True):
+            direction = {k: r.reshape(self.toy.start[k].shape) for k, r in zip(names, rows, strict=True)}
+
+            def gradient(eps: Tensor, direction: Params = direction) -> Params:
+                moved = {k: self.thetas[index][k] + eps * direction[k] for k in names}
+                return grad(lambda p: self.toy.batch_loss(p, index))(moved)
+
+            zero, one = torch.zeros((), dtype=torch.float64), torch.ones((), dtype=torch.float64)
+            second = jvp(lambda e: jvp(gradient, (e,), (one,))[1], (zero,), (one,))[1]  # noqa: B023
+            out.append({k: second[k].flatten() for k in names})
+        return {k: torch.stack([o[k] for o in out]) for k in names}
+
+    def query_curvature(self, directions: Params) -> Tensor:
+        """Second derivatives (k, q) of the queries along directions, by dense Hessians."""
+        flat = torch.cat(list(directions.values()), 1)
+        columns = []
+        for x, y in zip(self.toy.query_x, self.toy.query_y, strict=True):
+            blocks = hessian(lambda p, x=x, y=y: self.toy.sample_loss(p, x, y))(self.final)
+            sizes = {k: n for k, (n, _) in self.sizes.items()}
+            dense = torch.cat([torch.cat([blocks[i][j].reshape(sizes[i], sizes[j]) for j in sizes], 1) for i in sizes])
+            columns.append(torch.einsum("ki,ij,kj->k", flat, dense, flat))
+        return torch.stack(columns, 1)
 
     def query_gradients(self) -> Params:
         rows = vmap(grad(self.toy.sample_loss), (None, 0, 0))(self.final, self.toy.query_x, self.toy.query_y)

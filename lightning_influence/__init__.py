@@ -1,0 +1,1 @@
+"""Which training samples helped or hurt a model, for runs of PyTorch Lightning."""

@@ -1,0 +1,282 @@
+"""How far off a first-order score is, predicted without retraining: the second variation of the run.
+
+With ``theta(eps)`` the run with a share ``eps`` of one sample removed, a first-order score is the slope of
+the query loss in ``eps`` and the proxy is half its second derivative (method.md section 9). The first
+variation is carried forward along the recorded run; what it forces at second order is contracted with
+the adjoint, so the second variation itself is never formed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Literal, Protocol, TypeAlias
+
+import torch
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from lightning_influence.clipping import apply_clip, norm_coefficient
+from lightning_influence.curvature import fisher_product
+from lightning_influence.errors import ConfigurationError, CurvatureUnavailable
+from lightning_influence.optimizers import UPDATES, Adjoint, decay, effective_gradient
+from lightning_influence.removal import removal
+from lightning_influence.sweep import Method, Passed, sum_inner, walk_back
+from lightning_influence.trajectory import Hyper, Shares, StepRecord, Trajectory, Vectors
+
+QueryCurvature: TypeAlias = Callable[[Vectors], Tensor]
+"""Second derivatives ``(k, q)`` of the queries along each of ``k`` directions, ``(k, d)`` per parameter."""
+
+
+class SmoothTrajectory(Trajectory, Protocol):
+    """A trajectory that also knows the third derivative of a step's loss."""
+
+    def third_derivative(self, index: int, vectors: Vectors) -> Vectors:
+        """``D3L[u, u]`` ``(k, d)`` for each of ``k`` directions ``u``."""
+
+
+@dataclass(frozen=True)
+class ErrorProxy:
+    """Predicted error of first-order scores, truth minus tangent, one row per (sample, step) pair.
+
+    Attributes:
+        sample_ids, steps: ``(k,)``.
+        tangent: ``(k, q)``, the first-order score.
+        step: part of the optimizer's elementwise nonlinearity at the step itself.
+        memory: the same in the steps that follow, through the moments alone.
+        curvature: what the changed parameters add, through the gradients and the query itself.
+    """
+
+    sample_ids: Tensor
+    steps: Tensor
+    tangent: Tensor
+    step: Tensor
+    memory: Tensor
+    curvature: Tensor
+
+    @property
+    def total(self) -> Tensor:
+        """The whole proxy, ``(k, q)``."""
+        return self.step + self.memory + self.curvature
+
+
+def error_proxy(
+    trajectory: Trajectory,
+    queries: Vectors,
+    pairs: Sequence[tuple[int, int]],
+    *,
+    curvature: Literal["none", "fisher", "hessian"] = "fisher",
+    counterfactual: Literal["drop", "zero"] = "drop",
+    query_curvature: QueryCurvature | None = None,
+    progress: bool = True,
+) -> ErrorProxy:
+    """Half the second derivative of every query in the removed share of chosen (sample, step) pairs.
+
+    Args:
+        queries: gradients ``(q, d)`` of the queries at the end of the trajectory.
+        pairs: (sample id, step) rows of the trajectory.
+        curvature: ``"hessian"`` is exact and needs a replayed trajectory; ``"fisher"`` works from the log
+            alone and drops the third derivative of the loss.
+        query_curvature: second derivative of the queries; None leaves it out.
+
+    Raises:
+        ConfigurationError: a pair that the trajectory does not hold.
+        CurvatureUnavailable: an exact curvature of a trajectory that has none.
+    """
+    if curvature == "hessian" and not hasattr(trajectory, "third_derivative"):
+        raise CurvatureUnavailable(
+            "curvature='hessian' needs the third derivative of the loss, which only a replayed run has; use "
+            "curvature='fisher' with a log of gradients."
+        )
+    method = Method(curvature, "tangent", counterfactual=counterfactual)
+    passed = walk_back(trajectory, queries, method)
+    blocks = []
+    for step in tqdm(sorted({t for _, t in pairs}), desc="error proxy", unit="step", delay=2, disable=not progress):
+        samples = [z for z, t in pairs if t == step]
+        variation = _Variation(trajectory, method, step, samples)
+        blocks.append(variation.run(passed, query_curvature))
+    return _concatenate(blocks)
+
+
+def scaled_learning_rate(trajectory: Trajectory, factor: float) -> Trajectory:
+    """The same recorded run seen with every learning rate multiplied: what the proxy predicts there."""
+    return _Scaled(trajectory, factor)
+
+
+class _Scaled:
+    def __init__(self, trajectory: Trajectory, factor: float) -> None:
+        self._trajectory, self._factor = trajectory, factor
+
+    def __getattr__(self, name: str) -> object:
+        return getattr(self._trajectory, name)
+
+    def __len__(self) -> int:
+        return len(self._trajectory)
+
+    def record(self, index: int) -> StepRecord:
+        record = self._trajectory.record(index)
+        hyper = {k: {**h, "lr": h["lr"] * self._factor} for k, h in record.hyper.items()}
+        return replace(record, hyper=hyper)
+
+
+@dataclass
+class _Tangent:
+    """First variation of one parameter's optimizer state, ``(k, d)`` each."""
+
+    parameter: Tensor
+    moments: tuple[Tensor, ...]
+
+
+class _Variation:
+    """First variations of the run in the removal of some samples from one step, carried forward."""
+
+    def __init__(self, trajectory: Trajectory, method: Method, step: int, samples: Sequence[int]) -> None:
+        self.trajectory, self.method, self.start = trajectory, method, step
+        self.update = UPDATES[trajectory.optimizer]
+        self.record = trajectory.record(step)
+        self.samples = samples
+        ids = self.record.sample_ids.tolist()
+        missing = [z for z in samples if z not in ids]
+        if missing:
+            raise ConfigurationError(f"step {step} did not consume sample {missing[0]}; choose pairs from the report's rows.")
+        self.positions = [ids.index(z) for z in samples]
+
+    def run(self, passed: Mapping[int, Passed], query_curvature: QueryCurvature | None) -> ErrorProxy:
+        removed = removal(self.record, self.method.counterfactual)
+        shares = self.trajectory.shares(self.start)
+        forced = {
+            k: removed.change(s, slice(None), self.record.gradients[k].double())[self.positions]
+            for k, s in shares.items()
+        }
+        zero = {k: torch.zeros_like(f) for k, f in forced.items()}
+        full = self._still(zero)
+        bare = self._still(zero)  # moments only: parameters held, as in the finite response's window
+        n_queries = next(iter(passed[self.start].gradient.values())).shape[0]
+        parts = (torch.zeros(len(self.samples), n_queries, dtype=torch.float64) for _ in range(4))
+        tangent, step, memory, curvature = parts
+        for index in range(self.start, len(self.trajectory)):
+            record = self.record if index == self.start else self.trajectory.record(index)
+            first = index == self.start
+            bent, third = (forced, zero) if first else self._gradient_variation(index, record, full)
+            after = passed[index]
+            full, forcing = self._advance(record, full, bent)
+            elementwise = self._contract(after, forcing)
+            bare, bare_forcing = self._advance(record, bare, forced if first else zero, hold=True)
+            own = self._contract(after, bare_forcing)
+            if first:
+                step = own
+                tangent = self._slope(after, forced)
+            else:
+                memory = memory + own
+                curvature = curvature + elementwise - own + self._slope(after, third)
+        if query_curvature is not None:
+            curvature = curvature + query_curvature({k: s.parameter for k, s in full.items()}).double()
+        steps = torch.full((len(self.samples),), self.start)
+        halves = (0.5 * part for part in (step, memory, curvature))
+        return ErrorProxy(torch.tensor(list(self.samples)), steps, tangent, *halves)
+
+    def _still(self, zero: Vectors) -> dict[str, _Tangent]:
+        return {k: _Tangent(z, tuple(z for _ in self.update.moments)) for k, z in zero.items()}
+
+    def _gradient_variation(
+        self, index: int, record: StepRecord, state: Mapping[str, _Tangent]
+    ) -> tuple[Vectors, Vectors]:
+        """First variation of the loss gradient and what is forced at second order, before clipping."""
+        directions = {k: state[k].parameter for k in record.gradients}
+        if self.method.curvature == "hessian":
+            bent = self.trajectory.curvature_product(index, "hessian", directions)
+            return bent, self.trajectory.third_derivative(index, directions)  # type: ignore[attr-defined]
+        zero = {k: torch.zeros_like(d) for k, d in directions.items()}
+        if self.method.curvature == "none":
+            return zero, zero
+        shares: Mapping[str, Shares] = self.trajectory.shares(index)
+        return fisher_product(record, shares, sum_inner(shares, directions)), zero
+
+    def _advance(
+        self, record: StepRecord, state: Mapping[str, _Tangent], bent: Vectors, *, hold: bool = False
+    ) -> tuple[dict[str, _Tangent], dict[str, tuple[Tensor, ...]]]:
+        """One step of the first variation, and what it forces of (parameter, *moments) at second order.
+
+        Args:
+            bent: first variation of the gradient before clipping.
+            hold: let the parameter's own variation stay zero.
+        """
+        consumed, consumed_twice = _clip_variations(record, bent)
+        new, forcing = dict(state), {}
+        for k, gradient in record.gradients.items():
+            clipped = apply_clip(record.clip, gradient, norm_coefficient(record.clip, record.clip.raw_norm))
+            parameter = (record.parameters or {}).get(k)
+            effective = effective_gradient(clipped, parameter, record.hyper[k]).double()
+            tangent = effective_gradient(consumed[k], state[k].parameter, record.hyper[k])
+            second = -consumed_twice[k] if record.hyper[k]["maximize"] else consumed_twice[k]
+            first_order, forcing[k] = _curve(
+                self.update.apply, record.moments[k], effective, state[k].moments, tangent, second, record.hyper[k]
+            )
+            moved = decay(record.hyper[k]) * state[k].parameter + first_order[0]
+            new[k] = _Tangent(torch.zeros_like(moved) if hold else moved, first_order[1:])
+        return new, forcing
+
+    def _contract(self, after: Passed, forcing: Mapping[str, tuple[Tensor, ...]]) -> Tensor:
+        """Second-order forcings of the state against the adjoint after the step, ``(k, q)``."""
+        total: Tensor | float = 0.0
+        for k, parts in forcing.items():
+            weights = after.after[k]
+            for weight, part in zip((weights.parameter, *weights.moments), parts, strict=True):
+                total = total + part @ weight.double().T
+        return torch.as_tensor(total)
+
+    def _slope(self, after: Passed, gradients: Vectors) -> Tensor:
+        """Changes of the gradient before clipping against the adjoint, ``(k, q)``."""
+        return torch.stack([g @ after.gradient[k].double().T for k, g in gradients.items()]).sum(0)
+
+
+def _curve(
+    apply: Callable[..., tuple[Tensor, tuple[Tensor, ...]]],
+    moments: tuple[Tensor, ...],
+    gradient: Tensor,
+    moment_tangents: tuple[Tensor, ...],
+    gradient_tangent: Tensor,
+    gradient_second: Tensor,
+    hyper: Hyper,
+) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+    """First and second derivative in ``eps`` of the elementwise step along a curve of its inputs."""
+
+    def along(eps: Tensor) -> tuple[Tensor, ...]:
+        moved = tuple(m.double() + eps * t for m, t in zip(moments, moment_tangents, strict=True))
+        change, new = apply(moved, gradient + eps * gradient_tangent + eps**2 / 2 * gradient_second, hyper)
+        return change, *new
+
+    return _two_derivatives(along)
+
+
+def _clip_variations(record: StepRecord, bent: Vectors) -> tuple[Vectors, Vectors]:
+    """First and second variation of the consumed gradient from the first of the one before clipping."""
+    if record.clip.rule == "none":
+        return bent, {k: torch.zeros_like(b) for k, b in bent.items()}
+    names = list(record.gradients)
+    raw = {k: record.gradients[k].double() for k in names}
+    unseen = record.clip.raw_norm**2 - sum(float(g.square().sum()) for g in raw.values())
+
+    def along(eps: Tensor) -> tuple[Tensor, ...]:
+        moved = {k: raw[k] + eps * bent[k] for k in names}
+        norm = torch.sqrt(sum(g.square().sum(-1, keepdim=True) for g in moved.values()) + unseen)
+        return tuple(apply_clip(record.clip, moved[k], norm_coefficient(record.clip, norm)) for k in names)
+
+    first, second = _two_derivatives(along)
+    return dict(zip(names, first, strict=True)), dict(zip(names, second, strict=True))
+
+
+def _two_derivatives(curve: Callable[[Tensor], tuple[Tensor, ...]]) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+    """``d/d eps`` and ``d2/d eps2`` of a curve at 0, by forward mode over forward mode."""
+    zero, one = torch.zeros((), dtype=torch.float64), torch.ones((), dtype=torch.float64)
+
+    def slope(eps: Tensor) -> tuple[Tensor, ...]:
+        return torch.func.jvp(curve, (eps,), (one,))[1]  # type: ignore[no-any-return]
+
+    first, second = torch.func.jvp(slope, (zero,), (one,))
+    return first, second
+
+
+def _concatenate(blocks: Sequence[ErrorProxy]) -> ErrorProxy:
+    fields = ("sample_ids", "steps", "tangent", "step", "memory", "curvature")
+    return ErrorProxy(*(torch.cat([getattr(block, field) for block in blocks]) for field in fields))

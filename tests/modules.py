@@ -1,0 +1,74 @@
+"""Small Lightning modules and real data for the tests."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import lightning as L
+import torch
+from sklearn.datasets import load_digits
+from torch import Tensor
+from torch.utils.data import DataLoader, TensorDataset
+
+OptimizerFactory = Callable[[L.LightningModule], Any]
+
+
+def digits(n: int | None = None, dtype: torch.dtype = torch.float32) -> TensorDataset:
+    """scikit-learn's 8 x 8 digits, pixels in [0, 1]."""
+    x, y = load_digits(return_X_y=True)
+    return TensorDataset(torch.tensor(x[:n] / 16, dtype=dtype), torch.tensor(y[:n]))
+
+
+def split_digits(n_train: int, n_val: int, dtype: torch.dtype = torch.float32) -> tuple[TensorDataset, TensorDataset]:
+    whole = digits(n_train + n_val, dtype).tensors
+    return TensorDataset(*(t[:n_train] for t in whole)), TensorDataset(*(t[n_train:] for t in whole))
+
+
+class Classifier(L.LightningModule):
+    """A GELU network under cross-entropy."""
+
+    def __init__(
+        self,
+        optimizer: OptimizerFactory = lambda m: torch.optim.AdamW(m.parameters(), lr=1e-3),
+        width: int = 16,
+        activation: type[torch.nn.Module] = torch.nn.GELU,
+        net: torch.nn.Module | None = None,
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            self.net = net or torch.nn.Sequential(
+                torch.nn.Linear(64, width), activation(), torch.nn.Linear(width, width), activation(), torch.nn.Linear(width, 10)
+            )
+        self.make_optimizer = optimizer
+
+    def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
+        x, y = batch
+        loss = torch.nn.functional.cross_entropy(self.net(x), y)
+        self.log("train_loss", loss)
+        return loss
+
+    def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
+        x, y = batch
+        self.log("val_loss", torch.nn.functional.cross_entropy(self.net(x), y))
+
+    def configure_optimizers(self) -> Any:
+        return self.make_optimizer(self)
+
+
+def fit(module: L.LightningModule, loader: Any, *callbacks: L.Callback, val: Any = None, **options: Any) -> L.Trainer:
+    """A quiet deterministic fit on the CPU."""
+    defaults: dict[str, Any] = {
+        "max_epochs": 1, "accelerator": "cpu", "devices": 1, "logger": False, "enable_checkpointing": False,
+        "enable_progress_bar": False, "enable_model_summary": False,
+    }
+    trainer = L.Trainer(callbacks=list(callbacks), **(defaults | options))
+    trainer.fit(module, loader, val)
+    return trainer
+
+
+def loader(data: TensorDataset, batch_size: int = 16, seed: int = 0, **options: Any) -> DataLoader[Any]:
+    generator = torch.Generator().manual_seed(seed)
+    return DataLoader(data, batch_size, shuffle=True, generator=generator, **options)

@@ -1,0 +1,107 @@
+"""The error proxy against finite differences of the second derivative of the whole run."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from test_sweep import RUNS
+from toy import Toy, ToyTrajectory
+
+from lightning_influence.error import error_proxy, scaled_learning_rate
+from lightning_influence.errors import ConfigurationError, CurvatureUnavailable
+from lightning_influence.sweep import Method, sweep
+
+PAIRS = [(1, 0), (3, 0), (4, 1), (8, 2), (2, 3)]
+
+
+def second_difference(toy: Toy, sample: int, step: int, drop: bool, h: float = 2e-3) -> torch.Tensor:
+    """Half the second derivative in the removed share, central differences of fourth order."""
+    f = {e: toy.query_losses(toy.train((sample, step), e * h, drop)) for e in (-2, -1, 0, 1, 2)}
+    return (-f[-2] + 16 * f[-1] - 30 * f[0] + 16 * f[1] - f[2]) / (12 * h**2) / 2
+
+
+def pairs_of(name: str) -> list[tuple[int, int]]:
+    schedule = RUNS[name].schedule
+    return [(z, t) for z, t in PAIRS if t < len(schedule) and any(z in micro for micro in schedule[t])]
+
+
+@pytest.mark.parametrize(
+    ("name", "counterfactual"),
+    [
+        ("adamw", "zero"),
+        ("adamw, some steps clipped", "drop"),
+        ("adamw, clipped value", "drop"),
+        ("adamw, accumulated and clipped", "drop"),
+        ("adam l2", "drop"),
+        ("amsgrad", "zero"),
+        ("nesterov", "drop"),
+    ],
+)
+def test_proxy_is_half_the_second_derivative(name: str, counterfactual: str) -> None:
+    toy, pairs = RUNS[name], pairs_of(name)
+    run = ToyTrajectory(toy)
+    proxy = error_proxy(
+        run, run.query_gradients(), pairs, curvature="hessian", counterfactual=counterfactual,
+        query_curvature=run.query_curvature,
+    )
+    reference = torch.stack([second_difference(toy, z, t, counterfactual == "drop") for z, t in pairs])
+    assert list(zip(proxy.sample_ids.tolist(), proxy.steps.tolist(), strict=True)) == pairs
+    assert (proxy.total - reference).norm() <= 1e-4 * reference.norm()
+
+
+def test_tangent_is_the_sweep_s() -> None:
+    run = ToyTrajectory(RUNS["adamw, clipped norm"])
+    proxy = error_proxy(run, run.query_gradients(), PAIRS, curvature="hessian")
+    rows = sweep(run, run.query_gradients(), Method("hessian", "tangent"))
+    for i, (z, t) in enumerate(PAIRS):
+        torch.testing.assert_close(proxy.tangent[i], rows.scores[(rows.sample_ids == z) & (rows.steps == t)][0])
+
+
+def test_step_and_memory_are_what_the_finite_response_adds() -> None:
+    """For a small removal, finite minus tangent is the second-order elementwise part."""
+    toy = RUNS["adamw"]
+    run = ToyTrajectory(toy)
+    share = 1e-3
+    proxy = error_proxy(run, run.query_gradients(), PAIRS, curvature="hessian")
+    elementwise = proxy.step + proxy.memory
+    shrunk = ToyTrajectory(toy)
+    shares = shrunk.shares
+    shrunk.shares = lambda t: {k: type(s)(share * s.values) for k, s in shares(t).items()}  # type: ignore[method-assign]
+    rows = sweep(shrunk, run.query_gradients(), Method("hessian", "finite", memory_window=50))
+    for i, (z, t) in enumerate(PAIRS):
+        row = (rows.sample_ids == z) & (rows.steps == t)
+        difference = (rows.scores - rows.tangent)[row][0] / share**2
+        torch.testing.assert_close(difference, elementwise[i], rtol=2e-2, atol=1e-6 * float(elementwise.abs().max()))
+
+
+def test_fisher_proxy_needs_no_model() -> None:
+    run = ToyTrajectory(RUNS["adamw"])
+    exact = error_proxy(run, run.query_gradients(), PAIRS, curvature="hessian")
+    fisher = error_proxy(run, run.query_gradients(), PAIRS, curvature="fisher")
+    torch.testing.assert_close(fisher.step, exact.step, rtol=0.5, atol=float(exact.step.abs().max()))
+    assert not torch.allclose(fisher.total, exact.total)
+
+
+def test_scaled_learning_rate_is_that_run_where_the_path_does_not_matter() -> None:
+    """A single step: the recorded path is the scaled run's own."""
+    one = [RUNS["adamw"].schedule[0]]
+    run = ToyTrajectory(Toy(RUNS["adamw"].optimizer, one))
+    slow = ToyTrajectory(Toy(RUNS["adamw"].optimizer, one, lr_factor=lambda t: 0.1))
+    queries = run.query_gradients()
+    scaled = error_proxy(scaled_learning_rate(run, 0.1), queries, [(1, 0)], curvature="hessian")
+    torch.testing.assert_close(scaled.total, error_proxy(slow, queries, [(1, 0)], curvature="hessian").total)
+
+
+def test_bad_requests_are_refused() -> None:
+    run = ToyTrajectory(RUNS["adamw"])
+    with pytest.raises(ConfigurationError, match="did not consume sample 11"):
+        error_proxy(run, run.query_gradients(), [(11, 0)])
+
+    class Logged:
+        def __getattr__(self, name: str) -> object:
+            if name == "third_derivative":
+                raise AttributeError(name)
+            return getattr(run, name)
+
+    with pytest.raises(CurvatureUnavailable, match="third derivative"):
+        error_proxy(Logged(), run.query_gradients(), PAIRS, curvature="hessian")
