@@ -1,0 +1,15 @@
+"""Linear layers: the weight's share is a sum of outer products, lossless in its factors."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from lightning_influence.capture.rules import rule, tokens
+from lightning_influence.compression import Dense, Form, Outer
+
+
+@rule(nn.Linear)
+def linear(module: nn.Module, inputs: Tensor, output_gradient: Tensor) -> dict[str, Form]:
+    """``y = x W^T + b``: ``dW = sum_t delta_t x_t^T``, ``db = sum_t delta_t``."""
+    delta = tokens(output_gradient)
+    return {"weight": Outer(delta, tokens(inputs)), "bias": Dense(delta.sum(1))}
