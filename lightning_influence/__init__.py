@@ -1,1 +1,10 @@
 """Which training samples helped or hurt a model, for runs of PyTorch Lightning."""
+
+from lightning_influence.attribution import attribute
+from lightning_influence.callback import InfluenceCallback
+from lightning_influence.errors import InfluenceError
+from lightning_influence.report import InfluenceReport
+
+__version__ = "0.1.0"
+
+__all__ = ["InfluenceCallback", "InfluenceError", "InfluenceReport", "attribute"]

@@ -225,8 +225,12 @@ class Recorder:
 
 
 def _total_norm(gradients: Iterable[Tensor | None]) -> Tensor:
-    norms = [torch.linalg.vector_norm(g.detach(), dtype=torch.float32) for g in gradients if g is not None]
+    norms = [torch.linalg.vector_norm(g.detach(), dtype=_wide(g.dtype)) for g in gradients if g is not None]
     return torch.linalg.vector_norm(torch.stack(norms)) if norms else torch.zeros(())
+
+
+def _wide(dtype: torch.dtype) -> torch.dtype:
+    return torch.promote_types(dtype, torch.float32)
 
 
 def _check_sum(name: str, share: Shares, gradient: Tensor | None) -> None:

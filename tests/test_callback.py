@@ -166,7 +166,7 @@ class Poisoned(Classifier):
 
 
 class OwnClipping(Classifier):
-    def configure_gradient_clipping(self, optimizer: Any, *_: Any) -> None:
+    def configure_gradient_clipping(self, optimizer: Any, *_: Any, **__: Any) -> None:
         self.clip_gradients(optimizer, 0.01, "norm")
 
 

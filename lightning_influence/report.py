@@ -1,0 +1,173 @@
+"""The answer as an object: scores per sample and per (sample, step), tables, files."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from lightning_influence.errors import ConfigurationError, InfluenceError
+
+_FORMAT = "lightning-influence-report/1"
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Scores of every (sample, step), in order of step.
+
+    Attributes:
+        sample_ids, steps: ``(n_rows,)`` int64.
+        scores: ``(n_rows, n_queries)``.
+        tangent: ``(n_rows, n_queries)``, the score to first order in the change of the gradient.
+    """
+
+    sample_ids: Tensor
+    steps: Tensor
+    scores: Tensor
+    tangent: Tensor
+
+    def __len__(self) -> int:
+        return len(self.sample_ids)
+
+    def per_sample(self, values: Tensor) -> tuple[Tensor, Tensor]:
+        """Ascending sample ids and the sums ``(n_samples, n_queries)`` of a row quantity over their steps."""
+        ids, where = torch.unique(self.sample_ids, return_inverse=True)
+        total = torch.zeros(len(ids), values.shape[1], dtype=torch.float64)
+        return ids, total.index_add_(0, where, values.double()).to(values.dtype)
+
+
+class InfluenceReport:
+    """Which training samples helped or hurt each query.
+
+    Args:
+        rows: scores of every (sample, step).
+        query_ids: one label per query; their numbers by default.
+        metadata: how the scores were made: coverage, curvature, response, counterfactual, optimizer.
+
+    Attributes:
+        scores: ``(n_samples, n_queries)``, the predicted query loss without the sample minus with it:
+            positive where the sample helps, negative where it harms.
+        sample_ids: ``(n_samples,)`` int64, indices into the training dataset, ascending.
+    """
+
+    def __init__(
+        self, rows: Rows, *, query_ids: Sequence[int | str] | None = None, metadata: Mapping[str, Any] | None = None
+    ) -> None:
+        _validate(rows)
+        n_queries = rows.scores.shape[1]
+        self.rows = rows
+        self.sample_ids, self.scores = rows.per_sample(rows.scores)
+        self.query_ids: list[int | str] = list(range(n_queries)) if query_ids is None else list(query_ids)
+        if len(self.query_ids) != n_queries:
+            raise ConfigurationError(f"{len(self.query_ids)} query ids for {n_queries} columns of scores; give one each.")
+        self.metadata = dict(metadata or {})
+
+    @classmethod
+    def from_rows(
+        cls,
+        sample_ids: Tensor,
+        steps: Tensor,
+        scores: Tensor,
+        *,
+        tangent: Tensor | None = None,
+        query_ids: Sequence[int | str] | None = None,
+        metadata: Mapping[str, Any] | None = None,
+    ) -> InfluenceReport:
+        """A report from the rows of a sweep; see `Rows` for the shapes."""
+        rows = Rows(sample_ids, steps, scores, scores if tangent is None else tangent)
+        return cls(rows, query_ids=query_ids, metadata=metadata)
+
+    @property
+    def nonlinearity(self) -> Tensor:
+        """Finite minus tangent score, ``(n_samples, n_queries)``: how nonlinearly the optimizer answers the
+        removal of each sample (method.md section 9)."""
+        return self.rows.per_sample(self.rows.scores - self.rows.tangent)[1]
+
+    def to_pandas(self) -> pd.DataFrame:
+        """One row per sample: ``sample_id`` and one score column per query (``score`` where there is one)."""
+        names = ["score"] if len(self.query_ids) == 1 else [str(q) for q in self.query_ids]
+        table = pd.DataFrame(self.scores.numpy(), columns=names)
+        table.insert(0, "sample_id", self.sample_ids.numpy())
+        return table
+
+    def to_csv(self, path: str | Path) -> None:
+        """Write `to_pandas` as CSV."""
+        self.to_pandas().to_csv(path, index=False)
+
+    def to_parquet(self, path: str | Path) -> None:
+        """Write `to_pandas` as Parquet."""
+        self.to_pandas().to_parquet(path, index=False)
+
+    def top(self, k: int = 10, query: int | str | None = None) -> pd.DataFrame:
+        """The ``k`` most helpful samples for a query, or for all of them on average."""
+        return self._ranked(query).head(k).reset_index(drop=True)
+
+    def bottom(self, k: int = 10, query: int | str | None = None) -> pd.DataFrame:
+        """The ``k`` most harmful samples, the most harmful first."""
+        return self._ranked(query).iloc[::-1].head(k).reset_index(drop=True)
+
+    def _ranked(self, query: int | str | None) -> pd.DataFrame:
+        if query is None:
+            scores = self.scores.mean(1)
+        elif query in self.query_ids:
+            scores = self.scores[:, self.query_ids.index(query)]
+        else:
+            shown = ", ".join(map(repr, self.query_ids[:10]))
+            raise ConfigurationError(f"query={query!r} is not in this report; its queries are {shown}.")
+        table = pd.DataFrame({"sample_id": self.sample_ids.numpy(), "score": scores.numpy()})
+        return table.sort_values("score", ascending=False, kind="stable")
+
+    def save(self, path: str | Path) -> None:
+        """Write the report to one safetensors file, which `load` reads."""
+        names = ("sample_ids", "steps", "scores", "tangent")
+        tensors = {name: getattr(self.rows, name).clone(memory_format=torch.contiguous_format) for name in names}
+        body = {"metadata": self.metadata, "query_ids": self.query_ids}
+        save_file(tensors, path, {"format": _FORMAT, "report": json.dumps(body)})
+
+    @classmethod
+    def load(cls, path: str | Path) -> InfluenceReport:
+        """Read a report that `save` wrote.
+
+        Raises:
+            InfluenceError: no such file, or not a report.
+        """
+        try:
+            with safe_open(path, framework="pt") as file:
+                metadata = file.metadata() or {}
+                if metadata.get("format") != _FORMAT:
+                    raise InfluenceError(f"{path} is not a report of this version ({metadata.get('format')}).")
+                body = json.loads(metadata["report"])
+                rows = Rows(*(file.get_tensor(name) for name in ("sample_ids", "steps", "scores", "tangent")))
+        except (OSError, SafetensorError) as error:
+            raise InfluenceError(f"{path} cannot be read as a report: {error}. Give a file that report.save wrote.") from error
+        return cls(rows, query_ids=body["query_ids"], metadata=body["metadata"])
+
+    def __repr__(self) -> str:
+        coverage = self.metadata.get("coverage", {}).get("fraction")
+        seen = "" if coverage is None else f", {coverage:.1%} of the trained coordinates"
+        how = ", ".join(str(self.metadata[k]) for k in ("response", "curvature") if k in self.metadata)
+        return (
+            f"InfluenceReport({len(self.sample_ids)} samples x {len(self.query_ids)} queries, "
+            f"{len(self.rows)} rows{seen}; {how or 'no metadata'})"
+        )
+
+
+def _validate(rows: Rows) -> None:
+    n = len(rows.sample_ids)
+    shapes = {name: tuple(getattr(rows, name).shape) for name in ("sample_ids", "steps", "scores", "tangent")}
+    if rows.scores.dim() != 2 or shapes["steps"] != (n,) or shapes["scores"][0] != n or shapes["tangent"] != shapes["scores"]:
+        raise ConfigurationError(f"rows of shapes {shapes}; expected (n,), (n,), (n, q) and (n, q).")
+    if not torch.isfinite(rows.scores).all():
+        row = int((~torch.isfinite(rows.scores)).any(1).nonzero()[0])
+        raise InfluenceError(
+            f"the score of sample {int(rows.sample_ids[row])} at step {int(rows.steps[row])} is not finite; the query "
+            "loss or the model's parameters are not finite, or they overflowed on the way."
+        )
