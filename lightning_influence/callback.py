@@ -10,7 +10,6 @@ from typing import Any, Literal
 
 import lightning as L
 import torch
-from torch import Tensor
 
 from lightning_influence.capture import GradientCapture
 from lightning_influence.errors import ConfigurationError
@@ -102,7 +101,7 @@ class InfluenceCallback(L.Callback):
         strategy = trainer.strategy
         process = type(strategy).process_dataloader
         # the loader's iterator is made before on_train_start, so the listener has to be in place before it
-        strategy.process_dataloader = lambda loader: self.sample_ids.listen(process(strategy, loader))  # type: ignore[method-assign]
+        strategy.process_dataloader = lambda loader: self.sample_ids.listen(process(strategy, loader))  # type: ignore[method-assign, assignment]
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         optimizer = _only_optimizer(trainer)
@@ -110,9 +109,7 @@ class InfluenceCallback(L.Callback):
         capture = GradientCapture(pl_module, exclude=self.exclude, frozen_batch_norm=self.frozen_batch_norm)
         self.sample_ids.start(trainer.train_dataloader)
         resumed = self._resume_at is not None
-        writer = StoreWriter(
-            self.dirpath, rank=trainer.global_rank, existing="resume" if resumed else self.existing
-        )
+        writer = StoreWriter(self.dirpath, rank=trainer.global_rank, existing="resume" if resumed else self.existing)
         if self._resume_at is not None:
             writer.truncate(self._resume_at)
         if trainer.is_global_zero:
@@ -169,8 +166,8 @@ class InfluenceCallback(L.Callback):
         assert self._recorder is not None
         clip = Clip()
         if trainer.gradient_clip_val:
-            rule = "value" if trainer.gradient_clip_algorithm == "value" else "norm"
-            clip = Clip(rule, float(trainer.gradient_clip_val))
+            by_value = trainer.gradient_clip_algorithm == "value"
+            clip = Clip("value" if by_value else "norm", float(trainer.gradient_clip_val))
         self._recorder.before_step(clip, may_skip=_loss_scaler(trainer) is not None)
 
     # -- what the log says of itself --------------------------------------------------------------------

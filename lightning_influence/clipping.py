@@ -18,7 +18,8 @@ _NORM_EPS = 1e-6  # of torch.nn.utils.clip_grad_norm_
 
 def norm_coefficient(clip: Clip, norm: Tensor | float) -> Tensor:
     """Factor by which a gradient of the given norm is scaled, elementwise in ``norm``; 1 unless the
-    rule is ``"norm"``."""
+    rule is ``"norm"``.
+    """
     norm = torch.as_tensor(norm, dtype=torch.float64)
     if clip.rule != "norm":
         return torch.ones_like(norm)

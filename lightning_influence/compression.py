@@ -327,7 +327,8 @@ def _beyond(
 
 def _mask(shape: tuple[int, ...], size: int, share: Shares, seed: int) -> Keep:
     """A fixed random set of coordinates; for products of factors random rows times random columns, so that
-    capturing costs one small matrix product."""
+    capturing costs one small matrix product.
+    """
     generator = torch.Generator().manual_seed(seed)
     total = math.prod(shape)
     if _is_product(share):

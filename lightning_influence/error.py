@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal, Protocol, TypeAlias
+from typing import Literal, Protocol, TypeAlias, cast
 
 import torch
 from torch import Tensor
@@ -19,7 +19,7 @@ from tqdm.auto import tqdm
 from lightning_influence.clipping import apply_clip, norm_coefficient
 from lightning_influence.curvature import fisher_product
 from lightning_influence.errors import ConfigurationError, CurvatureUnavailable
-from lightning_influence.optimizers import UPDATES, Adjoint, decay, effective_gradient
+from lightning_influence.optimizers import UPDATES, decay, effective_gradient
 from lightning_influence.removal import removal
 from lightning_influence.sweep import Method, Passed, sum_inner, walk_back
 from lightning_influence.trajectory import Hyper, Shares, StepRecord, Trajectory, Vectors
@@ -100,7 +100,7 @@ def error_proxy(
 
 def scaled_learning_rate(trajectory: Trajectory, factor: float) -> Trajectory:
     """The same recorded run seen with every learning rate multiplied: what the proxy predicts there."""
-    return _Scaled(trajectory, factor)
+    return cast(Trajectory, _Scaled(trajectory, factor))
 
 
 class _Scaled:
@@ -115,7 +115,7 @@ class _Scaled:
 
     def record(self, index: int) -> StepRecord:
         record = self._trajectory.record(index)
-        hyper = {k: {**h, "lr": h["lr"] * self._factor} for k, h in record.hyper.items()}
+        hyper: dict[str, Hyper] = {k: {**h, "lr": h["lr"] * self._factor} for k, h in record.hyper.items()}
         return replace(record, hyper=hyper)
 
 
@@ -138,7 +138,9 @@ class _Variation:
         ids = self.record.sample_ids.tolist()
         missing = [z for z in samples if z not in ids]
         if missing:
-            raise ConfigurationError(f"step {step} did not consume sample {missing[0]}; choose pairs from the report's rows.")
+            raise ConfigurationError(
+                f"step {step} did not consume sample {missing[0]}; choose pairs from the report's rows."
+            )
         self.positions = [ids.index(z) for z in samples]
 
     def run(self, passed: Mapping[int, Passed], query_curvature: QueryCurvature | None) -> ErrorProxy:
@@ -255,11 +257,13 @@ def _clip_variations(record: StepRecord, bent: Vectors) -> tuple[Vectors, Vector
         return bent, {k: torch.zeros_like(b) for k, b in bent.items()}
     names = list(record.gradients)
     raw = {k: record.gradients[k].double() for k in names}
+    size = (len(next(iter(bent.values()))), 1)
     unseen = record.clip.raw_norm**2 - sum(float(g.square().sum()) for g in raw.values())
 
     def along(eps: Tensor) -> tuple[Tensor, ...]:
         moved = {k: raw[k] + eps * bent[k] for k in names}
-        norm = torch.sqrt(sum(g.square().sum(-1, keepdim=True) for g in moved.values()) + unseen)
+        seen = torch.stack([g.square().sum(-1, keepdim=True).expand(size) for g in moved.values()]).sum(0)
+        norm = torch.sqrt(seen + unseen)
         return tuple(apply_clip(record.clip, moved[k], norm_coefficient(record.clip, norm)) for k in names)
 
     first, second = _two_derivatives(along)
@@ -273,7 +277,7 @@ def _two_derivatives(curve: Callable[[Tensor], tuple[Tensor, ...]]) -> tuple[tup
     def slope(eps: Tensor) -> tuple[Tensor, ...]:
         return torch.func.jvp(curve, (eps,), (one,))[1]  # type: ignore[no-any-return]
 
-    first, second = torch.func.jvp(slope, (zero,), (one,))
+    first, second = torch.func.jvp(slope, (zero,), (one,))  # type: ignore[misc]
     return first, second
 
 

@@ -8,7 +8,7 @@
 from __future__ import annotations
 
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_influence.compression import Keep, Stack, pack, pack_keep, unpack, unpack_keep
+from lightning_influence.compression import Form, Keep, Stack, pack, pack_keep, unpack, unpack_keep
 from lightning_influence.errors import CurvatureUnavailable, LogError
 from lightning_influence.optimizers import coupling
 from lightning_influence.store import StoreReader
@@ -73,7 +73,8 @@ def _pack_hyper(hyper: Mapping[str, Hyper]) -> dict[str, Any]:
 
 def pack_layout(keeps: Mapping[str, Keep], optimizer: str) -> Packed:
     """The artifact that says which coordinates of which parameters a log holds."""
-    tensors, forms = {}, {}
+    tensors: dict[str, Tensor] = {}
+    forms: dict[str, Any] = {}
     for name, keep in keeps.items():
         parts, forms[name] = pack_keep(keep)
         tensors |= {f"{name}/{key}": value for key, value in parts.items()}
@@ -82,7 +83,7 @@ def pack_layout(keeps: Mapping[str, Keep], optimizer: str) -> Packed:
 
 def checksum(parameter: Tensor) -> int:
     """CRC32 of a parameter's bytes, by which a log knows the model it ended with."""
-    return zlib.crc32(parameter.detach().cpu().contiguous().view(torch.uint8).numpy())
+    return zlib.crc32(parameter.detach().cpu().contiguous().view(torch.uint8).numpy().data)
 
 
 class LoggedTrajectory:
@@ -104,11 +105,11 @@ class LoggedTrajectory:
             )
         layout = self.reader.artifact_meta(LAYOUT)
         self.optimizer: str = layout["optimizer"]
-        self.keeps = {
-            name: unpack_keep(form, lambda key, name=name: self.reader.artifact(LAYOUT, f"{name}/{key}"))
-            for name, form in layout["parameters"].items()
-        }
+        self.keeps = {name: unpack_keep(form, self._layout_tensor(name)) for name, form in layout["parameters"].items()}
         self.sizes = {name: (keep.size, keep.total) for name, keep in self.keeps.items()}
+
+    def _layout_tensor(self, name: str) -> Callable[[str], Tensor]:
+        return lambda key: self.reader.artifact(LAYOUT, f"{name}/{key}")
 
     def __len__(self) -> int:
         return len(self.reader)
@@ -135,7 +136,7 @@ class LoggedTrajectory:
         return self.reader.tensor(index, name)
 
     def _moments(self, index: int, name: str, stored: set[str]) -> tuple[Tensor, ...]:
-        keys = []
+        keys: list[str] = []
         while (key := f"moment/{len(keys)}/{name}") in stored:
             keys.append(key)
         return tuple(self._state(index, key) for key in keys)
@@ -182,7 +183,7 @@ class _LazyShares(Mapping[str, Shares]):
             self._read[name] = parts[0] if len(parts) == 1 else Stack(parts)
         return self._read[name]
 
-    def _unpack(self, name: str, rank: int, form: dict[str, Any]) -> Shares:
+    def _unpack(self, name: str, rank: int, form: dict[str, Any]) -> Form:
         return unpack(form, lambda key: self._reader.tensor(self._index, f"share/{name}/{key}", rank))
 
     def __iter__(self) -> Iterator[str]:

@@ -105,9 +105,7 @@ def effective_gradient(gradient: Tensor, parameter: Tensor | None, hyper: Hyper)
     return signed + coupling(hyper) * parameter
 
 
-def step(
-    update: Update, parameter: Tensor, moments: Moments, gradient: Tensor, hyper: Hyper
-) -> tuple[Tensor, Moments]:
+def step(update: Update, parameter: Tensor, moments: Moments, gradient: Tensor, hyper: Hyper) -> tuple[Tensor, Moments]:
     """One optimizer step (method.md section 2): new parameter and moments, shapes as given.
 
     Args:
@@ -133,10 +131,9 @@ class RecordedStep:
 
     def double(self) -> RecordedStep:
         """The same in float64, in which all elementwise algebra runs: at the first step the
-        derivative is a difference of nearly equal numbers (method.md section 2)."""
-        return RecordedStep(
-            self.update, tuple(m.double() for m in self.moments), self.gradient.double(), self.hyper
-        )
+        derivative is a difference of nearly equal numbers (method.md section 2).
+        """
+        return RecordedStep(self.update, tuple(m.double() for m in self.moments), self.gradient.double(), self.hyper)
 
 
 @dataclass(frozen=True)
@@ -155,7 +152,7 @@ def adjoint(recorded: RecordedStep, after: Adjoint) -> tuple[Adjoint, Tensor]:
         derivative of the queries with respect to the consumed gradient.
     """
     recorded, hyper = recorded.double(), recorded.hyper
-    outputs, pull = torch.func.vjp(
+    outputs, pull = torch.func.vjp(  # type: ignore[misc]
         lambda moments, gradient: recorded.update.apply(moments, gradient, hyper),
         recorded.moments,
         recorded.gradient,

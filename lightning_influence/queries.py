@@ -103,7 +103,9 @@ def _target_gradient(
             losses = _losses(model, batch, query_loss)
             here = torch.ones(n) if weights is None else weights[seen : seen + n]
             if len(here) != len(losses):
-                raise ConfigurationError(f"target has {0 if weights is None else len(weights)} weights, but queries holds more examples.")
+                raise ConfigurationError(
+                    f"target has {0 if weights is None else len(weights)} weights, but queries holds more examples."
+                )
             loss = (here.to(losses) * losses).sum()
         for name, gradient in _gradient(loss, parameters).items():
             total[name] += gradient

@@ -9,14 +9,14 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from lightning_influence.capture import GradientCapture
 from lightning_influence.clipping import norm_coefficient
-from lightning_influence.compression import Keep, Stack, plan
+from lightning_influence.compression import Form, Keep, Stack, plan
 from lightning_influence.errors import ConfigurationError, InfluenceError
 from lightning_influence.log import FINAL, LAYOUT, checksum, pack_layout, pack_step
 from lightning_influence.optimizers import UPDATES, coupling, read_hyper, read_moments, update_name
@@ -42,7 +42,7 @@ class Compression:
 class _MicroBatch:
     sample_ids: Tensor
     loss_weights: Tensor
-    shares: dict[str, Shares]
+    shares: Mapping[str, Form]
 
 
 class Recorder:
@@ -72,7 +72,7 @@ class Recorder:
         self.keeps: dict[str, Keep] | None = None
         self._micro_batches: list[_MicroBatch] = []
         self._started: tuple[Tensor, Tensor] | None = None
-        self._pending: tuple[StepRecord, dict[str, Shares]] | None = None
+        self._pending: tuple[StepRecord, dict[str, Form]] | None = None
         self._post_hook = optimizer.register_step_post_hook(lambda *_: self._stepped())
 
     def begin(self, sample_ids: Tensor, weights: Tensor, accumulated: int) -> None:
@@ -121,7 +121,7 @@ class Recorder:
                 "is not finite with Trainer(detect_anomaly=True)."
             )
         self._refuse_unrecorded()
-        shares = {
+        shares: dict[str, Form] = {
             name: Stack([m.shares[name] for m in micro_batches]) if len(micro_batches) > 1 else share
             for name, share in micro_batches[0].shares.items()
         }
@@ -156,7 +156,7 @@ class Recorder:
                 "to train after fit had started. Unfreeze them before fit, or name them in exclude=."
             )
 
-    def _plan(self, shares: Mapping[str, Shares]) -> dict[str, Shares]:
+    def _plan(self, shares: Mapping[str, Form]) -> dict[str, Form]:
         """Decide at the first step what is kept, and check that the shares are the gradient's."""
         parameters = self.capture.parameters
         if self.ranks == 1:

@@ -67,7 +67,9 @@ class InfluenceReport:
         self.sample_ids, self.scores = rows.per_sample(rows.scores)
         self.query_ids: list[int | str] = list(range(n_queries)) if query_ids is None else list(query_ids)
         if len(self.query_ids) != n_queries:
-            raise ConfigurationError(f"{len(self.query_ids)} query ids for {n_queries} columns of scores; give one each.")
+            raise ConfigurationError(
+                f"{len(self.query_ids)} query ids for {n_queries} columns of scores; give one each."
+            )
         self.metadata = dict(metadata or {})
 
     @classmethod
@@ -88,7 +90,8 @@ class InfluenceReport:
     @property
     def nonlinearity(self) -> Tensor:
         """Finite minus tangent score, ``(n_samples, n_queries)``: how nonlinearly the optimizer answers the
-        removal of each sample (method.md section 9)."""
+        removal of each sample (method.md section 9).
+        """
         return self.rows.per_sample(self.rows.scores - self.rows.tangent)[1]
 
     def to_pandas(self) -> pd.DataFrame:
@@ -147,7 +150,9 @@ class InfluenceReport:
                 body = json.loads(metadata["report"])
                 rows = Rows(*(file.get_tensor(name) for name in ("sample_ids", "steps", "scores", "tangent")))
         except (OSError, SafetensorError) as error:
-            raise InfluenceError(f"{path} cannot be read as a report: {error}. Give a file that report.save wrote.") from error
+            raise InfluenceError(
+                f"{path} cannot be read as a report: {error}. Give a file that report.save wrote."
+            ) from error
         return cls(rows, query_ids=body["query_ids"], metadata=body["metadata"])
 
     def __repr__(self) -> str:
@@ -163,7 +168,12 @@ class InfluenceReport:
 def _validate(rows: Rows) -> None:
     n = len(rows.sample_ids)
     shapes = {name: tuple(getattr(rows, name).shape) for name in ("sample_ids", "steps", "scores", "tangent")}
-    if rows.scores.dim() != 2 or shapes["steps"] != (n,) or shapes["scores"][0] != n or shapes["tangent"] != shapes["scores"]:
+    if (
+        rows.scores.dim() != 2
+        or shapes["steps"] != (n,)
+        or shapes["scores"][0] != n
+        or shapes["tangent"] != shapes["scores"]
+    ):
         raise ConfigurationError(f"rows of shapes {shapes}; expected (n,), (n,), (n, q) and (n, q).")
     if not torch.isfinite(rows.scores).all():
         row = int((~torch.isfinite(rows.scores)).any(1).nonzero()[0])

@@ -33,7 +33,8 @@ class RecordedBatchSampler(BatchSampler):
         self._drawn: deque[list[int]] = deque()
 
     def __iter__(self) -> Iterator[list[int]]:
-        self._drawn = drawn = deque()
+        drawn: deque[list[int]] = deque()
+        self._drawn = drawn
         for indices in self._wrapped:
             drawn.append([int(i) for i in indices])
             yield indices

@@ -58,7 +58,7 @@ def _parse(line: bytes) -> dict[str, Any] | None:
 
 
 def _bytes_of(tensor: Tensor) -> memoryview:
-    return memoryview(tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy())
+    return tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy().data
 
 
 def _step_name(step: int) -> str:
@@ -225,7 +225,7 @@ class StoreWriter:
             try:
                 if self._error is None:
                     self._write(entry, tensors, meta)
-            except BaseException as error:  # noqa: BLE001 (handed to the training thread)
+            except BaseException as error:
                 self._error = error
             finally:
                 with self._room:
@@ -297,7 +297,9 @@ class StoreReader:
             raise LogError(f"{self._root}: no such directory; give the dirpath of an InfluenceCallback.")
         path = self._root / _MANIFEST
         if not path.exists():
-            raise LogError(f"{self._root} is not a log (it has no {_MANIFEST}); give the dirpath of an InfluenceCallback.")
+            raise LogError(
+                f"{self._root} is not a log (it has no {_MANIFEST}); give the dirpath of an InfluenceCallback."
+            )
         try:
             body = json.loads(path.read_bytes())
             claimed = body.pop("crc32")
@@ -306,7 +308,9 @@ class StoreReader:
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise LogCorrupted(f"{path} is not what was written ({error}); restore it from a copy.") from error
         if body["version"] > VERSION:
-            raise LogError(f"{self._root} has format version {body['version']}; upgrade lightning_influence to read it.")
+            raise LogError(
+                f"{self._root} has format version {body['version']}; upgrade lightning_influence to read it."
+            )
         content: dict[str, Any] = body["content"]
         return content
 
@@ -349,7 +353,9 @@ class StoreReader:
 
     def _artifact(self, name: str, rank: int) -> dict[str, Any]:
         if name not in self._ranks[rank].artifacts:
-            raise LogError(f"{self._root} holds no artifact {name!r}; it holds {', '.join(self.artifacts(rank)) or 'none'}.")
+            raise LogError(
+                f"{self._root} holds no artifact {name!r}; it holds {', '.join(self.artifacts(rank)) or 'none'}."
+            )
         return self._ranks[rank].artifacts[name]
 
 

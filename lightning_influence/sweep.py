@@ -28,7 +28,7 @@ from lightning_influence.optimizers import (
     finite_response,
 )
 from lightning_influence.removal import consumed_change, consumed_gradients, removal
-from lightning_influence.trajectory import Shares, StepRecord, Trajectory, Vectors
+from lightning_influence.trajectory import Hyper, Shares, StepRecord, Trajectory, Vectors
 
 RESPONSES = ("finite", "tangent")
 
@@ -80,7 +80,7 @@ Adjoints = dict[str, Adjoint]
 def sweep(
     trajectory: Trajectory,
     queries: Vectors,
-    method: Method = Method(),  # noqa: B008 (immutable)
+    method: Method = Method(),
     *,
     scored: range | None = None,
     progress: bool = True,
@@ -184,15 +184,13 @@ class _Walk:
     def _recorded(self, record: StepRecord) -> dict[str, RecordedStep]:
         if self.method.optimizer == "sgd":  # theta' = theta - lr g, nothing else
             plain = {"weight_decay": 0.0, "decoupled": 1.0}
-            hyper = {k: {**h, **plain} for k, h in record.hyper.items()}
-            moments: dict[str, Moments] = {k: () for k in record.gradients}
+            hyper: dict[str, Hyper] = {k: {**h, **plain} for k, h in record.hyper.items()}
+            moments: dict[str, Moments] = dict.fromkeys(record.gradients, ())
         else:
             hyper, moments = dict(record.hyper), record.moments
         consumed, parameters = consumed_gradients(record), record.parameters or {}
         return {
-            k: RecordedStep(
-                self.update, moments[k], effective_gradient(g, parameters.get(k), hyper[k]), hyper[k]
-            )
+            k: RecordedStep(self.update, moments[k], effective_gradient(g, parameters.get(k), hyper[k]), hyper[k])
             for k, g in consumed.items()
         }
 

@@ -67,7 +67,7 @@ class StepRecord:
     micro_batches: Tensor
     gradients: Vectors
     moments: dict[str, tuple[Tensor, ...]]
-    hyper: dict[str, Hyper]
+    hyper: Mapping[str, Hyper]
     averaged: bool = True
     clip: Clip = field(default_factory=Clip)
     parameters: Vectors | None = None
@@ -118,7 +118,8 @@ class Trajectory(Protocol):
 
     def curvature_product(self, index: int, kind: str, vectors: Vectors) -> Vectors:
         """Exact Hessian (``"hessian"``) or Gauss-Newton (``"gauss_newton"``) of the step's batch loss
-        times ``vectors`` ``(q, d)``. Raises `errors.CurvatureUnavailable` where the trajectory cannot."""
+        times ``vectors`` ``(q, d)``. Raises `errors.CurvatureUnavailable` where the trajectory cannot.
+        """
 
 
 def as_rows(records: Sequence[StepRecord]) -> tuple[list[int], list[int]]:

@@ -40,7 +40,11 @@ class Classifier(L.LightningModule):
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             self.net = net or torch.nn.Sequential(
-                torch.nn.Linear(64, width), activation(), torch.nn.Linear(width, width), activation(), torch.nn.Linear(width, 10)
+                torch.nn.Linear(64, width),
+                activation(),
+                torch.nn.Linear(width, width),
+                activation(),
+                torch.nn.Linear(width, 10),
             )
         self.make_optimizer = optimizer
 
@@ -61,8 +65,13 @@ class Classifier(L.LightningModule):
 def fit(module: L.LightningModule, loader: Any, *callbacks: L.Callback, val: Any = None, **options: Any) -> L.Trainer:
     """A quiet deterministic fit on the CPU."""
     defaults: dict[str, Any] = {
-        "max_epochs": 1, "accelerator": "cpu", "devices": 1, "logger": False, "enable_checkpointing": False,
-        "enable_progress_bar": False, "enable_model_summary": False,
+        "max_epochs": 1,
+        "accelerator": "cpu",
+        "devices": 1,
+        "logger": False,
+        "enable_checkpointing": False,
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
     }
     trainer = L.Trainer(callbacks=list(callbacks), **(defaults | options))
     trainer.fit(module, loader, val)

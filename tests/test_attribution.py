@@ -35,7 +35,7 @@ def test_report_of_a_run(tmp_path: Path) -> None:
         torch.testing.assert_close(report.scores[z], rows.scores[rows.sample_ids == z].sum(0))
     assert report.metadata["coverage"]["fraction"] == 1.0
     assert report.metadata["optimizer"] == "AdamW" and report.metadata["curvature"] == "fisher"
-    assert list(report.to_pandas().columns)[0] == "sample_id"
+    assert report.to_pandas().columns[0] == "sample_id"
     report.save(tmp_path / "report.safetensors")
     assert torch.equal(InfluenceReport.load(tmp_path / "report.safetensors").scores, report.scores)
 

@@ -27,7 +27,9 @@ class Witness(L.Callback):
         self.consumed: list[dict[str, torch.Tensor]] = []
         self._open: list[Any] = []
 
-    def on_train_batch_start(self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int) -> None:
+    def on_train_batch_start(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
         if not self._open:
             self.parameters.append({k: p.detach().clone() for k, p in pl_module.named_parameters()})
             self._steps = trainer.global_step

@@ -41,7 +41,11 @@ def test_proxy_is_half_the_second_derivative(name: str, counterfactual: str) -> 
     toy, pairs = RUNS[name], pairs_of(name)
     run = ToyTrajectory(toy)
     proxy = error_proxy(
-        run, run.query_gradients(), pairs, curvature="hessian", counterfactual=counterfactual,
+        run,
+        run.query_gradients(),
+        pairs,
+        curvature="hessian",
+        counterfactual=counterfactual,
         query_curvature=run.query_curvature,
     )
     reference = torch.stack([second_difference(toy, z, t, counterfactual == "drop") for z, t in pairs])

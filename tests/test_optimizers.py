@@ -65,7 +65,9 @@ def _hyper(kind: str, step_count: int) -> dict[str, float]:
 
 @settings(max_examples=60, deadline=None)
 @given(
-    kind=st.sampled_from(["adamw", "adamw_maximize", "adam_l2", "adam_l2_maximize", "amsgrad", "momentum", "nesterov", "sgd"]),
+    kind=st.sampled_from(
+        ["adamw", "adamw_maximize", "adam_l2", "adam_l2_maximize", "amsgrad", "momentum", "nesterov", "sgd"]
+    ),
     count=st.integers(1, 50),
     seed=st.integers(0, 2**16),
 )
@@ -115,7 +117,7 @@ def test_float32_records_give_the_float64_adjoint(count: int) -> None:
 
 
 def test_silent_coordinates_stay_finite() -> None:
-    """v = 0, m = 0, g = 0: the square root has an infinite derivative there, the step has none in v."""
+    """V = 0, m = 0, g = 0: the square root has an infinite derivative there, the step has none in v."""
     zero = torch.zeros(3)
     recorded = RecordedStep(UPDATES["adam"], (zero, zero), zero, _hyper("adamw", 3))
     before, a = adjoint(recorded, Adjoint(torch.ones(1, 3), (torch.ones(1, 3), torch.ones(1, 3))))
@@ -177,6 +179,8 @@ def test_unknown_optimizers_are_refused_by_name() -> None:
     for optimizer in (torch.optim.RMSprop([parameter]), MyAdamW([parameter]), torch.optim.LBFGS([parameter])):
         with pytest.raises(UnsupportedOptimizer, match=type(optimizer).__name__):
             update_name(optimizer)
-    mixed = torch.optim.AdamW([{"params": [parameter], "amsgrad": True}, {"params": [torch.zeros(1, requires_grad=True)]}])
+    mixed = torch.optim.AdamW(
+        [{"params": [parameter], "amsgrad": True}, {"params": [torch.zeros(1, requires_grad=True)]}]
+    )
     with pytest.raises(UnsupportedOptimizer, match="amsgrad"):
         update_name(mixed)

@@ -21,7 +21,10 @@ def adamw(**options):  # type: ignore[no-untyped-def]
 
     def build(parameters: list[torch.Tensor]) -> torch.optim.Optimizer:
         half = len(parameters) // 2
-        groups = [{"params": parameters[:half]}, {"params": parameters[half:], "lr": options["lr"] / 3, "weight_decay": 0.0}]
+        groups = [
+            {"params": parameters[:half]},
+            {"params": parameters[half:], "lr": options["lr"] / 3, "weight_decay": 0.0},
+        ]
         return torch.optim.AdamW(groups, **options)
 
     return build

@@ -59,9 +59,7 @@ class Toy:
         self.net = torch.nn.Sequential(
             torch.nn.Linear(4, self.width), torch.nn.GELU(), torch.nn.Linear(self.width, 3)
         ).double()
-        self.start: Params = {
-            k: 0.5 * torch.randn(p.shape, **kwargs) for k, p in self.net.named_parameters()
-        }
+        self.start: Params = {k: 0.5 * torch.randn(p.shape, **kwargs) for k, p in self.net.named_parameters()}
 
     def sample_loss(self, params: Params, x: Tensor, y: Tensor) -> Tensor:
         logits = functional_call(self.net, params, (x[None],))
@@ -92,7 +90,11 @@ class Toy:
         return total
 
     def train(
-        self, removed: tuple[int, int] | None = None, eps: float = 0.0, drop: bool = True, until: int | None = None,
+        self,
+        removed: tuple[int, int] | None = None,
+        eps: float = 0.0,
+        drop: bool = True,
+        until: int | None = None,
         observe: Callable[[int, Params, torch.optim.Optimizer, float], None] = lambda *_: None,
     ) -> Params:
         """Run the schedule with a real torch optimizer; final parameters."""
@@ -157,8 +159,7 @@ class ToyTrajectory:
                     for k, p in params.items()
                 },
                 hyper={
-                    k: read_hyper(groups[id(p)], optimizer.state.get(p, {}), type(optimizer))
-                    for k, p in params.items()
+                    k: read_hyper(groups[id(p)], optimizer.state.get(p, {}), type(optimizer)) for k, p in params.items()
                 },
                 clip=Clip(toy.clip.rule, toy.clip.bound, norm),
                 parameters={k: p.detach().flatten().clone() for k, p in params.items()},
@@ -187,9 +188,7 @@ class ToyTrajectory:
     def _dense_hessian(self, index: int) -> Tensor:
         blocks = hessian(lambda params: self.toy.batch_loss(params, index))(self.thetas[index])
         sizes = {k: n for k, (n, _) in self.sizes.items()}
-        return torch.cat(
-            [torch.cat([blocks[i][j].reshape(sizes[i], sizes[j]) for j in sizes], 1) for i in sizes]
-        )
+        return torch.cat([torch.cat([blocks[i][j].reshape(sizes[i], sizes[j]) for j in sizes], 1) for i in sizes])
 
     def curvature_product(self, index: int, kind: str, vectors: Params) -> Params:
         assert kind == "hessian"
@@ -207,7 +206,7 @@ class ToyTrajectory:
                 return grad(lambda p: self.toy.batch_loss(p, index))(moved)
 
             zero, one = torch.zeros((), dtype=torch.float64), torch.ones((), dtype=torch.float64)
-            second = jvp(lambda e: jvp(gradient, (e,), (one,))[1], (zero,), (one,))[1]  # noqa: B023
+            second = jvp(lambda e: jvp(gradient, (e,), (one,))[1], (zero,), (one,))[1]
             out.append({k: second[k].flatten() for k in names})
         return {k: torch.stack([o[k] for o in out]) for k in names}
 

@@ -102,7 +102,8 @@ class GradientCapture:
 
     def _per_sample(self, values: Tensor, layer: nn.Module) -> Tensor:
         """Samples in the first dimension, in at least single precision; samples that were flattened together
-        with their tokens are parted again."""
+        with their tokens are parted again.
+        """
         n = self._n
         assert n is not None
         values = values if values.dtype == torch.float64 else values.float()
