@@ -46,7 +46,9 @@ class Digits(L.LightningModule):
 def data(n_train: int) -> tuple[TensorDataset, TensorDataset]:
     x, y = load_digits(return_X_y=True)
     x, y = torch.tensor(x / 16, dtype=torch.float32), torch.tensor(y)
-    return TensorDataset(x[:n_train], y[:n_train]), TensorDataset(x[n_train : n_train + 200], y[n_train : n_train + 200])
+    return TensorDataset(x[:n_train], y[:n_train]), TensorDataset(
+        x[n_train : n_train + 200], y[n_train : n_train + 200]
+    )
 
 
 def main(out: Path, n_train: int = 1500, epochs: int = 3, removals: int = 50) -> dict[str, float]:

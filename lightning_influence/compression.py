@@ -226,6 +226,19 @@ def add(first: Form, second: Form) -> Form:
     return Sum([*(first.parts if isinstance(first, Sum) else [first]), second])
 
 
+def merged(form: Form, n: int) -> Form:
+    """The form of ``n`` samples whose tokens were captured as items of their own, batch first."""
+    if isinstance(form, Dense):
+        return Dense(form.values.unflatten(0, (n, -1)).sum(1))
+    if isinstance(form, Outer):
+        left, right = (x.unflatten(0, (n, -1)).flatten(1, 2) for x in (form.left, form.right))
+        return Outer(left, right)
+    if isinstance(form, Rows):
+        rows, values = form.rows.unflatten(0, (n, -1)), form.values.unflatten(0, (n, -1))
+        return Rows(rows.flatten(1), values.flatten(1, 2), form.n_rows)
+    raise TypeError(f"{type(form).__name__} is not what a rule returns")
+
+
 # -- what is kept ------------------------------------------------------------------------------------
 
 

@@ -149,15 +149,17 @@ def leave_one_out(
 
 def moved_initialisation(run: Run, scale: float = 1e-3, seed: int = 0) -> Run:
     """The same run from an initialisation moved by ``scale`` times each parameter's root mean square: the
-    truth it gives is the ceiling of what any estimator can agree with (method.md section 9)."""
+    truth it gives is the ceiling of what any estimator can agree with (method.md section 9).
+    """
 
     def make_module() -> LightningModule:
         module = run.make_module()
         generator = torch.Generator().manual_seed(seed)
         with torch.no_grad():
             for p in module.parameters():
+                size = p.square().mean().sqrt()
                 noise = torch.randn(p.shape, generator=generator, dtype=torch.float64).to(p)
-                p += scale * p.square().mean().sqrt() * noise
+                p.add_(scale * size * noise)
         return module
 
     return replace(run, make_module=make_module)
@@ -244,9 +246,7 @@ class _Retraining:
             return
         factor = micro_batch.factor
         if self.run.averaged and counterfactual == "zero" and len(kept) < len(micro_batch.sample_ids):
-            factor = sum(
-                w for z, w in zip(micro_batch.sample_ids, micro_batch.weights, strict=True) if z not in gone
-            )
+            factor = sum(w for z, w in zip(micro_batch.sample_ids, micro_batch.weights, strict=True) if z not in gone)
         loss = loss_of(module.training_step(self._batch(micro_batch, kept), number))
         (loss * factor if factor != 1.0 else loss).backward()
 

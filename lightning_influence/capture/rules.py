@@ -1,7 +1,8 @@
 """From a layer's input and output gradient to the per-sample gradients of its parameters.
 
-A rule takes ``(module, inputs, output_gradient)``, both with the samples in the first dimension, and
-returns one form per parameter of the module, by its local name.
+A rule takes ``(layer, inputs, output_gradient)`` and returns one form per parameter of the layer, by local
+name. Its "samples" are the items of the first dimension; where several items belong to one sample (tokens
+flattened into the batch), the capture adds them up.
 """
 
 from __future__ import annotations
@@ -15,18 +16,32 @@ from lightning_influence.compression import Form
 
 Rule: TypeAlias = Callable[[nn.Module, Tensor, Tensor], dict[str, Form]]
 
-RULES: dict[type[nn.Module], Rule] = {}
-"""Rules by exact type of layer."""
+_BY_TYPE: dict[type[nn.Module], Rule] = {}
+_BY_NAME: dict[str, Rule] = {}
 
 
-def rule(*kinds: type[nn.Module]) -> Callable[[Rule], Rule]:
-    """Register a rule for types of layers."""
+def rule(*kinds: type[nn.Module] | str) -> Callable[[Rule], Rule]:
+    """Register a rule for exact types of layers, or for class names of libraries that need not be there."""
 
     def register(function: Rule) -> Rule:
-        RULES.update(dict.fromkeys(kinds, function))
+        for kind in kinds:
+            if isinstance(kind, str):
+                _BY_NAME[kind] = function
+            else:
+                _BY_TYPE[kind] = function
         return function
 
     return register
+
+
+def rule_for(layer: nn.Module) -> Rule | None:
+    """The rule of a layer, if there is one."""
+    kind = type(layer)
+    if kind in _BY_TYPE:
+        return _BY_TYPE[kind]
+    names = [suffix for suffix in _BY_NAME if kind.__name__.endswith(suffix)]
+    foreign = not kind.__module__.startswith("torch.")
+    return _BY_NAME[names[0]] if names and foreign else None
 
 
 def tokens(values: Tensor, keep: int = 1) -> Tensor:

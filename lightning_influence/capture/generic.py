@@ -1,0 +1,63 @@
+"""Any other module: its own forward, differentiated once per sample.
+
+Slower than a rule, since the module's forward runs again, but it asks nothing of the module except that
+it treats the samples of its first dimension independently and draws no random numbers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call, vjp, vmap
+from torch.utils import _pytree as pytree
+
+from lightning_influence.compression import Dense, Form
+from lightning_influence.errors import ConfigurationError
+
+
+def generic(
+    layer: nn.Module, names: Sequence[str], args: tuple[Any, ...], kwargs: dict[str, Any], position: int, delta: Tensor
+) -> dict[str, Form]:
+    """Per-sample gradients of some parameters of a module, through one of its outputs.
+
+    Args:
+        names: parameters, by their names in the module.
+        args, kwargs: of the module's forward; tensors as long as ``delta`` hold one item per sample.
+        position: of the output among the tensors that the forward returned.
+        delta: gradient ``(n, ...)`` of that output.
+
+    Raises:
+        ConfigurationError: the module cannot be run one sample at a time.
+    """
+    parameters = {name: layer.get_parameter(name).detach() for name in names}
+    leaves, structure = pytree.tree_flatten((args, kwargs))
+    batched = [isinstance(leaf, Tensor) and leaf.dim() > 0 and len(leaf) == len(delta) for leaf in leaves]
+
+    def one(items: list[Tensor], gradient: Tensor) -> dict[str, Tensor]:
+        queue = iter(items)
+        here = [next(queue)[None] if b else leaf for leaf, b in zip(leaves, batched, strict=True)]
+        own_args, own_kwargs = pytree.tree_unflatten(here, structure)
+
+        def output(values: dict[str, Tensor]) -> Tensor:
+            found = pytree.tree_leaves(functional_call(layer, values, own_args, own_kwargs))
+            tensor: Tensor = [t for t in found if isinstance(t, Tensor)][position]
+            return tensor
+
+        return vjp(output, parameters)[1](gradient[None])[0]
+
+    inputs = [leaf for leaf, b in zip(leaves, batched, strict=True) if b]
+    try:
+        if isinstance(layer, nn.RNNBase):  # its kernels cannot be vectorised over samples
+            rows = [one([x[i] for x in inputs], delta[i]) for i in range(len(delta))]
+            found = {name: torch.stack([row[name] for row in rows]) for name in names}
+        else:
+            found = vmap(one)(inputs, delta)
+    except RuntimeError as error:
+        raise ConfigurationError(
+            f"{type(layer).__name__} has no rule of its own and cannot be run one sample at a time: {error}. Switch off its "
+            "dropout, freeze its parameters, or name them in exclude=."
+        ) from error
+    return {name: Dense(rows.flatten(1)) for name, rows in found.items()}

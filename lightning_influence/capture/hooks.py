@@ -1,0 +1,231 @@
+"""The hooks that collect per-sample gradient shares while a module trains."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from fnmatch import fnmatchcase
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from lightning_influence.capture.generic import generic
+from lightning_influence.capture.rules import rule_for
+from lightning_influence.compression import Form, Rows, add, merged
+from lightning_influence.errors import ConfigurationError, UncoveredParameter
+
+_BATCH_NORMS = (nn.modules.batchnorm._BatchNorm,)
+_WHOLE = (nn.MultiheadAttention, nn.RNNBase)
+"""Modules that use the parameters of their children, or many of their own, without calling a layer."""
+
+
+class GradientCapture:
+    """Collects the per-sample gradient shares of a module's trainable parameters.
+
+    Args:
+        exclude: patterns (`fnmatch`) of parameter names to leave out.
+        frozen_batch_norm: normalise with running statistics during training; refused otherwise.
+
+    Attributes:
+        parameters: the recorded ones, by their names in the module; tied ones once.
+        excluded_ids: ``id`` of the trainable parameters that were left out.
+        table: parameter, module, rule and shape of every use.
+
+    Raises:
+        UncoveredParameter: a trainable parameter whose module cannot be hooked.
+        ConfigurationError: a layer that couples the samples of a batch, or a compiled one.
+    """
+
+    def __init__(self, module: nn.Module, *, exclude: Sequence[str] = (), frozen_batch_norm: bool = False) -> None:
+        trained = {name: p for name, p in module.named_parameters() if p.requires_grad}
+        excluded = {name for name in trained if any(fnmatchcase(name, pattern) for pattern in exclude)}
+        self.parameters = {name: p for name, p in trained.items() if name not in excluded}
+        self.excluded_ids = {id(trained[name]) for name in excluded}
+        self._names = {id(p): name for name, p in self.parameters.items()}
+        self._layers = self._recorded_layers(module)
+        self.table = [row for path, layer in self._layers.items() for row in self._rows(path, layer)]
+        self._batch_norms = [m for m in module.modules() if isinstance(m, _BATCH_NORMS)]
+        self._refuse(module, frozen_batch_norm)
+        self._hooks: list[Any] = []
+        self._n: int | None = None
+        self._rerunning = False
+        self._forms: dict[str, Form] = {}
+
+    def _recorded_layers(self, module: nn.Module) -> dict[str, nn.Module]:
+        layers: dict[str, nn.Module] = {}
+        whole: list[str] = []
+        for path, layer in module.named_modules():
+            if any(path.startswith(f"{owner}.") for owner in whole):
+                continue
+            if isinstance(layer, _WHOLE):
+                whole.append(path)
+            if self._own(layer):
+                layers[path] = layer
+        return layers
+
+    def _own(self, layer: nn.Module) -> dict[str, str]:
+        """Recorded parameters that a layer uses itself: ``{local name: canonical name}``."""
+        recurse = isinstance(layer, _WHOLE)
+        return {
+            local: self._names[id(p)]
+            for local, p in layer.named_parameters(recurse=recurse, remove_duplicate=False)
+            if id(p) in self._names
+        }
+
+    def _rows(self, path: str, layer: nn.Module) -> list[dict[str, Any]]:
+        function = rule_for(layer)
+        return [
+            {
+                "parameter": name,
+                "module": f"{path} ({type(layer).__name__})",
+                "rule": "generic" if function is None else function.__name__,
+                "shape": list(self.parameters[name].shape),
+            }
+            for name in self._own(layer).values()
+        ]
+
+    def _refuse(self, module: nn.Module, frozen_batch_norm: bool) -> None:
+        for path, layer in module.named_modules():
+            kind = type(layer).__name__
+            if isinstance(layer, _BATCH_NORMS) and not frozen_batch_norm and layer.training:
+                raise ConfigurationError(
+                    f"{path} ({kind}) normalises with the statistics of the batch, so no sample has a gradient of its own. "
+                    "Use GroupNorm or LayerNorm, put the layer in eval mode, or say frozen_batch_norm=True to train "
+                    "with its running statistics."
+                )
+            if isinstance(layer, _BATCH_NORMS) and not layer.track_running_stats:
+                raise ConfigurationError(f"{path} ({kind}) has no running statistics to freeze; use GroupNorm.")
+            if getattr(layer, "batch_first", True) is False:
+                raise ConfigurationError(
+                    f"{path} ({kind}) takes the batch in its second dimension; build it with batch_first=True."
+                )
+            if hasattr(layer, "_orig_mod") or getattr(layer, "_compiled_call_impl", None) is not None:
+                raise ConfigurationError(
+                    f"{path or 'the module'} ({kind}) is compiled, and a compiled graph calls no hooks. Train it without "
+                    "torch.compile while its gradients are recorded."
+                )
+        if "" in self._layers:
+            names = ", ".join(self._own(module).values())
+            raise UncoveredParameter(
+                f"{names} belongs to {type(module).__name__} itself, whose forward the training step need not call. Move "
+                "it into a submodule with a forward of its own, freeze it, or name it in exclude=."
+            )
+        slow = sorted({row["module"] for row in self.table if row["rule"] == "generic"})
+        if slow:
+            warnings.warn(
+                f"no rule for {', '.join(slow)}: these modules run once more per step, one sample at a time (slower).",
+                stacklevel=3,
+            )
+
+    def attach(self) -> None:
+        """Hook the layers; does nothing where they are hooked."""
+        if self._hooks:
+            return
+        for layer in dict.fromkeys(self._layers.values()):
+            self._hooks.append(layer.register_forward_hook(self._after_forward, with_kwargs=True))
+        for layer in self._batch_norms:
+            self._hooks.append(layer.register_forward_pre_hook(_freeze))
+
+    def detach(self) -> None:
+        """Remove all hooks."""
+        while self._hooks:
+            self._hooks.pop().remove()
+        self._n, self._forms = None, {}
+
+    def begin(self, n_samples: int) -> None:
+        """A micro-batch of ``n_samples`` is about to go forward."""
+        self._n, self._forms = n_samples, {}
+
+    def take(self, scale: float = 1.0) -> dict[str, Form]:
+        """The shares of the micro-batch whose backward has run, times ``scale``; zero where none came."""
+        assert self._n is not None, "begin() comes first"
+        forms, n, self._forms, self._n = self._forms, self._n, {}, None
+        missing = {name: p for name, p in self.parameters.items() if name not in forms}
+        forms |= {name: _nothing(n, p) for name, p in missing.items()}
+        return {name: forms[name].scaled(scale) if scale != 1.0 else forms[name] for name in self.parameters}
+
+    def _after_forward(self, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+        if self._n is None or self._rerunning or not torch.is_grad_enabled():
+            return None
+        args, kwargs, output = pytree.tree_map(self._per_sample, (args, kwargs, output))
+        args, kwargs = pytree.tree_map(lambda x: x.detach() if isinstance(x, Tensor) else x, (args, kwargs))
+        tensors = [leaf for leaf in pytree.tree_leaves(output) if isinstance(leaf, Tensor)]
+        for position, tensor in enumerate(tensors):
+            if tensor.requires_grad:
+                _hooked(tensor).register_hook(partial(self._collect, layer, args, kwargs, position, tensor.shape))
+        return output
+
+    def _per_sample(self, leaf: Any) -> Any:
+        """What is the same for all samples (positions, say) seen once per sample, so that its gradient stays
+        per sample.
+        """
+        shared = isinstance(leaf, Tensor) and leaf.dim() > 1 and leaf.shape[0] == 1 and self._n != 1
+        return leaf.expand(self._n, *leaf.shape[1:]) if shared else leaf
+
+    def _collect(
+        self,
+        layer: nn.Module,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        position: int,
+        shape: torch.Size,
+        gradient: Tensor,
+    ) -> None:
+        function, own = rule_for(layer), self._own(layer)
+        delta = _widened(gradient.detach().reshape(shape))
+        if function is not None:
+            inputs = args[0] if args else next(iter(kwargs.values()))
+            shares = function(layer, _widened(inputs), delta)
+        else:
+            self._rerunning = True
+            try:
+                wide_args, wide_kwargs = pytree.tree_map(_widened, (args, kwargs))
+                shares = generic(layer, list(own), wide_args, wide_kwargs, position, delta)
+            finally:
+                self._rerunning = False
+        for local, name in own.items():
+            form = self._regrouped(shares[local], layer)
+            self._forms[name] = add(self._forms[name], form) if name in self._forms else form
+
+    def _regrouped(self, form: Form, layer: nn.Module) -> Form:
+        """One row per sample, where its tokens came as items of their own."""
+        n = self._n
+        assert n is not None
+        if form.n_samples == n:
+            return form
+        if form.n_samples % n:
+            raise ConfigurationError(
+                f"a {type(layer).__name__} saw {form.n_samples} items in a batch of {n} samples, so its first dimension is "
+                "not the samples'. Let the batch come first, or exclude its parameters."
+            )
+        return merged(form, n)
+
+
+def _freeze(layer: nn.Module, _: Any) -> None:
+    layer.eval()
+
+
+def _hooked(output: Tensor) -> Tensor:
+    """The tensor whose hook sees the output's gradient even where the output is a view that is modified in
+    place later on: autograd then rewrites the view's history, but not that of its base.
+    """
+    base = output._base
+    whole = base is not None and base.grad_fn is not None and base.numel() == output.numel()
+    return base if whole and base.is_contiguous() and output.is_contiguous() else output  # type: ignore[union-attr, return-value]
+
+
+def _widened(value: Any) -> Any:
+    """Half-precision tensors in single precision, in which shares are computed."""
+    half = isinstance(value, Tensor) and value.dtype in (torch.float16, torch.bfloat16)
+    return value.float() if half else value
+
+
+def _nothing(n: int, parameter: Tensor) -> Form:
+    return Rows(
+        torch.zeros(n, 0, dtype=torch.int64, device=parameter.device),
+        torch.zeros(n, 0, 1, dtype=parameter.dtype, device=parameter.device),
+        parameter.numel(),
+    )
