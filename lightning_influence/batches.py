@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -45,3 +46,39 @@ def example(batch: Any, index: int) -> Any:
 def to_dtype(batch: Any, dtype: torch.dtype) -> Any:
     """The batch with its floating-point tensors in another precision."""
     return apply_to_collection(batch, Tensor, lambda t: t.to(dtype) if t.is_floating_point() else t)
+
+
+def pack_batch(batch: Any) -> tuple[dict[str, Tensor], Any]:
+    """The tensors of a batch by number, and its structure as JSON.
+
+    Raises:
+        TypeError: the batch holds something that is neither a tensor, a plain value nor a dict, list or tuple.
+    """
+    tensors: dict[str, Tensor] = {}
+
+    def walk(node: Any) -> Any:
+        if isinstance(node, Tensor):
+            tensors[str(len(tensors))] = node.detach()
+            return {"tensor": str(len(tensors) - 1)}
+        if isinstance(node, Mapping) and all(isinstance(key, str) for key in node):
+            return {"dict": {key: walk(value) for key, value in node.items()}}
+        if type(node) in (list, tuple):
+            return {type(node).__name__: [walk(value) for value in node]}
+        if node is None or isinstance(node, (bool, int, float, str)):
+            return {"value": node}
+        raise TypeError(f"a batch that holds {type(node).__name__}")
+
+    return tensors, walk(batch)
+
+
+def unpack_batch(structure: Any, load: Callable[[str], Tensor]) -> Any:
+    """The inverse of `pack_batch`; any mapping comes back as a dict."""
+    ((kind, content),) = structure.items()
+    if kind == "tensor":
+        return load(content)
+    if kind == "dict":
+        return {key: unpack_batch(value, load) for key, value in content.items()}
+    if kind in ("list", "tuple"):
+        values = [unpack_batch(value, load) for value in content]
+        return values if kind == "list" else tuple(values)
+    return content

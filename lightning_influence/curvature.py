@@ -2,14 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
+from torch.func import grad, jvp, vjp, vmap
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.overrides import TorchFunctionMode
 
+from lightning_influence.errors import CurvatureUnavailable
 from lightning_influence.trajectory import Shares, StepRecord, Vectors
 
 CURVATURES = ("none", "fisher", "gauss_newton", "hessian")
+
+Loss: TypeAlias = Callable[[dict[str, Tensor]], Tensor]
+"""``loss(parameters) -> scalar``, by parameter name."""
 
 
 def fisher_product(record: StepRecord, shares: Mapping[str, Shares], products: Tensor) -> Vectors:
@@ -21,3 +30,121 @@ def fisher_product(record: StepRecord, shares: Mapping[str, Shares], products: T
     kappa = record.loss_weights.to(products)
     weights = torch.where(kappa > 0, products / torch.where(kappa > 0, kappa, 1.0), 0.0)
     return {name: share.combine(weights) for name, share in shares.items()}
+
+
+def hessian_product(loss: Loss, parameters: dict[str, Tensor], vectors: Vectors, *, at_once: int = 8) -> Vectors:
+    """Exact Hessian-vector products, forward over reverse: ``H v = d/d eps grad loss(theta + eps v)``.
+
+    Args:
+        parameters: where to differentiate.
+        vectors: ``(q, d)`` each, flat.
+        at_once: vectors that are carried through the network together.
+
+    Returns:
+        ``(q, d)`` each.
+    """
+
+    def product(direction: dict[str, Tensor]) -> dict[str, Tensor]:
+        return jvp(grad(loss), (parameters,), (direction,))[1]  # type: ignore[no-any-return]
+
+    return _for_each(product, parameters, vectors, at_once)
+
+
+def third_derivative(loss: Loss, parameters: dict[str, Tensor], vectors: Vectors, *, at_once: int = 8) -> Vectors:
+    """``D3L[v, v] = d2/d eps2 grad loss(theta + eps v)``, ``(q, d)`` each."""
+
+    def product(direction: dict[str, Tensor]) -> dict[str, Tensor]:
+        def slope(values: dict[str, Tensor]) -> dict[str, Tensor]:
+            return jvp(grad(loss), (values,), (direction,))[1]  # type: ignore[no-any-return]
+
+        return jvp(slope, (parameters,), (direction,))[1]  # type: ignore[no-any-return]
+
+    return _for_each(product, parameters, vectors, at_once)
+
+
+def gauss_newton_product(loss: Loss, parameters: dict[str, Tensor], vectors: Vectors, *, at_once: int = 8) -> Vectors:
+    """Exact Gauss-Newton products ``J^T H_out J v``, where the loss is a known functional loss of outputs.
+
+    Raises:
+        CurvatureUnavailable: the loss does not go through one of torch's functional losses.
+    """
+
+    def outputs(values: dict[str, Tensor]) -> Tensor:
+        with _Outputs() as seen:
+            loss(values)
+        return seen.outputs
+
+    def of_outputs(tap: Tensor) -> Tensor:
+        with _Outputs(tap):
+            return loss(parameters)
+
+    def product(direction: dict[str, Tensor]) -> dict[str, Tensor]:
+        logits, moved = jvp(outputs, (parameters,), (direction,))  # v -> J v
+        (bent,) = vjp(grad(of_outputs), logits)[1](moved)  # -> H_out J v; H_out is symmetric
+        return vjp(outputs, parameters)[1](bent)[0]  # -> J^T H_out J v
+
+    return _for_each(product, parameters, vectors, at_once)
+
+
+def _for_each(
+    product: Callable[[dict[str, Tensor]], dict[str, Tensor]],
+    parameters: dict[str, Tensor],
+    vectors: Vectors,
+    at_once: int,
+) -> Vectors:
+    directions = {name: v.reshape(len(v), *parameters[name].shape) for name, v in vectors.items()}
+    n = len(next(iter(directions.values())))
+    with _differentiable_attention():
+        if n == 1:
+            products = {name: p[None] for name, p in product({k: d[0] for k, d in directions.items()}).items()}
+        else:
+            products = vmap(product, randomness="same", chunk_size=at_once)(directions)
+    return {name: p.detach().reshape(n, -1) for name, p in products.items()}
+
+
+def _differentiable_attention() -> AbstractContextManager[Any]:
+    """Fused attention kernels have no forward derivative; the plain one has."""
+    return sdpa_kernel(SDPBackend.MATH)
+
+
+_LOSSES = {
+    torch.nn.functional.cross_entropy,
+    torch.nn.functional.nll_loss,
+    torch.nn.functional.mse_loss,
+    torch.nn.functional.l1_loss,
+    torch.nn.functional.huber_loss,
+    torch.nn.functional.smooth_l1_loss,
+    torch.nn.functional.binary_cross_entropy,
+    torch.nn.functional.binary_cross_entropy_with_logits,
+    torch.nn.functional.kl_div,
+    torch.nn.functional.gaussian_nll_loss,
+    torch.nn.functional.poisson_nll_loss,
+}
+
+
+class _Outputs(TorchFunctionMode):
+    """Finds what a loss function is first called with; puts ``tap`` in its place where given."""
+
+    def __init__(self, tap: Tensor | None = None) -> None:
+        super().__init__()
+        self._tap, self._seen, self._found = tap, False, None
+
+    @property
+    def outputs(self) -> Tensor:
+        if self._found is None:
+            raise CurvatureUnavailable(
+                "curvature='gauss_newton' needs to know where the model's output ends and the loss begins, and the training "
+                "step calls none of torch.nn.functional's losses; use curvature='hessian'."
+            )
+        return self._found
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func in _LOSSES and not self._seen:
+            self._seen = True
+            self._found = args[0] if args else kwargs["input"]
+            if self._tap is not None and args:
+                args = (self._tap, *args[1:])
+            elif self._tap is not None:
+                kwargs = kwargs | {"input": self._tap}
+        return func(*args, **kwargs)
