@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
 from lightning import LightningModule
 
 from lightning_influence.errors import LogError
-from lightning_influence.log import FINAL, LoggedTrajectory, checksum
+from lightning_influence.log import FINAL, LoggedSteps, LoggedTrajectory, checksum
 from lightning_influence.queries import QueryLoss, Target, query_gradients
+from lightning_influence.replay import ReplayTrajectory
+from lightning_influence.replay_log import LoggedPlan
 from lightning_influence.report import InfluenceReport
+from lightning_influence.store import StoreReader
 from lightning_influence.sweep import Method, sweep
 
 
@@ -57,66 +62,106 @@ def attribute(
         ConfigurationError: queries that the model cannot take, or an unknown choice.
         CurvatureUnavailable: the log does not hold what the curvature needs.
     """
-    trajectory = LoggedTrajectory(log)
-    _check_model(trajectory, model)
-    method = Method(
-        curvature="fisher" if curvature == "auto" else curvature,
-        response=response,
-        memory_window=memory_window,
-        counterfactual=counterfactual,
-        optimizer=optimizer_assumption,
-    )
-    gradients = query_gradients(
-        model,
-        queries,
-        list(trajectory.sizes),
-        trajectory.select,
-        target=target,
-        query_loss=query_loss,
-        progress=progress,
-    )
-    rows = sweep(trajectory, gradients, method, progress=progress)
+    with open_trajectory(log, model, curvature, data) as trajectory:
+        method = Method(
+            curvature=_resolved(curvature, trajectory),
+            response=response,
+            memory_window=memory_window,
+            counterfactual=counterfactual,
+            optimizer=optimizer_assumption,
+        )
+        names = list(trajectory.sizes)
+        gradients = query_gradients(
+            model, queries, names, trajectory.select, target=target, query_loss=query_loss, progress=progress
+        )
+        rows = sweep(trajectory, gradients, method, progress=progress)
+        metadata = _metadata(StoreReader(log).manifest, trajectory, method, target)
     return InfluenceReport.from_rows(
         rows.sample_ids,
         rows.steps,
         rows.scores,
         tangent=rows.tangent,
         query_ids=None if target is None else ["mean" if isinstance(target, str) else "target"],
-        metadata=_metadata(trajectory, method, target),
+        metadata=metadata,
     )
 
 
-def _check_model(trajectory: LoggedTrajectory, model: LightningModule) -> None:
+@contextmanager
+def open_trajectory(
+    log: str | Path, model: LightningModule, curvature: str = "auto", data: Any = None
+) -> Iterator[LoggedTrajectory | ReplayTrajectory]:
+    """The run of a log, read back or, where the curvature asks for it and the log allows it, replayed.
+
+    Args and errors as of `attribute`. While a replay is open the model's parameters move.
+    """
+    steps = LoggedSteps(log)
+    manifest = steps.reader.manifest
+    replayable = manifest["record"] != "gradients"
+    _check_model(steps, model)
+    if (
+        curvature in ("hessian", "gauss_newton")
+        or manifest["record"] == "replay"
+        or (curvature == "auto" and replayable)
+    ):
+        with ReplayTrajectory(
+            model,
+            LoggedPlan(steps, model, data),
+            exclude=manifest["excluded"],
+            frozen_batch_norm=manifest["frozen_batch_norm"],
+            autocast=_autocast(manifest["precision"], model),
+        ) as replayed:
+            yield replayed
+    else:
+        yield LoggedTrajectory(log)
+
+
+def _resolved(
+    curvature: Literal["auto", "none", "fisher", "gauss_newton", "hessian"],
+    trajectory: LoggedTrajectory | ReplayTrajectory,
+) -> Literal["none", "fisher", "gauss_newton", "hessian"]:
+    if curvature != "auto":
+        return curvature
+    return "hessian" if isinstance(trajectory, ReplayTrajectory) else "fisher"
+
+
+def _autocast(precision: str, model: LightningModule) -> Callable[[], AbstractContextManager[Any]]:
+    dtypes = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}
+    if precision not in dtypes:
+        return nullcontext
+    return lambda: torch.autocast(model.device.type, dtypes[precision])
+
+
+def _check_model(steps: LoggedSteps, model: LightningModule) -> None:
     """Refuse a log of another model; warn where the parameters are not those the run ended with."""
     parameters = dict(model.named_parameters())
-    for name, (_, total) in trajectory.sizes.items():
-        if name not in parameters or parameters[name].numel() != total:
-            found = "no such parameter" if name not in parameters else f"{parameters[name].numel()} values"
+    for name, shape in steps.reader.manifest["shapes"].items():
+        if name not in parameters or list(parameters[name].shape) != shape:
+            found = "no such parameter" if name not in parameters else f"shape {list(parameters[name].shape)}"
             raise LogError(
-                f"this is the log of another model: it records {name} with {total} values, and the {type(model).__name__} "
-                f"given has {found}. Give the module that was trained with this log."
+                f"this is the log of another model: it records {name} of shape {shape}, and the {type(model).__name__} given "
+                f"has {found}. Give the module that was trained with this log."
             )
-    reader = trajectory.reader
-    if FINAL not in reader.artifacts():
+    if FINAL not in steps.reader.artifacts():
         warnings.warn(
-            f"the logged run did not finish; scores hold for its {len(trajectory)} complete steps and the model given.",
-            stacklevel=3,
+            f"the logged run did not finish; scores hold for its {len(steps)} complete steps and the model given.",
+            stacklevel=5,
         )
         return
-    final = reader.artifact_meta(FINAL)["checksums"]
-    changed = [name for name in trajectory.sizes if checksum(parameters[name]) != final[name]]
+    final = steps.reader.artifact_meta(FINAL)["checksums"]
+    changed = [name for name, value in final.items() if checksum(parameters[name]) != value]
     if changed:
         warnings.warn(
-            f"{len(changed)} parameters ({changed[0]}, ...) differ from those at the end of the logged run; scores answer for "
-            "the run's last parameters. Give the module as it left fit, or load its last checkpoint.",
-            stacklevel=3,
+            f"{len(changed)} parameters ({changed[0]}, ...) differ from those at the end of the logged run, and scores are "
+            "about the run's last parameters. Give the module as it left fit, or load its last checkpoint.",
+            stacklevel=5,
         )
 
 
-def _metadata(trajectory: LoggedTrajectory, method: Method, target: Target) -> dict[str, Any]:
-    manifest = trajectory.reader.manifest
+def _metadata(
+    manifest: dict[str, Any], trajectory: LoggedTrajectory | ReplayTrajectory, method: Method, target: Target
+) -> dict[str, Any]:
     kept = sum(d for d, _ in trajectory.sizes.values())
-    return {
+    found = {
         "coverage": {
             "fraction": kept / max(manifest["coverage"]["trained"], 1),
             "kept": kept,
@@ -132,8 +177,7 @@ def _metadata(trajectory: LoggedTrajectory, method: Method, target: Target) -> d
         "optimizer_assumption": method.optimizer,
         "target": target if target is None or isinstance(target, str) else "weighted sum",
         "steps": len(trajectory),
-        "module": manifest["module"],
-        "compression": manifest["compression"],
-        "precision": manifest["precision"],
-        "versions": manifest["versions"],
     }
+    if isinstance(trajectory, ReplayTrajectory):
+        found["replay_drift"] = {str(step): drift for step, drift in trajectory.drift.items()}
+    return found | {key: manifest[key] for key in ("module", "record", "compression", "precision", "versions")}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import platform
 from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
@@ -15,6 +16,7 @@ from lightning_influence.capture import GradientCapture
 from lightning_influence.errors import ConfigurationError
 from lightning_influence.optimizers import update_name
 from lightning_influence.recorder import Compression, CompressionName, Recorder
+from lightning_influence.replay_log import ReplaySettings
 from lightning_influence.sample_ids import IdSource, SampleIds
 from lightning_influence.sample_weights import WeightSource, sample_weights
 from lightning_influence.store import StoreWriter
@@ -31,6 +33,12 @@ class InfluenceCallback(L.Callback):
 
     Args:
         dirpath: directory of the log, created at the start of ``fit``.
+        record: ``"gradients"`` writes per-sample gradients, moments and hyperparameters, from which scores
+            follow without model or data; ``"replay"`` snapshots and what is needed to run the training
+            again, for exact curvature and for any module; ``"both"``.
+        snapshot_every: steps between snapshots; None for about the square root of their number.
+        store_batches: whether the batches themselves go into the log for replay; None where they are
+            small or their loader has workers.
         compression: ``"full"`` keeps every coordinate of every per-sample gradient, ``"factored"`` the same
             without loss in fewer bytes where a layer allows it, ``"mask"`` a fixed random set of
             coordinates per parameter, ``"auto"`` the smallest lossless form within a budget and masks beyond.
@@ -55,6 +63,9 @@ class InfluenceCallback(L.Callback):
         self,
         dirpath: str | Path,
         *,
+        record: Literal["gradients", "replay", "both"] = "gradients",
+        snapshot_every: int | None = None,
+        store_batches: bool | None = None,
         compression: CompressionName = "auto",
         mask_size: int = 8192,
         exclude: Sequence[str] = (),
@@ -66,6 +77,11 @@ class InfluenceCallback(L.Callback):
         seed: int = 0,
     ) -> None:
         self.dirpath = Path(dirpath)
+        if record not in ("gradients", "replay", "both"):
+            raise ConfigurationError(f"record={record!r}; choose one of gradients, replay, both")
+        if snapshot_every is not None and snapshot_every < 1:
+            raise ConfigurationError(f"snapshot_every={snapshot_every}; it counts steps and is at least 1")
+        self.record, self.snapshot_every, self.store_batches = record, snapshot_every, store_batches
         self.compression = Compression(compression, mask_size, seed)
         self.exclude = tuple(exclude)
         self.sample_ids = SampleIds(sample_ids)
@@ -106,7 +122,9 @@ class InfluenceCallback(L.Callback):
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         optimizer = _only_optimizer(trainer)
         update_name(optimizer)
-        capture = GradientCapture(pl_module, exclude=self.exclude, frozen_batch_norm=self.frozen_batch_norm)
+        capture = None
+        if self.record != "replay":
+            capture = GradientCapture(pl_module, exclude=self.exclude, frozen_batch_norm=self.frozen_batch_norm)
         self.sample_ids.start(trainer.train_dataloader)
         resumed = self._resume_at is not None
         writer = StoreWriter(self.dirpath, rank=trainer.global_rank, existing="resume" if resumed else self.existing)
@@ -114,16 +132,24 @@ class InfluenceCallback(L.Callback):
             writer.truncate(self._resume_at)
         if trainer.is_global_zero:
             writer.write_manifest(self._manifest(trainer, pl_module, capture, optimizer))
-        capture.attach()
+        if capture is not None:
+            capture.attach()
         self._recorder = Recorder(
-            capture,
+            pl_module,
             optimizer,
             writer,
-            self.compression,
+            capture=capture,
+            compression=self.compression,
+            replay=None if self.record == "gradients" else self._replay_settings(trainer),
             averaged=self.reduction == "mean",
             rank=trainer.global_rank,
             ranks=trainer.world_size,
         )
+
+    def _replay_settings(self, trainer: L.Trainer) -> ReplaySettings:
+        steps = trainer.estimated_stepping_batches
+        every = self.snapshot_every or (max(1, math.isqrt(int(steps))) if math.isfinite(steps) else 100)
+        return ReplaySettings(every, self.store_batches)
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._close(trainer, finished=True)
@@ -153,7 +179,14 @@ class InfluenceCallback(L.Callback):
         assert self._recorder is not None
         ids = self.sample_ids.next(batch)
         weights = sample_weights(batch, len(ids), self.sample_weights)
-        self._recorder.begin(ids, weights, trainer.accumulate_grad_batches)
+        self._recorder.begin(
+            ids,
+            weights,
+            trainer.accumulate_grad_batches,
+            batch=batch,
+            batch_idx=batch_idx,
+            fetched=self.sample_ids.fetched,
+        )
 
     def on_after_backward(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         assert self._recorder is not None
@@ -176,15 +209,19 @@ class InfluenceCallback(L.Callback):
         self,
         trainer: L.Trainer,
         pl_module: L.LightningModule,
-        capture: GradientCapture,
+        capture: GradientCapture | None,
         optimizer: torch.optim.Optimizer,
     ) -> dict[str, Any]:
         trained = sum(p.numel() for group in optimizer.param_groups for p in group["params"] if p.requires_grad)
-        recorded = sum(p.numel() for p in capture.parameters.values())
+        recorded = trained if capture is None else sum(p.numel() for p in capture.parameters.values())
         return {
             "module": f"{type(pl_module).__module__}.{type(pl_module).__qualname__}",
             "optimizer": type(optimizer).__name__,
-            "parameters": capture.table,
+            "update": update_name(optimizer),
+            "record": self.record,
+            "frozen_batch_norm": self.frozen_batch_norm,
+            "parameters": [] if capture is None else capture.table,
+            "shapes": {k: list(p.shape) for k, p in pl_module.named_parameters() if p.requires_grad},
             "excluded": list(self.exclude),
             "coverage": {"trained": trained, "recorded": recorded},
             "compression": self.compression.kind,

@@ -318,8 +318,7 @@ def plan(
 
 def _smaller(share: Shares, shape: tuple[int, ...]) -> tuple[Literal["full", "factored"], float]:
     """The smaller lossless form and its bytes per sample."""
-    tensors = pack(share)[0].values()
-    captured = sum(t.numel() * t.element_size() for t in tensors) / max(share.n_samples, 1)
+    captured = nbytes(share) / max(share.n_samples, 1)
     dense = math.prod(shape) * 4
     return ("factored", captured) if captured < dense else ("full", dense)
 
@@ -396,6 +395,11 @@ def unpack(meta: Mapping[str, Any], load: Callable[[str], Tensor]) -> Form:
     extra = {"n_rows": int(meta["n_rows"])} if form == "rows" else {}
     result: Form = kind(*(load(field) for field in fields), **extra)
     return result
+
+
+def nbytes(shares: Shares) -> int:
+    """Memory that a form takes."""
+    return sum(t.numel() * t.element_size() for t in pack(shares)[0].values())
 
 
 def pack_keep(keep: Keep) -> tuple[dict[str, Tensor], dict[str, Any]]:

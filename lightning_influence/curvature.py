@@ -79,7 +79,7 @@ def gauss_newton_product(loss: Loss, parameters: dict[str, Tensor], vectors: Vec
             return loss(parameters)
 
     def product(direction: dict[str, Tensor]) -> dict[str, Tensor]:
-        logits, moved = jvp(outputs, (parameters,), (direction,))  # v -> J v
+        logits, moved = jvp(outputs, (parameters,), (direction,))  # type: ignore[misc]  # v -> J v
         (bent,) = vjp(grad(of_outputs), logits)[1](moved)  # -> H_out J v; H_out is symmetric
         return vjp(outputs, parameters)[1](bent)[0]  # -> J^T H_out J v
 

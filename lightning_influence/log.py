@@ -86,11 +86,8 @@ def checksum(parameter: Tensor) -> int:
     return zlib.crc32(parameter.detach().cpu().contiguous().view(torch.uint8).numpy().data)
 
 
-class LoggedTrajectory:
-    """A run read back from its log, a `Trajectory`. Needs neither model nor data.
-
-    Args:
-        log: directory written by `InfluenceCallback`.
+class LoggedSteps:
+    """The steps of a log: everything of them except per-sample gradients.
 
     Raises:
         LogError: not a log, or a log without a complete step.
@@ -98,18 +95,11 @@ class LoggedTrajectory:
 
     def __init__(self, log: str | Path) -> None:
         self.reader = StoreReader(log)
-        if len(self.reader) == 0 or LAYOUT not in self.reader.artifacts():
+        if len(self.reader) == 0:
             raise LogError(
                 f"the log {log} holds no complete step; let the run take at least one optimizer step with "
-                "InfluenceCallback(record='gradients') before attributing."
+                "InfluenceCallback before attributing."
             )
-        layout = self.reader.artifact_meta(LAYOUT)
-        self.optimizer: str = layout["optimizer"]
-        self.keeps = {name: unpack_keep(form, self._layout_tensor(name)) for name, form in layout["parameters"].items()}
-        self.sizes = {name: (keep.size, keep.total) for name, keep in self.keeps.items()}
-
-    def _layout_tensor(self, name: str) -> Callable[[str], Tensor]:
-        return lambda key: self.reader.artifact(LAYOUT, f"{name}/{key}")
 
     def __len__(self) -> int:
         return len(self.reader)
@@ -124,7 +114,7 @@ class LoggedTrajectory:
             sample_ids=ids,
             loss_weights=weights,
             micro_batches=micro_batches,
-            gradients={name: self._state(index, f"gradient/{name}") for name in hyper},
+            gradients={name: self._state(index, f"gradient/{name}") for name in hyper if f"gradient/{name}" in stored},
             moments={name: self._moments(index, name, stored) for name in hyper},
             hyper=hyper,
             averaged=meta["averaged"],
@@ -155,6 +145,32 @@ class LoggedTrajectory:
             parts.append((ids, weights, numbers))
         ids, weights, numbers = (torch.cat(column) for column in zip(*parts, strict=True))
         return ids, weights, numbers
+
+
+class LoggedTrajectory(LoggedSteps):
+    """A run read back from its log, a `Trajectory`. Needs neither model nor data.
+
+    Args:
+        log: directory written by `InfluenceCallback`.
+
+    Raises:
+        LogError: not a log, a log without a complete step, or one without per-sample gradients.
+    """
+
+    def __init__(self, log: str | Path) -> None:
+        super().__init__(log)
+        if LAYOUT not in self.reader.artifacts():
+            raise LogError(
+                f"the log {log} holds no per-sample gradients, because it was recorded with record='replay'; attribute it "
+                "with its model and data, or record with record='gradients' or 'both'."
+            )
+        layout = self.reader.artifact_meta(LAYOUT)
+        self.optimizer: str = layout["optimizer"]
+        self.keeps = {name: unpack_keep(form, self._layout_tensor(name)) for name, form in layout["parameters"].items()}
+        self.sizes = {name: (keep.size, keep.total) for name, keep in self.keeps.items()}
+
+    def _layout_tensor(self, name: str) -> Callable[[str], Tensor]:
+        return lambda key: self.reader.artifact(LAYOUT, f"{name}/{key}")
 
     def shares(self, index: int) -> Mapping[str, Shares]:
         return _LazyShares(self.reader, index)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -20,6 +20,7 @@ from lightning_influence.compression import Form, Keep, Stack, plan
 from lightning_influence.errors import ConfigurationError, InfluenceError
 from lightning_influence.log import FINAL, LAYOUT, checksum, pack_layout, pack_step
 from lightning_influence.optimizers import UPDATES, coupling, read_hyper, read_moments, update_name
+from lightning_influence.replay_log import Packed, ReplaySettings, pack_micro_batch, pack_snapshot, snapshot_name
 from lightning_influence.store import StoreWriter
 from lightning_influence.trajectory import Clip, Shares, StepRecord
 
@@ -42,6 +43,7 @@ class Compression:
 class _MicroBatch:
     sample_ids: Tensor
     loss_weights: Tensor
+    replay: Packed | None
     shares: Mapping[str, Form]
 
 
@@ -49,51 +51,74 @@ class Recorder:
     """Writes every optimizer step of a training loop to a log.
 
     Args:
-        capture: attached to the module; decides which parameters are recorded.
+        module: whose parameters train.
+        capture: attached to the module; None where per-sample gradients are not recorded.
+        replay: what is written so that the run can be replayed; None for nothing.
         averaged: whether the training loss is a mean over its samples.
         ranks: processes whose gradients are averaged; rank 0 writes what they share.
     """
 
     def __init__(
         self,
-        capture: GradientCapture,
+        module: torch.nn.Module,
         optimizer: torch.optim.Optimizer,
         writer: StoreWriter,
-        compression: Compression,
         *,
+        capture: GradientCapture | None,
+        compression: Compression,
+        replay: ReplaySettings | None,
         averaged: bool = True,
         rank: int = 0,
         ranks: int = 1,
     ) -> None:
-        self.capture, self.optimizer, self.writer = capture, optimizer, writer
-        self.compression, self.averaged, self.rank, self.ranks = compression, averaged, rank, ranks
+        self.module, self.optimizer, self.writer = module, optimizer, writer
+        self.capture, self.replay, self.compression = capture, replay, compression
+        self.averaged, self.rank, self.ranks = averaged, rank, ranks
         self.update_name = update_name(optimizer)
         self.groups = {id(p): group for group in optimizer.param_groups for p in group["params"]}
         self.keeps: dict[str, Keep] | None = None
         self._micro_batches: list[_MicroBatch] = []
-        self._started: tuple[Tensor, Tensor] | None = None
-        self._pending: tuple[StepRecord, dict[str, Form]] | None = None
+        self._names = {id(p): name for name, p in module.named_parameters()}
+        self._started: tuple[Tensor, Tensor, Packed | None] | None = None
+        self._pending: tuple[StepRecord, dict[str, Form], list[_MicroBatch]] | None = None
         self._post_hook = optimizer.register_step_post_hook(lambda *_: self._stepped())
 
-    def begin(self, sample_ids: Tensor, weights: Tensor, accumulated: int) -> None:
+    def begin(
+        self,
+        sample_ids: Tensor,
+        weights: Tensor,
+        accumulated: int,
+        *,
+        batch: Any = None,
+        batch_idx: int = 0,
+        fetched: Mapping[str, Tensor] | None = None,
+    ) -> None:
         """A micro-batch is about to be run.
 
         Args:
             sample_ids: ``(n,)`` int64.
             weights: ``(n,)``, relative weights of the samples in the loss (tokens, say).
             accumulated: micro-batches by whose number its loss is divided.
+            batch, batch_idx: as the training step gets them.
+            fetched: random state when its samples were fetched, where that is known.
         """
         weights = weights.detach().to("cpu", torch.float64)
         if self.averaged:
             weights = weights / weights.sum()
-        self._started = sample_ids, weights / (accumulated * self.ranks)
-        self.capture.begin(len(sample_ids))
+        replay = None
+        if self.replay is not None:
+            replay = pack_micro_batch(len(self._micro_batches), batch, batch_idx, fetched, self.replay)
+        self._started = sample_ids, weights / (accumulated * self.ranks), replay
+        if self.capture is not None:
+            self.capture.begin(len(sample_ids))
 
     def after_backward(self, loss_scale: float = 1.0) -> None:
         """Collect the micro-batch's shares; ``loss_scale`` is what the loss was multiplied with."""
         if self._started is None:
             return
-        shares = self.capture.take(1.0 / (loss_scale * self.ranks))
+        shares: dict[str, Form] = {}
+        if self.capture is not None:
+            shares = self.capture.take(1.0 / (loss_scale * self.ranks))
         if self.keeps is not None:
             shares = {name: self.keeps[name].compress(share) for name, share in shares.items()}
         self._micro_batches.append(_MicroBatch(*self._started, shares))
@@ -125,11 +150,13 @@ class Recorder:
             name: Stack([m.shares[name] for m in micro_batches]) if len(micro_batches) > 1 else share
             for name, share in micro_batches[0].shares.items()
         }
-        if self.keeps is None:
-            shares = self._plan(shares)
-        gradients = {k: p.grad for k, p in self.capture.parameters.items() if p.grad is not None}
-        record = self._record(micro_batches, gradients, Clip(clip.rule, clip.bound, float(norm)))
-        self._pending = record, {name: shares[name] for name in gradients}
+        if self.keeps is None and self.capture is not None:
+            shares = self._plan(shares, self.capture)
+        index = len(self.writer)
+        if self.replay is not None and self.rank == 0 and index % self.replay.snapshot_every == 0:
+            self._snapshot(index)
+        record = self._record(micro_batches, Clip(clip.rule, clip.bound, float(norm)))
+        self._pending = record, {name: shares[name] for name in record.gradients}, micro_batches
 
     def close(self, *, finished: bool) -> None:
         """Write what is pending and let go of optimizer and module.
@@ -138,16 +165,24 @@ class Recorder:
             finished: the run ended as intended; the log then notes by which parameters.
         """
         self._post_hook.remove()
-        self.capture.detach()
-        if finished and self.rank == 0 and self.keeps is not None:
-            checksums = {name: checksum(p) for name, p in self.capture.parameters.items()}
+        if self.capture is not None:
+            self.capture.detach()
+        if finished and self.rank == 0 and len(self.writer):
+            checksums = {name: checksum(p) for name, p in self.module.named_parameters() if p.requires_grad}
             self.writer.save(FINAL, {}, {"checksums": checksums})
+            if self.replay is not None:
+                self._snapshot(len(self.writer))
         self.writer.close()
+
+    def _snapshot(self, index: int) -> None:
+        self.writer.save(snapshot_name(index), *pack_snapshot(self.module, self.optimizer, self.update_name))
 
     def _parameters(self) -> Iterable[torch.nn.Parameter]:
         return (p for group in self.optimizer.param_groups for p in group["params"])
 
     def _refuse_unrecorded(self) -> None:
+        if self.capture is None:
+            return
         known = {id(p) for p in self.capture.parameters.values()} | self.capture.excluded_ids
         unknown = [p for p in self._parameters() if p.grad is not None and id(p) not in known]
         if unknown:
@@ -156,9 +191,9 @@ class Recorder:
                 "to train after fit had started. Unfreeze them before fit, or name them in exclude=."
             )
 
-    def _plan(self, shares: Mapping[str, Form]) -> dict[str, Form]:
+    def _plan(self, shares: Mapping[str, Form], capture: GradientCapture) -> dict[str, Form]:
         """Decide at the first step what is kept, and check that the shares are the gradient's."""
-        parameters = self.capture.parameters
+        parameters = capture.parameters
         if self.ranks == 1:
             for name, share in shares.items():
                 _check_sum(name, share, parameters[name].grad)
@@ -173,25 +208,26 @@ class Recorder:
             self.writer.save(LAYOUT, *pack_layout(self.keeps, self.update_name))
         return {name: self.keeps[name].compress(share) for name, share in shares.items()}
 
-    def _record(self, micro_batches: list[_MicroBatch], gradients: Mapping[str, Tensor], clip: Clip) -> StepRecord:
-        parameters = {name: self.capture.parameters[name] for name in gradients}
-        state = {name: self.optimizer.state.get(p, {}) for name, p in parameters.items()}
+    def _record(self, micro_batches: list[_MicroBatch], clip: Clip) -> StepRecord:
+        trained = {self._names[id(p)]: p for p in self._parameters() if p.grad is not None}
         kind, update = type(self.optimizer), UPDATES[self.update_name]
-        hyper = {name: read_hyper(self.groups[id(p)], state[name], kind) for name, p in parameters.items()}
+        state = {name: self.optimizer.state.get(p, {}) for name, p in trained.items()}
+        hyper = {name: read_hyper(self.groups[id(p)], state[name], kind) for name, p in trained.items()}
+        captured = {name: p for name, p in trained.items() if self.keeps is not None and name in self.keeps}
         return StepRecord(
             index=len(self.writer),
             sample_ids=torch.cat([m.sample_ids for m in micro_batches]),
             loss_weights=torch.cat([m.loss_weights for m in micro_batches]),
             micro_batches=torch.cat([torch.full_like(m.sample_ids, i) for i, m in enumerate(micro_batches)]),
-            gradients={name: self._kept(name, g) for name, g in gradients.items()},
+            gradients={name: self._kept(name, p.grad) for name, p in captured.items() if p.grad is not None},
             moments={
                 name: tuple(self._kept(name, m) for m in read_moments(state[name], update, p))
-                for name, p in parameters.items()
+                for name, p in captured.items()
             },
             hyper=hyper,
             averaged=self.averaged,
             clip=clip,
-            parameters={name: self._kept(name, p) for name, p in parameters.items() if coupling(hyper[name])},
+            parameters={name: self._kept(name, p) for name, p in captured.items() if coupling(hyper[name])},
         )
 
     def _kept(self, name: str, values: Tensor) -> Tensor:
@@ -202,9 +238,13 @@ class Recorder:
         """The optimizer took the step: its gradients are now the clipped ones."""
         if self._pending is None:
             return
-        (record, shares), self._pending = self._pending, None
+        (record, shares, micro_batches), self._pending = self._pending, None
         self._check_clip(record.clip, record.index)
-        self.writer.append(record.index, *pack_step(record, shares, state=self.rank == 0))
+        tensors, meta = pack_step(record, shares, state=self.rank == 0)
+        replays = [m.replay for m in micro_batches if m.replay is not None]
+        for parts, _ in replays:
+            tensors |= parts
+        self.writer.append(record.index, tensors, meta | {"micro_batches": [told for _, told in replays]})
 
     def _check_clip(self, clip: Clip, index: int) -> None:
         consumed = float(_total_norm(p.grad for p in self._parameters()))

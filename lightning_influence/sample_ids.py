@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.utils.data import BatchSampler, DataLoader
 
 from lightning_influence.errors import ConfigurationError
+from lightning_influence.random_state import read_random_state
 
 IdSource: TypeAlias = "str | Callable[[Any], Tensor | list[int]] | None"
 
@@ -30,13 +31,15 @@ class RecordedBatchSampler(BatchSampler):
 
     def __init__(self, wrapped: Any) -> None:  # no super().__init__: everything else is the wrapped sampler's
         self._wrapped = wrapped
-        self._drawn: deque[list[int]] = deque()
+        self._drawn: deque[tuple[list[int], dict[str, Tensor] | None]] = deque()
+        self.in_process = True
 
     def __iter__(self) -> Iterator[list[int]]:
-        drawn: deque[list[int]] = deque()
+        drawn: deque[tuple[list[int], dict[str, Tensor] | None]] = deque()
         self._drawn = drawn
         for indices in self._wrapped:
-            drawn.append([int(i) for i in indices])
+            # samples are fetched next: with this state where that happens in this process
+            drawn.append(([int(i) for i in indices], read_random_state() if self.in_process else None))
             yield indices
 
     def __len__(self) -> int:
@@ -47,8 +50,10 @@ class RecordedBatchSampler(BatchSampler):
             raise AttributeError(name)
         return getattr(self._wrapped, name)
 
-    def next_batch(self) -> list[int]:
-        """Indices of the oldest batch that was drawn and not yet asked for."""
+    def next_batch(self) -> tuple[list[int], dict[str, Tensor] | None]:
+        """Indices of the oldest batch that was drawn and not yet asked for, and the random state in which its
+        samples were fetched, unless that was in a worker.
+        """
         if not self._drawn:
             raise ConfigurationError(f"a batch arrived that the data loader's sampler never drew. {_REMEDY}")
         return self._drawn.popleft()
@@ -65,11 +70,14 @@ class SampleIds:
         self.source = source
         self._recorder: RecordedBatchSampler | None = None
         self._listening: list[DataLoader[Any]] = []
+        self.fetched: dict[str, Tensor] | None = None  # random state before the present batch was fetched
 
     def listen(self, loader: Any) -> Any:
         """Put a recorder in front of a map-style loader's batch sampler, before it is iterated."""
         if self.source is None and _is_map_style(loader):
-            _set_batch_sampler(loader, RecordedBatchSampler(loader.batch_sampler))
+            recorder = RecordedBatchSampler(loader.batch_sampler)
+            recorder.in_process = loader.num_workers == 0
+            _set_batch_sampler(loader, recorder)
             self._listening.append(loader)
         return loader
 
@@ -104,7 +112,8 @@ class SampleIds:
         """
         if self.source is None:
             assert self._recorder is not None, "start() comes first"
-            return torch.tensor(self._recorder.next_batch(), dtype=torch.int64)
+            drawn, self.fetched = self._recorder.next_batch()
+            return torch.tensor(drawn, dtype=torch.int64)
         if isinstance(self.source, str):
             if not isinstance(batch, Mapping) or self.source not in batch:
                 keys = sorted(map(str, batch)) if isinstance(batch, Mapping) else type(batch).__name__

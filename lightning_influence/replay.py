@@ -1,0 +1,348 @@
+"""A run that is run again: segment by segment from its snapshots, with exact curvature at every step.
+
+`ReplayTrajectory` is a `Trajectory` on all coordinates. It needs the module and a `Plan`: what the run
+consumed at each step, and its state at some of them. The plan comes from a log (`replay_log`) or, for
+look-ahead, from the batches to come.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from lightning import LightningModule
+from torch import Tensor, nn
+from torch.func import functional_call
+from tqdm.auto import tqdm
+
+from lightning_influence.capture import GradientCapture
+from lightning_influence.compression import Form, Stack, nbytes
+from lightning_influence.curvature import gauss_newton_product, hessian_product, third_derivative
+from lightning_influence.errors import ReplayDrift
+from lightning_influence.optimizers import UPDATES, Moments, coupling, step
+from lightning_influence.random_state import random_state
+from lightning_influence.removal import consumed_gradients
+from lightning_influence.training_step import loss_of, quiet
+from lightning_influence.trajectory import Clip, Hyper, Shares, StepRecord, Vectors
+
+_TOLERANCE = 1e-2  # of a segment's movement
+_NORM_TOLERANCE = 1e-3  # of a gradient's norm
+_CACHE_BYTES = 2**30  # of the shares of one segment
+
+
+@dataclass(frozen=True)
+class State:
+    """A module and its optimizer before a step: trained parameters, their moments, and buffers, in their shapes."""
+
+    parameters: dict[str, Tensor]
+    moments: dict[str, Moments]
+    buffers: dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class ReplayMicroBatch:
+    """One forward and backward pass.
+
+    Attributes:
+        factor: of its loss in the step's loss.
+        n_samples: in the batch.
+        random: the generators' states before its training step; None to leave them.
+    """
+
+    batch: Any
+    batch_idx: int
+    factor: float
+    n_samples: int
+    random: Mapping[str, Tensor] | None = None
+
+
+@dataclass(frozen=True)
+class ReplayStep:
+    """What one optimizer step consumed; the fields of `StepRecord` that do not follow from running it.
+
+    Attributes:
+        clip: its ``raw_norm`` is the recorded one, against which the replay is checked; 0 if unknown.
+    """
+
+    micro_batches: Sequence[ReplayMicroBatch]
+    sample_ids: Tensor
+    loss_weights: Tensor
+    numbers: Tensor
+    hyper: Mapping[str, Hyper]
+    clip: Clip
+    averaged: bool
+
+
+class Plan(Protocol):
+    """What a run consumed, and its state at some of its steps."""
+
+    optimizer: str
+
+    @property
+    def snapshots(self) -> Sequence[int]:
+        """Steps before which the state is known, ascending, the first of them 0; the number of steps may be the last."""
+
+    def __len__(self) -> int: ...
+
+    def step(self, index: int) -> ReplayStep:
+        """What a step consumed."""
+
+    def snapshot(self, index: int) -> State:
+        """The state before a step of `snapshots`."""
+
+
+@dataclass
+class _Segment:
+    """The steps from one snapshot to the next, replayed."""
+
+    start: int
+    states: list[State]
+    records: list[StepRecord]
+    shares: list[dict[str, Form] | None]
+
+
+class ReplayTrajectory:
+    """A run replayed on its module, a `Trajectory`.
+
+    Use it as a context manager: while it is open the module's parameters move; afterwards everything about
+    the module is as it was.
+
+    Args:
+        module: as it was trained; its parameters are overwritten while the trajectory is open.
+        plan: what the run consumed.
+        exclude: patterns of parameters that train but are not scored.
+        frozen_batch_norm: as during the run.
+        autocast: makes the context of the run's mixed precision.
+        at_once: vectors carried through the network together in an exact curvature product.
+
+    Attributes:
+        drift: relative distance to each snapshot on arrival, by step (the system error, method.md section 9).
+    """
+
+    def __init__(
+        self,
+        module: LightningModule,
+        plan: Plan,
+        *,
+        exclude: Sequence[str] = (),
+        frozen_batch_norm: bool = False,
+        autocast: Callable[[], AbstractContextManager[Any]] = nullcontext,
+        at_once: int = 8,
+    ) -> None:
+        self.module, self.plan, self.optimizer = module, plan, plan.optimizer
+        self.drift: dict[int, float] = {}
+        self._capture = GradientCapture(module, exclude=exclude, frozen_batch_norm=frozen_batch_norm)
+        self._trained = {k: p for k, p in module.named_parameters() if p.requires_grad}
+        self.sizes = {k: (p.numel(), p.numel()) for k, p in self._trained.items()}
+        self._loss = _TrainingLoss(module)
+        self._autocast, self._at_once = autocast, at_once
+        self._segment: _Segment | None = None
+        self._open: Iterator[None] | None = None
+
+    def __enter__(self) -> ReplayTrajectory:
+        self._guard = _as_it_was(self.module)
+        self._guard.__enter__()
+        self.module.train()
+        self._capture.attach()
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self._capture.detach()
+        self._segment = None
+        self._guard.__exit__(*error)
+
+    def __len__(self) -> int:
+        return len(self.plan)
+
+    def record(self, index: int) -> StepRecord:
+        segment = self._at(index)
+        return segment.records[index - segment.start]
+
+    def shares(self, index: int) -> Mapping[str, Shares]:
+        segment = self._at(index)
+        found = segment.shares[index - segment.start]
+        if found is None:
+            found = self._run(self.plan.step(index), segment.states[index - segment.start])[1]
+        return found
+
+    def select(self, name: str, values: Tensor) -> Tensor:
+        return values.flatten(values.dim() - self._trained[name].dim())
+
+    def curvature_product(self, index: int, kind: str, vectors: Vectors) -> Vectors:
+        product = {"hessian": hessian_product, "gauss_newton": gauss_newton_product}[kind]
+        return self._product(product, index, vectors)
+
+    def third_derivative(self, index: int, vectors: Vectors) -> Vectors:
+        """``D3L[u, u]`` of the step's batch loss along each direction ``u``, ``(k, d)``."""
+        return self._product(third_derivative, index, vectors)
+
+    def _product(self, product: Callable[..., Vectors], index: int, vectors: Vectors) -> Vectors:
+        segment = self._at(index)
+        state = segment.states[index - segment.start]
+        parameters = {k: state.parameters[k] for k in vectors}
+        here = {k: v.to(parameters[k]) for k, v in vectors.items()}
+        total = {k: torch.zeros_like(v) for k, v in here.items()}
+        with self._state(state):
+            for micro_batch in self.plan.step(index).micro_batches:
+                loss = self._loss_of(micro_batch)
+                for k, part in product(loss, parameters, here, at_once=self._at_once).items():
+                    total[k] += part
+        return {k: total[k].to(vectors[k]) for k in vectors}
+
+    def _loss_of(self, micro_batch: ReplayMicroBatch) -> Callable[[dict[str, Tensor]], Tensor]:
+        def loss(values: dict[str, Tensor]) -> Tensor:
+            named = {f"module.{k}": v for k, v in values.items()}
+            with random_state(micro_batch.random), self._autocast():
+                value: Tensor = functional_call(self._loss, named, (micro_batch.batch, micro_batch.batch_idx))
+                return value * micro_batch.factor
+
+        return loss
+
+    # -- forward ----------------------------------------------------------------------------------------
+
+    def _at(self, index: int) -> _Segment:
+        """The segment that holds a step, replayed if it is not the present one."""
+        if not 0 <= index < len(self):
+            raise IndexError(f"step {index} of a run of {len(self)} steps")
+        start = max(s for s in self.plan.snapshots if s <= index)
+        if self._segment is None or self._segment.start != start:
+            self._segment = None  # before the next is built, so that two are never held
+            self._segment = self._replay(start)
+        return self._segment
+
+    def _replay(self, start: int) -> _Segment:
+        stop = min((s for s in self.plan.snapshots if s > start), default=len(self))
+        segment, state, cached = _Segment(start, [], [], []), self.plan.snapshot(start), 0
+        for index in tqdm(range(start, min(stop, len(self))), desc="replay", unit="step", delay=2, leave=False):
+            planned = self.plan.step(index)
+            record, shares = self._record(index, planned, state)
+            cached += _bytes(shares)
+            segment.states.append(state)
+            segment.records.append(record)
+            segment.shares.append(shares if cached <= _CACHE_BYTES else None)
+            state = self._next(record, state)
+        if stop in self.plan.snapshots:
+            self._check_arrival(start, stop, segment.states[0], state)
+        return segment
+
+    def _record(self, index: int, planned: ReplayStep, state: State) -> tuple[StepRecord, dict[str, Form]]:
+        gradients, shares = self._run(planned, state)
+        norm = float(torch.linalg.vector_norm(torch.stack([g.float().norm() for g in gradients.values()])))
+        recorded = planned.clip.raw_norm
+        if recorded and abs(norm - recorded) > _NORM_TOLERANCE * recorded:
+            raise ReplayDrift(
+                f"step {index}: the replayed gradient has norm {norm:.6g}, the recorded one had {recorded:.6g}. {_CAUSES}"
+            )
+        own = [k for k in gradients if k in planned.hyper]
+        record = StepRecord(
+            index=index,
+            sample_ids=planned.sample_ids,
+            loss_weights=planned.loss_weights,
+            micro_batches=planned.numbers,
+            gradients={k: gradients[k].flatten() for k in own},
+            moments={k: tuple(m.flatten() for m in state.moments[k]) for k in own},
+            hyper=planned.hyper,
+            averaged=planned.averaged,
+            clip=Clip(planned.clip.rule, planned.clip.bound, norm),
+            parameters={k: state.parameters[k].flatten() for k in own if coupling(planned.hyper[k])} or None,
+        )
+        return record, {k: s for k, s in shares.items() if k in own}
+
+    def _run(self, planned: ReplayStep, state: State) -> tuple[dict[str, Tensor], dict[str, Form]]:
+        """Gradients and shares of a step, by the module's own training step."""
+        for p in self._trained.values():
+            p.grad = None
+        parts: list[dict[str, Form]] = []
+        with self._state(state):
+            for micro_batch in planned.micro_batches:
+                self._capture.begin(micro_batch.n_samples)
+                with random_state(micro_batch.random):
+                    with self._autocast():
+                        loss = loss_of(self.module.training_step(micro_batch.batch, micro_batch.batch_idx))
+                    (loss * micro_batch.factor).backward()
+                parts.append(self._capture.take())
+        gradients = {k: p.grad for k, p in self._trained.items() if p.grad is not None}
+        shares: dict[str, Form] = {
+            k: parts[0][k] if len(parts) == 1 else Stack([part[k] for part in parts]) for k in parts[0]
+        }
+        return gradients, {k: s for k, s in shares.items() if k in gradients}
+
+    def _next(self, record: StepRecord, state: State) -> State:
+        """The state after a step, by the pure update in the run's own precision."""
+        parameters, moments = dict(state.parameters), dict(state.moments)
+        for k, gradient in consumed_gradients(record).items():
+            shape = parameters[k].shape
+            parameters[k], moments[k] = step(
+                UPDATES[self.optimizer], parameters[k], moments[k], gradient.view(shape), record.hyper[k]
+            )
+        buffers = {k: b.detach().clone() for k, b in self.module.named_buffers()}
+        return State(parameters, moments, buffers)
+
+    def _check_arrival(self, start: int, stop: int, first: State, arrived: State) -> None:
+        expected = self.plan.snapshot(stop).parameters
+        missed = _distance(arrived.parameters, expected)
+        moved = _distance(first.parameters, expected)
+        self.drift[stop] = missed / max(moved, 1e-30)
+        if self.drift[stop] > _TOLERANCE:
+            raise ReplayDrift(
+                f"steps {start} to {stop - 1}: the replay misses the snapshot before step {stop} by {self.drift[stop]:.2g} of "
+                f"the way it went. {_CAUSES}"
+            )
+
+    @contextmanager
+    def _state(self, state: State) -> Iterator[None]:
+        """The module at a state."""
+        with torch.no_grad():
+            for k, p in self._trained.items():
+                p.copy_(state.parameters[k])
+            for k, b in self.module.named_buffers():
+                if k in state.buffers:
+                    b.copy_(state.buffers[k])
+        yield
+
+
+_CAUSES = (
+    "Likely causes: other data or another collate function than in the run, random augmentation in loader workers (record "
+    "with store_batches=True), a module or library that changed since, or an operation that is not deterministic."
+)
+
+
+class _TrainingLoss(nn.Module):
+    """A module's training step as the forward of a module, so that `functional_call` reaches it."""
+
+    def __init__(self, module: LightningModule) -> None:
+        super().__init__()
+        self.module = module
+
+    def forward(self, batch: Any, batch_idx: int) -> Tensor:
+        return loss_of(self.module.training_step(batch, batch_idx))
+
+
+@contextmanager
+def _as_it_was(module: LightningModule) -> Iterator[None]:
+    """Quiet, and restored afterwards: parameters, buffers, gradients and modes."""
+    values = {k: t.detach().clone() for k, t in [*module.named_parameters(), *module.named_buffers()]}
+    gradients = {k: p.grad for k, p in module.named_parameters()}
+    modes = {m: m.training for m in module.modules()}
+    try:
+        with quiet(module), torch.enable_grad():
+            yield
+    finally:
+        with torch.no_grad():
+            for k, t in [*module.named_parameters(), *module.named_buffers()]:
+                t.copy_(values[k])
+        for k, p in module.named_parameters():
+            p.grad = gradients[k]
+        for m, mode in modes.items():
+            m.training = mode
+
+
+def _distance(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> float:
+    return float(sum((a[k].double() - b[k].double()).square().sum() for k in b) ** 0.5)
+
+
+def _bytes(shares: Mapping[str, Form]) -> int:
+    return sum(nbytes(form) for form in shares.values())

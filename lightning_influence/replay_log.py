@@ -1,0 +1,193 @@
+"""What a log holds so that its run can be run again: written during training, read as a `replay.Plan`.
+
+In a step's shard: ``random/<m>/<generator>`` before each micro-batch's training step, and either the batch,
+``batch/<m>/<leaf>``, or ``fetch/<m>/<generator>``, the random state when its samples were fetched. Every few
+steps an artifact ``snapshot-<step>``: ``parameter/<name>``, ``moment/<k>/<name>``, ``buffer/<name>``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from lightning import LightningDataModule, LightningModule
+from torch import Tensor
+from torch.utils.data import DataLoader, default_collate
+
+from lightning_influence.batches import leaves, pack_batch, unpack_batch
+from lightning_influence.errors import ConfigurationError, CurvatureUnavailable, LogError
+from lightning_influence.log import LoggedSteps
+from lightning_influence.optimizers import UPDATES, read_moments
+from lightning_influence.random_state import random_state, read_random_state
+from lightning_influence.replay import ReplayMicroBatch, ReplayStep, State
+
+SNAPSHOT = "snapshot-"
+_SMALL = 2**20  # bytes of a batch that is stored unasked
+
+Packed = tuple[dict[str, Tensor], dict[str, Any]]
+
+
+# -- writing -----------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class ReplaySettings:
+    """What is written for replay.
+
+    Attributes:
+        snapshot_every: steps between snapshots.
+        store_batches: None stores batches that are small.
+    """
+
+    snapshot_every: int
+    store_batches: bool | None = None
+
+
+def pack_micro_batch(
+    number: int, batch: Any, batch_idx: int, fetched: Mapping[str, Tensor] | None, settings: ReplaySettings
+) -> Packed:
+    """What a micro-batch needs to be run again, read just before its training step.
+
+    Args:
+        fetched: random state when its samples were fetched in this process; None if it is not known.
+
+    Raises:
+        ConfigurationError: a batch that has to be stored and cannot be.
+    """
+    tensors = {f"random/{number}/{k}": v for k, v in read_random_state().items()}
+    meta: dict[str, Any] = {"batch_idx": batch_idx}
+    size = sum(t.numel() * t.element_size() for t in leaves(batch))
+    if settings.store_batches or (settings.store_batches is None and (size <= _SMALL or fetched is None)):
+        try:
+            parts, meta["structure"] = pack_batch(batch)
+        except TypeError as error:
+            raise ConfigurationError(
+                f"{error} cannot be stored for replay; collate into dicts, lists and tuples of tensors, or say "
+                "store_batches=False and give attribute(..., data=...)."
+            ) from error
+        tensors |= {f"batch/{number}/{key}": t.to("cpu", copy=True) for key, t in parts.items()}
+    elif fetched is not None:
+        tensors |= {f"fetch/{number}/{k}": v for k, v in fetched.items()}
+    return tensors, meta
+
+
+def pack_snapshot(module: torch.nn.Module, optimizer: torch.optim.Optimizer, update_name: str) -> Packed:
+    """Trained parameters, their moments, and buffers, before a step."""
+    tensors: dict[str, Tensor] = {}
+    for name, p in module.named_parameters():
+        if p.requires_grad:
+            tensors[f"parameter/{name}"] = _copy(p)
+            moments = read_moments(optimizer.state.get(p, {}), UPDATES[update_name], p)
+            tensors |= {f"moment/{i}/{name}": _copy(m) for i, m in enumerate(moments)}
+    tensors |= {f"buffer/{name}": _copy(b) for name, b in module.named_buffers()}
+    return tensors, {}
+
+
+def snapshot_name(step: int) -> str:
+    """Name of the artifact that holds the state before a step."""
+    return f"{SNAPSHOT}{step:08d}"
+
+
+def _copy(tensor: Tensor) -> Tensor:
+    return tensor.detach().to("cpu", copy=True)
+
+
+# -- reading -----------------------------------------------------------------------------------------------
+
+
+class LoggedPlan:
+    """A logged run as a `replay.Plan`.
+
+    Args:
+        steps: the log.
+        module: whose device and batch hooks the data goes through.
+        data: the training data, where batches were not stored: a `LightningDataModule`, a `DataLoader`, or a
+            dataset whose samples the default collate function takes.
+
+    Raises:
+        CurvatureUnavailable: the log was not recorded for replay.
+    """
+
+    def __init__(self, steps: LoggedSteps, module: LightningModule, data: Any = None) -> None:
+        self._steps, self._reader, self._module = steps, steps.reader, module
+        names = [name for name in self._reader.artifacts() if name.startswith(SNAPSHOT)]
+        self.snapshots = sorted(int(name.removeprefix(SNAPSHOT)) for name in names)
+        if 0 not in self.snapshots:
+            raise CurvatureUnavailable(
+                "this log cannot be replayed, because it was recorded with record='gradients'; record with "
+                "InfluenceCallback(record='replay' or 'both'), or use curvature='fisher'."
+            )
+        self.optimizer = str(self._reader.manifest["update"])
+        self._dataset, self._collate = _samples_of(data)
+
+    def __len__(self) -> int:
+        return len(self._reader)
+
+    def step(self, index: int) -> ReplayStep:
+        record, meta = self._steps.record(index), self._reader.meta(index)
+        micro_batches = []
+        for number, told in enumerate(meta["micro_batches"]):
+            here = record.micro_batches == number
+            batch = self._batch(index, number, told, record.sample_ids[here].tolist())
+            factor = float(record.loss_weights[here].sum() if record.averaged else record.loss_weights[here][0])
+            random = self._generators(index, f"random/{number}/")
+            micro_batches.append(ReplayMicroBatch(batch, told["batch_idx"], factor, int(here.sum()), random))
+        return ReplayStep(
+            micro_batches,
+            record.sample_ids,
+            record.loss_weights,
+            record.micro_batches,
+            record.hyper,
+            record.clip,
+            record.averaged,
+        )
+
+    def snapshot(self, index: int) -> State:
+        artifact, device = snapshot_name(index), self._module.device
+        found: dict[str, dict[str, Tensor]] = {"parameter": {}, "buffer": {}}
+        moments: dict[str, dict[int, Tensor]] = {}
+        for name in self._reader.artifact_names(artifact):
+            kind, rest = name.split("/", 1)
+            tensor = self._reader.artifact(artifact, name).to(device)
+            if kind == "moment":
+                order, parameter = rest.split("/", 1)
+                moments.setdefault(parameter, {})[int(order)] = tensor
+            else:
+                found[kind][rest] = tensor
+        ordered = {k: tuple(moments.get(k, {})[i] for i in sorted(moments.get(k, {}))) for k in found["parameter"]}
+        return State(found["parameter"], ordered, found["buffer"])
+
+    def _generators(self, index: int, prefix: str) -> dict[str, Tensor]:
+        names = [name for name in self._reader.names(index) if name.startswith(prefix)]
+        return {name.removeprefix(prefix): self._reader.tensor(index, name) for name in names}
+
+    def _batch(self, index: int, number: int, told: dict[str, Any], ids: list[int]) -> Any:
+        module = self._module
+        if "structure" in told:
+            batch = unpack_batch(told["structure"], lambda key: self._reader.tensor(index, f"batch/{number}/{key}"))
+            return module.transfer_batch_to_device(batch, module.device, 0)
+        if self._dataset is None:
+            raise ConfigurationError(
+                "the log holds sample ids but not the batches; give attribute(..., data=...) the training data, or record "
+                "with InfluenceCallback(store_batches=True)."
+            )
+        with random_state(self._generators(index, f"fetch/{number}/") or None):
+            batch = self._collate([self._dataset[i] for i in ids])
+        batch = module.on_before_batch_transfer(batch, 0)
+        return module.on_after_batch_transfer(module.transfer_batch_to_device(batch, module.device, 0), 0)
+
+
+def _samples_of(data: Any) -> tuple[Any, Any]:
+    """The dataset and the collate function of training data."""
+    if isinstance(data, LightningDataModule):
+        data.setup("fit")
+        data = data.train_dataloader()
+    if isinstance(data, DataLoader):
+        return data.dataset, data.collate_fn
+    if data is not None and not hasattr(data, "__getitem__"):
+        raise LogError(
+            f"data={type(data).__name__}; give a LightningDataModule, a DataLoader or a dataset with indices."
+        )
+    return data, default_collate
