@@ -1,16 +1,21 @@
 """The same run again without some of its samples: the ground truth of attribution (method.md section 10).
 
-A plain loop over the recorded batches, learning rates and clipping, with the module's own training step
+A plain loop over the recorded batches, hyperparameters and clipping, with the module's own training step
 and optimizer. It shares no formula with the estimators it judges.
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Collection, Sequence
+import multiprocessing
+import sys
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeAlias
 
 import torch
 from lightning import LightningModule
@@ -18,13 +23,22 @@ from torch import Tensor
 from torch.utils.data import Dataset, default_collate
 from tqdm.auto import tqdm
 
-from lightning_influence.batches import to_dtype
-from lightning_influence.errors import ConfigurationError
-from lightning_influence.log import LoggedTrajectory
+from lightning_influence.batches import leaves, to_dtype
+from lightning_influence.errors import ConfigurationError, InfluenceError
+from lightning_influence.log import LoggedSteps
 from lightning_influence.training_step import loss_of, quiet
-from lightning_influence.trajectory import Clip
+from lightning_influence.trajectory import Clip, Hyper
 
 _CHECKPOINT_BYTES = 2**28
+_BATCH_BYTES = 2**29  # of collated batches kept from one rerun to the next
+
+Counterfactual: TypeAlias = Literal["drop", "zero"]
+
+Removal: TypeAlias = "int | tuple[int, int] | frozenset[int]"
+"""A sample, removed wherever it was used; (sample, step), removed from that step only; a set of samples."""
+
+Losses: TypeAlias = Callable[[LightningModule], Tensor]
+"""``module -> (n_queries,)``."""
 
 
 @dataclass(frozen=True)
@@ -44,19 +58,26 @@ class MicroBatch:
 
 @dataclass(frozen=True)
 class Step:
-    """One optimizer step: its micro-batches, clipping, and the learning rate of every parameter."""
+    """One optimizer step: its micro-batches, clipping, and the hyperparameters of every parameter."""
 
     micro_batches: tuple[MicroBatch, ...]
     clip: Clip
-    learning_rates: dict[str, float]
+    hyper: Mapping[str, Hyper]
+
+    def holds(self, samples: Collection[int]) -> bool:
+        """Whether any of the samples is in the step."""
+        return any(not set(samples).isdisjoint(m.sample_ids) for m in self.micro_batches)
 
 
 @dataclass(frozen=True)
 class Run:
     """Everything that decides a training run; the same `Run` always ends at the same parameters.
 
+    Of the module's hooks only those of batch transfer take part; a run whose other hooks change the
+    training is not reproduced (`faithfulness.check_faithfulness` measures whether it is).
+
     Attributes:
-        make_module: the module at its initialisation, new at every call.
+        make_module: the module at its initialisation, new at every call, on the device to train on.
         dataset: indexable by sample id.
         steps: in order.
         collate: samples to a batch.
@@ -82,12 +103,12 @@ def recorded_run(
     Args:
         options: further fields of `Run`.
     """
-    trajectory = LoggedTrajectory(log)
+    trajectory = LoggedSteps(log)
     steps = [_recorded_step(trajectory, index) for index in range(len(trajectory))]
     return Run(make_module, dataset, steps, averaged=trajectory.record(0).averaged, **options)
 
 
-def _recorded_step(trajectory: LoggedTrajectory, index: int) -> Step:
+def _recorded_step(trajectory: LoggedSteps, index: int) -> Step:
     record = trajectory.record(index)
     micro_batches = []
     for number in record.micro_batches.unique():
@@ -95,8 +116,7 @@ def _recorded_step(trajectory: LoggedTrajectory, index: int) -> Step:
         weights = record.loss_weights[here]
         factor = float(weights.sum()) if record.averaged else float(weights[0])
         micro_batches.append(MicroBatch(tuple(record.sample_ids[here].tolist()), tuple(weights.tolist()), factor))
-    rates = {name: hyper["lr"] for name, hyper in record.hyper.items()}
-    return Step(tuple(micro_batches), record.clip, rates)
+    return Step(tuple(micro_batches), record.clip, record.hyper)
 
 
 def retrain(
@@ -104,7 +124,7 @@ def retrain(
     without: Collection[int] = (),
     *,
     at_step: int | None = None,
-    counterfactual: Literal["drop", "zero"] = "drop",
+    counterfactual: Counterfactual = "drop",
 ) -> LightningModule:
     """Train again without some samples, and return the module at its last parameters.
 
@@ -114,37 +134,73 @@ def retrain(
         counterfactual: ``"drop"`` averages over the remaining samples, ``"zero"`` keeps the denominator. A
             micro-batch left empty has no gradient, and the optimizer steps nonetheless.
     """
-    return _Retraining(run, checkpoints=False).without(without, at_step, counterfactual)
+    return _Retraining(run, counterfactual).without(frozenset(without), at_step)
 
 
 def leave_one_out(
     run: Run,
-    removals: Sequence[int] | Sequence[tuple[int, int]],
-    query_losses: Callable[[LightningModule], Tensor],
+    removals: Sequence[Removal],
+    query_losses: Losses,
     *,
-    counterfactual: Literal["drop", "zero"] = "drop",
+    counterfactual: Counterfactual = "drop",
+    workers: int = 0,
     progress: bool = True,
 ) -> Tensor:
-    """What really happens to the queries when a sample is removed: ``f(without z) - f``.
+    """What really happens to the queries at each removal, ``f(without z) - f``: ``(n_removals, n_queries)``, float64.
 
-    Each removal starts from the baseline run just before the sample is first seen, so its result is bitwise
+    Args and errors as of `each_effect`.
+    """
+    found: dict[int, Tensor] = {}
+    each = each_effect(run, removals, query_losses, counterfactual=counterfactual, workers=workers)
+    for number, effect in tqdm(each, "retraining", len(removals), unit="run", delay=2, disable=not progress):
+        found[number] = effect
+    return torch.stack([found[number] for number in range(len(removals))])
+
+
+def each_effect(
+    run: Run,
+    removals: Sequence[Removal],
+    query_losses: Losses,
+    *,
+    counterfactual: Counterfactual = "drop",
+    workers: int = 0,
+) -> Iterator[tuple[int, Tensor]]:
+    """The number of each removal and its effect ``(n_queries,)``, as they are ready.
+
+    Each removal starts from the baseline run just before the sample is first seen; the result is bitwise
     that of a whole `retrain`.
 
     Args:
-        removals: sample ids, removed from the whole run, or (sample id, step) pairs, removed from one step.
-        query_losses: ``module -> (n_queries,)``, such as `queries.query_losses` with a loader.
+        query_losses: such as `queries.query_losses` with a loader.
+        workers: processes of one thread each, besides this one; 0 to retrain in this process. They are forked, so
+            nothing has to be picklable.
 
-    Returns:
-        ``(n_removals, n_queries)``, float64.
+    Raises:
+        ConfigurationError: workers where processes cannot be forked safely.
+        InfluenceError: a worker died.
     """
-    retraining = _Retraining(run, checkpoints=True)
-    baseline = query_losses(retraining.baseline).double()
-    effects = []
-    for removal in tqdm(removals, desc="leave-one-out retraining", unit="run", delay=2, disable=not progress):
-        sample, step = removal if isinstance(removal, tuple) else (removal, None)
-        module = retraining.without([sample], step, counterfactual)
-        effects.append(query_losses(module).double() - baseline)
-    return torch.stack(effects)
+    if workers == 0:
+        retraining = _Retraining(run, counterfactual, checkpoints=True)
+        baseline = query_losses(retraining.baseline).double().cpu()
+        for number, removal in enumerate(removals):
+            yield number, query_losses(retraining.removing(removal)).double().cpu() - baseline
+        return
+    _check_fork()
+    with _one_thread():  # as the workers have, so that they differ from the baseline by the removal alone
+        retraining = _Retraining(run, counterfactual, checkpoints=True)
+        baseline = query_losses(retraining.baseline).double().cpu()
+    context = multiprocessing.get_context("fork")
+    with ProcessPoolExecutor(workers, context, _start_worker, (retraining, removals, query_losses)) as pool:
+        numbers = {pool.submit(_work, number): number for number in range(len(removals))}
+        try:
+            for future in as_completed(numbers):
+                yield numbers[future], torch.tensor(future.result(), dtype=torch.float64) - baseline
+        except BrokenProcessPool as error:
+            raise InfluenceError(
+                f"one of {workers} retraining workers died, most likely out of memory; use fewer."
+            ) from error
+        finally:
+            pool.shutdown(cancel_futures=True)
 
 
 def moved_initialisation(run: Run, scale: float = 1e-3, seed: int = 0) -> Run:
@@ -168,34 +224,42 @@ def moved_initialisation(run: Run, scale: float = 1e-3, seed: int = 0) -> Run:
 class _Retraining:
     """Reruns of one run, started from checkpoints of its baseline where asked for."""
 
-    def __init__(self, run: Run, *, checkpoints: bool) -> None:
-        self.run = run
+    def __init__(self, run: Run, counterfactual: Counterfactual, *, checkpoints: bool = False) -> None:
+        if counterfactual not in ("drop", "zero"):
+            raise ConfigurationError(f"counterfactual={counterfactual!r}; choose one of drop, zero")
+        self.run, self.counterfactual = run, counterfactual
         self._batches: dict[tuple[int, ...], Any] = {}
+        self._batch_bytes = 0
         self._checkpoints: dict[int, tuple[dict[str, Any], dict[str, Any]]] = {}
         if checkpoints:
             module, optimizer = self._start()
             size = sum(t.numel() * t.element_size() for t in module.state_dict().values()) * 3
             stride = max(1, len(run.steps) * size // _CHECKPOINT_BYTES)
-            self.baseline = self._go(module, optimizer, 0, frozenset(), None, "drop", stride)
+            self.baseline = self._go(module, optimizer, checkpoint_every=stride)
 
-    def without(
-        self, samples: Collection[int], at_step: int | None, counterfactual: Literal["drop", "zero"]
-    ) -> LightningModule:
-        removed = frozenset(samples)
-        first = self._first_affected(removed) if at_step is None else at_step
-        known = [step for step in self._checkpoints if step <= first]
+    def removing(self, removal: Removal) -> LightningModule:
+        if isinstance(removal, tuple):
+            sample, step = removal
+            consumed = 0 <= step < len(self.run.steps) and self.run.steps[step].holds({sample})
+            if not consumed:
+                raise ConfigurationError(
+                    f"step {step} of {len(self.run.steps)} did not consume sample {sample}, so it cannot be removed there; "
+                    "choose pairs from a report's rows."
+                )
+            return self.without(frozenset({sample}), step)
+        return self.without(frozenset({removal} if isinstance(removal, int) else removal), None)
+
+    def without(self, removed: frozenset[int], at_step: int | None) -> LightningModule:
+        steps = self.run.steps
+        first = next((i for i, step in enumerate(steps) if step.holds(removed)), len(steps))
+        first = first if at_step is None else at_step
+        start = max((step for step in self._checkpoints if step <= first), default=0)
         module, optimizer = self._start()
-        if known:
-            state, optimizer_state = copy.deepcopy(self._checkpoints[max(known)])
+        if start in self._checkpoints:
+            state, optimizer_state = copy.deepcopy(self._checkpoints[start])
             module.load_state_dict(state)
             optimizer.load_state_dict(optimizer_state)
-        return self._go(module, optimizer, max(known, default=0), removed, at_step, counterfactual)
-
-    def _first_affected(self, removed: frozenset[int]) -> int:
-        for index, step in enumerate(self.run.steps):
-            if any(removed.intersection(m.sample_ids) for m in step.micro_batches):
-                return index
-        return len(self.run.steps)
+        return self._go(module, optimizer, start, removed, at_step)
 
     def _start(self) -> tuple[LightningModule, torch.optim.Optimizer]:
         module = self.run.make_module()
@@ -208,14 +272,14 @@ class _Retraining:
         self,
         module: LightningModule,
         optimizer: torch.optim.Optimizer,
-        start: int,
-        removed: frozenset[int],
-        at_step: int | None,
-        counterfactual: str,
+        start: int = 0,
+        removed: frozenset[int] = frozenset(),
+        at_step: int | None = None,
         checkpoint_every: int | None = None,
     ) -> LightningModule:
-        names = {id(p): name for name, p in module.named_parameters()}
-        with quiet(module), torch.random.fork_rng(devices=[]):
+        names: dict[Tensor, str] = {p: name for name, p in module.named_parameters()}
+        generators = [module.device] if module.device.type == "cuda" else []
+        with quiet(module), torch.random.fork_rng(generators), torch.enable_grad():
             for index in range(start, len(self.run.steps)):
                 if checkpoint_every is not None and index % checkpoint_every == 0:
                     self._checkpoints[index] = copy.deepcopy((module.state_dict(), optimizer.state_dict()))
@@ -223,21 +287,14 @@ class _Retraining:
                 gone = removed if at_step in (None, index) else frozenset[int]()
                 optimizer.zero_grad()
                 for number, micro_batch in enumerate(step.micro_batches):
-                    self._backward(module, micro_batch, gone, counterfactual, index, number)
+                    if self.run.seed is not None:
+                        torch.manual_seed(hash((self.run.seed, index, number)) % 2**63)
+                    self._backward(module, micro_batch, gone, number)
                 _finish_step(optimizer, step, names)
+        optimizer.zero_grad()
         return module
 
-    def _backward(
-        self,
-        module: LightningModule,
-        micro_batch: MicroBatch,
-        gone: frozenset[int],
-        counterfactual: str,
-        index: int,
-        number: int,
-    ) -> None:
-        if self.run.seed is not None:
-            torch.manual_seed(hash((self.run.seed, index, number)) % 2**63)
+    def _backward(self, module: LightningModule, micro_batch: MicroBatch, gone: frozenset[int], number: int) -> None:
         kept = tuple(z for z in micro_batch.sample_ids if z not in gone)
         if not kept:
             for p in module.parameters():
@@ -245,35 +302,46 @@ class _Retraining:
                     p.grad = torch.zeros_like(p)
             return
         factor = micro_batch.factor
-        if self.run.averaged and counterfactual == "zero" and len(kept) < len(micro_batch.sample_ids):
+        if self.run.averaged and self.counterfactual == "zero" and len(kept) < len(micro_batch.sample_ids):
             factor = sum(w for z, w in zip(micro_batch.sample_ids, micro_batch.weights, strict=True) if z not in gone)
-        loss = loss_of(module.training_step(self._batch(micro_batch, kept), number))
-        (loss * factor if factor != 1.0 else loss).backward()
+        loss = loss_of(module.training_step(self._batch(module, micro_batch, kept), number))
+        (loss / (1 / factor)).backward()  # Lightning divides by the number of micro-batches: bitwise the same
 
-    def _batch(self, micro_batch: MicroBatch, kept: tuple[int, ...]) -> Any:
-        """The collated batch; those that are whole are collated once."""
-        if kept == micro_batch.sample_ids:
-            if kept not in self._batches:
-                self._batches[kept] = self._collated(kept)
+    def _batch(self, module: LightningModule, micro_batch: MicroBatch, kept: tuple[int, ...]) -> Any:
+        """The collated batch; those that are whole are collated once, while they fit."""
+        if kept in self._batches:
             return self._batches[kept]
-        return self._collated(kept)
+        batch = self.run.collate([self.run.dataset[z] for z in kept])
+        batch = module.on_before_batch_transfer(batch, 0)
+        batch = module.on_after_batch_transfer(module.transfer_batch_to_device(batch, module.device, 0), 0)
+        if self.run.dtype is not None:
+            batch = to_dtype(batch, self.run.dtype)
+        if len(kept) == len(micro_batch.sample_ids) and self._batch_bytes <= _BATCH_BYTES:
+            self._batches[kept] = batch
+            self._batch_bytes += sum(t.numel() * t.element_size() for t in leaves(batch))
+        return batch
 
-    def _collated(self, ids: tuple[int, ...]) -> Any:
-        batch = self.run.collate([self.run.dataset[z] for z in ids])
-        return batch if self.run.dtype is None else to_dtype(batch, self.run.dtype)
 
-
-def _finish_step(optimizer: torch.optim.Optimizer, step: Step, names: dict[int, str]) -> None:
+def _finish_step(optimizer: torch.optim.Optimizer, step: Step, names: Mapping[Tensor, str]) -> None:
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     if step.clip.rule == "norm":
         torch.nn.utils.clip_grad_norm_(parameters, step.clip.bound)
     elif step.clip.rule == "value":
         torch.nn.utils.clip_grad_value_(parameters, step.clip.bound)
     for group in optimizer.param_groups:
-        rates = [step.learning_rates[names[id(p)]] for p in group["params"] if names[id(p)] in step.learning_rates]
-        if rates:
-            group["lr"] = rates[0]
+        recorded = next((step.hyper[names[p]] for p in group["params"] if names[p] in step.hyper), None)
+        if recorded is not None:
+            _schedule(group, recorded)
     optimizer.step()
+
+
+def _schedule(group: dict[str, Any], hyper: Hyper) -> None:
+    """Give a parameter group the hyperparameters that the run's schedulers and callbacks had set."""
+    group["lr"], group["weight_decay"] = hyper["lr"], hyper["weight_decay"]
+    if "betas" in group:
+        group["betas"] = (hyper["beta1"], hyper["beta2"])
+    if "momentum" in group:
+        group["momentum"] = hyper["momentum"]
 
 
 def _only_optimizer(configured: Any) -> torch.optim.Optimizer:
@@ -288,3 +356,39 @@ def _only_optimizer(configured: Any) -> torch.optim.Optimizer:
         if len(inner) == 1:
             return _only_optimizer(inner[0])
     raise ConfigurationError(f"configure_optimizers returned {configured!r}; retraining follows a single optimizer.")
+
+
+# -- worker processes ----------------------------------------------------------------------------------------
+
+_job: tuple[_Retraining, Sequence[Removal], Losses]
+"""In a worker: what it was forked with."""
+
+
+def _start_worker(retraining: _Retraining, removals: Sequence[Removal], query_losses: Losses) -> None:
+    global _job
+    torch.set_num_threads(1)
+    _job = retraining, removals, query_losses
+
+
+def _work(number: int) -> list[float]:
+    retraining, removals, query_losses = _job
+    return query_losses(retraining.removing(removals[number])).double().tolist()
+
+
+def _check_fork() -> None:
+    if sys.platform != "linux" or torch.cuda.is_available():
+        why = "a GPU is in use" if torch.cuda.is_available() else f"this is {sys.platform}"
+        raise ConfigurationError(
+            f"workers fork this process, which is not safe because {why}; retrain with workers=0"
+            + (", or hide the GPU with CUDA_VISIBLE_DEVICES=''." if torch.cuda.is_available() else ".")
+        )
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,6 +12,7 @@ from modules import Classifier, digits, fit, loader
 from test_callback import two_groups
 
 from lightning_influence import InfluenceCallback
+from lightning_influence.errors import ConfigurationError
 from lightning_influence.queries import query_losses
 from lightning_influence.retraining import leave_one_out, moved_initialisation, recorded_run, retrain
 
@@ -55,8 +58,8 @@ def test_removal_is_the_run_written_out_by_hand(counterfactual: str, tmp_path: P
         loss = losses.sum() / (len(kept) if counterfactual == "drop" else len(micro_batch.sample_ids))
         optimizer.zero_grad()
         loss.backward()
-        optimizer.param_groups[0]["lr"] = step.learning_rates["net.0.weight"]
-        optimizer.param_groups[1]["lr"] = step.learning_rates["net.0.bias"]
+        optimizer.param_groups[0]["lr"] = step.hyper["net.0.weight"]["lr"]
+        optimizer.param_groups[1]["lr"] = step.hyper["net.0.bias"]["lr"]
         optimizer.step()
     again = retrain(run, [gone], counterfactual=counterfactual)
     torch.testing.assert_close(parameters(again), parameters(module), rtol=1e-4, atol=1e-6)
@@ -97,5 +100,82 @@ def test_moved_initialisation_moves_by_its_scale(tmp_path: Path) -> None:
     run = small_run(tmp_path)
     start, moved = run.make_module(), moved_initialisation(run, 1e-3).make_module()
     for a, b in zip(start.parameters(), moved.parameters(), strict=True):
-        ratio = float((b - a).square().mean().sqrt() / a.square().mean().sqrt())
+        ratio = float((b - a).detach().square().mean().sqrt() / a.detach().square().mean().sqrt())
         assert 0.3e-3 < ratio < 3e-3
+
+
+def test_scheduled_momentum_comes_back(tmp_path: Path) -> None:
+    """OneCycleLR moves the betas with the learning rate."""
+
+    def one_cycle(module: torch.nn.Module):  # type: ignore[no-untyped-def]
+        optimizer = torch.optim.AdamW(module.parameters(), lr=1e-3)
+        scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, 1e-2, total_steps=20)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    module = Classifier(one_cycle)
+    fit(module, loader(digits(50), 8), InfluenceCallback(tmp_path / "log"), accumulate_grad_batches=3)
+    run = recorded_run(tmp_path / "log", lambda: Classifier(one_cycle), digits(50))
+    assert len({step.hyper["net.0.bias"]["beta1"] for step in run.steps}) == len(run.steps)
+    assert torch.equal(parameters(retrain(run)), parameters(module))
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux") or torch.cuda.is_available(), reason="workers are forked")
+def test_workers_find_what_one_process_finds(tmp_path: Path) -> None:
+    run = small_run(tmp_path)
+    x, y = (t[:6] for t in digits(40).tensors)
+
+    def losses(module):  # type: ignore[no-untyped-def]
+        return query_losses(module, [(x, y)])
+
+    removals = [0, (run.steps[4].micro_batches[0].sample_ids[0], 4), frozenset({1, 2, 3}), 29]
+    threads = torch.get_num_threads()
+    parallel = leave_one_out(run, removals, losses, workers=2)
+    assert torch.get_num_threads() == threads
+    torch.set_num_threads(1)
+    try:
+        serial = leave_one_out(run, removals, losses)
+    finally:
+        torch.set_num_threads(threads)
+    assert torch.equal(parallel, serial) and (serial != 0).all()
+
+
+def test_a_set_is_removed_together(tmp_path: Path) -> None:
+    run = small_run(tmp_path)
+    gone = {4, 11, 25}
+    batch = [digits(40).tensors]
+
+    def losses(module):  # type: ignore[no-untyped-def]
+        return query_losses(module, batch).mean()[None]
+
+    (effect,) = leave_one_out(run, [frozenset(gone)], losses)
+    assert torch.equal(effect, losses(retrain(run, gone)).double() - losses(retrain(run)).double())
+
+
+def test_dropout_is_reseeded_step_by_step(tmp_path: Path) -> None:
+    """With a seed, a rerun is the same run again."""
+
+    def noisy() -> Classifier:
+        return Classifier(net=torch.nn.Sequential(torch.nn.Dropout(0.5), torch.nn.Linear(64, 10)))
+
+    torch.manual_seed(0)
+    initial = noisy().state_dict()
+
+    def make_module() -> Classifier:
+        module = noisy()
+        module.load_state_dict(initial)
+        return module
+
+    fit(make_module(), loader(digits(30), 8), InfluenceCallback(tmp_path / "log"))
+    run = recorded_run(tmp_path / "log", make_module, digits(30), seed=3)
+    first, again = retrain(run), retrain(run)
+    other = retrain(replace(run, seed=4))
+    assert torch.equal(parameters(first), parameters(again)) and not torch.equal(parameters(first), parameters(other))
+
+
+def test_removals_that_make_no_sense(tmp_path: Path) -> None:
+    run = small_run(tmp_path)
+    absent = next(z for z in range(30) if not run.steps[1].holds({z}))
+    with pytest.raises(ConfigurationError, match=f"step 1 of 8 did not consume sample {absent}"):
+        leave_one_out(run, [(absent, 1)], lambda module: torch.zeros(1))
+    with pytest.raises(ConfigurationError, match="counterfactual='remove'"):
+        retrain(run, [0], counterfactual="remove")  # type: ignore[arg-type]
