@@ -8,7 +8,7 @@ Jacobians are a handful of diagonals, shared by all queries.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, TypeAlias
 
 import torch
@@ -117,23 +117,40 @@ def step(update: Update, parameter: Tensor, moments: Moments, gradient: Tensor, 
 
 @dataclass(frozen=True)
 class RecordedStep:
-    """One parameter's recorded step, where `adjoint` and `finite_response` start from.
+    """A recorded step of one parameter, or of several joined, where `adjoint` and `finite_response` start from.
 
     Attributes:
         gradient: ``(d,)`` the effective gradient (`effective_gradient`).
         moments: ``(d,)`` each, before the step.
+        taken: change of the parameter and moments after the step, where they are known already.
     """
 
     update: Update
     moments: Moments
     gradient: Tensor
     hyper: Hyper
+    taken: tuple[Tensor, Moments] | None = None
 
     def double(self) -> RecordedStep:
         """The same in float64, in which all elementwise algebra runs: at the first step the
         derivative is a difference of nearly equal numbers (method.md section 2).
         """
-        return RecordedStep(self.update, tuple(m.double() for m in self.moments), self.gradient.double(), self.hyper)
+        if self.gradient.dtype == torch.float64:
+            return self
+        moments = tuple(m.double() for m in self.moments)
+        return RecordedStep(self.update, moments, self.gradient.double(), self.hyper)
+
+    def take(self) -> tuple[Tensor, Moments]:
+        """Change of the parameter and moments after the step, as recorded."""
+        return self.taken or self.update.apply(self.moments, self.gradient, self.hyper)
+
+
+def join(steps: Sequence[RecordedStep]) -> RecordedStep:
+    """The same step of several parameters that share their hyperparameters, end to end, in float64."""
+    moments = tuple(torch.cat(parts).double() for parts in zip(*(s.moments for s in steps), strict=True))
+    gradient = torch.cat([s.gradient for s in steps]).double()
+    joined = RecordedStep(steps[0].update, moments, gradient, steps[0].hyper)
+    return replace(joined, taken=joined.take())
 
 
 @dataclass(frozen=True)
@@ -142,6 +159,12 @@ class Adjoint:
 
     parameter: Tensor
     moments: Moments
+
+
+def join_adjoints(adjoints: Sequence[Adjoint]) -> Adjoint:
+    """Adjoints of several parameters end to end."""
+    moments = tuple(torch.cat(parts, 1) for parts in zip(*(a.moments for a in adjoints), strict=True))
+    return Adjoint(torch.cat([a.parameter for a in adjoints], 1), moments)
 
 
 def adjoint(recorded: RecordedStep, after: Adjoint) -> tuple[Adjoint, Tensor]:
@@ -200,7 +223,7 @@ def finite_response(
         recorded = recorded.double()
         gradient = recorded.gradient + change if position == 0 else recorded.gradient
         delta, changed = recorded.update.apply(changed, gradient, recorded.hyper)
-        base_delta, base = recorded.update.apply(recorded.moments, recorded.gradient, recorded.hyper)
+        base_delta, base = recorded.take()
         response += weight.double() @ (delta - base_delta).T
     for weight, new, old in zip(closing, changed, base, strict=True):
         response += weight.double() @ (new - old).T

@@ -7,9 +7,9 @@ SGD baseline (another update rule). Its cost is linear in the number of steps (m
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Literal
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal, TypeAlias
 
 import torch
 from torch import Tensor
@@ -26,13 +26,16 @@ from lightning_influence.optimizers import (
     adjoint,
     effective_gradient,
     finite_response,
+    join,
+    join_adjoints,
 )
-from lightning_influence.removal import consumed_change, consumed_gradients, removal
+from lightning_influence.removal import ConsumedChange, consumed_change, consumed_gradients, removal
 from lightning_influence.trajectory import Hyper, Shares, StepRecord, Trajectory, Vectors
 
 RESPONSES = ("finite", "tangent")
 
 _CHUNK_ELEMENTS = 2**22  # of one dense block of per-sample gradients: 32 MiB in float64
+_JOINED_COORDINATES = 2**16  # of a parameter that is joined with others
 
 
 @dataclass(frozen=True)
@@ -75,6 +78,7 @@ class Method:
 
 
 Adjoints = dict[str, Adjoint]
+Block: TypeAlias = tuple[str, ...]
 
 
 def sweep(
@@ -118,7 +122,7 @@ def _concatenate(blocks: list[RowScores], n_queries: int) -> RowScores:
     return RowScores(*(torch.cat([getattr(b, f) for b in blocks]) for f in fields))
 
 
-@dataclass(frozen=True)
+@dataclass
 class Passed:
     """What is kept of a step that the walk has passed.
 
@@ -131,6 +135,31 @@ class Passed:
     recorded: dict[str, RecordedStep]
     after: Adjoints
     gradient: Vectors
+    _joined: dict[Block, tuple[RecordedStep, Adjoint]] = field(default_factory=dict)
+
+    def of(self, block: Block) -> tuple[RecordedStep, Adjoint]:
+        """Step and adjoint of a block of parameters, end to end."""
+        if len(block) == 1:
+            return self.recorded[block[0]], self.after[block[0]]
+        if block not in self._joined:
+            step = join([self.recorded[name] for name in block])
+            self._joined[block] = step, join_adjoints([self.after[name] for name in block])
+        return self._joined[block]
+
+
+def blocks_of(steps: Sequence[Mapping[str, RecordedStep]]) -> list[Block]:
+    """Parameters that can go through the elementwise algebra end to end: they took the same steps with the
+    same hyperparameters. Only small ones are joined; large ones would be copied for nothing.
+    """
+    alike: dict[Any, list[str]] = {}
+    blocks: list[Block] = []
+    for name, recorded in steps[0].items():
+        if len(recorded.gradient) > _JOINED_COORDINATES:
+            blocks.append((name,))
+        else:
+            key = tuple(tuple(s[name].hyper.items()) if name in s else None for s in steps)
+            alike.setdefault(key, []).append(name)
+    return blocks + [tuple(names) for names in alike.values()]
 
 
 def walk_back(trajectory: Trajectory, queries: Vectors, method: Method) -> dict[int, Passed]:
@@ -162,11 +191,13 @@ class _Walk:
         record, shares = self.trajectory.record(index), self.trajectory.shares(index)
         recorded = self._recorded(record)
         # a parameter without a gradient was skipped by the optimizer: its adjoint stays as it is
-        pulled = {k: adjoint(recorded[k], self.adjoints[k]) for k in recorded}
+        passed = Passed(recorded, self.adjoints, {})
+        pulled = _pull(passed)
         gradient_adjoints = clip_adjoint(
             record.clip, record.gradients, {k: a for k, (_, a) in pulled.items()}, self.scales
         )
-        self.passed.appendleft(Passed(recorded, self.adjoints, gradient_adjoints))
+        passed.gradient = gradient_adjoints
+        self.passed.appendleft(passed)
         products = torch.zeros(self.n_queries, len(record.sample_ids))
         if score or self.method.curvature == "fisher":
             products = sum_inner(shares, gradient_adjoints)
@@ -199,19 +230,30 @@ class _Walk:
         tangent = removed.inner(products)
         scores = tangent
         if self.method.response == "finite":
-            chunks = {k: sample_chunks(s) for k, s in shares.items()}
+            chunks = {k: sample_chunks(s.n_samples, s.n_coordinates) for k, s in shares.items()}
             consumed = consumed_change(removed, record, shares, self.scales, chunks)
             scores = torch.zeros_like(tangent)
-            for name, share in shares.items():
-                passed = [p for p in self.passed if name in p.recorded]
-                window = [p.recorded[name] for p in passed]
-                after = [p.after[name].parameter for p in passed]
-                closing = passed[-1].after[name].moments
-                for samples in chunks[name]:
-                    change = consumed.change(record.gradients[name], share, samples)
-                    scores[:, samples] += finite_response(window, after, closing, change)
+            for block in blocks_of([p.recorded for p in self.passed]):
+                scores += self._finite(record, shares, consumed, block)
         steps = torch.full_like(record.sample_ids, record.index)
         return RowScores(record.sample_ids.cpu(), steps.cpu(), scores.T.cpu(), tangent.T.cpu())
+
+    def _finite(
+        self, record: StepRecord, shares: Mapping[str, Shares], consumed: ConsumedChange, block: Block
+    ) -> Tensor:
+        """Finite response ``(q, n)`` of a block of parameters, over the window of the newest passed step."""
+        here = [name for name in block if name in shares]
+        scores = torch.zeros(self.n_queries, len(record.sample_ids))
+        if not here:
+            return scores
+        passed = [p.of(tuple(here)) for p in self.passed if here[0] in p.recorded]
+        window, after = [step for step, _ in passed], [a.parameter for _, a in passed]
+        closing = passed[-1][1].moments
+        size = sum(shares[name].n_coordinates for name in here)
+        for samples in sample_chunks(len(record.sample_ids), size):
+            change = torch.cat([consumed.change(record.gradients[k], shares[k], samples) for k in here], 1)
+            scores[:, samples] = finite_response(window, after, closing, change).to(scores)
+        return scores
 
     def _curvature(
         self, record: StepRecord, shares: Mapping[str, Shares], vectors: Vectors, products: Tensor
@@ -229,7 +271,19 @@ def sum_inner(shares: Mapping[str, Shares], vectors: Vectors) -> Tensor:
     return torch.stack([share.inner(vectors[name]) for name, share in shares.items()]).sum(0)
 
 
-def sample_chunks(share: Shares) -> list[slice]:
+def _pull(passed: Passed) -> dict[str, tuple[Adjoint, Tensor]]:
+    """The adjoint before a step and that of its consumed gradient, by parameter."""
+    pulled = {}
+    for block in blocks_of([passed.recorded]):
+        before, gradient = adjoint(*passed.of(block))
+        sizes = [len(passed.recorded[name].gradient) for name in block]
+        parts = zip(before.parameter.split(sizes, 1), *(m.split(sizes, 1) for m in before.moments), strict=True)
+        for name, (parameter, *moments), a in zip(block, parts, gradient.split(sizes, 1), strict=True):
+            pulled[name] = Adjoint(parameter, tuple(moments)), a
+    return pulled
+
+
+def sample_chunks(n_samples: int, n_coordinates: int) -> list[slice]:
     """Slices of the samples whose dense shares stay within a bounded block."""
-    size = max(1, _CHUNK_ELEMENTS // max(share.n_coordinates, 1))
-    return [slice(i, i + size) for i in range(0, share.n_samples, size)]
+    size = max(1, _CHUNK_ELEMENTS // max(n_coordinates, 1))
+    return [slice(i, i + size) for i in range(0, n_samples, size)]
