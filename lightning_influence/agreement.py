@@ -10,13 +10,12 @@ import pandas as pd
 import torch
 from scipy.stats import rankdata
 from torch import Tensor
-from torchmetrics.functional import pearson_corrcoef
 
 from lightning_influence.errors import ConfigurationError
 
 STATISTICS = ("spearman", "pearson", "relative_error")
 
-_CHUNK = 2**22  # numbers resampled at once
+_CHUNK = 2**18  # numbers resampled at once
 
 
 @dataclass(frozen=True)
@@ -103,19 +102,10 @@ def _ranks(values: Tensor) -> Tensor:
 
 
 def _pearson(a: Tensor, b: Tensor) -> Tensor:
-    a, b = _standardised(a), _standardised(b)
-    defined = (a != 0).any(0) & (b != 0).any(0)
-    found = torch.zeros(a.shape[1], dtype=torch.float64)
-    if defined.any():
-        found[defined] = pearson_corrcoef(a[:, defined], b[:, defined]).reshape(-1)
-    return found
-
-
-def _standardised(values: Tensor) -> Tensor:
-    """Columns of mean 0 and largest magnitude 1, or of zeros where they are constant: effects may be tiny."""
-    constant = (values == values[0]).all(0)
-    centred = (values - values.mean(0)).masked_fill(constant, 0.0)
-    return centred / centred.abs().amax(0).clamp(min=torch.finfo(torch.float64).tiny)
+    """Of every column; 0 where one of the two is constant."""
+    varies = (a != a[0]).any(0) & (b != b[0]).any(0)
+    a, b = a - a.mean(0), b - b.mean(0)
+    return torch.where(varies, (a * b).sum(0) / (a.norm(dim=0) * b.norm(dim=0)), 0.0).clamp(-1, 1)
 
 
 def _intervals(

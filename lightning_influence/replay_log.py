@@ -1,8 +1,8 @@
 """What a log holds so that its run can be run again: written during training, read as a `replay.Plan`.
 
 In a step's shard: ``random/<m>/<generator>`` before each micro-batch's training step, and either the batch,
-``batch/<m>/<leaf>``, or ``fetch/<m>/<generator>``, the random state when its samples were fetched. Every few
-steps an artifact ``snapshot-<step>``: ``parameter/<name>``, ``moment/<k>/<name>``, ``buffer/<name>``.
+``batch/<m>/<leaf>``, or ``fetch/<m>/<generator>``, the random state when its samples were fetched, and
+``fingerprint/<m>`` of what came. Every few steps an artifact ``snapshot-<step>``: ``parameter/<name>``, ``moment/<k>/<name>``, ``buffer/<name>``.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ from lightning import LightningDataModule, LightningModule
 from torch import Tensor
 from torch.utils.data import DataLoader, default_collate
 
-from lightning_influence.batches import leaves, pack_batch, unpack_batch
-from lightning_influence.errors import ConfigurationError, CurvatureUnavailable, LogError
+from lightning_influence.batches import fingerprint, leaves, pack_batch, unpack_batch
+from lightning_influence.errors import ConfigurationError, CurvatureUnavailable, LogError, ReplayDrift
 from lightning_influence.log import LoggedSteps
 from lightning_influence.optimizers import UPDATES, read_moments
 from lightning_influence.random_state import random_state, read_random_state
@@ -25,6 +25,7 @@ from lightning_influence.replay import ReplayMicroBatch, ReplayStep, State
 
 SNAPSHOT = "snapshot-"
 _SMALL = 2**20  # bytes of a batch that is stored unasked
+_SAME = 1e-4  # relative difference of two fingerprints of one batch
 
 Packed = tuple[dict[str, Tensor], dict[str, Any]]
 
@@ -69,6 +70,7 @@ def pack_micro_batch(
             ) from error
         tensors |= {f"batch/{number}/{key}": t.to("cpu", copy=True) for key, t in parts.items()}
     elif fetched is not None:
+        tensors[f"fingerprint/{number}"] = fingerprint(batch)
         tensors |= {f"fetch/{number}/{k}": v for k, v in fetched.items()}
     return tensors, meta
 
@@ -176,7 +178,15 @@ class LoggedPlan:
         with random_state(self._generators(index, f"fetch/{number}/") or None):
             batch = self._collate([self._dataset[i] for i in ids])
         batch = module.on_before_batch_transfer(batch, 0)
-        return module.on_after_batch_transfer(module.transfer_batch_to_device(batch, module.device, 0), 0)
+        batch = module.on_after_batch_transfer(module.transfer_batch_to_device(batch, module.device, 0), 0)
+        recorded, found = self._reader.tensor(index, f"fingerprint/{number}"), fingerprint(batch)
+        if recorded.shape != found.shape or not torch.allclose(found, recorded, rtol=_SAME, atol=_SAME):
+            raise ReplayDrift(
+                f"step {index}: data gives another batch for samples {ids[:4]}... than the run saw. Give the same data, "
+                "transforms and collate function; augmentation in loader workers cannot be repeated, so record that with "
+                "InfluenceCallback(store_batches=True)."
+            )
+        return batch
 
 
 def _samples_of(data: Any) -> tuple[Any, Any]:
