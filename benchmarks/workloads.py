@@ -37,12 +37,21 @@ class Images(Trained):
         x, y = batch
         return nn.functional.cross_entropy(self.net(x), y)
 
+    def each_loss(self, batch: tuple[Tensor, Tensor]) -> Tensor:
+        x, y = batch
+        return nn.functional.cross_entropy(self.net(x), y, reduction="none")
+
 
 class Text(Trained):
     def training_step(self, batch: tuple[Tensor], batch_idx: int) -> Tensor:
         (tokens,) = batch
         loss: Tensor = self.net(input_ids=tokens, labels=tokens).loss
         return loss
+
+    def each_loss(self, batch: tuple[Tensor]) -> Tensor:
+        (tokens,) = batch
+        logits = self.net(input_ids=tokens).logits[:, :-1].transpose(1, 2)
+        return nn.functional.cross_entropy(logits, tokens[:, 1:], reduction="none").mean(1)
 
 
 def mlp(inputs: int, width: int) -> Callable[[], nn.Module]:
@@ -130,7 +139,7 @@ class Workload:
     data: Callable[[], Dataset[Any]]
     n_train: int
     batch: int
-    n_queries: int = 50
+    n_queries: int = 16
     epochs: int = 1
 
     def make(self, lr: float = 1e-3, betas: tuple[float, float] = (0.9, 0.999)) -> Trained:

@@ -109,6 +109,7 @@ def open_trajectory(
             exclude=manifest["excluded"],
             frozen_batch_norm=manifest["frozen_batch_norm"],
             autocast=_autocast(manifest["precision"], model),
+            exact=curvature in ("auto", "hessian"),
         ) as replayed:
             yield replayed
     else:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 import torch
@@ -32,22 +33,58 @@ def fisher_product(record: StepRecord, shares: Mapping[str, Shares], products: T
     return {name: share.combine(weights) for name, share in shares.items()}
 
 
-def hessian_product(loss: Loss, parameters: dict[str, Tensor], vectors: Vectors, *, at_once: int = 8) -> Vectors:
-    """Exact Hessian-vector products, forward over reverse: ``H v = d/d eps grad loss(theta + eps v)``.
+@dataclass(frozen=True)
+class GradientGraph:
+    """A gradient that can be differentiated again: evaluated once, it serves any number of Hessian products.
 
-    Args:
-        parameters: where to differentiate.
-        vectors: ``(q, d)`` each, flat.
-        at_once: vectors that are carried through the network together.
-
-    Returns:
-        ``(q, d)`` each.
+    Attributes:
+        parameters: the leaves it was taken with respect to.
+        gradients: shaped like them.
     """
 
-    def product(direction: dict[str, Tensor]) -> dict[str, Tensor]:
-        return jvp(grad(loss), (parameters,), (direction,))[1]  # type: ignore[no-any-return]
+    parameters: dict[str, Tensor]
+    gradients: dict[str, Tensor]
 
-    return _for_each(product, parameters, vectors, at_once)
+    def hessian_product(self, vectors: Vectors, *, at_once: int = 8) -> Vectors:
+        """Exact Hessian-vector products ``H v = d <grad loss, v> / d theta``, ``(q, d)`` each.
+
+        Args:
+            vectors: ``(q, d)`` each, flat.
+            at_once: vectors that are carried through the network together.
+        """
+        leaves = list(self.parameters.values())
+        bent = {name: g for name, g in self.gradients.items() if g.requires_grad}  # the others are constant
+        n = len(next(iter(vectors.values())))
+        rows = []
+        for chunk in torch.arange(n).split(at_once):
+            directions = [vectors[name][chunk].view(-1, *g.shape) for name, g in bent.items()]
+            single = len(chunk) == 1
+            rows.append(
+                torch.autograd.grad(
+                    list(bent.values()),
+                    leaves,
+                    [d[0] if single else d for d in directions],
+                    retain_graph=True,
+                    allow_unused=True,
+                    materialize_grads=True,
+                    is_grads_batched=not single,
+                )
+                if bent
+                else [leaf.new_zeros(len(chunk), leaf.numel()) for leaf in leaves]
+            )
+        products = {
+            name: torch.cat([row[i].reshape(-1, leaf.numel()) for row in rows])
+            for i, (name, leaf) in enumerate(self.parameters.items())
+        }
+        return {name: products[name] for name in vectors}
+
+
+def gradient_graph(loss: Loss, parameters: dict[str, Tensor]) -> GradientGraph:
+    """Gradient of a loss, to be differentiated again."""
+    leaves = {name: p.detach().requires_grad_() for name, p in parameters.items()}
+    with differentiable_attention():
+        gradients = torch.autograd.grad(loss(leaves), list(leaves.values()), create_graph=True, materialize_grads=True)
+    return GradientGraph(leaves, dict(zip(leaves, gradients, strict=True)))
 
 
 def third_derivative(loss: Loss, parameters: dict[str, Tensor], vectors: Vectors, *, at_once: int = 8) -> Vectors:
@@ -94,7 +131,7 @@ def _for_each(
 ) -> Vectors:
     directions = {name: v.reshape(len(v), *parameters[name].shape) for name, v in vectors.items()}
     n = len(next(iter(directions.values())))
-    with _differentiable_attention():
+    with differentiable_attention():
         if n == 1:
             products = {name: p[None] for name, p in product({k: d[0] for k, d in directions.items()}).items()}
         else:
@@ -102,8 +139,8 @@ def _for_each(
     return {name: p.detach().reshape(n, -1) for name, p in products.items()}
 
 
-def _differentiable_attention() -> AbstractContextManager[Any]:
-    """Fused attention kernels have no forward derivative; the plain one has."""
+def differentiable_attention() -> AbstractContextManager[Any]:
+    """Fused attention kernels can be differentiated once; the plain one any number of times."""
     return sdpa_kernel(SDPBackend.MATH)
 
 

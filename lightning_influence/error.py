@@ -147,7 +147,7 @@ class _Variation:
         removed = removal(self.record, self.method.counterfactual)
         shares = self.trajectory.shares(self.start)
         forced = {
-            k: removed.change(s, slice(None), self.record.gradients[k].double())[self.positions]
+            k: removed.change(s, slice(None), removed.totals(s, self.record.gradients[k].double()))[self.positions]
             for k, s in shares.items()
         }
         zero = {k: torch.zeros_like(f) for k, f in forced.items()}

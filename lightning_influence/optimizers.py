@@ -7,6 +7,7 @@ Jacobians are a handful of diagonals, shared by all queries.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, TypeAlias
@@ -36,21 +37,21 @@ class Update:
 
 def _safe_sqrt(x: Tensor) -> Tensor:
     """Square root whose derivative at 0 is 0: where ``v = 0`` also ``m = 0``, and nothing moves."""
-    positive = x > 0
-    return torch.where(positive, torch.sqrt(torch.where(positive, x, 1.0)), 0.0)
+    return x.clamp(min=torch.finfo(x.dtype).tiny).sqrt()
 
 
 def _adam_moments(moments: Moments, gradient: Tensor, hyper: Hyper) -> Moments:
     m, v = moments
-    m = hyper["beta1"] * m + (1 - hyper["beta1"]) * gradient
-    v = hyper["beta2"] * v + (1 - hyper["beta2"]) * gradient**2
-    return m, v
+    return torch.lerp(m, gradient, 1 - hyper["beta1"]), torch.lerp(v, gradient**2, 1 - hyper["beta2"])
 
 
 def _adam_change(m: Tensor, v: Tensor, hyper: Hyper) -> Tensor:
+    # the bias corrections are gathered into two numbers, and the division fused with what scales it: this is the
+    # innermost loop of the finite response
     correction1 = 1 - hyper["beta1"] ** hyper["step"]
-    correction2 = 1 - hyper["beta2"] ** hyper["step"]
-    return -hyper["lr"] * (m / correction1) / (_safe_sqrt(v / correction2) + hyper["eps"])
+    correction2 = math.sqrt(1 - hyper["beta2"] ** hyper["step"])
+    scale = -hyper["lr"] * correction2 / correction1
+    return torch.addcdiv(m.new_zeros(()), m, _safe_sqrt(v) + correction2 * hyper["eps"], value=scale)
 
 
 def _adam(moments: Moments, gradient: Tensor, hyper: Hyper) -> tuple[Tensor, Moments]:
@@ -131,14 +132,12 @@ class RecordedStep:
     hyper: Hyper
     taken: tuple[Tensor, Moments] | None = None
 
-    def double(self) -> RecordedStep:
-        """The same in float64, in which all elementwise algebra runs: at the first step the
-        derivative is a difference of nearly equal numbers (method.md section 2).
-        """
-        if self.gradient.dtype == torch.float64:
+    def to(self, dtype: torch.dtype) -> RecordedStep:
+        """The same in another precision."""
+        if self.gradient.dtype == dtype:
             return self
-        moments = tuple(m.double() for m in self.moments)
-        return RecordedStep(self.update, moments, self.gradient.double(), self.hyper)
+        moments = tuple(m.to(dtype) for m in self.moments)
+        return RecordedStep(self.update, moments, self.gradient.to(dtype), self.hyper)
 
     def take(self) -> tuple[Tensor, Moments]:
         """Change of the parameter and moments after the step, as recorded."""
@@ -146,10 +145,9 @@ class RecordedStep:
 
 
 def join(steps: Sequence[RecordedStep]) -> RecordedStep:
-    """The same step of several parameters that share their hyperparameters, end to end, in float64."""
-    moments = tuple(torch.cat(parts).double() for parts in zip(*(s.moments for s in steps), strict=True))
-    gradient = torch.cat([s.gradient for s in steps]).double()
-    joined = RecordedStep(steps[0].update, moments, gradient, steps[0].hyper)
+    """The same step of several parameters that share their hyperparameters, end to end."""
+    moments = tuple(torch.cat(parts) for parts in zip(*(s.moments for s in steps), strict=True))
+    joined = RecordedStep(steps[0].update, moments, torch.cat([s.gradient for s in steps]), steps[0].hyper)
     return replace(joined, taken=joined.take())
 
 
@@ -174,7 +172,8 @@ def adjoint(recorded: RecordedStep, after: Adjoint) -> tuple[Adjoint, Tensor]:
         The adjoint before the step, with the loss gradient held fixed, and ``A`` ``(q, d)``, the
         derivative of the queries with respect to the consumed gradient.
     """
-    recorded, hyper = recorded.double(), recorded.hyper
+    # In float64: at the first step the derivative is a difference of nearly equal numbers (method.md section 2).
+    recorded, hyper = recorded.to(torch.float64), recorded.hyper
     outputs, pull = torch.func.vjp(  # type: ignore[misc]
         lambda moments, gradient: recorded.update.apply(moments, gradient, hyper),
         recorded.moments,
@@ -213,21 +212,22 @@ def finite_response(
         change: ``(n, d)``, change of the gradient consumed in the first step, one row a sample.
 
     Returns:
-        ``(q, n)``, the predicted changes of the queries.
+        ``(q, n)``, the predicted changes of the queries, in the precision of ``change``.
     """
-    first = window[0].double()
-    change = -change.double() if first.hyper["maximize"] else change.double()
-    response = torch.zeros(after[0].shape[0], change.shape[0], dtype=torch.float64, device=change.device)
-    changed = tuple(m.expand(change.shape) for m in first.moments)
-    for position, (recorded, weight) in enumerate(zip(window, after, strict=True)):
-        recorded = recorded.double()
+    first = window[0].to(change.dtype)
+    if first.hyper["maximize"]:
+        change = -change
+    response = torch.zeros(after[0].shape[0], change.shape[0], dtype=change.dtype, device=change.device)
+    changed = first.moments
+    for position, (step, weight) in enumerate(zip(window, after, strict=True)):
+        recorded = step.to(change.dtype)
         gradient = recorded.gradient + change if position == 0 else recorded.gradient
         delta, changed = recorded.update.apply(changed, gradient, recorded.hyper)
         base_delta, base = recorded.take()
-        response += weight.double() @ (delta - base_delta).T
+        response += weight.to(change) @ (delta - base_delta).T
     for weight, new, old in zip(closing, changed, base, strict=True):
-        response += weight.double() @ (new - old).T
-    return response.to(after[0].dtype)
+        response += weight.to(change) @ (new - old).T
+    return response
 
 
 def update_name(optimizer: torch.optim.Optimizer) -> str:

@@ -39,12 +39,15 @@ class Removal:
         members, shared, own = (x.to(products) for x in (self.members, self.shared, self.own))
         return shared * (products @ members @ members.T) + own * products
 
-    def change(self, shares: Shares, samples: slice, like: Tensor) -> Tensor:
-        """``e_z`` of some samples, ``(n', d)``, in the dtype and on the device of ``like``."""
-        totals = shares.combine(self.members.T.to(like)).to(like)
-        rows = shares.dense(samples).to(like)
-        shared = (self.shared[:, None] * self.members)[samples].to(like)
-        return torch.addmm(self.own[samples, None].to(like) * rows, shared, totals)
+    def totals(self, shares: Shares, like: Tensor) -> Tensor:
+        """Sums of the shares of each micro-batch, ``(n_micro_batches, d)``."""
+        return shares.combine(self.members.T.to(like)).to(like)
+
+    def change(self, shares: Shares, samples: slice, totals: Tensor) -> Tensor:
+        """``e_z`` of some samples, ``(n', d)``, in the dtype and on the device of ``totals``."""
+        rows = shares.dense(samples).to(totals)
+        shared = (self.shared[:, None] * self.members)[samples].to(totals)
+        return torch.addmm(self.own[samples, None].to(totals) * rows, shared, totals)
 
 
 def removal(record: StepRecord, counterfactual: Literal["drop", "zero"]) -> Removal:
@@ -84,10 +87,9 @@ class ConsumedChange:
     clip: Clip
     coefficients: Tensor
 
-    def change(self, gradient: Tensor, shares: Shares, samples: slice) -> Tensor:
-        """Rows ``(n', d)`` for one parameter; ``gradient`` ``(d,)`` before clipping. float64."""
-        gradient = gradient.double()
-        raw = self.removal.change(shares, samples, gradient)
+    def change(self, gradient: Tensor, shares: Shares, samples: slice, totals: Tensor) -> Tensor:
+        """Rows ``(n', d)`` for one parameter; ``gradient`` ``(d,)`` before clipping."""
+        raw = self.removal.change(shares, samples, totals)
         if self.clip.rule == "none":
             return raw
         before = apply_clip(self.clip, gradient, norm_coefficient(self.clip, self.clip.raw_norm))
@@ -113,8 +115,9 @@ def consumed_change(
     if clip.rule == "norm":
         for name, share in shares.items():
             gradient = record.gradients[name].double()
+            totals = removed.totals(share, gradient)
             for samples in chunks[name]:
-                e = removed.change(share, samples, gradient)
+                e = removed.change(share, samples, totals)
                 squared[samples] += (scales[name] * (2 * e @ gradient + e.square().sum(1))).cpu()
     return ConsumedChange(removed, clip, norm_coefficient(clip, squared.clamp(min=0).sqrt()))
 

@@ -8,8 +8,9 @@ look-ahead, from the batches to come.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Protocol
 
 import torch
@@ -20,17 +21,22 @@ from tqdm.auto import tqdm
 
 from lightning_influence.capture import GradientCapture
 from lightning_influence.compression import Form, Stack, nbytes
-from lightning_influence.curvature import gauss_newton_product, hessian_product, third_derivative
+from lightning_influence.curvature import (
+    GradientGraph,
+    differentiable_attention,
+    gauss_newton_product,
+    third_derivative,
+)
 from lightning_influence.errors import ReplayDrift
 from lightning_influence.optimizers import UPDATES, Moments, coupling, step
-from lightning_influence.random_state import random_state
+from lightning_influence.random_state import random_state, write_random_state
 from lightning_influence.removal import consumed_gradients
 from lightning_influence.training_step import loss_of, quiet
 from lightning_influence.trajectory import Clip, Hyper, Shares, StepRecord, Vectors
 
 _TOLERANCE = 1e-2  # of a segment's movement
 _NORM_TOLERANCE = 1e-3  # of a gradient's norm
-_CACHE_BYTES = 2**30  # of the shares of one segment
+_CACHE_BYTES = 2**30  # of the evaluations of one segment
 
 
 @dataclass(frozen=True)
@@ -94,14 +100,27 @@ class Plan(Protocol):
         """The state before a step of `snapshots`."""
 
 
+@dataclass(frozen=True)
+class _Evaluation:
+    """The training step of one optimizer step, evaluated.
+
+    Attributes:
+        graph: None where the run is replayed without second derivatives.
+    """
+
+    gradients: dict[str, Tensor]
+    shares: dict[str, Form]
+    graph: GradientGraph | None
+
+
 @dataclass
 class _Segment:
-    """The steps from one snapshot to the next, replayed."""
+    """The steps from one snapshot to the next, replayed; evaluations are kept while they fit."""
 
     start: int
     states: list[State]
     records: list[StepRecord]
-    shares: list[dict[str, Form] | None]
+    evaluations: dict[int, _Evaluation]
 
 
 class ReplayTrajectory:
@@ -116,6 +135,7 @@ class ReplayTrajectory:
         exclude: patterns of parameters that train but are not scored.
         frozen_batch_norm: as during the run.
         autocast: makes the context of the run's mixed precision.
+        exact: whether exact Hessian products will be asked for.
         at_once: vectors carried through the network together in an exact curvature product.
 
     Attributes:
@@ -130,6 +150,7 @@ class ReplayTrajectory:
         exclude: Sequence[str] = (),
         frozen_batch_norm: bool = False,
         autocast: Callable[[], AbstractContextManager[Any]] = nullcontext,
+        exact: bool = True,
         at_once: int = 8,
     ) -> None:
         self.module, self.plan, self.optimizer = module, plan, plan.optimizer
@@ -137,14 +158,15 @@ class ReplayTrajectory:
         self._capture = GradientCapture(module, exclude=exclude, frozen_batch_norm=frozen_batch_norm)
         self._trained = {k: p for k, p in module.named_parameters() if p.requires_grad}
         self.sizes = {k: (p.numel(), p.numel()) for k, p in self._trained.items()}
-        self._loss = _TrainingLoss(module)
-        self._autocast, self._at_once = autocast, at_once
+        self._scope = _Scope(module)
+        self._autocast, self._exact, self._at_once = autocast, exact, at_once
         self._segment: _Segment | None = None
-        self._open: Iterator[None] | None = None
+        self._size: int | None = None
 
     def __enter__(self) -> ReplayTrajectory:
-        self._guard = _as_it_was(self.module)
-        self._guard.__enter__()
+        self._open = ExitStack()
+        self._open.enter_context(_as_it_was(self.module))
+        self._open.enter_context(random_state(None))
         self.module.train()
         self._capture.attach()
         return self
@@ -152,7 +174,7 @@ class ReplayTrajectory:
     def __exit__(self, *error: Any) -> None:
         self._capture.detach()
         self._segment = None
-        self._guard.__exit__(*error)
+        self._open.close()
 
     def __len__(self) -> int:
         return len(self.plan)
@@ -162,18 +184,22 @@ class ReplayTrajectory:
         return segment.records[index - segment.start]
 
     def shares(self, index: int) -> Mapping[str, Shares]:
-        segment = self._at(index)
-        found = segment.shares[index - segment.start]
-        if found is None:
-            found = self._run(self.plan.step(index), segment.states[index - segment.start])[1]
-        return found
+        kept = self.record(index).gradients
+        return {k: form for k, form in self._evaluation(index).shares.items() if k in kept}
 
     def select(self, name: str, values: Tensor) -> Tensor:
         return values.flatten(values.dim() - self._trained[name].dim())
 
     def curvature_product(self, index: int, kind: str, vectors: Vectors) -> Vectors:
-        product = {"hessian": hessian_product, "gauss_newton": gauss_newton_product}[kind]
-        return self._product(product, index, vectors)
+        if kind == "gauss_newton":
+            return self._product(gauss_newton_product, index, vectors)
+        self._exact = True
+        graph = self._evaluation(index).graph
+        assert graph is not None
+        here = {k: v.to(graph.parameters[k]) for k, v in vectors.items()}
+        # under the same parameters, because a checkpointed module runs forward once more
+        products = self._under(graph.parameters, lambda: graph.hessian_product(here, at_once=self._at_once))
+        return {k: products[k].to(v) for k, v in vectors.items()}
 
     def third_derivative(self, index: int, vectors: Vectors) -> Vectors:
         """``D3L[u, u]`` of the step's batch loss along each direction ``u``, ``(k, d)``."""
@@ -185,21 +211,27 @@ class ReplayTrajectory:
         parameters = {k: state.parameters[k] for k in vectors}
         here = {k: v.to(parameters[k]) for k, v in vectors.items()}
         total = {k: torch.zeros_like(v) for k, v in here.items()}
-        with self._state(state):
-            for micro_batch in self.plan.step(index).micro_batches:
-                loss = self._loss_of(micro_batch)
-                for k, part in product(loss, parameters, here, at_once=self._at_once).items():
-                    total[k] += part
+        self._restore(state)
+        for micro_batch in self.plan.step(index).micro_batches:
+            loss = self._loss_of(micro_batch)
+            for k, part in product(loss, parameters, here, at_once=self._at_once).items():
+                total[k] += part
         return {k: total[k].to(vectors[k]) for k in vectors}
 
     def _loss_of(self, micro_batch: ReplayMicroBatch) -> Callable[[dict[str, Tensor]], Tensor]:
-        def loss(values: dict[str, Tensor]) -> Tensor:
-            named = {f"module.{k}": v for k, v in values.items()}
-            with random_state(micro_batch.random), self._autocast():
-                value: Tensor = functional_call(self._loss, named, (micro_batch.batch, micro_batch.batch_idx))
-                return value * micro_batch.factor
+        return lambda values: self._under(values, lambda: self._loss(micro_batch))
 
-        return loss
+    def _loss(self, micro_batch: ReplayMicroBatch) -> Tensor:
+        """A micro-batch's part in the loss of its step, by the module's own training step."""
+        if micro_batch.random is not None:
+            write_random_state(micro_batch.random)
+        with self._autocast():
+            loss = loss_of(self.module.training_step(micro_batch.batch, micro_batch.batch_idx))
+        return loss * micro_batch.factor
+
+    def _under(self, parameters: Mapping[str, Tensor], function: Callable[[], Any]) -> Any:
+        """The value of a function with other tensors in the place of the module's parameters."""
+        return functional_call(self._scope, {f"module.{k}": p for k, p in parameters.items()}, (function,))
 
     # -- forward ----------------------------------------------------------------------------------------
 
@@ -215,21 +247,38 @@ class ReplayTrajectory:
 
     def _replay(self, start: int) -> _Segment:
         stop = min((s for s in self.plan.snapshots if s > start), default=len(self))
-        segment, state, cached = _Segment(start, [], [], []), self.plan.snapshot(start), 0
+        segment, state = _Segment(start, [], [], {}), self.plan.snapshot(start)
         for index in tqdm(range(start, min(stop, len(self))), desc="replay", unit="step", delay=2, leave=False):
             planned = self.plan.step(index)
-            record, shares = self._record(index, planned, state)
-            cached += _bytes(shares)
+            if self._size is None:
+                self._size = self._size_of(planned, state)
+            evaluation = self._evaluate(planned, state)
+            record = self._record(index, planned, state, evaluation.gradients)
+            if len(segment.evaluations) * self._size <= _CACHE_BYTES:
+                segment.evaluations[index] = evaluation
             segment.states.append(state)
             segment.records.append(record)
-            segment.shares.append(shares if cached <= _CACHE_BYTES else None)
             state = self._next(record, state)
         if stop in self.plan.snapshots:
             self._check_arrival(start, stop, segment.states[0], state)
         return segment
 
-    def _record(self, index: int, planned: ReplayStep, state: State) -> tuple[StepRecord, dict[str, Form]]:
-        gradients, shares = self._run(planned, state)
+    def _size_of(self, planned: ReplayStep, state: State) -> int:
+        """Bytes that it takes to keep a step's evaluation; about the same for every step."""
+        with _saved_bytes() as saved:
+            evaluation = self._evaluate(planned, state)
+        return sum(saved) + sum(nbytes(form) for form in evaluation.shares.values())
+
+    def _evaluation(self, index: int) -> _Evaluation:
+        """The evaluation of a step; made again where it was not kept."""
+        segment = self._at(index)
+        found = segment.evaluations.get(index)
+        if found is None or (found.graph is None and self._exact):
+            found = self._evaluate(self.plan.step(index), segment.states[index - segment.start])
+            segment.evaluations = {index: found}
+        return found
+
+    def _record(self, index: int, planned: ReplayStep, state: State, gradients: Vectors) -> StepRecord:
         norm = float(torch.linalg.vector_norm(torch.stack([g.float().norm() for g in gradients.values()])))
         recorded = planned.clip.raw_norm
         if recorded and abs(norm - recorded) > _NORM_TOLERANCE * recorded:
@@ -237,7 +286,7 @@ class ReplayTrajectory:
                 f"step {index}: the replayed gradient has norm {norm:.6g}, the recorded one had {recorded:.6g}. {_CAUSES}"
             )
         own = [k for k in gradients if k in planned.hyper]
-        record = StepRecord(
+        return StepRecord(
             index=index,
             sample_ids=planned.sample_ids,
             loss_weights=planned.loss_weights,
@@ -249,26 +298,34 @@ class ReplayTrajectory:
             clip=Clip(planned.clip.rule, planned.clip.bound, norm),
             parameters={k: state.parameters[k].flatten() for k in own if coupling(planned.hyper[k])} or None,
         )
-        return record, {k: s for k, s in shares.items() if k in own}
 
-    def _run(self, planned: ReplayStep, state: State) -> tuple[dict[str, Tensor], dict[str, Form]]:
+    def _evaluate(self, planned: ReplayStep, state: State) -> _Evaluation:
         """Gradients and shares of a step, by the module's own training step."""
-        for p in self._trained.values():
-            p.grad = None
+        leaves = {k: p.detach().requires_grad_() for k, p in state.parameters.items()}
+        self._restore(state)
         parts: list[dict[str, Form]] = []
-        with self._state(state):
+        totals: dict[str, Tensor] = {}
+        with differentiable_attention() if self._exact else nullcontext():
             for micro_batch in planned.micro_batches:
                 self._capture.begin(micro_batch.n_samples)
-                with random_state(micro_batch.random):
-                    with self._autocast():
-                        loss = loss_of(self.module.training_step(micro_batch.batch, micro_batch.batch_idx))
-                    (loss * micro_batch.factor).backward()
+                found = self._under(leaves, partial(self._gradients, leaves, micro_batch))
                 parts.append(self._capture.take())
-        gradients = {k: p.grad for k, p in self._trained.items() if p.grad is not None}
+                totals |= {k: totals[k] + g if k in totals else g for k, g in found.items()}
         shares: dict[str, Form] = {
             k: parts[0][k] if len(parts) == 1 else Stack([part[k] for part in parts]) for k in parts[0]
         }
-        return gradients, {k: s for k, s in shares.items() if k in gradients}
+        gradients = {k: g.detach() for k, g in totals.items()}
+        return _Evaluation(
+            gradients,
+            {k: s for k, s in shares.items() if k in gradients},
+            GradientGraph(leaves, totals) if self._exact else None,
+        )
+
+    def _gradients(self, leaves: dict[str, Tensor], micro_batch: ReplayMicroBatch) -> dict[str, Tensor]:
+        """Those that the micro-batch has: the optimizer skips a parameter without one."""
+        loss = self._loss(micro_batch)
+        found = torch.autograd.grad(loss, list(leaves.values()), create_graph=self._exact, allow_unused=True)
+        return {k: g for k, g in zip(leaves, found, strict=True) if g is not None}
 
     def _next(self, record: StepRecord, state: State) -> State:
         """The state after a step, by the pure update in the run's own precision."""
@@ -292,16 +349,12 @@ class ReplayTrajectory:
                 f"the way it went. {_CAUSES}"
             )
 
-    @contextmanager
-    def _state(self, state: State) -> Iterator[None]:
-        """The module at a state."""
+    def _restore(self, state: State) -> None:
+        """Put the module's buffers into a state; its parameters are given to every call."""
         with torch.no_grad():
-            for k, p in self._trained.items():
-                p.copy_(state.parameters[k])
             for k, b in self.module.named_buffers():
                 if k in state.buffers:
                     b.copy_(state.buffers[k])
-        yield
 
 
 _CAUSES = (
@@ -310,15 +363,31 @@ _CAUSES = (
 )
 
 
-class _TrainingLoss(nn.Module):
-    """A module's training step as the forward of a module, so that `functional_call` reaches it."""
+class _Scope(nn.Module):
+    """Calls a function as a module's forward, so that `functional_call` is in force while it runs."""
 
     def __init__(self, module: LightningModule) -> None:
         super().__init__()
         self.module = module
 
-    def forward(self, batch: Any, batch_idx: int) -> Tensor:
-        return loss_of(self.module.training_step(batch, batch_idx))
+    def forward(self, function: Callable[[], Any]) -> Any:
+        return function()
+
+
+@contextmanager
+def _saved_bytes() -> Iterator[list[int]]:
+    """Sizes of the tensors that autograd saves meanwhile. Watching is slow."""
+    sizes: dict[int, int] = {}
+    found: list[int] = []
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        sizes[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        yield found
+    found.extend(sizes.values())
 
 
 @contextmanager
@@ -342,7 +411,3 @@ def _as_it_was(module: LightningModule) -> Iterator[None]:
 
 def _distance(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> float:
     return float(sum((a[k].double() - b[k].double()).square().sum() for k in b) ** 0.5)
-
-
-def _bytes(shares: Mapping[str, Form]) -> int:
-    return sum(nbytes(form) for form in shares.values())

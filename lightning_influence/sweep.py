@@ -34,7 +34,7 @@ from lightning_influence.trajectory import Hyper, Shares, StepRecord, Trajectory
 
 RESPONSES = ("finite", "tangent")
 
-_CHUNK_ELEMENTS = 2**22  # of one dense block of per-sample gradients: 32 MiB in float64
+_CHUNK_ELEMENTS = 2**17  # of one dense block of per-sample gradients: what a processor's cache holds
 _JOINED_COORDINATES = 2**16  # of a parameter that is joined with others
 
 
@@ -250,8 +250,9 @@ class _Walk:
         window, after = [step for step, _ in passed], [a.parameter for _, a in passed]
         closing = passed[-1][1].moments
         size = sum(shares[name].n_coordinates for name in here)
+        totals = {k: consumed.removal.totals(shares[k], record.gradients[k]) for k in here}
         for samples in sample_chunks(len(record.sample_ids), size):
-            change = torch.cat([consumed.change(record.gradients[k], shares[k], samples) for k in here], 1)
+            change = torch.cat([consumed.change(record.gradients[k], shares[k], samples, totals[k]) for k in here], 1)
             scores[:, samples] = finite_response(window, after, closing, change).to(scores)
         return scores
 

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.func import functional_call, grad, hessian, jacrev
 from torch.nn import functional as F
 
-from lightning_influence.curvature import gauss_newton_product, hessian_product, third_derivative
+from lightning_influence.curvature import gauss_newton_product, gradient_graph, third_derivative
 from lightning_influence.errors import CurvatureUnavailable
 
 
@@ -46,6 +46,10 @@ def problem(name: str):  # type: ignore[no-untyped-def]
 
     vectors = {k: torch.randn(3, p.numel()).double() for k, p in parameters.items()}
     return parameters, outputs, loss, vectors, y
+
+
+def hessian_product(loss, parameters, vectors, at_once: int = 8):  # type: ignore[no-untyped-def]
+    return gradient_graph(loss, parameters).hessian_product(vectors, at_once=at_once)
 
 
 def flat(tree: dict[str, Tensor]) -> Tensor:
@@ -112,3 +116,13 @@ def test_products_are_linear_in_the_gradient() -> None:
     plus, minus = (grad(loss)({k: p + e * v[k] for k, p in parameters.items()}) for e in (1e-5, -1e-5))
     difference = torch.cat([((plus[k] - minus[k]) / 2e-5).flatten() for k in plus])
     torch.testing.assert_close(flat(hessian_product(loss, parameters, one))[0], difference, rtol=1e-6, atol=1e-8)
+
+
+def test_a_linear_loss_has_no_curvature() -> None:
+    parameters = {"a": torch.randn(3), "b": torch.randn(2)}
+    vectors = {k: torch.randn(2, p.numel()) for k, p in parameters.items()}
+    found = hessian_product(lambda v: v["a"].sum() + 2 * v["b"].sum(), parameters, vectors)
+    assert flat(found).shape == (2, 5) and not flat(found).any()
+    mixed = hessian_product(lambda v: v["a"].sum() + v["b"].square().sum(), parameters, vectors)
+    torch.testing.assert_close(mixed["b"], 2 * vectors["b"])
+    assert not mixed["a"].any()

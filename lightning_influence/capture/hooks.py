@@ -46,6 +46,8 @@ class GradientCapture:
         self.excluded_ids = {id(trained[name]) for name in excluded}
         self._names = {id(p): name for name, p in self.parameters.items()}
         self._layers = self._recorded_layers(module)
+        # by layer, since a functional call puts other tensors in the place of the parameters
+        self._own_names = {layer: self._own(layer) for layer in self._layers.values()}
         self.table = [row for path, layer in self._layers.items() for row in self._rows(path, layer)]
         self._batch_norms = [m for m in module.modules() if isinstance(m, _BATCH_NORMS)]
         self._refuse(module, frozen_batch_norm)
@@ -165,6 +167,7 @@ class GradientCapture:
         shared = isinstance(leaf, Tensor) and leaf.dim() > 1 and leaf.shape[0] == 1 and self._n != 1
         return leaf.expand(self._n, *leaf.shape[1:]) if shared else leaf
 
+    @torch.no_grad()
     def _collect(
         self,
         layer: nn.Module,
@@ -174,7 +177,9 @@ class GradientCapture:
         shape: torch.Size,
         gradient: Tensor,
     ) -> None:
-        function, own = rule_for(layer), self._own(layer)
+        if self._n is None:  # a gradient of the gradient
+            return
+        function, own = rule_for(layer), self._own_names[layer]
         delta = _widened(gradient.detach().reshape(shape))
         if function is not None:
             inputs = args[0] if args else next(iter(kwargs.values()))
