@@ -68,6 +68,7 @@ def true_effects(
         chosen,
         lambda m: query_losses(m, asked, losses),
         counterfactual=counterfactual,
+        progress=False,
         workers=workers,  # type: ignore[arg-type]
     )
 

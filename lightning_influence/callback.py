@@ -20,7 +20,7 @@ from lightning_influence.replay_log import ReplaySettings
 from lightning_influence.sample_ids import IdSource, SampleIds
 from lightning_influence.sample_weights import WeightSource, sample_weights
 from lightning_influence.store import StoreWriter
-from lightning_influence.trajectory import Clip
+from lightning_influence.trainer import clip_of, loss_scaler, only_optimizer
 
 _PACKAGES = ("lightning-influence", "torch", "lightning", "safetensors", "transformers", "peft")
 
@@ -120,7 +120,7 @@ class InfluenceCallback(L.Callback):
         strategy.process_dataloader = lambda loader: self.sample_ids.listen(process(strategy, loader))  # type: ignore[method-assign, assignment]
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        optimizer = _only_optimizer(trainer)
+        optimizer = only_optimizer(trainer)
         update_name(optimizer)
         capture = None
         if self.record != "replay":
@@ -190,18 +190,14 @@ class InfluenceCallback(L.Callback):
 
     def on_after_backward(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         assert self._recorder is not None
-        scaler = _loss_scaler(trainer)
+        scaler = loss_scaler(trainer)
         self._recorder.after_backward(scaler.get_scale() if scaler is not None else 1.0)
 
     def on_before_optimizer_step(
         self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: torch.optim.Optimizer
     ) -> None:
         assert self._recorder is not None
-        clip = Clip()
-        if trainer.gradient_clip_val:
-            by_value = trainer.gradient_clip_algorithm == "value"
-            clip = Clip("value" if by_value else "norm", float(trainer.gradient_clip_val))
-        self._recorder.before_step(clip, may_skip=_loss_scaler(trainer) is not None)
+        self._recorder.before_step(clip_of(trainer), may_skip=loss_scaler(trainer) is not None)
 
     # -- what the log says of itself --------------------------------------------------------------------
 
@@ -230,19 +226,6 @@ class InfluenceCallback(L.Callback):
             "ranks": trainer.world_size,
             "versions": _versions(),
         }
-
-
-def _only_optimizer(trainer: L.Trainer) -> torch.optim.Optimizer:
-    if len(trainer.optimizers) != 1:
-        raise ConfigurationError(
-            f"configure_optimizers gave {len(trainer.optimizers)} optimizers; influence follows one. Put all parameters "
-            "into groups of a single optimizer."
-        )
-    return trainer.optimizers[0]
-
-
-def _loss_scaler(trainer: L.Trainer) -> Any:
-    return getattr(trainer.precision_plugin, "scaler", None)
 
 
 def _versions() -> dict[str, str]:

@@ -115,7 +115,9 @@ class _Evaluation:
 
 @dataclass
 class _Segment:
-    """The steps from one snapshot to the next, replayed; evaluations are kept while they fit."""
+    """The steps from one snapshot to the next, replayed, with the state they end in; evaluations are kept while they
+    fit.
+    """
 
     start: int
     states: list[State]
@@ -178,6 +180,15 @@ class ReplayTrajectory:
 
     def __len__(self) -> int:
         return len(self.plan)
+
+    def place(self, index: int) -> None:
+        """Put the module where the run was before a step, or after its last one."""
+        segment = self._at(min(index, len(self) - 1))
+        state = segment.states[index - segment.start]
+        self._restore(state)
+        with torch.no_grad():
+            for k, p in self._trained.items():
+                p.copy_(state.parameters[k])
 
     def record(self, index: int) -> StepRecord:
         segment = self._at(index)
@@ -259,6 +270,7 @@ class ReplayTrajectory:
             segment.states.append(state)
             segment.records.append(record)
             state = self._next(record, state)
+        segment.states.append(state)
         if stop in self.plan.snapshots:
             self._check_arrival(start, stop, segment.states[0], state)
         return segment

@@ -34,8 +34,8 @@ from lightning_influence.trajectory import Hyper, Shares, StepRecord, Trajectory
 
 RESPONSES = ("finite", "tangent")
 
-_CHUNK_ELEMENTS = 2**17  # of one dense block of per-sample gradients: what a processor's cache holds
-_JOINED_COORDINATES = 2**16  # of a parameter that is joined with others
+_CHUNK_ELEMENTS = 2**15  # of one dense block of per-sample gradients: what a processor's cache holds
+_JOINED_COORDINATES = 2**14  # of a parameter that is joined with others
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,327 @@
+"""The Lightning face of selection: a datamodule that decides, while the model trains, what the next steps see."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import islice
+from typing import Any, Literal
+
+import lightning as L
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from lightning_influence.callback import InfluenceCallback
+from lightning_influence.errors import ConfigurationError
+from lightning_influence.lookahead import Candidates, look_ahead
+from lightning_influence.random_state import random_state
+from lightning_influence.report import InfluenceReport
+from lightning_influence.sample_ids import SampleIds
+from lightning_influence.selection import Fraction, Keep, Policy, SelectionReport, Soft, decide, policy_of, stepwise
+from lightning_influence.step_selection import StepSelection
+from lightning_influence.sweep import Method
+from lightning_influence.trajectory import Vectors
+
+
+class SelectionDataModule(L.LightningDataModule):
+    """Wraps a datamodule and keeps, of its training samples, those that help a target.
+
+    Selection is scored from the present parameters and optimizer state: a sample's score is the predicted change
+    of the target loss, ``horizon`` optimizer steps after the sample's own, were the sample removed (method.md
+    section 8). With ``horizon=0, every=1`` samples leave the gradient inside the step; otherwise the run is rolled
+    out over the candidates, scored by the same sweep as `attribute`, and put back bit for bit.
+
+    Args:
+        data: the datamodule, or the training loader itself.
+        target: what the model should become good at: a loader of held-out examples that are not test data, or a
+            function ``module -> scalar loss``; None for the wrapped datamodule's ``val_dataloader``.
+        online_selection: False leaves the wrapped run as it is.
+        horizon: optimizer steps between a sample's step and the reading of the target.
+        keep: a fraction, ``"positive"``, or a policy (`selection.Policy`).
+        every: ``"epoch"``, or optimizer steps between selection rounds.
+        per: whether a fraction is kept of every batch or of the whole round.
+        rescore: remove in this many portions, each chosen by scores of what the last one left. Scores of single
+            removals do not add up, so this selects better where much is removed.
+        rebatch: deliver full batches of kept samples, drawing on further passes over the candidates until the
+            epoch has as many batches as before; otherwise batches shrink.
+        floor: least fraction of a batch that stays whatever the scores.
+        refresh_target_every: inside the step, optimizer steps for which a target gradient is used.
+        curvature, response, optimizer_assumption: as of `attribute`; ``horizon=0`` needs no curvature.
+
+    Attributes:
+        selection_report: what was decided so far.
+
+    Raises:
+        ConfigurationError: choices that do not go together.
+    """
+
+    def __init__(
+        self,
+        data: L.LightningDataModule | DataLoader[Any],
+        target: Any = None,
+        *,
+        online_selection: bool = True,
+        horizon: int = 0,
+        keep: Keep = 0.8,
+        every: int | Literal["epoch"] = "epoch",
+        per: Literal["batch", "round"] = "batch",
+        rescore: int = 1,
+        rebatch: bool = False,
+        floor: float = 0.1,
+        refresh_target_every: int = 10,
+        curvature: Literal["none", "fisher", "hessian"] = "hessian",
+        response: Literal["finite", "tangent"] = "finite",
+        optimizer_assumption: Literal["sgd"] | None = None,
+    ) -> None:
+        super().__init__()
+        self.data, self.target, self.online_selection = data, target, online_selection
+        self.horizon, self.every, self.rebatch, self.floor = horizon, every, rebatch, floor
+        self.refresh_target_every = refresh_target_every
+        self.selection_report = SelectionReport()
+        self._check()
+        policy = policy_of(keep)
+        self.policy = Fraction(policy.fraction, per) if isinstance(policy, Fraction) else policy
+        if isinstance(self.policy, Soft) and not self.inside_the_step:
+            raise ConfigurationError("Soft weighs gradients, which horizon=0, every=1 does; a batch has no weights.")
+        self.portions: Sequence[Policy] = stepwise(self.policy, rescore)
+        self.method = Method(
+            curvature if horizon else "none", response, memory_window=min(8, horizon), optimizer=optimizer_assumption
+        )
+        self.target_gradient: Vectors | None = None  # the one in use inside the step
+        self._offline: InfluenceReport | None = None
+
+    @classmethod
+    def from_report(
+        cls, data: L.LightningDataModule | DataLoader[Any], report: InfluenceReport, *, keep: Keep = 0.8, **options: Any
+    ) -> SelectionDataModule:
+        """Offline selection: the scores are those of a report, averaged over its queries, at every epoch.
+
+        Args:
+            options: as of the class. Samples that the report does not score are kept.
+        """
+        selected = cls(data, keep=keep, **options)
+        selected._offline = report
+        return selected
+
+    def _check(self) -> None:
+        for name, value, least in (
+            ("horizon", self.horizon, 0),
+            ("refresh_target_every", self.refresh_target_every, 1),
+        ):
+            if value < least:
+                raise ConfigurationError(f"{name}={value}; it counts optimizer steps and is at least {least}.")
+        if self.every != "epoch" and (isinstance(self.every, str) or self.every < 1):
+            raise ConfigurationError(f"every={self.every!r}; give 'epoch' or a number of optimizer steps from 1.")
+        if self.inside_the_step and self.rebatch:
+            raise ConfigurationError("rebatch=True fills batches, but horizon=0, every=1 selects inside the step.")
+
+    @property
+    def inside_the_step(self) -> bool:
+        """Whether samples leave the gradient instead of the batch."""
+        return self.horizon == 0 and self.every == 1
+
+    # -- the wrapped datamodule -------------------------------------------------------------------------
+
+    def prepare_data(self) -> None:
+        if isinstance(self.data, L.LightningDataModule):
+            self.data.prepare_data()
+
+    def setup(self, stage: str) -> None:
+        if isinstance(self.data, L.LightningDataModule):
+            self.data.trainer = self.trainer
+            self.data.setup(stage)
+        if stage != "fit" or not self._selects or self.trainer is None:
+            return
+        if self.trainer.world_size > 1:
+            raise ConfigurationError(
+                f"the trainer runs on {self.trainer.world_size} processes; selection decides on one. Use devices=1."
+            )
+        if self.inside_the_step and self._offline is None:
+            if any(isinstance(c, InfluenceCallback) for c in self.trainer.callbacks):  # type: ignore[attr-defined]
+                raise ConfigurationError(
+                    "InfluenceCallback records the gradient of whole batches, and horizon=0, every=1 takes samples out of "
+                    "it. Record with every='epoch', or without selection."
+                )
+            self._step_selection = StepSelection(self, SampleIds())
+            self.trainer.callbacks.append(self._step_selection)  # type: ignore[attr-defined]
+
+    def teardown(self, stage: str) -> None:
+        if isinstance(self.data, L.LightningDataModule):
+            self.data.teardown(stage)
+        if self.trainer is not None:
+            callbacks = self.trainer.callbacks  # type: ignore[attr-defined]
+            callbacks[:] = [c for c in callbacks if not isinstance(c, StepSelection)]
+
+    def val_dataloader(self) -> Any:
+        return self.data.val_dataloader() if isinstance(self.data, L.LightningDataModule) else []
+
+    def test_dataloader(self) -> Any:
+        return self.data.test_dataloader() if isinstance(self.data, L.LightningDataModule) else []
+
+    def predict_dataloader(self) -> Any:
+        return self.data.predict_dataloader() if isinstance(self.data, L.LightningDataModule) else []
+
+    def train_dataloader(self) -> Any:
+        loader = self.data.train_dataloader() if isinstance(self.data, L.LightningDataModule) else self.data
+        if not self._selects:
+            return loader
+        if not isinstance(loader, DataLoader) or loader.batch_sampler is None:
+            raise ConfigurationError(
+                f"the training data is a {type(loader).__name__}; selection needs a DataLoader with a batch sampler."
+            )
+        if self.inside_the_step and self._offline is None:
+            return self._step_selection.sample_ids.listen(loader)
+        return SelectingLoader(self, loader)
+
+    @property
+    def _selects(self) -> bool:
+        return self.online_selection or self._offline is not None
+
+    # -- scores and decisions ---------------------------------------------------------------------------
+
+    def target_batches(self) -> Any:
+        """The target as `lookahead.look_ahead` takes it.
+
+        Raises:
+            ConfigurationError: there is none.
+        """
+        if self.target is not None:
+            return self.target
+        if isinstance(self.data, L.LightningDataModule):
+            loader = self.data.val_dataloader()
+            if isinstance(loader, Iterable) and not (isinstance(loader, list) and not loader):
+                return loader
+        raise ConfigurationError(
+            "selection needs a target: give target= a loader of held-out examples, or a datamodule with val_dataloader."
+        )
+
+    def round_scores(self, candidates: Sequence[Sequence[Candidates]], scored: int) -> list[Tensor]:
+        """Scores ``(n,)`` of the next ``scored`` steps, each step a list of micro-batches."""
+        assert self.trainer is not None
+        if self._offline is not None:
+            known = dict(zip(self._offline.sample_ids.tolist(), self._offline.scores.mean(1).tolist(), strict=True))
+            ids = [torch.cat([c.sample_ids for c in step]).tolist() for step in candidates[:scored]]
+            return [torch.tensor([known.get(z, torch.inf) for z in step]) for step in ids]
+        return look_ahead(self.trainer, candidates, self.target_batches(), self.horizon, self.method, scored)
+
+    def decide(
+        self, policy: Policy, scores: Tensor, sample_ids: Tensor, batches: Tensor, left: Tensor | None = None
+    ) -> Tensor:
+        """Weights ``(n,)`` of one portion; what is not ``left`` stays away."""
+        left = torch.ones(len(scores), dtype=torch.bool) if left is None else left
+        weights = torch.zeros(len(scores))
+        weights[left] = decide(policy, scores[left].float(), sample_ids[left], batches[left], self.floor)
+        return weights
+
+    def note(self, trainer: L.Trainer, sample_ids: Tensor, scores: Tensor, weights: Tensor) -> None:
+        """Keep a decision, and log it through the trainer's loggers."""
+        self.selection_report.add(trainer.global_step, sample_ids, scores, weights)
+        every = trainer.log_every_n_steps if self.inside_the_step else 1  # type: ignore[attr-defined]
+        if trainer.global_step % every == 0:
+            told = {"selection/kept": float(weights.mean()), "selection/score": float(scores[scores.isfinite()].mean())}
+            for logger in trainer.loggers:
+                logger.log_metrics(told, trainer.global_step)
+
+    def state_dict(self) -> dict[str, Any]:
+        rows = self.selection_report.rows
+        decisions = {"steps": [step for step, *_ in rows], "rows": [[*parts] for _, *parts in rows]}
+        return {**decisions, "target_gradient": self.target_gradient}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.target_gradient = state_dict["target_gradient"]
+        self.selection_report.rows = [
+            (step, *parts) for step, parts in zip(state_dict["steps"], state_dict["rows"], strict=True)
+        ]
+
+
+class SelectingLoader:
+    """A training loader whose batches are chosen just before they are needed.
+
+    Its length is that of the loader it wraps, so Lightning fetches nothing ahead and every round sees the run where it
+    stands.
+    """
+
+    def __init__(self, selection: SelectionDataModule, loader: DataLoader[Any]) -> None:
+        self.selection, self.loader = selection, loader
+        self.dataset = loader.dataset
+
+    def __len__(self) -> int:
+        return len(self.loader)
+
+    def __iter__(self) -> Iterator[Any]:
+        # random numbers are drawn as the loader itself draws them, so that the order of the data is the same
+        seed = torch.empty((), dtype=torch.int64).random_(generator=self.loader.generator)
+        self._worker_seeds = torch.Generator().manual_seed(int(seed))
+        delivered, waiting = 0, list[int]()
+        drawn = self._draw()
+        size = len(drawn[0]) if drawn else 0
+        while delivered < len(self) and drawn:
+            length = self._round(len(drawn))
+            kept = self._select(drawn, length)
+            drawn = drawn[length:]
+            if self.selection.rebatch:
+                waiting += [z for batch in kept for z in batch]
+                kept = [waiting[i : i + size] for i in range(0, len(waiting) - size + 1, size)]
+                waiting = waiting[len(kept) * size :]
+                drawn = drawn or self._draw()
+            for batch in self._fetch(kept[: len(self) - delivered]):
+                delivered += 1
+                yield batch
+
+    def _draw(self) -> list[list[int]]:
+        """The batches of one pass over the data, as indices."""
+        sampler = self.loader.batch_sampler
+        assert sampler is not None
+        # workers run past the end of a sampler, which draws random numbers there; without them nobody does
+        batches = sampler if self.loader.num_workers else islice(sampler, len(self))
+        return [[int(z) for z in batch] for batch in batches]
+
+    def _round(self, available: int) -> int:
+        """Batches that the next round decides about."""
+        every = self.selection.every
+        trainer = self.selection.trainer
+        assert trainer is not None
+        return available if every == "epoch" else min(available, int(every) * trainer.accumulate_grad_batches)
+
+    def _select(self, drawn: list[list[int]], length: int) -> list[list[int]]:
+        """The first ``length`` batches without what the policy removes."""
+        selection, trainer = self.selection, self.selection.trainer
+        assert trainer is not None
+        ahead = drawn[: length + selection.horizon * trainer.accumulate_grad_batches]
+        sample_ids = torch.tensor([z for batch in drawn[:length] for z in batch])
+        batches = torch.tensor([i for i, batch in enumerate(drawn[:length]) for _ in batch])
+        left = torch.ones(len(sample_ids), dtype=torch.bool)
+        scores = torch.zeros(len(sample_ids))
+        for policy in selection.portions:
+            kept = [sample_ids[left & (batches == i)].tolist() for i in range(length)]
+            scores[left] = self._scores([*kept, *ahead[length:]], length)
+            left = selection.decide(policy, scores, sample_ids, batches, left) > 0
+        selection.note(trainer, sample_ids, scores, left.float())
+        return [sample_ids[left & (batches == i)].tolist() for i in range(length)]
+
+    def _scores(self, batches: list[list[int]], length: int) -> Tensor:
+        trainer = self.selection.trainer
+        assert trainer is not None
+        per_step = trainer.accumulate_grad_batches
+        found: Iterable[Any] = [None] * len(batches)  # a report needs no batches
+        with random_state(None):
+            if self.selection._offline is None:
+                found = [trainer.strategy.batch_to_device(batch, dataloader_idx=0) for batch in self._fetch(batches)]
+            candidates = [Candidates(b, torch.tensor(ids)) for b, ids in zip(found, batches, strict=True)]
+            steps = [candidates[i : i + per_step] for i in range(0, len(candidates), per_step)]
+            return torch.cat(self.selection.round_scores(steps, -(-length // per_step)))
+
+    def _fetch(self, batches: list[list[int]]) -> Iterable[Any]:
+        """The collated batches, by the wrapped loader's own workers and collate function."""
+        loader = self.loader
+        workers = min(loader.num_workers, len(batches))
+        return DataLoader(
+            loader.dataset,
+            batch_sampler=batches,
+            num_workers=workers,
+            collate_fn=loader.collate_fn,
+            pin_memory=loader.pin_memory,
+            worker_init_fn=loader.worker_init_fn,
+            generator=self._worker_seeds,
+            multiprocessing_context=loader.multiprocessing_context if workers else None,
+        )

@@ -1,0 +1,213 @@
+"""Selection inside the step: samples leave the gradient that the backward pass has already produced.
+
+Immediate scores (horizon 0) need no roll-out. The shares of the step's gradient come from the training backward,
+and the target gradient is kept for some steps, so all that is added is one target gradient every so often.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+import lightning as L
+import torch
+from torch import Tensor
+
+from lightning_influence.capture import GradientCapture
+from lightning_influence.compression import Form, Stack
+from lightning_influence.errors import CurvatureUnavailable
+from lightning_influence.lookahead import target_gradient
+from lightning_influence.optimizers import UPDATES, coupling, read_hyper, read_moments, update_name
+from lightning_influence.sample_ids import SampleIds
+from lightning_influence.sample_weights import sample_weights
+from lightning_influence.sweep import sweep
+from lightning_influence.trainer import clip_of, loss_scaler, only_optimizer
+from lightning_influence.trajectory import Clip, Shares, StepRecord, Vectors
+
+if TYPE_CHECKING:
+    from lightning_influence.datamodule import SelectionDataModule
+
+
+@dataclass(frozen=True)
+class _MicroBatch:
+    sample_ids: Tensor
+    loss_weights: Tensor
+    shares: Mapping[str, Form]
+
+
+class StepSelection(L.Callback):
+    """Takes samples out of a run's gradients; `SelectionDataModule` adds it to the trainer."""
+
+    def __init__(self, data: SelectionDataModule, sample_ids: SampleIds) -> None:
+        self.data, self.sample_ids = data, sample_ids
+        self._capture: GradientCapture | None = None
+        self._started: tuple[Tensor, Tensor] | None = None
+        self._micro_batches: list[_MicroBatch] = []
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._capture = GradientCapture(pl_module)
+        self._capture.attach()
+        self.sample_ids.start(trainer.train_dataloader)
+
+    def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self.sample_ids.start(trainer.train_dataloader)  # it may have been reloaded
+
+    def on_train_batch_start(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        assert self._capture is not None
+        ids = self.sample_ids.next(batch)
+        weights = sample_weights(batch, len(ids))
+        self._started = ids, weights / weights.sum() / trainer.accumulate_grad_batches
+        self._capture.begin(len(ids))
+
+    def on_after_backward(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        assert self._capture is not None and self._started is not None
+        scaler = loss_scaler(trainer)
+        shares = self._capture.take(1.0 if scaler is None else 1.0 / scaler.get_scale())
+        self._micro_batches.append(_MicroBatch(*self._started, shares))
+
+    def on_before_optimizer_step(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: torch.optim.Optimizer
+    ) -> None:
+        micro_batches, self._micro_batches = self._micro_batches, []
+        step = LiveStep.read(trainer, micro_batches)
+        if self.data.target_gradient is None or trainer.global_step % self.data.refresh_target_every == 0:
+            gradients = {p: p.grad for p in pl_module.parameters()}
+            self.data.target_gradient = target_gradient(pl_module, self.data.target_batches(), step)
+            for p, gradient in gradients.items():
+                p.grad = gradient
+        scores = torch.zeros(len(step.weights))
+        for policy in self.data.portions:
+            left = step.weights > 0
+            scores[left] = sweep(step, self.data.target_gradient, self.data.method, progress=False).scores[left, 0]
+            step = step.weighted(self.data.decide(policy, scores, step.full.sample_ids, step.full.micro_batches, left))
+        step.write(pl_module)
+        self.data.note(trainer, step.full.sample_ids, scores, step.weights)
+
+    def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        if self._capture is not None:
+            self._capture.detach()
+        self.sample_ids.stop()
+
+
+@dataclass
+class LiveStep:
+    """The optimizer step that is about to be taken: a trajectory of one step.
+
+    Attributes:
+        full: with every sample in it.
+        dims: number of dimensions of each parameter.
+        forms: shares of the samples.
+        weights: ``(n,)``, what is left of each sample.
+    """
+
+    optimizer: str
+    sizes: dict[str, tuple[int, int]]
+    dims: dict[str, int]
+    full: StepRecord
+    forms: Mapping[str, Form]
+    weights: Tensor
+
+    @classmethod
+    def read(cls, trainer: L.Trainer, micro_batches: list[_MicroBatch]) -> LiveStep:
+        """From the trainer's optimizer and the micro-batches whose backward has run."""
+        optimizer, module = only_optimizer(trainer), trainer.lightning_module
+        update = update_name(optimizer)
+        forms: dict[str, Form] = {
+            k: form if len(micro_batches) == 1 else Stack([m.shares[k] for m in micro_batches])
+            for k, form in micro_batches[0].shares.items()
+        }
+        groups = {p: group for group in optimizer.param_groups for p in group["params"]}
+        own = {k: p for k, p in module.named_parameters() if k in forms and p.grad is not None}
+        hyper = {k: read_hyper(groups[p], optimizer.state.get(p, {}), type(optimizer)) for k, p in own.items()}
+        norms = [p.grad.norm() for p in groups if p.grad is not None]
+        rule = clip_of(trainer)
+        record = StepRecord(
+            index=0,
+            sample_ids=torch.cat([m.sample_ids for m in micro_batches]),
+            loss_weights=torch.cat([m.loss_weights for m in micro_batches]),
+            micro_batches=torch.cat([torch.full_like(m.sample_ids, i) for i, m in enumerate(micro_batches)]),
+            gradients={k: p.grad.detach().flatten() for k, p in own.items() if p.grad is not None},
+            moments={
+                k: tuple(m.flatten() for m in read_moments(optimizer.state.get(p, {}), UPDATES[update], p))
+                for k, p in own.items()
+            },
+            hyper=hyper,
+            clip=Clip(rule.rule, rule.bound, float(torch.linalg.vector_norm(torch.stack(norms)))),
+            parameters={k: p.detach().flatten() for k, p in own.items() if coupling(hyper[k])},
+        )
+        sizes = {k: (p.numel(), p.numel()) for k, p in own.items()}
+        dims = {k: p.dim() for k, p in own.items()}
+        return cls(update, sizes, dims, record, {k: forms[k] for k in own}, torch.ones(len(record.sample_ids)))
+
+    def weighted(self, weights: Tensor) -> LiveStep:
+        """With each sample weighted; what is averaged together is averaged over the weights."""
+        return replace(self, weights=self.weights * weights)
+
+    def write(self, module: L.LightningModule) -> None:
+        """Give the module the gradient that is left."""
+        if bool((self.weights == 1).all()):
+            return
+        gradients = self.record(0).gradients
+        for name, p in module.named_parameters():
+            if name in gradients and p.grad is not None:
+                p.grad.copy_(gradients[name].view_as(p))
+
+    def __len__(self) -> int:
+        return 1
+
+    def record(self, index: int) -> StepRecord:
+        if bool((self.weights == 1).all()):
+            return self.full
+        shares, factors = self.shares(index), self._factors()
+        gradients = {k: s.combine(torch.ones(1, s.n_samples).to(self.full.gradients[k]))[0] for k, s in shares.items()}
+        change = sum(float(g.square().sum() - self.full.gradients[k].square().sum()) for k, g in gradients.items())
+        norm = max(self.full.clip.raw_norm**2 + change, 0.0) ** 0.5
+        clip = replace(self.full.clip, raw_norm=norm)
+        return replace(self.full, gradients=gradients, loss_weights=self.full.loss_weights * factors, clip=clip)
+
+    def shares(self, index: int) -> Mapping[str, Shares]:
+        factors = self._factors()
+        return {k: _Weighted(form, factors) for k, form in self.forms.items()}
+
+    def _factors(self) -> Tensor:
+        """Of each share ``(n,)``: its weight, over the mean weight of its micro-batch."""
+        losses, numbers = self.full.loss_weights, self.full.micro_batches
+        n = int(numbers.max()) + 1
+        whole = torch.zeros(n, dtype=losses.dtype).index_add_(0, numbers, losses)
+        left = torch.zeros(n, dtype=losses.dtype).index_add_(0, numbers, losses * self.weights)
+        return self.weights * (whole / left.clamp(min=1e-30))[numbers]
+
+    def select(self, name: str, values: Tensor) -> Tensor:
+        return values.flatten(values.dim() - self.dims[name])
+
+    def curvature_product(self, index: int, kind: str, vectors: Vectors) -> Vectors:
+        raise CurvatureUnavailable("a step that is about to be taken has no replay; use curvature='none'.")
+
+
+@dataclass(frozen=True)
+class _Weighted:
+    """Shares times a factor of each sample."""
+
+    shares: Form
+    factors: Tensor
+
+    @property
+    def n_samples(self) -> int:
+        return self.shares.n_samples
+
+    @property
+    def n_coordinates(self) -> int:
+        return self.shares.n_coordinates
+
+    def inner(self, vectors: Tensor) -> Tensor:
+        return self.shares.inner(vectors) * self.factors.to(vectors)
+
+    def combine(self, weights: Tensor) -> Tensor:
+        return self.shares.combine(weights * self.factors.to(weights))
+
+    def dense(self, samples: slice = slice(None)) -> Tensor:
+        rows = self.shares.dense(samples)
+        return rows * self.factors[samples, None].to(rows)
