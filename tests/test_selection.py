@@ -12,10 +12,10 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from modules import Classifier, digits
 from scipy.stats import spearmanr
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
-from modules import Classifier, digits
 
 from lightning_influence import InfluenceReport, SelectionDataModule
 from lightning_influence.errors import ConfigurationError
