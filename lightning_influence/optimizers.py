@@ -146,8 +146,10 @@ class RecordedStep:
 
 def join(steps: Sequence[RecordedStep]) -> RecordedStep:
     """The same step of several parameters that share their hyperparameters, end to end."""
-    moments = tuple(torch.cat(parts) for parts in zip(*(s.moments for s in steps), strict=True))
-    joined = RecordedStep(steps[0].update, moments, torch.cat([s.gradient for s in steps]), steps[0].hyper)
+    joined = steps[0]
+    if len(steps) > 1:
+        moments = tuple(torch.cat(parts) for parts in zip(*(s.moments for s in steps), strict=True))
+        joined = replace(joined, moments=moments, gradient=torch.cat([s.gradient for s in steps]), taken=None)
     return replace(joined, taken=joined.take())
 
 
@@ -161,6 +163,8 @@ class Adjoint:
 
 def join_adjoints(adjoints: Sequence[Adjoint]) -> Adjoint:
     """Adjoints of several parameters end to end."""
+    if len(adjoints) == 1:
+        return adjoints[0]
     moments = tuple(torch.cat(parts, 1) for parts in zip(*(a.moments for a in adjoints), strict=True))
     return Adjoint(torch.cat([a.parameter for a in adjoints], 1), moments)
 
@@ -180,17 +184,28 @@ def adjoint(recorded: RecordedStep, after: Adjoint) -> tuple[Adjoint, Tensor]:
         recorded.gradient,
     )
     cotangents = (after.parameter, *after.moments)
-    flat = (outputs[0], *outputs[1])
-    d_moments = [torch.zeros_like(after.parameter) for _ in recorded.moments]
-    d_gradient = torch.zeros_like(after.parameter)
-    for i, cotangent in enumerate(cotangents):
-        unit = [torch.ones_like(o) if i == j else torch.zeros_like(o) for j, o in enumerate(flat)]
-        by_moments, by_gradient = pull((unit[0], tuple(unit[1:])))
-        d_gradient += cotangent * by_gradient.to(cotangent.dtype)
-        for total, diagonal in zip(d_moments, by_moments, strict=True):
-            total += cotangent * diagonal.to(cotangent.dtype)
-    before = Adjoint(decay(hyper) * after.parameter + coupling(hyper) * d_gradient, tuple(d_moments))
+    if len(after.parameter) == 1:
+        first, *rest = (c[0].double() for c in cotangents)
+        d_moments, d_gradient = pull((first, tuple(rest)))
+        d_moments = tuple(d[None].to(after.parameter) for d in d_moments)
+        d_gradient = d_gradient[None].to(after.parameter)
+    else:
+        d_moments, d_gradient = _by_diagonals(pull, (outputs[0], *outputs[1]), cotangents)
+    before = Adjoint(decay(hyper) * after.parameter + coupling(hyper) * d_gradient, d_moments)
     return before, -d_gradient if hyper["maximize"] else d_gradient
+
+
+def _by_diagonals(
+    pull: Callable[..., Any], outputs: Sequence[Tensor], cotangents: Sequence[Tensor]
+) -> tuple[Moments, Tensor]:
+    """Pull many cotangents ``(q, d)`` back through the Jacobian's diagonals, which are the same for all."""
+    pulled: list[Tensor] = []
+    for i, cotangent in enumerate(cotangents):
+        first, *rest = (torch.ones_like(o) if i == j else torch.zeros_like(o) for j, o in enumerate(outputs))
+        by_moments, by_gradient = pull((first, tuple(rest)))
+        parts = [cotangent * diagonal.to(cotangent) for diagonal in (*by_moments, by_gradient)]
+        pulled = [a + b for a, b in zip(pulled, parts, strict=True)] if pulled else parts
+    return tuple(pulled[:-1]), pulled[-1]
 
 
 def finite_response(

