@@ -115,9 +115,9 @@ class InfluenceCallback(L.Callback):
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         strategy = trainer.strategy
-        process = type(strategy).process_dataloader
+        process = strategy.process_dataloader
         # the loader's iterator is made before on_train_start, so the listener has to be in place before it
-        strategy.process_dataloader = lambda loader: self.sample_ids.listen(process(strategy, loader))  # type: ignore[method-assign, assignment]
+        strategy.process_dataloader = lambda loader: self.sample_ids.listen(process(loader))  # type: ignore[method-assign, assignment]
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         optimizer = only_optimizer(trainer)

@@ -26,20 +26,30 @@ _REMEDY = (
 )
 
 
+_Drawn: TypeAlias = "tuple[list[int], dict[str, Tensor] | None]"
+"""Indices of a batch, and the random state in which its samples were fetched, unless that was in a worker."""
+
+
 class RecordedBatchSampler(BatchSampler):
-    """A batch sampler that remembers what it drew, in order, until it is asked for it."""
+    """A batch sampler that remembers what it drew, in order, until each of its listeners has asked for it."""
 
     def __init__(self, wrapped: Any) -> None:  # no super().__init__: everything else is the wrapped sampler's
         self._wrapped = wrapped
-        self._drawn: deque[tuple[list[int], dict[str, Tensor] | None]] = deque()
+        self._drawn: dict[int, deque[_Drawn]] = {}
         self.in_process = True
 
+    def subscribe(self, listener: object) -> None:
+        """Remember batches for a listener from now on."""
+        self._drawn.setdefault(id(listener), deque())
+
     def __iter__(self) -> Iterator[list[int]]:
-        drawn: deque[tuple[list[int], dict[str, Tensor] | None]] = deque()
-        self._drawn = drawn
+        queues: dict[int, deque[_Drawn]] = {listener: deque() for listener in self._drawn}
+        self._drawn = queues  # an abandoned iterator goes on filling the old ones
         for indices in self._wrapped:
             # samples are fetched next: with this state where that happens in this process
-            drawn.append(([int(i) for i in indices], read_random_state() if self.in_process else None))
+            drawn = [int(i) for i in indices], read_random_state() if self.in_process else None
+            for queue in queues.values():
+                queue.append(drawn)
             yield indices
 
     def __len__(self) -> int:
@@ -50,13 +60,12 @@ class RecordedBatchSampler(BatchSampler):
             raise AttributeError(name)
         return getattr(self._wrapped, name)
 
-    def next_batch(self) -> tuple[list[int], dict[str, Tensor] | None]:
-        """Indices of the oldest batch that was drawn and not yet asked for, and the random state in which its
-        samples were fetched, unless that was in a worker.
-        """
-        if not self._drawn:
+    def next_batch(self, listener: object) -> _Drawn:
+        """The oldest batch that was drawn and that the listener has not yet asked for."""
+        queue = self._drawn[id(listener)]
+        if not queue:
             raise ConfigurationError(f"a batch arrived that the data loader's sampler never drew. {_REMEDY}")
-        return self._drawn.popleft()
+        return queue.popleft()
 
 
 class SampleIds:
@@ -79,6 +88,9 @@ class SampleIds:
             recorder.in_process = loader.num_workers == 0
             _set_batch_sampler(loader, recorder)
             self._listening.append(loader)
+        sampler = getattr(loader, "batch_sampler", None)
+        if self.source is None and isinstance(sampler, RecordedBatchSampler):
+            sampler.subscribe(self)
         return loader
 
     def start(self, loader: Any) -> None:
@@ -112,7 +124,7 @@ class SampleIds:
         """
         if self.source is None:
             assert self._recorder is not None, "start() comes first"
-            drawn, self.fetched = self._recorder.next_batch()
+            drawn, self.fetched = self._recorder.next_batch(self)
             return torch.tensor(drawn, dtype=torch.int64)
         if isinstance(self.source, str):
             if not isinstance(batch, Mapping) or self.source not in batch:
