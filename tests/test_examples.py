@@ -1,0 +1,47 @@
+"""The examples run, on small settings."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+FOLDER = Path(__file__).parent.parent / "examples"
+
+
+def load(name: str) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(f"example_{name}", FOLDER / f"{name}.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_digits_mlp(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    report = load("digits_mlp").main(["--n-train", "96", "--epochs", "1", "--width", "8", "--out", str(tmp_path)])
+    assert report.sample_ids.tolist() == list(range(96))
+    assert f"sample {report.top(1).sample_id[0]}, a " in capsys.readouterr().out
+    assert (tmp_path / "scores.csv").exists()
+
+
+def test_mnist_cnn(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    found = load("mnist_cnn").main(["--n-train", "256", "--epochs", "2", "--out", str(tmp_path)])
+    assert 0 <= found <= 1
+    assert "of them are among the fifth" in capsys.readouterr().out
+
+
+def test_gpt2_text(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    options = ["--n-train", "32", "--tokens", "16", "--width", "16", "--layers", "1", "--out", str(tmp_path)]
+    report = load("gpt2_text").main(options)
+    assert report.scores.shape == (32, 2) and report.scores.isfinite().all()
+    assert "query 1:" in capsys.readouterr().out
+
+
+def test_llama_lora(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    options = ["--n-train", "16", "--epochs", "1", "--tokens", "32", "--width", "16", "--weights", "no/such-model"]
+    report = load("llama_lora").main([*options, "--out", str(tmp_path)])
+    assert "built from a configuration" in capsys.readouterr().out
+    assert report.metadata["coverage"]["fraction"] == 1.0
+    assert all("lora" in name for name in report.metadata["coverage"]["parameters"])
