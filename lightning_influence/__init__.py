@@ -4,8 +4,18 @@ from lightning_influence.attribution import attribute
 from lightning_influence.callback import InfluenceCallback
 from lightning_influence.datamodule import SelectionDataModule
 from lightning_influence.errors import InfluenceError
+from lightning_influence.faithfulness import check_faithfulness
+from lightning_influence.proxy import error_proxy
 from lightning_influence.report import InfluenceReport
 
 __version__ = "0.1.0"
 
-__all__ = ["InfluenceCallback", "InfluenceError", "InfluenceReport", "SelectionDataModule", "attribute"]
+__all__ = [
+    "InfluenceCallback",
+    "InfluenceError",
+    "InfluenceReport",
+    "SelectionDataModule",
+    "attribute",
+    "check_faithfulness",
+    "error_proxy",
+]

@@ -60,7 +60,7 @@ class ErrorProxy:
         return self.step + self.memory + self.curvature
 
 
-def error_proxy(
+def second_variation(
     trajectory: Trajectory,
     queries: Vectors,
     pairs: Sequence[tuple[int, int]],

@@ -12,6 +12,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from lightning_influence.batches import batch_size, example
+from lightning_influence.curvature import GradientGraph, differentiable_attention
 from lightning_influence.errors import ConfigurationError
 from lightning_influence.training_step import loss_of, quiet
 from lightning_influence.trajectory import Vectors
@@ -65,6 +66,62 @@ def query_gradients(
     if not rows:
         raise ConfigurationError("queries holds no batch; give a loader with at least one example.")
     return {name: torch.stack([row[name] for row in rows]) for name in names}
+
+
+def query_curvature(
+    model: LightningModule,
+    queries: Iterable[Any],
+    names: Sequence[str],
+    *,
+    target: Target = None,
+    query_loss: QueryLoss | None = None,
+) -> Callable[[Vectors], Tensor]:
+    """Second derivatives of the query losses along directions, at the model's present parameters.
+
+    Returns:
+        A function from ``(k, d)`` per parameter to ``(k, n_queries)``, or ``(k, 1)`` for ``target="mean"``.
+
+    Raises:
+        ConfigurationError: a weighted target.
+    """
+    if target not in (None, "mean"):
+        raise ConfigurationError("the curvature of a weighted target is not offered; use target='mean' or None.")
+    parameters = {name: p.detach().clone() for name, p in model.named_parameters() if name in names}
+    batches = list(_batches(model, queries))
+
+    def along(directions: Vectors) -> Tensor:
+        columns = []
+        with _asked(model), differentiable_attention():
+            for graph in _gradient_graphs(model, batches, parameters, query_loss):
+                here = {k: directions[k].to(graph.parameters[k]) for k in names}
+                products = graph.hessian_product(here)
+                columns.append(torch.stack([(products[k] * here[k]).sum(1) for k in names]).sum(0))
+        each = torch.stack(columns, 1)
+        return each.mean(1, keepdim=True) if target == "mean" else each
+
+    return along
+
+
+def _gradient_graphs(
+    model: LightningModule, batches: Iterable[Any], parameters: dict[str, Tensor], query_loss: QueryLoss | None
+) -> Iterator[GradientGraph]:
+    own = dict(model.named_parameters())
+    with torch.no_grad():
+        present = {k: own[k].clone() for k in parameters}
+        for k, p in parameters.items():
+            own[k].copy_(p)
+    leaves: dict[str, Tensor] = {k: own[k] for k in parameters}
+    try:
+        for batch in batches:
+            for i in range(batch_size(batch)):
+                one = example(batch, i)
+                loss = _losses(model, one, query_loss).sum()
+                found = torch.autograd.grad(loss, list(leaves.values()), create_graph=True, materialize_grads=True)
+                yield GradientGraph(leaves, dict(zip(leaves, found, strict=True)))
+    finally:
+        with torch.no_grad():
+            for k, p in present.items():
+                own[k].copy_(p)
 
 
 def _each_gradient(

@@ -122,7 +122,7 @@ class LoggedPlan:
                 "InfluenceCallback(record='replay' or 'both'), or use curvature='fisher'."
             )
         self.optimizer = str(self._reader.manifest["update"])
-        self._dataset, self._collate = _samples_of(data)
+        self._dataset, self._collate = samples_of(data)
 
     def __len__(self) -> int:
         return len(self._reader)
@@ -189,7 +189,7 @@ class LoggedPlan:
         return batch
 
 
-def _samples_of(data: Any) -> tuple[Any, Any]:
+def samples_of(data: Any) -> tuple[Any, Any]:
     """The dataset and the collate function of training data."""
     if isinstance(data, LightningDataModule):
         data.setup("fit")

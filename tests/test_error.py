@@ -7,7 +7,7 @@ import torch
 from test_sweep import RUNS
 from toy import Toy, ToyTrajectory
 
-from lightning_influence.error import error_proxy, scaled_learning_rate
+from lightning_influence.error import scaled_learning_rate, second_variation
 from lightning_influence.errors import ConfigurationError, CurvatureUnavailable
 from lightning_influence.sweep import Method, sweep
 
@@ -40,7 +40,7 @@ def pairs_of(name: str) -> list[tuple[int, int]]:
 def test_proxy_is_half_the_second_derivative(name: str, counterfactual: str) -> None:
     toy, pairs = RUNS[name], pairs_of(name)
     run = ToyTrajectory(toy)
-    proxy = error_proxy(
+    proxy = second_variation(
         run,
         run.query_gradients(),
         pairs,
@@ -55,7 +55,7 @@ def test_proxy_is_half_the_second_derivative(name: str, counterfactual: str) -> 
 
 def test_tangent_is_the_sweep_s() -> None:
     run = ToyTrajectory(RUNS["adamw, clipped norm"])
-    proxy = error_proxy(run, run.query_gradients(), PAIRS, curvature="hessian")
+    proxy = second_variation(run, run.query_gradients(), PAIRS, curvature="hessian")
     rows = sweep(run, run.query_gradients(), Method("hessian", "tangent"))
     for i, (z, t) in enumerate(PAIRS):
         torch.testing.assert_close(proxy.tangent[i], rows.scores[(rows.sample_ids == z) & (rows.steps == t)][0])
@@ -66,7 +66,7 @@ def test_step_and_memory_are_what_the_finite_response_adds() -> None:
     toy = RUNS["adamw"]
     run = ToyTrajectory(toy)
     share = 1e-3
-    proxy = error_proxy(run, run.query_gradients(), PAIRS, curvature="hessian")
+    proxy = second_variation(run, run.query_gradients(), PAIRS, curvature="hessian")
     elementwise = proxy.step + proxy.memory
     shrunk = ToyTrajectory(toy)
     shares = shrunk.shares
@@ -80,8 +80,8 @@ def test_step_and_memory_are_what_the_finite_response_adds() -> None:
 
 def test_fisher_proxy_needs_no_model() -> None:
     run = ToyTrajectory(RUNS["adamw"])
-    exact = error_proxy(run, run.query_gradients(), PAIRS, curvature="hessian")
-    fisher = error_proxy(run, run.query_gradients(), PAIRS, curvature="fisher")
+    exact = second_variation(run, run.query_gradients(), PAIRS, curvature="hessian")
+    fisher = second_variation(run, run.query_gradients(), PAIRS, curvature="fisher")
     torch.testing.assert_close(fisher.step, exact.step, rtol=0.5, atol=float(exact.step.abs().max()))
     assert not torch.allclose(fisher.total, exact.total)
 
@@ -92,14 +92,14 @@ def test_scaled_learning_rate_is_that_run_where_the_path_does_not_matter() -> No
     run = ToyTrajectory(Toy(RUNS["adamw"].optimizer, one))
     slow = ToyTrajectory(Toy(RUNS["adamw"].optimizer, one, lr_factor=lambda t: 0.1))
     queries = run.query_gradients()
-    scaled = error_proxy(scaled_learning_rate(run, 0.1), queries, [(1, 0)], curvature="hessian")
-    torch.testing.assert_close(scaled.total, error_proxy(slow, queries, [(1, 0)], curvature="hessian").total)
+    scaled = second_variation(scaled_learning_rate(run, 0.1), queries, [(1, 0)], curvature="hessian")
+    torch.testing.assert_close(scaled.total, second_variation(slow, queries, [(1, 0)], curvature="hessian").total)
 
 
 def test_bad_requests_are_refused() -> None:
     run = ToyTrajectory(RUNS["adamw"])
     with pytest.raises(ConfigurationError, match="did not consume sample 11"):
-        error_proxy(run, run.query_gradients(), [(11, 0)])
+        second_variation(run, run.query_gradients(), [(11, 0)])
 
     class Logged:
         def __getattr__(self, name: str) -> object:
@@ -108,4 +108,4 @@ def test_bad_requests_are_refused() -> None:
             return getattr(run, name)
 
     with pytest.raises(CurvatureUnavailable, match="third derivative"):
-        error_proxy(Logged(), run.query_gradients(), PAIRS, curvature="hessian")
+        second_variation(Logged(), run.query_gradients(), PAIRS, curvature="hessian")

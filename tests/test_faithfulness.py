@@ -1,0 +1,133 @@
+"""The check of scores against retraining, and the error proxy as users call it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from modules import Classifier, digits, fit, loader
+from torch.utils.data import DataLoader, TensorDataset
+
+from lightning_influence import InfluenceCallback, attribute, check_faithfulness, error_proxy
+from lightning_influence.batches import to_dtype
+from lightning_influence.errors import ConfigurationError
+from lightning_influence.faithfulness import CEILING
+from lightning_influence.retraining import leave_one_out, recorded_run
+
+
+def optimizer(module: Any) -> torch.optim.Optimizer:
+    return torch.optim.AdamW(module.parameters(), lr=3e-3)
+
+
+def trained(tmp_path: Path, record: str = "replay", **options: Any) -> tuple[Any, TensorDataset, list[Any]]:
+    module, train = Classifier(optimizer, width=8), digits(48)
+    fit(module, loader(train, 8), InfluenceCallback(tmp_path / "log", record=record), max_epochs=2, **options)  # type: ignore[arg-type]
+    x, y = digits(60).tensors
+    return module, train, list(DataLoader(TensorDataset(x[48:], y[48:]), 12))
+
+
+def test_the_better_estimator_agrees_better(tmp_path: Path) -> None:
+    module, train, queries = trained(tmp_path)
+    check = check_faithfulness(
+        tmp_path / "log", model=module, data=train, queries=queries, removals=12, subsets=4, progress=False
+    )
+    table = check.to_pandas().set_index("estimator")
+    assert list(table.index) == ["SGD assumed", "first order", "finite", CEILING]
+    assert table.spearman["finite"] > 0.98 > table.spearman["SGD assumed"]
+    assert table.relative_error["finite"] < 0.05 < table.relative_error["first order"]
+    assert table.lds["finite"] > 0.8
+    assert check.levels["config"] > check.levels["algorithm"] > check.levels["system"]
+    assert "order can be relied on" in str(check) and "read as a change of the loss" in str(check)
+    run = recorded_run(tmp_path / "log", lambda: Classifier(optimizer, width=8), train, dtype=torch.float64)
+    ((x, y),) = (to_dtype(q, torch.float64) for q in queries)
+
+    def losses(m: Any) -> torch.Tensor:
+        with torch.no_grad():
+            return torch.nn.functional.cross_entropy(m.net(x), y, reduction="none")
+
+    by_hand = leave_one_out(run, check.removals[:12], losses, progress=False)
+    torch.testing.assert_close(check.truth[:12], by_hand, rtol=1e-9, atol=1e-12)
+
+
+def test_an_interrupted_check_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    module, train, queries = trained(tmp_path)
+    options: dict[str, Any] = {
+        "model": module, "data": train, "queries": queries, "target": "mean", "ceiling": False, "progress": False,
+        "removals": [1, 5, 7, 9], "estimators": {"finite": {}},
+    }  # fmt: skip
+    whole = check_faithfulness(tmp_path / "log", **options)
+    first = check_faithfulness(tmp_path / "log", **{**options, "removals": [1, 5, 7]}, results=tmp_path / "done")
+    with open(tmp_path / "done", "a") as file:
+        file.write('{"removal": "9", "eff')
+    asked: list[Any] = []
+
+    import lightning_influence.faithfulness as faithfulness
+
+    real = faithfulness.each_effect
+
+    def watched(run: Any, removals: Any, *args: Any, **kwargs: Any) -> Any:
+        asked.extend(removals)
+        return real(run, removals, *args, **kwargs)
+
+    monkeypatch.setattr(faithfulness, "each_effect", watched)
+    rest = check_faithfulness(tmp_path / "log", **options, results=tmp_path / "done")
+    assert asked == [9]
+    assert torch.equal(rest.truth, whole.truth) and torch.equal(first.truth, whole.truth[:3])
+
+
+def test_what_cannot_be_checked_is_refused(tmp_path: Path) -> None:
+    module, train, queries = trained(tmp_path, record="gradients")
+    options: dict[str, Any] = {"model": module, "data": train, "queries": queries, "progress": False}
+    with pytest.raises(ConfigurationError, match="make_model="):
+        check_faithfulness(tmp_path / "log", **options)
+    with pytest.raises(ConfigurationError, match="sample 99 was not used"):
+        check_faithfulness(
+            tmp_path / "log", **options, removals=[1, 2, 99], make_model=lambda: Classifier(optimizer, 8)
+        )
+
+
+def test_proxy_predicts_the_error_of_first_order_scores(tmp_path: Path) -> None:
+    """Against truth minus tangent, removals from one step, float64."""
+    x, y = digits(60).tensors
+    train, queries = TensorDataset(x[:48].double(), y[:48]), [(x[48:].double(), y[48:])]
+    slow = lambda m: torch.optim.AdamW(m.parameters(), lr=3e-4)
+    module = Classifier(slow, width=8)
+    fit(module, loader(train, 8), InfluenceCallback(tmp_path / "log", record="replay"), precision="64-true")
+    before = {k: v.clone() for k, v in module.state_dict().items()}
+    found = error_proxy(tmp_path / "log", queries=queries, model=module, pairs=14, progress=False)
+    assert found.curvature == "hessian"
+    assert all(torch.equal(v, before[k]) for k, v in module.state_dict().items())
+    proxy = found.proxies[1.0]
+    pairs = list(zip(proxy.sample_ids.tolist(), proxy.steps.tolist(), strict=True))
+    # in the first steps of Adam the removed share bends the run by more than a second variation can say
+    later = [i for i, (_, step) in enumerate(pairs) if step > 1]
+
+    def loss(m: Any) -> torch.Tensor:
+        with torch.no_grad():
+            return torch.nn.functional.cross_entropy(m.net(queries[0][0]), queries[0][1])[None]
+
+    run = recorded_run(tmp_path / "log", lambda: Classifier(slow, width=8).double(), train)
+    truth = leave_one_out(run, [pairs[i] for i in later], loss, progress=False)
+    missed = (truth - proxy.tangent[later])[:, 0]
+    assert float((proxy.total[later, 0] - missed).norm() / missed.norm()) < 0.6
+    assert torch.corrcoef(torch.stack([proxy.total[later, 0], missed]))[0, 1] > 0.8
+    table = found.to_pandas()
+    torch.testing.assert_close(
+        torch.tensor((table.of_step + table.of_memory + table.of_curvature).to_numpy()),
+        torch.tensor(table.error.to_numpy()),
+    )
+
+
+def test_proxy_shrinks_with_the_learning_rate_and_needs_no_model_s_data(tmp_path: Path) -> None:
+    module, _, queries = trained(tmp_path, record="gradients")
+    found = error_proxy(tmp_path / "log", queries=queries, model=module, pairs=6, lr_factors=(0.1, 1.0), progress=False)
+    assert found.curvature == "fisher"
+    sizes = found.relative()
+    assert 0 < sizes[0.1] < sizes[1.0]
+    exact = attribute(tmp_path / "log", queries=queries, model=module, target="mean", response="tangent").rows
+    proxy = found.proxies[1.0]
+    for i, (z, t) in enumerate(zip(proxy.sample_ids, proxy.steps, strict=True)):
+        row = ((exact.sample_ids == z) & (exact.steps == t)).nonzero()[0, 0]
+        torch.testing.assert_close(proxy.tangent[i].float(), exact.scores[row], rtol=1e-3, atol=1e-9)
