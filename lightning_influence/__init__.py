@@ -7,6 +7,7 @@ from lightning_influence.errors import InfluenceError
 from lightning_influence.faithfulness import check_faithfulness
 from lightning_influence.proxy import error_proxy
 from lightning_influence.report import InfluenceReport
+from lightning_influence.tuning import tune_horizon
 
 __version__ = "0.1.0"
 
@@ -18,4 +19,5 @@ __all__ = [
     "attribute",
     "check_faithfulness",
     "error_proxy",
+    "tune_horizon",
 ]

@@ -12,15 +12,17 @@ from typing import Any, Literal
 import lightning as L
 import torch
 
+from lightning_influence.attribution import attribute
 from lightning_influence.capture import GradientCapture
 from lightning_influence.errors import ConfigurationError
 from lightning_influence.optimizers import update_name
 from lightning_influence.recorder import Compression, CompressionName, Recorder
 from lightning_influence.replay_log import ReplaySettings
+from lightning_influence.report import InfluenceReport
 from lightning_influence.sample_ids import IdSource, SampleIds
 from lightning_influence.sample_weights import WeightSource, sample_weights
 from lightning_influence.store import StoreWriter
-from lightning_influence.trainer import clip_of, loss_scaler, only_optimizer
+from lightning_influence.trainer import clip_of, log_report, loss_scaler, only_optimizer
 
 _PACKAGES = ("lightning-influence", "torch", "lightning", "safetensors", "transformers", "peft")
 
@@ -51,6 +53,8 @@ class InfluenceCallback(L.Callback):
         reduction: whether the training loss is a mean or a sum over the samples.
         frozen_batch_norm: train batch normalisation with its running statistics, so that samples do not
             depend on each other; refused otherwise.
+        report: attribute the run to the validation loss when ``fit`` ends: ``report.html`` and ``report.safetensors`` in
+            ``dirpath``, a figure and numbers through the trainer's loggers, and the `report` attribute.
         existing: what to do where ``dirpath`` already holds a log. A run resumed from a checkpoint goes on
             with its own log in any case.
         seed: of the mask.
@@ -73,6 +77,7 @@ class InfluenceCallback(L.Callback):
         sample_weights: WeightSource = None,
         reduction: Literal["mean", "sum"] = "mean",
         frozen_batch_norm: bool = False,
+        report: bool = False,
         existing: Literal["error", "overwrite", "resume"] = "error",
         seed: int = 0,
     ) -> None:
@@ -89,6 +94,8 @@ class InfluenceCallback(L.Callback):
         self.reduction = reduction
         self.frozen_batch_norm = frozen_batch_norm
         self.existing = existing
+        self.writes_report = report
+        self.report: InfluenceReport | None = None
         self._recorder: Recorder | None = None
         self._resume_at: int | None = None
 
@@ -153,6 +160,20 @@ class InfluenceCallback(L.Callback):
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._close(trainer, finished=True)
+        if self.writes_report and trainer.is_global_zero:
+            self.report = self._report(trainer, pl_module)
+
+    def _report(self, trainer: L.Trainer, module: L.LightningModule) -> InfluenceReport:
+        """Scores against the mean validation loss, written and logged."""
+        if not trainer.val_dataloaders:
+            raise ConfigurationError("report=True scores against the validation loss; give fit a validation loader.")
+        loader, training = trainer.val_dataloaders, trainer.train_dataloader
+        queries = loader[0] if isinstance(loader, list) else loader
+        report = attribute(self.dirpath, queries=queries, model=module, target="mean", data=training)
+        report.save(self.dirpath / "report.safetensors")
+        report.to_html(self.dirpath / "report.html", data=getattr(training, "dataset", None))
+        log_report(report, trainer)
+        return report
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
         self._close(trainer, finished=False)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -15,6 +16,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from lightning_influence.errors import ConfigurationError, InfluenceError
+from lightning_influence.plots import Plots
+from lightning_influence.render import Render
+from lightning_influence.report_page import write_page
 
 _FORMAT = "lightning-influence-report/1"
 
@@ -127,6 +131,67 @@ class InfluenceReport:
             raise ConfigurationError(f"query={query!r} is not in this report; its queries are {shown}.")
         table = pd.DataFrame({"sample_id": self.sample_ids.numpy(), "score": scores.numpy()})
         return table.sort_values("score", ascending=False, kind="stable")
+
+    def suspects(self, k: int | None = None) -> pd.DataFrame:
+        """Samples that are likely mislabelled or otherwise harmful, the most suspicious first.
+
+        A wrong label harms the queries that resemble its sample and helps others, and the mean of the two may be nothing.
+        So what counts is the harm alone: a report with one column per query finds more than one with a mean target.
+
+        Args:
+            k: how many; None for all that harm any query.
+
+        Returns:
+            ``sample_id``, ``score`` (mean over the queries), ``suspicion`` (the harm done to the queries, on average)
+            and ``harmed`` (the share of queries that the sample harms).
+        """
+        table = pd.DataFrame(
+            {
+                "sample_id": self.sample_ids.numpy(),
+                "score": self.scores.mean(1).numpy(),
+                "suspicion": -self.scores.clamp(max=0).mean(1).numpy(),
+                "harmed": (self.scores < 0).float().mean(1).numpy(),
+            }
+        ).sort_values("suspicion", ascending=False, kind="stable")
+        table = table[table.suspicion > 0] if k is None else table.head(k)
+        return table.reset_index(drop=True)
+
+    @property
+    def plot(self) -> Plots:
+        """Figures: ``report.plot.histogram()``, ``.over_time()``, ``.samples(dataset)``."""
+        return Plots(self)
+
+    def to_html(
+        self,
+        path: str | Path,
+        *,
+        data: Any = None,
+        show: Render | None = None,
+        tokenizer: Any = None,
+        queries: Any = None,
+        groups: Sequence[Any] | Tensor | None = None,
+        k: int = 8,
+        title: str = "Influence report",
+    ) -> Path:
+        """Write one self-contained page that a person reads.
+
+        Args:
+            data: the training dataset, so that samples can be shown.
+            show: ``show(sample) -> text | PIL image | image tensor``; see `render.default_render` for the default.
+            tokenizer: decodes token ids for the default.
+            queries: the query examples, indexed like the columns of the scores.
+            groups: a group (class, source) per sample of the training dataset, for totals.
+            k: samples in each list.
+
+        Raises:
+            ConfigurationError: groups that do not fit the samples.
+        """
+        options: dict[str, Any] = {"data": data, "show": show, "tokenizer": tokenizer, "queries": queries}
+        return write_page(self, path, **options, groups=groups, k=k, title=title)
+
+    def _repr_html_(self) -> str:
+        top, bottom = self.top(5), self.bottom(5)
+        return f"<p>{html.escape(repr(self))}</p><b>most helpful</b>{top.to_html(index=False)}<b>most harmful</b>{bottom.to_html(index=False)}"
 
     def save(self, path: str | Path) -> None:
         """Write the report to one safetensors file, which `load` reads."""

@@ -11,6 +11,7 @@ import lightning as L
 import torch
 
 from lightning_influence.errors import ConfigurationError
+from lightning_influence.report import InfluenceReport
 from lightning_influence.trajectory import Clip
 
 
@@ -62,3 +63,20 @@ def schedules_as_they_were(trainer: L.Trainer) -> Iterator[list[Any]]:
             object.__delattr__(optimizer, "_opt_called")
         else:
             object.__setattr__(optimizer, "_opt_called", counted)
+
+
+def log_report(report: InfluenceReport, trainer: L.Trainer) -> None:
+    """Numbers of a report through every logger, and its figures through those that take figures."""
+    mean = report.scores.mean(1)
+    told = {
+        "influence/harmful_fraction": float((mean < 0).float().mean()),
+        "influence/most_helpful": float(mean.max()),
+        "influence/most_harmful": float(mean.min()),
+    }
+    for logger in trainer.loggers:
+        logger.log_metrics(told, trainer.global_step)
+        add_figure = getattr(getattr(logger, "experiment", None), "add_figure", None)  # TensorBoard's
+        if add_figure is not None:
+            add_figure("influence/histogram", report.plot.histogram(), trainer.global_step)
+            add_figure("influence/over_time", report.plot.over_time(), trainer.global_step)
+        logger.save()
