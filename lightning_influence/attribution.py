@@ -5,20 +5,24 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from lightning import LightningModule
+from lightning import Fabric, LightningModule
+from torch import Tensor
 
-from lightning_influence.errors import LogError
+from lightning_influence.errors import ConfigurationError, LogError
 from lightning_influence.log import FINAL, LoggedSteps, LoggedTrajectory, checksum
+from lightning_influence.optimizers import UPDATES
 from lightning_influence.queries import QueryLoss, Target, query_gradients
 from lightning_influence.replay import ReplayTrajectory
 from lightning_influence.replay_log import LoggedPlan
 from lightning_influence.report import InfluenceReport
 from lightning_influence.store import StoreReader
-from lightning_influence.sweep import Method, sweep
+from lightning_influence.sweep import Method, RowScores, sweep
+from lightning_influence.trajectory import Trajectory, Vectors
 
 
 def attribute(
@@ -34,6 +38,8 @@ def attribute(
     optimizer_assumption: Literal["sgd"] | None = None,
     query_loss: QueryLoss | None = None,
     data: Any = None,
+    max_memory: int = 2**32,
+    fabric: Fabric | None = None,
     progress: bool = True,
 ) -> InfluenceReport:
     """Which training samples helped or hurt: the predicted effect of removing each on every query loss.
@@ -56,6 +62,9 @@ def attribute(
         query_loss: ``query_loss(model, batch) -> (batch,)``; by default the module's own loss on each
             example (`queries.query_losses`).
         data: where replay finds the training samples again.
+        max_memory: bytes that the adjoints of the queries may take; more queries go through the run in turns.
+        fabric: a launched `lightning.Fabric`, over whose processes the queries are spread; each process gets the
+            whole report.
 
     Raises:
         LogError: not a log, an empty one, or one of another model.
@@ -74,7 +83,7 @@ def attribute(
         gradients = query_gradients(
             model, queries, names, trajectory.select, target=target, query_loss=query_loss, progress=progress
         )
-        rows = sweep(trajectory, gradients, method, progress=progress)
+        rows = _swept(trajectory, gradients, method, max_memory, fabric, progress)
         metadata = _metadata(StoreReader(log).manifest, trajectory, method, target)
     return InfluenceReport.from_rows(
         rows.sample_ids,
@@ -84,6 +93,44 @@ def attribute(
         query_ids=None if target is None else ["mean" if isinstance(target, str) else "target"],
         metadata=metadata,
     )
+
+
+def _swept(
+    trajectory: Trajectory, gradients: Vectors, method: Method, max_memory: int, fabric: Fabric | None, progress: bool
+) -> RowScores:
+    """The sweep of all queries: in turns where memory is short, and each process its part."""
+    n = len(next(iter(gradients.values())))
+    own = torch.arange(n)
+    if fabric is not None:
+        if n < fabric.world_size:
+            raise ConfigurationError(f"{n} queries cannot be spread over {fabric.world_size} processes; use fewer.")
+        own = own.tensor_split(fabric.world_size)[fabric.global_rank]
+    kept = len(UPDATES[trajectory.optimizer].moments) + 1
+    steps = method.memory_window + 2 if method.response == "finite" else 2  # each holds its own adjoints
+    per_query = 4 * kept * steps * sum(d for d, _ in trajectory.sizes.values())
+    parts = [
+        sweep(trajectory, {k: g[chunk] for k, g in gradients.items()}, method, progress=progress)
+        for chunk in own.split(max(1, max_memory // per_query))
+    ]
+    rows = replace(
+        parts[0], **{name: torch.cat([getattr(p, name) for p in parts], 1) for name in ("scores", "tangent")}
+    )
+    return rows if fabric is None else _gathered(rows, fabric, n)
+
+
+def _gathered(rows: RowScores, fabric: Fabric, n_queries: int) -> RowScores:
+    """The columns of all processes, which hold ``n_queries`` in parts of nearly the same size."""
+    widest = -(-n_queries // fabric.world_size)
+    sizes = [len(part) for part in torch.arange(n_queries).tensor_split(fabric.world_size)]
+
+    def gather(columns: Tensor) -> Tensor:
+        padded = torch.nn.functional.pad(columns, (0, widest - columns.shape[1])).to(fabric.device)
+        gathered = fabric.all_gather(padded)
+        assert isinstance(gathered, Tensor)
+        every = gathered.cpu().reshape(fabric.world_size, *padded.shape)
+        return torch.cat([part[:, :size] for part, size in zip(every, sizes, strict=True)], 1)
+
+    return replace(rows, scores=gather(rows.scores), tangent=gather(rows.tangent))
 
 
 @contextmanager

@@ -19,6 +19,8 @@ from lightning_influence.compression import Form, Stack
 from lightning_influence.errors import CurvatureUnavailable
 from lightning_influence.lookahead import target_gradient
 from lightning_influence.optimizers import UPDATES, coupling, read_hyper, read_moments, update_name
+from lightning_influence.optimizers import step as take_step
+from lightning_influence.removal import consumed_gradients
 from lightning_influence.sample_ids import SampleIds
 from lightning_influence.sample_weights import sample_weights
 from lightning_influence.sweep import sweep
@@ -73,18 +75,37 @@ class StepSelection(L.Callback):
     ) -> None:
         micro_batches, self._micro_batches = self._micro_batches, []
         step = LiveStep.read(trainer, micro_batches)
-        if self.data.target_gradient is None or trainer.global_step % self.data.refresh_target_every == 0:
-            gradients = {p: p.grad for p in pl_module.parameters()}
-            self.data.target_gradient = target_gradient(pl_module, self.data.target_batches(), step)
-            for p, gradient in gradients.items():
-                p.grad = gradient
+        stale = self.data.target_gradient is None or trainer.global_step % self.data.refresh_target_every == 0
         scores = torch.zeros(len(step.weights))
         for policy in self.data.portions:
+            if stale:
+                self.data.target_gradient = self._target_after(pl_module, step)
+                stale = self.data.refresh_target_every == 1  # then also between the portions of one step
+            assert self.data.target_gradient is not None
             left = step.weights > 0
             scores[left] = sweep(step, self.data.target_gradient, self.data.method, progress=False).scores[left, 0]
             step = step.weighted(self.data.decide(policy, scores, step.full.sample_ids, step.full.micro_batches, left))
         step.write(pl_module)
         self.data.note(trainer, step.full.sample_ids, scores, step.weights)
+
+    def _target_after(self, module: L.LightningModule, step: LiveStep) -> Vectors:
+        """The target gradient where the step leads: that is where the removal of a sample is felt."""
+        parameters = dict(module.named_parameters())
+        before = {k: (p, p.grad, p.detach().clone()) for k, p in parameters.items()}
+        record = step.record(0)
+        with torch.no_grad():
+            for k, gradient in consumed_gradients(record).items():
+                p, moments = parameters[k], record.moments[k]
+                p.copy_(
+                    take_step(UPDATES[step.optimizer], p.flatten(), moments, gradient, record.hyper[k])[0].view_as(p)
+                )
+        try:
+            return target_gradient(module, self.data.target_batches(), step)
+        finally:
+            with torch.no_grad():
+                for p, gradient_before, value in before.values():
+                    p.copy_(value)
+                    p.grad = gradient_before
 
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         if self._capture is not None:

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from lightning import Fabric
 from modules import Classifier, fit, loader, split_digits
 from scipy.stats import spearmanr
 from torch.utils.data import DataLoader
 
-from lightning_influence import InfluenceCallback, InfluenceReport, attribute
+from lightning_influence import InfluenceCallback, InfluenceReport, attribute, attribution
 from lightning_influence.queries import query_losses
 
 
@@ -102,3 +104,44 @@ def test_mask_sees_its_share_and_says_so(tmp_path: Path) -> None:
     assert report.metadata["coverage"]["fraction"] == pytest.approx(
         report.metadata["coverage"]["kept"] / sum(p.numel() for p in module.parameters())
     )
+
+
+def test_queries_in_turns_are_the_same_scores(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    train, val = split_digits(40, 7)
+    module = Classifier()
+    fit(module, loader(train, 8), InfluenceCallback(tmp_path / "log", record="replay"))
+    calls: list[int] = []
+    real = attribution.sweep
+
+    def counted(trajectory: Any, gradients: Any, *args: Any, **options: Any) -> Any:
+        calls.append(len(next(iter(gradients.values()))))
+        return real(trajectory, gradients, *args, **options)
+
+    monkeypatch.setattr(attribution, "sweep", counted)
+    options: dict[str, Any] = {"queries": [val.tensors], "model": module, "progress": False}
+    whole = attribute(tmp_path / "log", **options)
+    size = 4 * 3 * 10 * sum(p.numel() for p in module.parameters())
+    parts = attribute(tmp_path / "log", **options, max_memory=3 * size)
+    assert calls == [7, 3, 3, 1]
+    torch.testing.assert_close(parts.scores, whole.scores, rtol=1e-4, atol=1e-9)
+
+
+def _spread(fabric: Any, log: Path, module: Any, queries: Any) -> None:
+    torch.set_num_threads(1)
+    report = attribute(log, queries=queries, model=module, progress=False, fabric=fabric)
+    report.save(log / f"from-{fabric.global_rank}.safetensors")
+
+
+def test_queries_spread_over_processes_are_the_same_scores(tmp_path: Path) -> None:
+    train, val = split_digits(40, 5)
+    module = Classifier()
+    log = tmp_path / "log"
+    fit(module, loader(train, 8), InfluenceCallback(log, record="replay"))
+    module.make_optimizer = None  # a lambda, which a new process cannot be sent
+    object.__setattr__(module, "_trainer", None)
+    whole = attribute(log, queries=[val.tensors], model=module, progress=False)
+    Fabric(accelerator="cpu", devices=2, strategy="ddp_spawn").launch(_spread, log, module, [val.tensors])
+    for rank in (0, 1):
+        found = InfluenceReport.load(log / f"from-{rank}.safetensors")
+        torch.testing.assert_close(found.scores, whole.scores, rtol=1e-4, atol=1e-9)
+        assert torch.equal(found.sample_ids, whole.sample_ids)

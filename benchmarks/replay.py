@@ -1,0 +1,99 @@
+"""What exact attribution by replay costs, beside plain training in the same process, and what it is worth.
+
+python benchmarks/replay.py [network ...]        # cost and fidelity of each estimator, one target
+python benchmarks/replay.py mlp --growth         # with the number of steps, samples, queries and snapshots
+"""
+
+from __future__ import annotations
+
+import argparse
+import resource
+import tempfile
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from measure import ESTIMATORS, agreement_row, picked, quiet, scores, show, timed, trained, true_effects
+from workloads import WORKLOADS, Workload
+
+SETTINGS: dict[str, Any] = {"lr": 1e-4, "betas": (0.9, 0.999)}
+
+
+def cost(workload: Workload, removals: int) -> None:
+    """Seconds of every estimator and its agreement with retraining."""
+    seconds: dict[str, float] = {}
+    workload.fit(workload.make(**SETTINGS))  # warm up
+    with timed(seconds, "plain"):
+        workload.fit(workload.make(**SETTINGS))
+    with tempfile.TemporaryDirectory() as folder:
+        log = Path(folder)
+        with timed(seconds, "recorded"):
+            module = trained(workload, log, **SETTINGS)
+        size = sum(f.stat().st_size for f in log.rglob("*") if f.is_file())
+        chosen = picked(removals, workload.n_train)
+        truth = true_effects(workload, log, chosen, counterfactual="drop", **SETTINGS).mean(1, keepdim=True)
+        rows = []
+        for name, options in {**ESTIMATORS, "finite + Hessian, window 0": {"memory_window": 0}}.items():
+            with timed(seconds, name):
+                report = scores(workload, log, module, target="mean", **options)
+            found = report.scores[[report.sample_ids.tolist().index(z) for z in chosen]]
+            agreement = agreement_row(found, truth)
+            rows.append(
+                {
+                    "estimator": name,
+                    "seconds": seconds[name],
+                    "times plain": seconds[name] / seconds["plain"],
+                    "Spearman": agreement["Spearman"],
+                    "error": agreement["error"],
+                }
+            )
+    steps = len(workload.loader())
+    print(
+        f"{workload.name}: {steps} steps; plain {seconds['plain']:.2f} s, recorded for replay {seconds['recorded']:.2f} s "
+        f"({seconds['recorded'] / seconds['plain']:.2f} times), log {size / 1e6:.1f} MB"
+    )
+    show(rows, 3)
+
+
+def growth(workload: Workload) -> None:
+    """Seconds, log size and peak memory as one number changes."""
+    base = replace(workload, n_train=workload.batch * 16)
+    cases: dict[str, tuple[Workload, dict[str, Any]]] = {"16 steps": (base, {})}
+    for steps in (32, 64):
+        cases[f"{steps} steps"] = (replace(base, n_train=workload.batch * steps), {})
+    for batch in (2, 4):
+        bigger = replace(base, batch=base.batch * batch, n_train=base.n_train * batch)
+        cases[f"16 steps, {batch} times the samples"] = (bigger, {})
+    for queries in (4, 16):
+        cases[f"16 steps, {queries} queries"] = (replace(base, n_queries=queries), {"target": None})
+    for every in (1, 4, 16, 64):
+        case = replace(base, n_train=workload.batch * 64)
+        cases[f"64 steps, snapshot_every={every}"] = (case, {"snapshot_every": every})
+    rows = []
+    for name, (case, options) in cases.items():
+        seconds: dict[str, float] = {}
+        record = {k: v for k, v in options.items() if k == "snapshot_every"}
+        with tempfile.TemporaryDirectory() as folder:
+            module = trained(case, Path(folder), **SETTINGS, **record)
+            size = sum(f.stat().st_size for f in Path(folder).rglob("*") if f.is_file())
+            with timed(seconds, "attribute"):
+                scores(case, Path(folder), module, target=options.get("target", "mean"))
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+        rows.append({"run": name, "seconds": seconds["attribute"], "log MB": size / 1e6, "peak MB so far": peak})
+    print(workload.name)
+    show(rows, 2)
+
+
+def main() -> None:
+    quiet()
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("networks", nargs="*", default=list(WORKLOADS), metavar="network", help=", ".join(WORKLOADS))
+    parser.add_argument("--growth", action="store_true")
+    parser.add_argument("--removals", type=int, default=20)
+    args = parser.parse_args()
+    for name in args.networks:
+        growth(WORKLOADS[name]) if args.growth else cost(WORKLOADS[name], args.removals)
+
+
+if __name__ == "__main__":
+    main()
