@@ -58,7 +58,7 @@ def page(
     return environment.get_template("report_page.html").render(
         title=title,
         n_samples=len(report.sample_ids),
-        n_queries=len(report.query_ids),
+        against=_against(report),
         helping=int((mean > 0).sum()),
         harming=int((mean < 0).sum()),
         views=views,
@@ -73,6 +73,12 @@ def page(
         recorded={key: value for key, value in metadata.items() if isinstance(value, (str, int, float))},
         versions=metadata.get("versions", {}),
     )
+
+
+def _against(report: InfluenceReport) -> str:
+    if len(report.query_ids) > 1:
+        return f"{len(report.query_ids)} queries"
+    return "the mean loss of the queries" if report.query_ids == ["mean"] else f"query {report.query_ids[0]}"
 
 
 def _view(
