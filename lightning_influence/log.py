@@ -1,15 +1,16 @@
 """The trajectory log: what is written of each step, and a logged run as a `Trajectory`.
 
 `store` knows how tensors lie on disk; this module knows what they mean. Tensor names in a step's shard:
-``sample_ids``, ``loss_weights``, ``micro_batches``, ``gradient/<parameter>``, ``moment/<k>/<parameter>``,
-``parameter/<parameter>`` (coupled weight decay only) and ``share/<parameter>/<part>``.
+``sample_ids``, ``loss_weights``, ``micro_batches``, ``gradient/<parameter>``, ``moment/<k>/<parameter>`` (every few
+steps; in between they follow from the gradients), ``parameter/<parameter>`` (coupled weight decay only) and
+``share/<parameter>/<part>``.
 """
 
 from __future__ import annotations
 
 import zlib
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +19,14 @@ from torch import Tensor
 
 from lightning_influence.compression import Form, Keep, Stack, pack, pack_keep, unpack, unpack_keep
 from lightning_influence.errors import CurvatureUnavailable, LogError
-from lightning_influence.optimizers import coupling
+from lightning_influence.optimizers import UPDATES, Moments, coupling, effective_gradient
+from lightning_influence.removal import consumed_gradients
 from lightning_influence.store import StoreReader
 from lightning_influence.trajectory import Clip, Hyper, Shares, StepRecord, Vectors
 
 LAYOUT = "layout"
 FINAL = "final"
+MOMENTS_EVERY = 8  # steps
 
 Packed = tuple[dict[str, Tensor], dict[str, Any]]
 
@@ -100,11 +103,32 @@ class LoggedSteps:
                 f"the log {log} holds no complete step; let the run take at least one optimizer step with "
                 "InfluenceCallback before attributing."
             )
+        self._records: dict[int, StepRecord] = {}
 
     def __len__(self) -> int:
         return len(self.reader)
 
     def record(self, index: int) -> StepRecord:
+        """The step's record; its moments are empty where the log holds no gradients."""
+        if index not in self._records:
+            start = index // MOMENTS_EVERY * MOMENTS_EVERY
+            self._records = self._with_moments(range(start, min(start + MOMENTS_EVERY, len(self))))
+        return self._records[index]
+
+    def _with_moments(self, steps: range) -> dict[int, StepRecord]:
+        """Consecutive records, their moments read where they are stored and followed from there."""
+        apply = UPDATES[self.reader.manifest["update"]].apply
+        found, now = {}, dict[str, Moments]()
+        for index in steps:
+            record, stored = self._stored(index), set(self.reader.names(index))
+            now |= {k: m for k in record.gradients if (m := self._moments(index, k, stored)) is not None}
+            found[index] = replace(record, moments={k: now[k] for k in record.gradients})
+            for k, gradient in consumed_gradients(record).items():
+                effective = effective_gradient(gradient, (record.parameters or {}).get(k), record.hyper[k])
+                now[k] = apply(now[k], effective, record.hyper[k])[1]
+        return found
+
+    def _stored(self, index: int) -> StepRecord:
         meta = self.reader.meta(index)
         ids, weights, micro_batches = self._samples(index)
         hyper = {name: meta["hyper"][i] for name, i in meta["hyper_of"].items()}
@@ -115,7 +139,7 @@ class LoggedSteps:
             loss_weights=weights,
             micro_batches=micro_batches,
             gradients={name: self._state(index, f"gradient/{name}") for name in hyper if f"gradient/{name}" in stored},
-            moments={name: self._moments(index, name, stored) for name in hyper},
+            moments={},
             hyper=hyper,
             averaged=meta["averaged"],
             clip=Clip(**meta["clip"]),
@@ -125,11 +149,10 @@ class LoggedSteps:
     def _state(self, index: int, name: str) -> Tensor:
         return self.reader.tensor(index, name)
 
-    def _moments(self, index: int, name: str, stored: set[str]) -> tuple[Tensor, ...]:
-        keys: list[str] = []
-        while (key := f"moment/{len(keys)}/{name}") in stored:
-            keys.append(key)
-        return tuple(self._state(index, key) for key in keys)
+    def _moments(self, index: int, name: str, stored: set[str]) -> Moments | None:
+        """Those before the step; None where they are not stored."""
+        keys = [f"moment/{i}/{name}" for i in range(len(UPDATES[self.reader.manifest["update"]].moments))]
+        return tuple(self._state(index, key) for key in keys) if stored.issuperset(keys) else None
 
     def _parameters(self, index: int, stored: set[str]) -> Vectors:
         prefix = "parameter/"

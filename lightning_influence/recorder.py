@@ -18,7 +18,7 @@ from lightning_influence.capture import GradientCapture
 from lightning_influence.clipping import norm_coefficient
 from lightning_influence.compression import Form, Keep, Stack, plan
 from lightning_influence.errors import ConfigurationError, InfluenceError
-from lightning_influence.log import FINAL, LAYOUT, checksum, pack_layout, pack_step
+from lightning_influence.log import FINAL, LAYOUT, MOMENTS_EVERY, checksum, pack_layout, pack_step
 from lightning_influence.optimizers import UPDATES, coupling, read_hyper, read_moments, update_name
 from lightning_influence.replay_log import Packed, ReplaySettings, pack_micro_batch, pack_snapshot, snapshot_name
 from lightning_influence.store import StoreWriter
@@ -77,6 +77,7 @@ class Recorder:
         self.update_name = update_name(optimizer)
         self.groups = {id(p): group for group in optimizer.param_groups for p in group["params"]}
         self.keeps: dict[str, Keep] | None = None
+        self._with_moments: set[str] = set()  # parameters whose moments this recorder has written
         self._micro_batches: list[_MicroBatch] = []
         self._names = {id(p): name for name, p in module.named_parameters()}
         self._started: tuple[Tensor, Tensor, Packed | None] | None = None
@@ -214,8 +215,9 @@ class Recorder:
         state = {name: self.optimizer.state.get(p, {}) for name, p in trained.items()}
         hyper = {name: read_hyper(self.groups[id(p)], state[name], kind) for name, p in trained.items()}
         captured = {name: p for name, p in trained.items() if self.keeps is not None and name in self.keeps}
-        return StepRecord(
-            index=len(self.writer),
+        index = len(self.writer)
+        record = StepRecord(
+            index=index,
             sample_ids=torch.cat([m.sample_ids for m in micro_batches]),
             loss_weights=torch.cat([m.loss_weights for m in micro_batches]),
             micro_batches=torch.cat([torch.full_like(m.sample_ids, i) for i, m in enumerate(micro_batches)]),
@@ -223,12 +225,15 @@ class Recorder:
             moments={
                 name: tuple(self._kept(name, m) for m in read_moments(state[name], update, p))
                 for name, p in captured.items()
+                if index % MOMENTS_EVERY == 0 or name not in self._with_moments
             },
             hyper=hyper,
             averaged=self.averaged,
             clip=clip,
             parameters={name: self._kept(name, p) for name, p in captured.items() if coupling(hyper[name])},
         )
+        self._with_moments |= record.moments.keys()
+        return record
 
     def _kept(self, name: str, values: Tensor) -> Tensor:
         assert self.keeps is not None

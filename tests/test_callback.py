@@ -16,6 +16,7 @@ from lightning_influence import InfluenceCallback, attribute
 from lightning_influence.errors import ConfigurationError, InfluenceError, LogError, UnsupportedOptimizer
 from lightning_influence.log import LoggedTrajectory
 from lightning_influence.removal import consumed_gradients
+from lightning_influence.replay_log import LoggedPlan
 
 
 class Witness(L.Callback):
@@ -219,3 +220,28 @@ def test_bad_logs_and_queries_are_refused(tmp_path: Path) -> None:
         attribute(tmp_path / "log", queries=queries, model=module, target=[1.0, 2.0, 3.0])
     with pytest.warns(UserWarning, match="differ from those at the end"):
         attribute(tmp_path / "log", queries=queries, model=Classifier(seed=5))
+
+
+@pytest.mark.parametrize("momentum", [None, 0.9])
+def test_moments_between_follow_from_the_gradients(tmp_path: Path, momentum: float | None) -> None:
+    """What the log derives equals the optimizer's own moments, which snapshots hold at every step."""
+
+    def optimizer(m: torch.nn.Module) -> torch.optim.Optimizer:
+        if momentum:
+            return torch.optim.SGD(m.parameters(), lr=0.1, momentum=momentum, weight_decay=0.1)
+        return torch.optim.Adam(m.parameters(), lr=1e-2, weight_decay=0.1)
+
+    module = Classifier(optimizer)
+    influence = InfluenceCallback(tmp_path / "log", record="both", snapshot_every=1, compression="full")
+    fit(module, loader(digits(96), 8), influence, max_epochs=2, gradient_clip_val=0.3)
+    run = LoggedTrajectory(tmp_path / "log")
+    plan = LoggedPlan(run, module)
+    assert len(run) == 24
+    derived = 0
+    for step in (23, 5, 12, 0):
+        record, state = run.record(step), plan.snapshot(step)
+        derived += "moment/0/net.0.weight" not in run.reader.names(step)
+        for k, moments in record.moments.items():
+            for own, theirs in zip(moments, state.moments[k], strict=True):
+                torch.testing.assert_close(own, theirs.flatten(), rtol=1e-5, atol=1e-8)
+    assert derived == 3
