@@ -97,21 +97,19 @@ def one(setting: str, args: argparse.Namespace, lr: float, seed: int) -> dict[st
             progress=False,
             **options,
         )
-        steps = {int(z): t for t, z in rows_of(folder)}
-        some = check.removals[: args.proxies]
-        pairs = [(z, steps[z]) for z in some]
-        proxy = error_proxy(folder, pairs=pairs, query_loss=kind.each_loss, progress=False, **options).proxies[1.0]
-    found = {name: check.single[name].spearman.value for name in CHECKED}
-    order = [proxy.sample_ids.tolist().index(z) for z in some]
-    missed = (check.truth - check.scores[FIRST_ORDER].double())[: len(some), 0]
-    predicted = proxy.total[order, 0]
-    return {
-        **found,
-        CEILING: check.single[CEILING].spearman.value,
-        "error, finite + Hessian": check.single["finite + Hessian"].relative_error.value,
-        "proxy": float(spearmanr(predicted, missed).statistic),
-        "proxy/truth": float(predicted.norm() / missed.norm()),
-    }
+        found = {name: check.single[name].spearman.value for name in CHECKED}
+        found[CEILING] = check.single[CEILING].spearman.value
+        found["error, finite + Hessian"] = check.single["finite + Hessian"].relative_error.value
+        if args.proxies:
+            steps = {z: t for t, z in rows_of(folder)}
+            some = list(check.removals[: args.proxies])
+            pairs = [(z, steps[z]) for z in some]
+            proxy = error_proxy(folder, pairs=pairs, query_loss=kind.each_loss, progress=False, **options).proxies[1.0]
+            predicted = proxy.total[[proxy.sample_ids.tolist().index(z) for z in some], 0]
+            missed = (check.truth - check.scores[FIRST_ORDER].double())[: len(some), 0]
+            found["proxy"] = float(spearmanr(predicted, missed).statistic)
+            found["proxy/truth"] = float(predicted.norm() / missed.norm())
+    return found
 
 
 def rows_of(log: str) -> list[tuple[int, int]]:
@@ -128,7 +126,7 @@ def main() -> None:
     parser.add_argument("--lr", type=float, nargs="*")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--removals", type=int, default=30)
-    parser.add_argument("--proxies", type=int, default=12, help="removals whose error is predicted")
+    parser.add_argument("--proxies", type=int, default=12, help="removals whose error is predicted; 0 for none")
     parser.add_argument("--steps", type=int, default=64)
     parser.add_argument("--layers", type=int, default=2)
     parser.add_argument("--width", type=int, default=64)
