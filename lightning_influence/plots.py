@@ -7,13 +7,16 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from matplotlib.figure import Figure
+from PIL import Image
+from torch import Tensor
 
 from lightning_influence.errors import ConfigurationError
+from lightning_influence.render import Render, Shown, as_image, default_render, label_of
 
 if TYPE_CHECKING:
     from lightning_influence.report import InfluenceReport
 
-_HELP, _HARM = "#0f7b62", "#b3382c"
+_HELP, _HARM = "#0b7a5e", "#bf3b2b"
 
 
 class Plots:
@@ -32,43 +35,50 @@ class Plots:
         axes.set(xlabel="score", ylabel="samples", yscale="log")
         return figure
 
-    def over_time(self) -> Figure:
-        """Summed helpful and harmful influence of the samples of each step."""
+    def over_time(self, bins: int = 200) -> Figure:
+        """Helpful and harmful influence of the samples of each step; the mean of neighbours beyond ``bins`` steps."""
         figure, axes = _figure()
         rows = self._report.rows
-        values, n = rows.scores.double().mean(1), int(rows.steps.max()) + 1
-        for part, colour, name in ((values.clamp(min=0), _HELP, "helped"), (values.clamp(max=0), _HARM, "harmed")):
-            axes.bar(
-                range(n), torch.zeros(n).double().index_add_(0, rows.steps, part).numpy(), color=colour, label=name
-            )
-        axes.set(xlabel="optimizer step", ylabel="summed score")
+        first, helped, harmed = rows.over_time(bins)
+        width = torch.diff(first, append=rows.steps.max()[None] + 1)
+        for part, colour, name in ((helped, _HELP, "helped"), (harmed, _HARM, "harmed")):
+            axes.bar(first.numpy(), part.numpy(), 0.85 * width.numpy(), align="edge", color=colour, label=name)
+        axes.axhline(0, color="0.6", lw=0.8)
+        axes.set(xlabel="optimizer step", ylabel="score per step")
         axes.legend(frameon=False)
         return figure
 
-    def samples(self, data: Any, k: int = 8, query: int | str | None = None) -> Figure:
-        """The most helpful and most harmful images of a dataset side by side.
+    def samples(self, data: Any, k: int = 8, query: int | str | None = None, show: Render | None = None) -> Figure:
+        """The most helpful images of a dataset above the most harmful ones; ``show`` as of `InfluenceReport.to_html`.
 
         Raises:
             ConfigurationError: the samples are not images.
         """
-        figure = Figure(figsize=(1.2 * k, 3.2), layout="constrained")
+        render = show or default_render()
+        figure = Figure(figsize=(1.3 * k, 3.6), layout="constrained")
         axes = figure.subplots(2, k, squeeze=False)
-        for line, table, colour in (
-            (axes[0], self._report.top(k, query), _HELP),
-            (axes[1], self._report.bottom(k, query), _HARM),
-        ):
+        tables = ((self._report.top(k, query), _HELP), (self._report.bottom(k, query), _HARM))
+        for line, (table, colour) in zip(axes, tables, strict=True):
             for place in line:
                 place.axis("off")
             for place, row in zip(line, table.itertuples(), strict=False):
                 sample = data[row.sample_id]
-                image = torch.as_tensor(sample[0] if isinstance(sample, (tuple, list)) else sample)
-                if image.dim() not in (2, 3):
-                    raise ConfigurationError(
-                        f"sample {row.sample_id} has shape {tuple(image.shape)}; an image has 2 or 3."
-                    )
-                place.imshow(image.permute(1, 2, 0) if image.dim() == 3 else image, cmap="gray")
-                place.set_title(f"{row.sample_id}\n{row.score:+.1e}", fontsize=7, color=colour)
+                place.imshow(_picture(row.sample_id, render(sample)), cmap="gray")
+                label = label_of(sample)
+                told = f"sample {row.sample_id}" + (f", label {label}" if label else "")
+                place.set_title(f"{told}\n{row.score:+.2g}", fontsize=7, color=colour)
         return figure
+
+
+def _picture(sample_id: int, shown: Shown) -> Image.Image:
+    if isinstance(shown, Tensor):
+        shown = as_image(shown)
+    if not isinstance(shown, Image.Image):
+        raise ConfigurationError(
+            f"sample {sample_id} is shown as {type(shown).__name__}, but a figure shows images; give show=, a function of "
+            "the sample that returns an image, or read the samples with to_html."
+        )
+    return shown
 
 
 def heat_map(values: Sequence[Sequence[float]], rows: Sequence[Any], columns: Sequence[Any], **labels: str) -> Figure:

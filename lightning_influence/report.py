@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import html
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -18,7 +17,7 @@ from torch import Tensor
 from lightning_influence.errors import ConfigurationError, InfluenceError
 from lightning_influence.plots import Plots
 from lightning_influence.render import Render
-from lightning_influence.report_page import write_page
+from lightning_influence.report_page import cell, page
 
 _FORMAT = "lightning-influence-report/1"
 
@@ -46,6 +45,25 @@ class Rows:
         ids, where = torch.unique(self.sample_ids, return_inverse=True)
         total = torch.zeros(len(ids), values.shape[1], dtype=torch.float64)
         return ids, total.index_add_(0, where, values.double()).to(values.dtype)
+
+    def over_time(self, bins: int) -> tuple[Tensor, Tensor, Tensor]:
+        """How much the samples of each step helped and harmed, on average over the queries.
+
+        Args:
+            bins: at most this many; a bin is the mean of neighbouring steps where there are more.
+
+        Returns:
+            ``(n_bins,)`` each: the first step of a bin, what helped (positive) and what harmed (negative), per step.
+        """
+        n = int(self.steps.max()) + 1
+        bins = min(n, bins)
+        where = torch.arange(n) * bins // n
+        size, means = torch.bincount(where, minlength=bins), self.scores.double().mean(1)
+        helped, harmed = (
+            torch.zeros(bins, dtype=torch.float64).index_add_(0, where[self.steps], part) / size
+            for part in (means.clamp(min=0), means.clamp(max=0))
+        )
+        return size.cumsum(0) - size, helped, harmed
 
 
 class InfluenceReport:
@@ -170,6 +188,7 @@ class InfluenceReport:
         tokenizer: Any = None,
         queries: Any = None,
         groups: Sequence[Any] | Tensor | None = None,
+        classes: Sequence[str] | None = None,
         k: int = 8,
         title: str = "Influence report",
     ) -> Path:
@@ -177,21 +196,32 @@ class InfluenceReport:
 
         Args:
             data: the training dataset, so that samples can be shown.
-            show: ``show(sample) -> text | PIL image | image tensor``; see `render.default_render` for the default.
+            show: ``show(sample) -> text | PIL image | image tensor | mapping``, a mapping being shown as a small table;
+                see `render.default_render` for the default.
             tokenizer: decodes token ids for the default.
             queries: the query examples, indexed like the columns of the scores.
-            groups: a group (class, source) per sample of the training dataset, for totals.
+            groups: a group (class, source) per sample of the training dataset, for totals; by default the labels,
+                where the dataset gives them without being read (`render.labels_of`).
+            classes: names of the labels, which are then indices into it.
             k: samples in each list.
 
+        What `metadata` holds under ``errors`` (sizes by name), ``ceiling`` and ``conclusion`` is shown beside what the
+        report knows of its own trustworthiness; put there what `check_faithfulness` measured.
+
+        Returns:
+            The path.
+
         Raises:
-            ConfigurationError: groups that do not fit the samples.
+            ConfigurationError: groups, classes or queries that do not fit the report.
         """
         options: dict[str, Any] = {"data": data, "show": show, "tokenizer": tokenizer, "queries": queries}
-        return write_page(self, path, **options, groups=groups, k=k, title=title)
+        path = Path(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(page(self, **options, groups=groups, classes=classes, k=k, title=title), encoding="utf-8")
+        return path
 
     def _repr_html_(self) -> str:
-        top, bottom = self.top(5), self.bottom(5)
-        return f"<p>{html.escape(repr(self))}</p><b>most helpful</b>{top.to_html(index=False)}<b>most harmful</b>{bottom.to_html(index=False)}"
+        return cell(self)
 
     def save(self, path: str | Path) -> None:
         """Write the report to one safetensors file, which `load` reads."""

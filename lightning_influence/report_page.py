@@ -3,35 +3,93 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 import torch
-from jinja2 import Environment, PackageLoader
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup
 from torch import Tensor
 
 from lightning_influence.errors import ConfigurationError
-from lightning_influence.render import Render, as_html, default_render, label_of
+from lightning_influence.render import Render, as_html, default_render, label_of, labels_of
 
 if TYPE_CHECKING:
     from lightning_influence.report import InfluenceReport
 
-_BINS = 41
+_BINS = 41  # of the histogram; odd, so that one is around zero
+_TIMES = 80  # bars over training
 _SHOWN_QUERIES = 24
 _SHOWN_ROWS = 1000
+_SHOWN_GROUPS = 100
+
+_CURVATURE = {
+    "hessian": ("solid", "Exact: the run was replayed with its true second derivatives."),
+    "gauss_newton": ("approximate", "The run was replayed with the Gauss-Newton matrix."),
+    "fisher": (
+        "approximate",
+        "Estimated from the logged gradients; a run recorded for replay is scored more faithfully.",
+    ),
+    "none": ("caution", "Ignored: what a removal changes in later gradients is not followed."),
+}
 
 
 @dataclass(frozen=True)
 class _Card:
-    """A sample in a list of the most helpful or harmful ones."""
+    """A sample among the most helpful or harmful ones.
+
+    Attributes:
+        share: of the largest score beside it.
+        note: a word on the score.
+    """
 
     sample_id: int
     score: float
-    share: float  # of the largest score beside it
-    content: str
+    share: float
+    content: Markup
     label: str
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class _Trust:
+    """A reason to trust the scores more or less; `level` is solid, approximate, caution or unknown."""
+
+    name: str
+    value: str
+    level: str
+    meaning: str
+
+
+class _Samples:
+    """What is shown of the samples of a dataset, each of which is read once."""
+
+    def __init__(self, data: Any, render: Render, classes: Sequence[str] | None) -> None:
+        self._data, self._render, self._classes = data, render, classes
+        known = None if data is None else labels_of(data)
+        self.labels = None if known is None else [self.named(label) for label in known]
+        self._read = lru_cache(maxsize=None)(self._shown)
+
+    def content(self, sample_id: int) -> Markup:
+        return Markup() if self._data is None else self._read(sample_id)[0]
+
+    def label(self, sample_id: int) -> str:
+        if self.labels is not None:
+            return self.labels[sample_id]
+        return "" if self._data is None else self._read(sample_id)[1]
+
+    def named(self, label: str) -> str:
+        if self._classes is None or not label.isdigit():
+            return label
+        if int(label) >= len(self._classes):
+            raise ConfigurationError(f"classes has {len(self._classes)} names, but there is a label {label}.")
+        return str(self._classes[int(label)])
+
+    def _shown(self, sample_id: int) -> tuple[Markup, str]:
+        sample = self._data[sample_id]
+        return Markup(as_html(self._render(sample))), self.named(label_of(sample))
 
 
 def page(
@@ -42,101 +100,126 @@ def page(
     tokenizer: Any = None,
     queries: Any = None,
     groups: Sequence[Any] | Tensor | None = None,
+    classes: Sequence[str] | None = None,
     k: int = 8,
     title: str = "Influence report",
 ) -> str:
     """The whole page as HTML; arguments as of `InfluenceReport.to_html`."""
     render = show or default_render(tokenizer)
-    metadata = report.metadata
-    views = [_view(report, None, data, render, k, "")]
-    for number, query in enumerate(report.query_ids[:_SHOWN_QUERIES] if len(report.query_ids) > 1 else []):
-        asked = "" if queries is None else as_html(render(queries[number]))
-        views.append(_view(report, query, data, render, k, asked))
-    environment = Environment(loader=PackageLoader("lightning_influence", "."), autoescape=True, trim_blocks=True)
+    samples = _Samples(data, render, classes)
+    asked = None if queries is None else _Samples(queries, render, classes)
+    if queries is not None and len(report.query_ids) > 1 and len(queries) != len(report.query_ids):
+        raise ConfigurationError(f"{len(queries)} queries to show for {len(report.query_ids)} columns of scores.")
+    several = len(report.query_ids) > 1
+    shown = report.query_ids[:_SHOWN_QUERIES] if several else []
     mean = report.scores.double().mean(1)
-    order = mean.abs().argsort(descending=True)[:_SHOWN_ROWS].tolist()
-    return environment.get_template("report_page.html").render(
+    metadata = report.metadata
+    return _template("report_page.html").render(
         title=title,
-        n_samples=len(report.sample_ids),
-        against=_against(report),
+        report=report,
+        several=several,
         helping=int((mean > 0).sum()),
         harming=int((mean < 0).sum()),
-        views=views,
-        left_out=max(0, len(report.query_ids) - _SHOWN_QUERIES) if len(report.query_ids) > 1 else 0,
+        views=[_view(report, samples, k, None), *(_view(report, samples, k, q, i, asked) for i, q in enumerate(shown))],
+        left_out=len(report.query_ids) - len(shown) if several else 0,
+        suspects=_suspects(report, samples, k) if several else [],
         histogram=_histogram(mean),
         over_time=_over_time(report),
-        rows=[(int(report.sample_ids[i]), float(mean[i]), _label(data, int(report.sample_ids[i]))) for i in order],
-        hidden=len(mean) - len(order),
-        groups=_groups(report, groups),
+        rows=list(_rows(report, samples)),
+        groups=_groups(report, samples.labels if groups is None else groups, given=groups is not None),
         trust=_trust(report),
-        coverage=metadata.get("coverage", {}).get("parameters", {}),
-        recorded={key: value for key, value in metadata.items() if isinstance(value, (str, int, float))},
+        coverage={"parameters": {}, "excluded": [], **metadata.get("coverage", {})},
+        facts=_facts(metadata),
         versions=metadata.get("versions", {}),
     )
 
 
-def _against(report: InfluenceReport) -> str:
-    if len(report.query_ids) > 1:
-        return f"{len(report.query_ids)} queries"
-    return "the mean loss of the queries" if report.query_ids == ["mean"] else f"query {report.query_ids[0]}"
+def cell(report: InfluenceReport) -> str:
+    """The report in the output of a notebook's cell."""
+    return _template("report_cell.html").render(
+        report=report,
+        lists=[("Most helpful", "help", report.top(5)), ("Most harmful", "harm", report.bottom(5))],
+        histogram=_histogram(report.scores.double().mean(1)),
+        trust=_trust(report),
+    )
+
+
+def signed(value: float, digits: int = 3) -> str:
+    """A number with its sign, in print rather than in code: ``−1.2×10⁻⁵``."""
+    mantissa, _, exponent = f"{value:+#.{digits}g}".replace("-", "−").partition("e")
+    mantissa = mantissa.removesuffix(".")
+    if not exponent:
+        return mantissa
+    power = str(int(exponent.replace("−", "-"))).translate(str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹"))
+    return f"{mantissa}×10{power}"
+
+
+def _template(name: str) -> Any:
+    environment = Environment(
+        loader=PackageLoader("lightning_influence", "."),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters["signed"] = signed
+    return environment.get_template(name)
+
+
+# -- samples --------------------------------------------------------------------------------------------------
 
 
 def _view(
-    report: InfluenceReport, query: int | str | None, data: Any, render: Render, k: int, asked: str
+    report: InfluenceReport,
+    samples: _Samples,
+    k: int,
+    query: int | str | None,
+    number: int = 0,
+    asked: _Samples | None = None,
 ) -> dict[str, Any]:
+    """The extremes of one query, or of their mean, and the query itself where it can be shown."""
     top, bottom = report.top(k, query), report.bottom(k, query)
-    largest = max(float(top.score.abs().max()), float(bottom.score.abs().max()), 1e-300)
+    largest = max(float(top.score.abs().max()), float(bottom.score.abs().max())) or 1.0
 
     def cards(table: Any, sign: int) -> list[_Card]:
-        rows = [(int(r.sample_id), float(r.score)) for r in table.itertuples() if sign * r.score > 0]
-        return [
-            _Card(z, score, abs(score) / largest, "" if data is None else as_html(render(data[z])), _label(data, z))
-            for z, score in rows
-        ]
+        found = ((int(r.sample_id), float(r.score)) for r in table.itertuples() if sign * r.score > 0)
+        return [_Card(z, s, abs(s) / largest, samples.content(z), samples.label(z)) for z, s in found]
 
-    name = "the whole target" if query is None else f"query {query}"
-    return {"name": name, "asked": asked, "helpful": cards(top, 1), "harmful": cards(bottom, -1)}
-
-
-def _label(data: Any, sample_id: int) -> str:
-    return "" if data is None else label_of(data[sample_id])
-
-
-def _histogram(scores: Tensor) -> dict[str, Any]:
-    """Bars of the scores, on a scale that shows both many small and few large ones."""
-    scale = float(scores.abs().quantile(0.5)) or 1.0
-    squeezed = torch.asinh(scores / scale)
-    bound = max(float(squeezed.abs().max()), 1e-9)
-    counts = torch.histc(squeezed, _BINS, -bound, bound)
-    heights = (counts / counts.max().clamp(min=1)).sqrt()
-    edges = [scale * math.sinh(bound * (2 * i / _BINS - 1)) for i in range(_BINS + 1)]
-    bars = [
-        {"height": float(h), "count": int(c), "low": edges[i], "high": edges[i + 1]}
-        for i, (h, c) in enumerate(zip(heights, counts, strict=True))
-    ]
-    return {"bars": bars, "low": edges[0], "high": edges[-1]}
-
-
-def _over_time(report: InfluenceReport) -> dict[str, Any]:
-    """Summed positive and negative influence of the samples of each step."""
-    steps, values = report.rows.steps, report.rows.scores.double().mean(1)
-    n = int(steps.max()) + 1
-    helped = torch.zeros(n, dtype=torch.float64).index_add_(0, steps, values.clamp(min=0))
-    harmed = torch.zeros(n, dtype=torch.float64).index_add_(0, steps, -values.clamp(max=0))
-    bins = min(n, 120)
-    where = torch.arange(n) * bins // n
-    size = torch.bincount(where, minlength=bins)
-    sums = [torch.zeros(bins, dtype=torch.float64).index_add_(0, where, v) / size for v in (helped, harmed)]
-    largest = max(float(max(s.max() for s in sums)), 1e-300)
+    label = "" if asked is None or query is None else asked.label(number)
     return {
-        "helped": (sums[0] / largest).tolist(),
-        "harmed": (sums[1] / largest).tolist(),
-        "steps": n,
-        "largest": largest,
+        "name": "all queries" if query is None else f"query {query}" + (f" ({label})" if label else ""),
+        "asked": Markup() if asked is None or query is None else asked.content(number),
+        "helpful": cards(top, 1),
+        "harmful": cards(bottom, -1),
     }
 
 
-def _groups(report: InfluenceReport, groups: Sequence[Any] | Tensor | None) -> list[dict[str, Any]]:
+def _suspects(report: InfluenceReport, samples: _Samples, k: int) -> list[_Card]:
+    found = report.suspects()
+    largest = float(found.suspicion.max()) if len(found) else 1.0
+    return [
+        _Card(
+            z := int(row.sample_id),
+            -row.suspicion,
+            row.suspicion / largest,
+            samples.content(z),
+            samples.label(z),
+            f"harms {row.harmed:.0%} of the queries",
+        )
+        for row in found.head(k).itertuples()
+    ]
+
+
+def _rows(report: InfluenceReport, samples: _Samples) -> Iterator[dict[str, Any]]:
+    """The samples of the largest scores, for the table."""
+    mean, harmed = report.scores.double().mean(1), (report.scores < 0).double().mean(1)
+    for i in mean.abs().argsort(descending=True, stable=True)[:_SHOWN_ROWS].tolist():
+        sample_id = int(report.sample_ids[i])
+        yield {"id": sample_id, "score": float(mean[i]), "harmed": float(harmed[i]), "label": samples.label(sample_id)}
+
+
+def _groups(report: InfluenceReport, groups: Sequence[Any] | Tensor | None, *, given: bool) -> list[dict[str, Any]]:
+    """Totals by group; labels that were not given as groups count only where they are few."""
     if groups is None:
         return []
     if len(groups) <= int(report.sample_ids.max()):
@@ -145,71 +228,124 @@ def _groups(report: InfluenceReport, groups: Sequence[Any] | Tensor | None) -> l
             "group per sample of the training dataset."
         )
     values = groups.tolist() if isinstance(groups, Tensor) else list(groups)
-    of = [values[z] for z in report.sample_ids.tolist()]
+    names = [str(values[z]) for z in report.sample_ids.tolist()]
+    distinct = sorted(set(names), key=lambda name: (len(name), name) if name.isdigit() else (math.inf, name))
+    if not given and not 1 < len(distinct) <= _SHOWN_GROUPS:
+        return []
+    where = torch.tensor([distinct.index(name) for name in names])
     mean = report.scores.double().mean(1)
-    found = []
-    for group in sorted(set(of), key=str):
-        here = mean[[i for i, g in enumerate(of) if g == group]]
-        found.append({"name": group, "n": len(here), "total": float(here.sum()), "mean": float(here.mean())})
-    return found
+    helped, harmed = (
+        torch.zeros(len(distinct), dtype=torch.float64).index_add_(0, where, part)
+        for part in (mean.clamp(min=0), mean.clamp(max=0))
+    )
+    sizes = torch.bincount(where, minlength=len(distinct))
+    largest = float((helped + harmed).abs().max()) or 1.0
+    columns = zip(distinct, sizes.tolist(), helped.tolist(), harmed.tolist(), strict=True)
+    return [
+        {"name": name, "n": n, "helped": up, "harmed": down, "total": up + down, "share": (up + down) / largest}
+        for name, n, up, down in columns
+    ]
 
 
-def _trust(report: InfluenceReport) -> list[tuple[str, str, str]]:
-    """Name, value, and what it means."""
-    metadata: Mapping[str, Any] = report.metadata
-    told = []
-    coverage = metadata.get("coverage", {})
-    if "fraction" in coverage:
+# -- figures --------------------------------------------------------------------------------------------------
+
+
+def _histogram(scores: Tensor) -> dict[str, Any]:
+    """Bars over a scale that is linear for small and logarithmic for large scores (the inverse hyperbolic sine)."""
+    scale = float(scores.abs().median()) or float(scores.abs().max()) or 1.0
+    bound = float(torch.asinh(scores.abs() / scale).max()) or 1.0
+    counts = torch.histc(torch.asinh(scores / scale), _BINS, -bound, bound)
+    edges = [scale * math.sinh(bound * (2 * i / _BINS - 1)) for i in range(_BINS + 1)]
+    bars = [
+        {"height": count / max(counts.max().item(), 1), "count": int(count), "low": edges[i], "high": edges[i + 1]}
+        for i, count in enumerate(counts.tolist())
+    ]
+    marks = [-scale * math.sinh(bound), -scale * math.sinh(bound / 2), 0.0]
+    ticks = [(0.25 * i, value) for i, value in enumerate(marks + [-v for v in marks[1::-1]])]
+    return {"bars": bars, "ticks": ticks, "largest": int(counts.max())}
+
+
+def _over_time(report: InfluenceReport) -> dict[str, Any]:
+    first, helped, harmed = report.rows.over_time(_TIMES)
+    n = int(report.rows.steps.max()) + 1
+    largest = max(float(helped.max()), float(-harmed.min())) or 1.0
+    last = [*(first[1:] - 1).tolist(), n - 1]
+    bars = [
+        {"first": a, "last": b, "helped": up, "harmed": down, "up": up / largest, "down": -down / largest}
+        for a, b, up, down in zip(first.tolist(), last, helped.tolist(), harmed.tolist(), strict=True)
+    ]
+    return {"bars": bars, "steps": n, "largest": largest}
+
+
+# -- trust and origin -----------------------------------------------------------------------------------------
+
+
+def _trust(report: InfluenceReport) -> list[_Trust]:
+    """Everything known about how far these scores can be believed."""
+    metadata = report.metadata
+    errors = _own_errors(report) | dict(metadata.get("errors", {}))
+    told = [*_approximations(metadata)]
+    for name, size in errors.items():
+        level = "solid" if size < 0.1 else "approximate" if size < 0.5 else "caution"
         told.append(
-            (
-                "Coverage",
-                f"{coverage['fraction']:.1%}",
-                "of the trained coordinates entered the scores; the rest was left out.",
-            )
-        )
-    meaning = {
-        "hessian": "exact: the run was replayed with its true second derivatives.",
-        "gauss_newton": "replayed with the Gauss-Newton matrix.",
-        "fisher": "approximated from the logged gradients; replay (record='replay') is more faithful.",
-        "none": "ignored: what a removal changes in later gradients is not followed.",
-    }
-    if metadata.get("curvature") in meaning:
-        told.append(("Curvature", str(metadata["curvature"]), meaning[str(metadata["curvature"])]))
-    if metadata.get("optimizer_assumption") == "sgd":
-        told.append(("Optimizer", "SGD assumed", "although the run used another: these scores are a baseline only."))
-    size = float(report.scores.norm())
-    if size and metadata.get("response") == "finite":
-        share = float(report.nonlinearity.norm()) / size
-        told.append(
-            (
-                "Algorithm error",
-                f"{share:.1%}",
-                "of the scores is what a first-order score misses of the optimizer's answer.",
-            )
-        )
-    drift = metadata.get("replay_drift")
-    if drift:
-        told.append(
-            (
-                "System error",
-                f"{max(drift.values()):.1e}",
-                "is how far the replay ends from the recorded run, relative to its way.",
-            )
+            _Trust(f"{name} error".capitalize(), _percent(size), level, _ERRORS.get(name, "Relative to the scores."))
         )
     if "ceiling" in metadata:
-        told.append(
-            ("Ceiling", str(metadata["ceiling"]), "is how well retraining agrees with itself; no estimator exceeds it.")
-        )
+        told.append(_Trust("Ceiling", _short(metadata["ceiling"]), "solid", "Agreement of retraining with itself."))
     else:
         told.append(
-            ("Ceiling", "not measured", "check_faithfulness(...) retrains and measures how far to trust these scores.")
+            _Trust("Ceiling", "not measured", "unknown", "check_faithfulness retrains, and says what scores can reach.")
         )
+    if "conclusion" in metadata:
+        told.append(_Trust("Measured", "against retraining", "solid", str(metadata["conclusion"])))
     return told
 
 
-def write_page(report: InfluenceReport, path: str | Path, **options: Any) -> Path:
-    """Write `page` to a file; the file's path."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(page(report, **options), encoding="utf-8")
-    return path
+_ERRORS = {
+    "algorithm": "What a first-order score misses of the optimizer's answer, relative to the scores.",
+    "system": "How far the replayed run ends from the recorded one, relative to its way.",
+    "config": "What the way of training leaves open, relative to the scores.",
+}
+
+
+def _own_errors(report: InfluenceReport) -> dict[str, float]:
+    """Levels of error that follow from the report itself."""
+    found, size = {}, float(report.scores.norm())
+    if size and report.metadata.get("response") == "finite":
+        found["algorithm"] = float(report.nonlinearity.norm()) / size
+    if drift := report.metadata.get("replay_drift"):
+        found["system"] = max(drift.values())
+    return found
+
+
+def _approximations(metadata: Mapping[str, Any]) -> Iterator[_Trust]:
+    coverage = metadata.get("coverage", {}).get("fraction")
+    if coverage is not None:
+        level = "solid" if coverage > 0.99 else "approximate" if coverage > 0.1 else "caution"
+        yield _Trust("Coverage", _percent(coverage), level, "Share of the trained coordinates that the scores rest on.")
+    curvature = str(metadata.get("curvature"))
+    if curvature in _CURVATURE:
+        yield _Trust(
+            "Curvature", curvature.replace("_", "-").replace("gauss-newton", "Gauss-Newton"), *_CURVATURE[curvature]
+        )
+    if metadata.get("optimizer_assumption"):
+        assumed = str(metadata["optimizer_assumption"]).upper()
+        yield _Trust("Optimizer", f"{assumed} assumed", "caution", "The run used another: these scores are a baseline.")
+
+
+def _facts(metadata: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """What else is known about how the run was recorded and scored."""
+    shown = {
+        k: v for k, v in metadata.items() if isinstance(v, (str, int, float)) and k not in ("ceiling", "conclusion")
+    }
+    return [(k.replace("_", " "), _short(v)) for k, v in shown.items()]
+
+
+def _percent(fraction: float) -> str:
+    if 0 < abs(fraction) < 0.0005:
+        return signed(fraction, 2)[1:]
+    return f"{100 * fraction:.3g} %"
+
+
+def _short(value: Any) -> str:
+    return f"{value:.3g}" if isinstance(value, float) else str(value)

@@ -1,0 +1,98 @@
+"""The report's verbs that people read: suspects, influence over steps, figures, the notebook's cell."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from modules import Classifier, digits, fit, loader
+from PIL import Image
+from torch.utils.data import DataLoader, TensorDataset
+
+from lightning_influence import InfluenceCallback, InfluenceReport, attribute
+from lightning_influence.errors import ConfigurationError
+
+
+def images(n: int = 40) -> TensorDataset:
+    x, y = digits(n).tensors
+    return TensorDataset(x.view(-1, 1, 8, 8), y)
+
+
+def some_report(n: int = 40, q: int = 3) -> InfluenceReport:
+    scores = torch.randn(n, q, generator=torch.Generator().manual_seed(0))
+    metadata = {"curvature": "fisher", "response": "finite"}
+    return InfluenceReport.from_rows(torch.arange(n), torch.arange(n) // 8, scores, metadata=metadata)
+
+
+def test_suspects_are_ordered_by_harm_alone() -> None:
+    """What a sample helps one query does not excuse what it does to another."""
+    scores = torch.tensor([[1.0, 1.0], [-3.0, 5.0], [-1.0, -0.5], [0.5, -0.1]])
+    report = InfluenceReport.from_rows(torch.tensor([10, 11, 12, 13]), torch.zeros(4, dtype=torch.int64), scores)
+    found = report.suspects()
+    assert found.sample_id.tolist() == [11, 12, 13]
+    assert found.suspicion.tolist() == pytest.approx([1.5, 0.75, 0.05])
+    assert found.score.tolist() == pytest.approx([1.0, -0.75, 0.2])
+    assert found.harmed.tolist() == [0.5, 1.0, 0.5]
+    assert report.suspects(4).sample_id.tolist() == [11, 12, 13, 10]
+    assert report.suspects(1).sample_id.tolist() == [11]
+
+
+def test_suspects_are_the_flipped_labels(tmp_path: Path) -> None:
+    x, y = digits(360).tensors
+    flipped = torch.arange(0, 300, 10)
+    labels = y[:300].clone()
+    labels[flipped] = (labels[flipped] + 5) % 10
+    module = Classifier(lambda m: torch.optim.AdamW(m.parameters(), lr=5e-3), width=32)
+    log = tmp_path / "log"
+    fit(module, loader(TensorDataset(x[:300], labels), 32), InfluenceCallback(log, record="replay"), max_epochs=3)
+    queries = DataLoader(TensorDataset(x[300:], y[300:]), 100)
+    report = attribute(log, queries=queries, model=module, response="tangent", progress=False)
+    first = report.suspects(60)
+    assert sum(z in flipped.tolist() for z in first.sample_id) > 0.4 * len(flipped)  # by chance 0.2
+
+
+@pytest.mark.parametrize("bins", [3, 5, 100])
+def test_influence_over_time_keeps_the_total(bins: int) -> None:
+    rows = some_report().rows
+    first, helped, harmed = rows.over_time(bins)
+    assert len(first) == min(bins, 5) and first[0] == 0 and (first.diff() > 0).all()
+    sizes = [b - a for a, b in zip(first.tolist(), [*first.tolist()[1:], 5], strict=True)]
+    totals = {True: 0.0, False: 0.0}
+    for step, row in zip(rows.steps.tolist(), rows.scores.tolist(), strict=True):
+        assert step < 5
+        totals[sum(row) > 0] += sum(row) / len(row)
+    assert float((helped * torch.tensor(sizes)).sum()) == pytest.approx(totals[True], rel=1e-5)
+    assert float((harmed * torch.tensor(sizes)).sum()) == pytest.approx(totals[False], rel=1e-5)
+
+
+def test_figures_show_every_sample_and_step() -> None:
+    report = some_report()
+    assert sum(bar.get_height() for bar in report.plot.histogram().axes[0].patches) == 40
+    bars = report.plot.over_time().axes[0].patches
+    assert len(bars) == 10  # helped and harmed at five steps
+    assert sum(bar.get_height() for bar in bars) == pytest.approx(float(report.scores.mean(1).sum()), rel=1e-4)
+    assert report.plot.over_time(bins=2).axes[0].patches[-1].get_x() == 3  # steps 0 to 2, and 3 to 4
+
+
+def test_the_figure_of_samples_shows_the_extremes() -> None:
+    report, data = some_report(), images()
+    axes = report.plot.samples(data, k=3).axes
+    assert len(axes) == 6
+    for place, z in zip(axes, [*report.top(3).sample_id, *report.bottom(3).sample_id], strict=True):
+        assert f"sample {z}, label {int(data[z][1])}" in place.get_title()
+        shown = torch.tensor(place.images[0].get_array().tolist())
+        torch.testing.assert_close(shown / 255, data[z][0][0], atol=1 / 255, rtol=0)
+    whole = report.plot.samples(["a"] * 40, k=2, show=lambda _: Image.new("RGB", (5, 4)))
+    assert whole.axes[0].images[0].get_array().shape == (4, 5, 3)
+    with pytest.raises(ConfigurationError, match="shown as dict, but a figure shows images"):
+        report.plot.samples(digits(40))
+
+
+def test_a_notebook_shows_both_ends() -> None:
+    report = some_report()
+    cell = report._repr_html_()
+    for row in [*report.top(5).itertuples(), *report.bottom(5).itertuples()]:
+        assert f"<td>{row.sample_id}</td>" in cell
+    assert "Most helpful" in cell and "Most harmful" in cell and "<svg" in cell and "fisher" in cell
+    assert "<script" not in cell and "<style" not in cell  # it must not reach into the rest of the notebook
