@@ -286,10 +286,9 @@ def _trust(report: InfluenceReport) -> list[_Trust]:
     errors = _own_errors(report) | dict(metadata.get("errors", {}))
     told = [*_approximations(metadata)]
     for name, size in errors.items():
-        level = "solid" if size < 0.1 else "approximate" if size < 0.5 else "caution"
-        told.append(
-            _Trust(f"{name} error".capitalize(), _percent(size), level, _ERRORS.get(name, "Relative to the scores."))
-        )
+        corrected = name == "config" and not metadata.get("optimizer_assumption")
+        level = "solid" if corrected or size < 0.1 else "approximate" if size < 0.5 else "caution"
+        told.append(_Trust(f"{name} error".capitalize(), _percent(size), level, _ERRORS.get(name, "Of the scores.")))
     if "ceiling" in metadata:
         told.append(_Trust("Ceiling", _short(metadata["ceiling"]), "solid", "Agreement of retraining with itself."))
     else:
@@ -302,9 +301,10 @@ def _trust(report: InfluenceReport) -> list[_Trust]:
 
 
 _ERRORS = {
-    "algorithm": "What a first-order score misses of the optimizer's answer, relative to the scores.",
-    "system": "How far the replayed run ends from the recorded one, relative to its way.",
-    "config": "What the way of training leaves open, relative to the scores.",
+    "config": "What the scores would be off by, had the run been taken for one of plain SGD.",
+    "algorithm": "How far the optimizer's answer to a removal is from a straight line. These scores follow the answer "
+    "within each parameter; what it sets off beyond grows with this number.",
+    "system": "How far the run, trained again from its record, ends from where it ended.",
 }
 
 
