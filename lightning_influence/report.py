@@ -154,20 +154,23 @@ class InfluenceReport:
         """Samples that are likely mislabelled or otherwise harmful, the most suspicious first.
 
         A wrong label harms the queries that resemble its sample and helps others, and the mean of the two may be nothing.
-        So what counts is the harm alone: a report with one column per query finds more than one with a mean target.
+        So what counts is the harm alone, and every query counts alike, however large its scores are: a report with one
+        column per query finds more than one with a mean target.
 
         Args:
             k: how many; None for all that harm any query.
 
         Returns:
-            ``sample_id``, ``score`` (mean over the queries), ``suspicion`` (the harm done to the queries, on average)
-            and ``harmed`` (the share of queries that the sample harms).
+            ``sample_id``, ``score`` (mean over the queries), ``suspicion`` (the mean harm to a query, in units of the
+            root mean square of the query's scores) and ``harmed`` (the share of queries that the sample harms).
         """
+        typical = self.scores.double().square().mean(0).sqrt()
+        relative = self.scores / typical.clamp(min=torch.finfo(self.scores.dtype).tiny)
         table = pd.DataFrame(
             {
                 "sample_id": self.sample_ids.numpy(),
                 "score": self.scores.mean(1).numpy(),
-                "suspicion": -self.scores.clamp(max=0).mean(1).numpy(),
+                "suspicion": -relative.clamp(max=0).mean(1).numpy(),
                 "harmed": (self.scores < 0).float().mean(1).numpy(),
             }
         ).sort_values("suspicion", ascending=False, kind="stable")

@@ -27,15 +27,25 @@ def some_report(n: int = 40, q: int = 3) -> InfluenceReport:
 
 def test_suspects_are_ordered_by_harm_alone() -> None:
     """What a sample helps one query does not excuse what it does to another."""
-    scores = torch.tensor([[1.0, 1.0], [-3.0, 5.0], [-1.0, -0.5], [0.5, -0.1]])
+    columns = [[2.0, -6.0, -2.0, 2.0], [2.0, 4.0, -2.0, -4.0]]  # root mean squares sqrt(12) and sqrt(10)
+    scores = torch.tensor(columns).T
     report = InfluenceReport.from_rows(torch.tensor([10, 11, 12, 13]), torch.zeros(4, dtype=torch.int64), scores)
     found = report.suspects()
-    assert found.sample_id.tolist() == [11, 12, 13]
-    assert found.suspicion.tolist() == pytest.approx([1.5, 0.75, 0.05])
-    assert found.score.tolist() == pytest.approx([1.0, -0.75, 0.2])
-    assert found.harmed.tolist() == [0.5, 1.0, 0.5]
-    assert report.suspects(4).sample_id.tolist() == [11, 12, 13, 10]
+    assert found.sample_id.tolist() == [11, 13, 12]
+    harm = [6 / 12**0.5 / 2, 4 / 10**0.5 / 2, (2 / 12**0.5 + 2 / 10**0.5) / 2]
+    assert found.suspicion.tolist() == pytest.approx(harm)
+    assert found.score.tolist() == pytest.approx([-1.0, -1.0, -2.0])
+    assert found.harmed.tolist() == [0.5, 0.5, 1.0]
+    assert report.suspects(4).sample_id.tolist() == [11, 13, 12, 10]
     assert report.suspects(1).sample_id.tolist() == [11]
+
+
+def test_every_query_counts_alike_for_suspects() -> None:
+    report = some_report()
+    scaled = InfluenceReport.from_rows(
+        report.rows.sample_ids, report.rows.steps, report.rows.scores * torch.tensor([1.0, 1e3, 1e-6])
+    )
+    assert scaled.suspects().sample_id.tolist() == report.suspects().sample_id.tolist()
 
 
 def test_suspects_are_the_flipped_labels(tmp_path: Path) -> None:
