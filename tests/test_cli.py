@@ -52,7 +52,7 @@ def test_the_whole_way(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "most harmful" in capsys.readouterr().out
     assert InfluenceReport.load(run / "s.safetensors").metadata["curvature"] == "hessian"
     assert main(["report", str(run / "s.safetensors"), f"--out={run / 'r.html'}", "--data=test_cli.Digits"]) == 0
-    assert "<pre>0, 0, " in (run / "r.html").read_text(), "digits are shown as their first pixels"
+    assert "<th>0</th><td>0</td>" in (run / "r.html").read_text(), "digits are shown as a table of their pixels"
     assert main(["select", str(run / "s.safetensors"), "--keep=0.5", f"--out={run / 'kept.txt'}"]) == 0
     assert len((run / "kept.txt").read_text().split()) == 20
     assert main(["check", str(run / "log"), *known, "--removals=5"]) == 0
