@@ -99,6 +99,12 @@ class Faithfulness:
             )
         return " ".join(told)
 
+    @property
+    def trust(self) -> dict[str, Any]:
+        """What a report's page says of trust: ``report.metadata |= check.trust``."""
+        found: dict[str, Any] = {"errors": dict(self.levels), "conclusion": self.conclusion}
+        return found | ({"ceiling": str(self.single[CEILING].spearman)} if CEILING in self.single else {})
+
     def __str__(self) -> str:
         table = self.to_pandas().round(3).to_string(index=False)
         levels = ", ".join(f"{name} {value:.2g}" for name, value in self.levels.items())

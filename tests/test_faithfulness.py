@@ -40,6 +40,10 @@ def test_the_better_estimator_agrees_better(tmp_path: Path) -> None:
     assert table.lds["finite"] > 0.8
     assert check.levels["config"] > check.levels["algorithm"] > check.levels["system"]
     assert "order can be relied on" in str(check) and "read as a change of the loss" in str(check)
+    report = attribute(tmp_path / "log", queries=queries, model=module, target="mean", progress=False)
+    report.metadata |= check.trust
+    text = report.to_html(tmp_path / "report.html").read_text()
+    assert str(check.single[CEILING].spearman) in text and "order can be relied on" in text
     run = recorded_run(tmp_path / "log", lambda: Classifier(optimizer, width=8), train, dtype=torch.float64)
     ((x, y),) = (to_dtype(q, torch.float64) for q in queries)
 
