@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import platform
 from collections.abc import Sequence
@@ -16,12 +17,13 @@ from lightning_influence.attribution import attribute
 from lightning_influence.capture import GradientCapture
 from lightning_influence.errors import ConfigurationError
 from lightning_influence.optimizers import update_name
+from lightning_influence.ranks import Ranks
 from lightning_influence.recorder import Compression, CompressionName, Recorder
 from lightning_influence.replay_log import ReplaySettings
 from lightning_influence.report import InfluenceReport
 from lightning_influence.sample_ids import IdSource, SampleIds
 from lightning_influence.sample_weights import WeightSource, sample_weights
-from lightning_influence.store import StoreWriter
+from lightning_influence.store import MANIFEST, StoreReader, StoreWriter
 from lightning_influence.trainer import clip_of, log_report, loss_scaler, only_optimizer
 
 _PACKAGES = ("lightning-influence", "torch", "lightning", "safetensors", "transformers", "peft")
@@ -104,7 +106,10 @@ class InfluenceCallback(L.Callback):
         return self._generate_state_key(dirpath=str(self.dirpath))
 
     def state_dict(self) -> dict[str, Any]:
-        return {"steps": len(self._recorder.writer) if self._recorder is not None else self._resume_at}
+        if self._recorder is None:
+            return {"steps": self._resume_at}
+        self._recorder.writer.flush()  # a checkpoint never knows of more steps than the log
+        return {"steps": len(self._recorder.writer)}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self._resume_at = state_dict["steps"]
@@ -114,6 +119,7 @@ class InfluenceCallback(L.Callback):
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         if stage != "fit":
             return
+        Ranks.of(trainer)
         if not pl_module.automatic_optimization:
             raise ConfigurationError(
                 f"{type(pl_module).__name__} uses manual optimization, whose steps the trainer does not see; "
@@ -127,18 +133,13 @@ class InfluenceCallback(L.Callback):
         strategy.process_dataloader = lambda loader: self.sample_ids.listen(process(loader))  # type: ignore[method-assign, assignment]
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        optimizer = only_optimizer(trainer)
+        ranks, optimizer = Ranks.of(trainer), only_optimizer(trainer)
         update_name(optimizer)
         capture = None
         if self.record != "replay":
             capture = GradientCapture(pl_module, exclude=self.exclude, frozen_batch_norm=self.frozen_batch_norm)
         self.sample_ids.start(trainer.train_dataloader)
-        resumed = self._resume_at is not None
-        writer = StoreWriter(self.dirpath, rank=trainer.global_rank, existing="resume" if resumed else self.existing)
-        if self._resume_at is not None:
-            writer.truncate(self._resume_at)
-        if trainer.is_global_zero:
-            writer.write_manifest(self._manifest(trainer, pl_module, capture, optimizer))
+        writer = self._writer(ranks, self._manifest(trainer, pl_module, capture, optimizer))
         if capture is not None:
             capture.attach()
         self._recorder = Recorder(
@@ -149,9 +150,21 @@ class InfluenceCallback(L.Callback):
             compression=self.compression,
             replay=None if self.record == "gradients" else self._replay_settings(trainer),
             averaged=self.reduction == "mean",
-            rank=trainer.global_rank,
-            ranks=trainer.world_size,
+            ranks=ranks,
         )
+
+    def _writer(self, ranks: Ranks, manifest: dict[str, Any]) -> StoreWriter:
+        resumed = self._resume_at is not None
+        existing = "resume" if resumed else self.existing
+        if existing == "resume":
+            _refuse_another_run(self.dirpath, manifest)
+        writer = StoreWriter(self.dirpath, rank=ranks.rank, ranks=ranks.size, existing=existing)
+        if self._resume_at is not None:
+            writer.truncate(self._resume_at)
+        ranks.wait()  # until every process has seen what was there before
+        if ranks.rank == 0:
+            writer.write_manifest(manifest)
+        return writer
 
     def _replay_settings(self, trainer: L.Trainer) -> ReplaySettings:
         steps = trainer.estimated_stepping_batches
@@ -160,8 +173,10 @@ class InfluenceCallback(L.Callback):
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._close(trainer, finished=True)
-        if self.writes_report and trainer.is_global_zero:
-            self.report = self._report(trainer, pl_module)
+        if self.writes_report:
+            Ranks.of(trainer).wait()  # until the whole log is written
+            if trainer.is_global_zero:
+                self.report = self._report(trainer, pl_module)
 
     def _report(self, trainer: L.Trainer, module: L.LightningModule) -> InfluenceReport:
         """Scores against the mean validation loss, written and logged."""
@@ -242,11 +257,25 @@ class InfluenceCallback(L.Callback):
             "excluded": list(self.exclude),
             "coverage": {"trained": trained, "recorded": recorded},
             "compression": self.compression.kind,
+            "mask": {"size": self.compression.mask_size, "seed": self.compression.seed},
             "reduction": self.reduction,
             "precision": str(trainer.precision),
             "ranks": trainer.world_size,
             "versions": _versions(),
         }
+
+
+def _refuse_another_run(log: Path, manifest: dict[str, Any]) -> None:
+    """A log goes on only as it began: other settings would make its first steps mean something else."""
+    if not (log / MANIFEST).exists():
+        return
+    recorded = StoreReader(log).manifest
+    for key, value in json.loads(json.dumps(manifest)).items():
+        if key != "versions" and recorded.get(key) != value:
+            raise ConfigurationError(
+                f"the log {log} was recorded with {key}={recorded.get(key)!r:.200} and cannot go on with {value!r:.200}; "
+                "resume with the settings it began with, or record to another directory."
+            )
 
 
 def _versions() -> dict[str, str]:

@@ -20,9 +20,10 @@ from lightning_influence.compression import Form, Keep, Stack, plan
 from lightning_influence.errors import ConfigurationError, InfluenceError
 from lightning_influence.log import FINAL, LAYOUT, MOMENTS_EVERY, checksum, pack_layout, pack_step
 from lightning_influence.optimizers import UPDATES, coupling, read_hyper, read_moments, update_name
+from lightning_influence.ranks import Ranks
 from lightning_influence.replay_log import Packed, ReplaySettings, pack_micro_batch, pack_snapshot, snapshot_name
 from lightning_influence.store import StoreWriter
-from lightning_influence.trajectory import Clip, Shares, StepRecord
+from lightning_influence.trajectory import Clip, StepRecord
 
 CompressionName = Literal["auto", "full", "factored", "mask"]
 
@@ -55,7 +56,7 @@ class Recorder:
         capture: attached to the module; None where per-sample gradients are not recorded.
         replay: what is written so that the run can be replayed; None for nothing.
         averaged: whether the training loss is a mean over its samples.
-        ranks: processes whose gradients are averaged; rank 0 writes what they share.
+        ranks: the processes whose gradients are averaged; the first writes what they share.
     """
 
     def __init__(
@@ -68,12 +69,11 @@ class Recorder:
         compression: Compression,
         replay: ReplaySettings | None,
         averaged: bool = True,
-        rank: int = 0,
-        ranks: int = 1,
+        ranks: Ranks,
     ) -> None:
         self.module, self.optimizer, self.writer = module, optimizer, writer
         self.capture, self.replay, self.compression = capture, replay, compression
-        self.averaged, self.rank, self.ranks = averaged, rank, ranks
+        self.averaged, self.ranks = averaged, ranks
         self.update_name = update_name(optimizer)
         self.groups = {id(p): group for group in optimizer.param_groups for p in group["params"]}
         self.keeps: dict[str, Keep] | None = None
@@ -109,7 +109,7 @@ class Recorder:
         replay = None
         if self.replay is not None:
             replay = pack_micro_batch(len(self._micro_batches), batch, batch_idx, fetched, self.replay)
-        self._started = sample_ids, weights / (accumulated * self.ranks), replay
+        self._started = sample_ids, weights / (accumulated * self.ranks.size), replay
         if self.capture is not None:
             self.capture.begin(len(sample_ids))
 
@@ -119,7 +119,7 @@ class Recorder:
             return
         shares: dict[str, Form] = {}
         if self.capture is not None:
-            shares = self.capture.take(1.0 / (loss_scale * self.ranks))
+            shares = self.capture.take(1.0 / (loss_scale * self.ranks.size))
         if self.keeps is not None:
             shares = {name: self.keeps[name].compress(share) for name, share in shares.items()}
         self._micro_batches.append(_MicroBatch(*self._started, shares))
@@ -154,7 +154,7 @@ class Recorder:
         if self.keeps is None and self.capture is not None:
             shares = self._plan(shares, self.capture)
         index = len(self.writer)
-        if self.replay is not None and self.rank == 0 and index % self.replay.snapshot_every == 0:
+        if self.replay is not None and self.ranks.rank == 0 and index % self.replay.snapshot_every == 0:
             self._snapshot(index)
         record = self._record(micro_batches, Clip(clip.rule, clip.bound, float(norm)))
         self._pending = record, {name: shares[name] for name in record.gradients}, micro_batches
@@ -168,7 +168,7 @@ class Recorder:
         self._post_hook.remove()
         if self.capture is not None:
             self.capture.detach()
-        if finished and self.rank == 0 and len(self.writer):
+        if finished and self.ranks.rank == 0 and len(self.writer):
             checksums = {name: checksum(p) for name, p in self.module.named_parameters() if p.requires_grad}
             self.writer.save(FINAL, {}, {"checksums": checksums})
             if self.replay is not None:
@@ -195,17 +195,19 @@ class Recorder:
     def _plan(self, shares: Mapping[str, Form], capture: GradientCapture) -> dict[str, Form]:
         """Decide at the first step what is kept, and check that the shares are the gradient's."""
         parameters = capture.parameters
-        if self.ranks == 1:
-            for name, share in shares.items():
-                _check_sum(name, share, parameters[name].grad)
-        self.keeps = plan(
+        for name, share in shares.items():
+            gradient = parameters[name].grad
+            total = share.combine(torch.ones(1, share.n_samples, device=None if gradient is None else gradient.device))
+            _check_sum(name, self.ranks.sum(total), gradient)
+        keeps = plan(
             shares,
             {name: tuple(parameters[name].shape) for name in shares},
             compression=self.compression.kind,
             mask_size=self.compression.mask_size,
             seed=self.compression.seed,
         )
-        if self.rank == 0:
+        self.keeps = self.ranks.first(keeps)  # the sizes of the first batch may differ between the processes
+        if self.ranks.rank == 0:
             self.writer.save(LAYOUT, *pack_layout(self.keeps, self.update_name))
         return {name: self.keeps[name].compress(share) for name, share in shares.items()}
 
@@ -245,7 +247,7 @@ class Recorder:
             return
         (record, shares, micro_batches), self._pending = self._pending, None
         self._check_clip(record.clip, record.index)
-        tensors, meta = pack_step(record, shares, state=self.rank == 0)
+        tensors, meta = pack_step(record, shares, state=self.ranks.rank == 0)
         replays = [m.replay for m in micro_batches if m.replay is not None]
         for parts, _ in replays:
             tensors |= parts
@@ -278,9 +280,8 @@ def _wide(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
 
 
-def _check_sum(name: str, share: Shares, gradient: Tensor | None) -> None:
+def _check_sum(name: str, total: Tensor, gradient: Tensor | None) -> None:
     """The safety net under all capture rules: shares are additive parts of the gradient."""
-    total = share.combine(torch.ones(1, share.n_samples, device=gradient.device if gradient is not None else None))
     reference = torch.zeros_like(total) if gradient is None else gradient.detach().flatten()[None].to(total)
     error = float((total - reference).norm())
     if error > _SUM_TOLERANCE * max(float(reference.norm()), 1e-12):

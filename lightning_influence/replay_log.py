@@ -22,6 +22,7 @@ from lightning_influence.log import LoggedSteps
 from lightning_influence.optimizers import UPDATES, read_moments
 from lightning_influence.random_state import random_state, read_random_state
 from lightning_influence.replay import ReplayMicroBatch, ReplayStep, State
+from lightning_influence.store import StoreReader
 
 SNAPSHOT = "snapshot-"
 _SMALL = 2**20  # bytes of a batch that is stored unasked
@@ -128,13 +129,19 @@ class LoggedPlan:
         return len(self._reader)
 
     def step(self, index: int) -> ReplayStep:
-        record, meta = self._steps.record(index), self._reader.meta(index)
+        record = self._steps.record(index)
+        recorded = [
+            (rank, number, told)
+            for rank in range(self._reader.ranks)
+            for number, told in enumerate(self._reader.meta(index, rank)["micro_batches"])
+        ]
         micro_batches = []
-        for number, told in enumerate(meta["micro_batches"]):
-            here = record.micro_batches == number
-            batch = self._batch(index, number, told, record.sample_ids[here].tolist())
+        for position, (rank, number, told) in enumerate(recorded):
+            here = record.micro_batches == position
+            read = _Read(self._reader, index, rank)
+            batch = self._batch(read, number, told, record.sample_ids[here].tolist())
             factor = float(record.loss_weights[here].sum() if record.averaged else record.loss_weights[here][0])
-            random = self._generators(index, f"random/{number}/")
+            random = read.generators(f"random/{number}/")
             micro_batches.append(ReplayMicroBatch(batch, told["batch_idx"], factor, int(here.sum()), random))
         return ReplayStep(
             micro_batches,
@@ -161,32 +168,44 @@ class LoggedPlan:
         ordered = {k: tuple(moments.get(k, {})[i] for i in sorted(moments.get(k, {}))) for k in found["parameter"]}
         return State(found["parameter"], ordered, found["buffer"])
 
-    def _generators(self, index: int, prefix: str) -> dict[str, Tensor]:
-        names = [name for name in self._reader.names(index) if name.startswith(prefix)]
-        return {name.removeprefix(prefix): self._reader.tensor(index, name) for name in names}
-
-    def _batch(self, index: int, number: int, told: dict[str, Any], ids: list[int]) -> Any:
+    def _batch(self, read: _Read, number: int, told: dict[str, Any], ids: list[int]) -> Any:
         module = self._module
         if "structure" in told:
-            batch = unpack_batch(told["structure"], lambda key: self._reader.tensor(index, f"batch/{number}/{key}"))
+            batch = unpack_batch(told["structure"], lambda key: read.tensor(f"batch/{number}/{key}"))
             return module.transfer_batch_to_device(batch, module.device, 0)
         if self._dataset is None:
             raise ConfigurationError(
                 "the log holds sample ids but not the batches; give attribute(..., data=...) the training data, or record "
                 "with InfluenceCallback(store_batches=True)."
             )
-        with random_state(self._generators(index, f"fetch/{number}/") or None):
+        with random_state(read.generators(f"fetch/{number}/") or None):
             batch = self._collate([self._dataset[i] for i in ids])
         batch = module.on_before_batch_transfer(batch, 0)
         batch = module.on_after_batch_transfer(module.transfer_batch_to_device(batch, module.device, 0), 0)
-        recorded, found = self._reader.tensor(index, f"fingerprint/{number}"), fingerprint(batch)
+        recorded, found = read.tensor(f"fingerprint/{number}"), fingerprint(batch)
         if recorded.shape != found.shape or not torch.allclose(found, recorded, rtol=_SAME, atol=_SAME):
             raise ReplayDrift(
-                f"step {index}: data gives another batch for samples {ids[:4]}... than the run saw. Give the same data, "
-                "transforms and collate function; augmentation in loader workers cannot be repeated, so record that with "
-                "InfluenceCallback(store_batches=True)."
+                f"step {read.index}: data gives another batch for samples {ids[:4]}... than the run saw. Give the same "
+                "data, transforms and collate function; augmentation in loader workers cannot be repeated, so record that "
+                "with InfluenceCallback(store_batches=True)."
             )
         return batch
+
+
+@dataclass(frozen=True)
+class _Read:
+    """One process's part of a step."""
+
+    reader: StoreReader
+    index: int
+    rank: int
+
+    def tensor(self, name: str) -> Tensor:
+        return self.reader.tensor(self.index, name, self.rank)
+
+    def generators(self, prefix: str) -> dict[str, Tensor]:
+        names = [name for name in self.reader.names(self.index, self.rank) if name.startswith(prefix)]
+        return {name.removeprefix(prefix): self.tensor(name) for name in names}
 
 
 def samples_of(data: Any) -> tuple[Any, Any]:

@@ -34,8 +34,9 @@ from lightning_influence.errors import LogCorrupted, LogError
 
 FORMAT = "lightning-influence-log"
 VERSION = 1
+MANIFEST = "manifest.json"
 
-_MANIFEST, _INDEX, _LOCK = "manifest.json", "index.jsonl", "lock"
+_INDEX, _LOCK = "index.jsonl", "lock"
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,99}")
 _MAX_HEADER = 2**27
 _META, _CRC = "meta", "crc32"
@@ -81,7 +82,7 @@ class StoreWriter:
 
     Args:
         dirpath: the store's directory, created where needed.
-        rank: whose part of the store this is; every process writes its own.
+        rank, ranks: whose part of the store this is, and of how many; every process writes its own.
         existing: what to do where the directory already holds a store.
         max_pending_bytes: backlog at which `append` waits for the disk.
 
@@ -95,10 +96,11 @@ class StoreWriter:
         dirpath: str | Path,
         *,
         rank: int = 0,
+        ranks: int = 1,
         existing: Literal["error", "overwrite", "resume"] = "error",
         max_pending_bytes: int = 2**28,
     ) -> None:
-        self._root, self._rank = Path(dirpath), rank
+        self._root, self._rank, self._ranks = Path(dirpath), rank, ranks
         self._dir = self._root / f"rank-{rank}"
         self._prepare(existing)
         self._entries = list(_read_index(self._dir)) if existing == "resume" else []
@@ -114,7 +116,7 @@ class StoreWriter:
 
     def _prepare(self, existing: str) -> None:
         try:
-            held = len(StoreReader(self._root)) if (self._root / _MANIFEST).exists() and existing == "error" else None
+            held = len(StoreReader(self._root)) if (self._root / MANIFEST).exists() and existing == "error" else None
             if held is not None:
                 raise LogError(
                     f"{self._root} already holds a log of {held} steps; choose another directory, or say "
@@ -132,7 +134,10 @@ class StoreWriter:
 
     def _clear(self) -> None:
         if self._rank == 0:
-            (self._root / _MANIFEST).unlink(missing_ok=True)
+            (self._root / MANIFEST).unlink(missing_ok=True)
+            for path in self._root.glob("rank-*"):  # of a run on more processes
+                if path.name not in {f"rank-{rank}" for rank in range(self._ranks)}:
+                    shutil.rmtree(path)
         for path in self._dir.iterdir():
             if path.name != _LOCK:
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
@@ -145,7 +150,7 @@ class StoreWriter:
         """Write or replace the readable manifest."""
         body = {"format": FORMAT, "version": VERSION, "content": content}
         body["crc32"] = zlib.crc32(json.dumps(body, sort_keys=True).encode())
-        _replace(self._root / _MANIFEST, json.dumps(body, indent=2).encode())
+        _replace(self._root / MANIFEST, json.dumps(body, indent=2).encode())
 
     def append(self, step: int, tensors: Mapping[str, Tensor], meta: dict[str, Any]) -> None:
         """Append the next step. The tensors belong to the writer from here on.
@@ -295,10 +300,10 @@ class StoreReader:
     def _read_manifest(self) -> dict[str, Any]:
         if not self._root.is_dir():
             raise LogError(f"{self._root}: no such directory; give the dirpath of an InfluenceCallback.")
-        path = self._root / _MANIFEST
+        path = self._root / MANIFEST
         if not path.exists():
             raise LogError(
-                f"{self._root} is not a log (it has no {_MANIFEST}); give the dirpath of an InfluenceCallback."
+                f"{self._root} is not a log (it has no {MANIFEST}); give the dirpath of an InfluenceCallback."
             )
         try:
             body = json.loads(path.read_bytes())

@@ -104,7 +104,7 @@ def test_two_runs_cannot_write_one_store(tmp_path: Path) -> None:
 
 
 def test_steps_of_all_ranks(tmp_path: Path) -> None:
-    with StoreWriter(tmp_path / "s") as first, StoreWriter(tmp_path / "s", rank=1) as second:
+    with StoreWriter(tmp_path / "s", ranks=2) as first, StoreWriter(tmp_path / "s", rank=1, ranks=2) as second:
         first.write_manifest({})
         for step in range(3):
             first.append(step, {"x": torch.tensor(step)}, {})

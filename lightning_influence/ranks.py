@@ -1,0 +1,68 @@
+"""The processes of a distributed run, as far as influence has to know of them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import lightning as L
+from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
+from torch import Tensor
+from torch import distributed as dist
+
+from lightning_influence.errors import ConfigurationError
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """One process among those that average their gradients.
+
+    Every method has to be called by all of them, in the same order.
+    """
+
+    rank: int = 0
+    size: int = 1
+
+    @classmethod
+    def of(cls, trainer: L.Trainer) -> Ranks:
+        """Those of a trainer.
+
+        Raises:
+            ConfigurationError: a strategy under which a process does not hold whole parameters and gradients.
+        """
+        strategy = trainer.strategy
+        if not isinstance(strategy, (SingleDeviceStrategy, DDPStrategy)):
+            raise ConfigurationError(
+                f"the trainer uses {type(strategy).__name__}, which shards parameters or steps in a way that per-sample "
+                "gradients cannot be read from; use strategy='ddp' or one device."
+            )
+        return cls(trainer.global_rank, trainer.world_size)
+
+    def sum(self, tensor: Tensor) -> Tensor:
+        """The sum over the processes; a new tensor where there are several."""
+        if self.size == 1:
+            return tensor
+        total = tensor.detach().clone()
+        dist.all_reduce(total)
+        return total
+
+    def first(self, value: Any) -> Any:
+        """What the first process gives."""
+        if self.size == 1:
+            return value
+        held = [value]
+        dist.broadcast_object_list(held)
+        return held[0]
+
+    def gather(self, value: Any) -> list[Any]:
+        """What each process gives, in their order."""
+        if self.size == 1:
+            return [value]
+        found: list[Any] = [None] * self.size
+        dist.all_gather_object(found, value)
+        return found
+
+    def wait(self) -> None:
+        """Until all of them are here."""
+        if self.size > 1:
+            dist.barrier()

@@ -1,0 +1,137 @@
+"""Two processes give the scores of one that saw the same global batches."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import pytest
+import torch
+from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
+from modules import Classifier, fit, split_digits
+from torch.utils.data import DataLoader, DistributedSampler, Sampler
+
+from lightning_influence import InfluenceCallback, InfluenceReport, attribute
+from lightning_influence.errors import ConfigurationError
+from lightning_influence.log import LoggedTrajectory
+
+N, LOCAL, PROCESSES = 96, 8, 2
+TRAIN, QUERIES = split_digits(N, 6)
+
+
+class Dealt(Sampler[list[int]]):
+    """The micro-batches that two processes see, one after the other, as Lightning deals them out."""
+
+    def __iter__(self) -> Iterator[list[int]]:
+        shares = [list(DistributedSampler(TRAIN, PROCESSES, rank, shuffle=True)) for rank in range(PROCESSES)]
+        for start in range(0, len(shares[0]), LOCAL):
+            yield from (share[start : start + LOCAL] for share in shares)
+
+    def __len__(self) -> int:
+        return N // LOCAL
+
+
+def together(module: L.LightningModule, *callbacks: L.Callback, batch_size: int = LOCAL, **options: Any) -> None:
+    """Train on two processes, which average their gradients."""
+    data = DataLoader(TRAIN, batch_size)
+    fit(module, data, *callbacks, strategy="ddp_fork", devices=PROCESSES, **options)
+
+
+def alone(module: L.LightningModule, *callbacks: L.Callback, accumulate: int = 1, **options: Any) -> None:
+    """Train on one process, whose micro-batches are what the processes would see."""
+    data = DataLoader(TRAIN, batch_sampler=Dealt())
+    fit(module, data, *callbacks, **options | {"accumulate_grad_batches": PROCESSES * accumulate})
+
+
+def scored(log: Path, module: L.LightningModule, **options: Any) -> InfluenceReport:
+    return attribute(log, queries=DataLoader(QUERIES, 6), model=module, progress=False, **options)
+
+
+def aligned(report: InfluenceReport) -> torch.Tensor:
+    return report.scores[report.sample_ids.argsort()]
+
+
+CASES: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "clipped": {"gradient_clip_val": 0.5},
+    "accumulated": {"accumulate_grad_batches": 2},
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("response", ["tangent", "finite"])
+def test_two_processes_score_as_one(case: str, response: str, tmp_path: Path) -> None:
+    modules = {"two": Classifier(), "one": Classifier()}
+    accumulate = CASES[case].get("accumulate_grad_batches", 1)
+    for name, train in (("two", together), ("one", partial(alone, accumulate=accumulate))):
+        callback = InfluenceCallback(tmp_path / name, record="both", compression="full", snapshot_every=3)
+        train(modules[name], callback, **CASES[case])
+    assert LoggedTrajectory(tmp_path / "two").reader.ranks == PROCESSES
+    for curvature in ("fisher", "hessian"):
+        two, one = (
+            scored(tmp_path / name, modules[name], curvature=curvature, response=response) for name in ("two", "one")
+        )
+        torch.testing.assert_close(aligned(two), aligned(one), rtol=1e-5, atol=1e-5 * float(one.scores.abs().max()))
+
+
+@pytest.mark.parametrize("compression", ["auto", "factored", "mask"])
+def test_shards_merge_into_the_averaged_gradient(compression: Any, tmp_path: Path) -> None:
+    callback = InfluenceCallback(tmp_path, compression=compression, mask_size=50)
+    together(Classifier(), callback, accumulate_grad_batches=2)
+    run = LoggedTrajectory(tmp_path)
+    seen = torch.cat([run.record(t).sample_ids for t in range(len(run))])
+    assert sorted(seen.tolist()) == list(range(N))
+    for t in range(len(run)):
+        record = run.record(t)
+        assert len(record.micro_batches.unique()) == 2 * PROCESSES
+        assert float(record.loss_weights.sum()) == pytest.approx(1.0)
+        for k, share in run.shares(t).items():
+            total = share.combine(torch.ones(1, share.n_samples))[0]
+            torch.testing.assert_close(total, record.gradients[k], rtol=1e-4, atol=1e-6)
+
+
+def test_recording_leaves_training_as_it_was(tmp_path: Path) -> None:
+    recorded, plain = Classifier(), Classifier()
+    together(recorded, InfluenceCallback(tmp_path, record="both"))
+    together(plain)
+    assert all(torch.equal(p, q) for p, q in zip(recorded.parameters(), plain.parameters(), strict=True))
+
+
+def test_a_log_of_more_processes_is_overwritten_whole(tmp_path: Path) -> None:
+    together(Classifier(), InfluenceCallback(tmp_path))
+    fit(Classifier(), DataLoader(TRAIN, 8), InfluenceCallback(tmp_path, existing="overwrite"))
+    run = LoggedTrajectory(tmp_path)
+    assert run.reader.ranks == 1
+    assert len(run) == N // 8
+
+
+def test_an_existing_log_stops_every_process(tmp_path: Path) -> None:
+    fit(Classifier(), DataLoader(TRAIN, 8), InfluenceCallback(tmp_path))
+    with pytest.raises(Exception, match="already holds a log of 12 steps"):
+        together(Classifier(), InfluenceCallback(tmp_path))
+
+
+def test_a_resumed_log_keeps_its_processes(tmp_path: Path) -> None:
+    fit(Classifier(), DataLoader(TRAIN, 8), InfluenceCallback(tmp_path))
+    with pytest.raises(Exception, match="recorded with ranks=1 and cannot go on with 2"):
+        together(Classifier(), InfluenceCallback(tmp_path, existing="resume"))
+
+
+def test_report_of_two_processes(tmp_path: Path) -> None:
+    loaders = DataLoader(TRAIN, LOCAL), DataLoader(QUERIES, 6)
+    callback = InfluenceCallback(tmp_path, report=True)
+    fit(Classifier(), loaders[0], callback, val=loaders[1], strategy="ddp_fork", devices=PROCESSES)
+    report = InfluenceReport.load(tmp_path / "report.safetensors")
+    assert sorted(report.sample_ids.tolist()) == list(range(N))
+    assert (tmp_path / "report.html").exists()
+
+
+@pytest.mark.parametrize("strategy", [ModelParallelStrategy, FSDPStrategy])
+def test_sharded_strategies_are_refused(strategy: Any, tmp_path: Path) -> None:
+    trainer = L.Trainer(accelerator="cpu", devices=1, logger=False)
+    trainer._accelerator_connector.strategy = strategy()  # by its name it is accepted beside a GPU only
+    with pytest.raises(ConfigurationError, match=f"{strategy.__name__}, which shards"):
+        InfluenceCallback(tmp_path).setup(trainer, Classifier(), "fit")
