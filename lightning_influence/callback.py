@@ -127,10 +127,7 @@ class InfluenceCallback(L.Callback):
             )
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        strategy = trainer.strategy
-        process = strategy.process_dataloader
-        # the loader's iterator is made before on_train_start, so the listener has to be in place before it
-        strategy.process_dataloader = lambda loader: self.sample_ids.listen(process(loader))  # type: ignore[method-assign, assignment]
+        self.sample_ids.listen_to(trainer.strategy)
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         ranks, optimizer = Ranks.of(trainer), only_optimizer(trainer)

@@ -15,8 +15,8 @@ from lightning_influence.callback import InfluenceCallback
 from lightning_influence.errors import ConfigurationError
 from lightning_influence.lookahead import Candidates, look_ahead
 from lightning_influence.random_state import random_state
+from lightning_influence.ranks import Ranks
 from lightning_influence.report import InfluenceReport
-from lightning_influence.sample_ids import SampleIds
 from lightning_influence.selection import Fraction, Keep, Policy, SelectionReport, Soft, decide, policy_of, stepwise
 from lightning_influence.step_selection import StepSelection
 from lightning_influence.sweep import Method
@@ -132,18 +132,14 @@ class SelectionDataModule(L.LightningDataModule):
             self.data.setup(stage)
         if stage != "fit" or not self._selects or self.trainer is None:
             return
-        if self.trainer.world_size > 1:
-            raise ConfigurationError(
-                f"the trainer runs on {self.trainer.world_size} processes; selection decides on one. Use devices=1."
-            )
+        Ranks.of(self.trainer)
         if self.inside_the_step and self._offline is None:
             if any(isinstance(c, InfluenceCallback) for c in self.trainer.callbacks):  # type: ignore[attr-defined]
                 raise ConfigurationError(
                     "InfluenceCallback records the gradient of whole batches, and horizon=0, every=1 takes samples out of "
                     "it. Record with every='epoch', or without selection."
                 )
-            self._step_selection = StepSelection(self, SampleIds())
-            self.trainer.callbacks.append(self._step_selection)  # type: ignore[attr-defined]
+            self.trainer.callbacks.append(StepSelection(self))  # type: ignore[attr-defined]
 
     def teardown(self, stage: str) -> None:
         if isinstance(self.data, L.LightningDataModule):
@@ -151,6 +147,9 @@ class SelectionDataModule(L.LightningDataModule):
         if self.trainer is not None:
             callbacks = self.trainer.callbacks  # type: ignore[attr-defined]
             callbacks[:] = [c for c in callbacks if not isinstance(c, StepSelection)]
+            if stage == "fit" and self._selects:
+                parts = Ranks.of(self.trainer).gather(self.selection_report)
+                self.selection_report = SelectionReport.merged(parts)
 
     def val_dataloader(self) -> Any:
         return self.data.val_dataloader() if isinstance(self.data, L.LightningDataModule) else []
@@ -170,8 +169,9 @@ class SelectionDataModule(L.LightningDataModule):
                 f"the training data is a {type(loader).__name__}; selection needs a DataLoader with a batch sampler."
             )
         if self.inside_the_step and self._offline is None:
-            return self._step_selection.sample_ids.listen(loader)
-        return SelectingLoader(self, loader)
+            return loader
+        assert self.trainer is not None
+        return SelectingLoader(self, loader, Ranks.of(self.trainer))
 
     @property
     def _selects(self) -> bool:
@@ -223,37 +223,38 @@ class SelectionDataModule(L.LightningDataModule):
                 logger.log_metrics(told, trainer.global_step)
 
     def state_dict(self) -> dict[str, Any]:
-        rows = self.selection_report.rows
-        decisions = {"steps": [step for step, *_ in rows], "rows": [[*parts] for _, *parts in rows]}
-        return {**decisions, "target_gradient": self.target_gradient}
+        ranks = Ranks() if self.trainer is None else Ranks.of(self.trainer)
+        return {"decisions": ranks.gather(self.selection_report.rows), "target_gradient": self.target_gradient}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.target_gradient = state_dict["target_gradient"]
-        self.selection_report.rows = [
-            (step, *parts) for step, parts in zip(state_dict["steps"], state_dict["rows"], strict=True)
-        ]
+        decisions = state_dict["decisions"]
+        rank = 0 if self.trainer is None else self.trainer.global_rank
+        self.selection_report = SelectionReport(list(decisions[rank]) if rank < len(decisions) else [])
 
 
 class SelectingLoader:
     """A training loader whose batches are chosen just before they are needed.
 
-    Its length is that of the loader it wraps, so Lightning fetches nothing ahead and every round sees the run where it
-    stands.
+    Its length is known, so Lightning fetches nothing ahead and every round sees the run where it stands. Several
+    processes deal out among them the batches that the first one draws, and each selects on its own; they have
+    equally many batches, so none waits for another.
     """
 
-    def __init__(self, selection: SelectionDataModule, loader: DataLoader[Any]) -> None:
-        self.selection, self.loader = selection, loader
+    def __init__(self, selection: SelectionDataModule, loader: DataLoader[Any], ranks: Ranks) -> None:
+        self.selection, self.loader, self.ranks = selection, loader, ranks
         self.dataset = loader.dataset
 
     def __len__(self) -> int:
-        return len(self.loader)
+        return -(-len(self.loader) // self.ranks.size)
 
     def __iter__(self) -> Iterator[Any]:
         # random numbers are drawn as the loader itself draws them, so that the order of the data is the same
         seed = torch.empty((), dtype=torch.int64).random_(generator=self.loader.generator)
         self._worker_seeds = torch.Generator().manual_seed(int(seed))
         delivered, waiting = 0, list[int]()
-        drawn = self._draw()
+        passes = self._passes()
+        drawn = next(passes)
         size = len(drawn[0]) if drawn else 0
         while delivered < len(self) and drawn:
             length = self._round(len(drawn))
@@ -263,17 +264,34 @@ class SelectingLoader:
                 waiting += [z for batch in kept for z in batch]
                 kept = [waiting[i : i + size] for i in range(0, len(waiting) - size + 1, size)]
                 waiting = waiting[len(kept) * size :]
-                drawn = drawn or self._draw()
+                drawn = drawn or next(passes)
             for batch in self._fetch(kept[: len(self) - delivered]):
                 delivered += 1
                 yield batch
 
+    def _passes(self) -> Iterator[list[list[int]]]:
+        """This process's batches of each pass over the data, as indices."""
+        if self.ranks.size == 1:
+            while True:
+                yield self._draw()
+        # processes need further passes at different times, so all that may be needed are agreed on beforehand
+        batches = self._draw()
+        further = [self._draw() for _ in range(self._most_passes(len(batches[0])) - 1)] if batches else []
+        for drawn in self.ranks.first([batches, *further]):
+            padded = drawn + drawn[: -len(drawn) % self.ranks.size]
+            yield padded[self.ranks.rank :: self.ranks.size]
+
+    def _most_passes(self, size: int) -> int:
+        """Passes that fill the epoch even if every batch keeps no more than its floor."""
+        if not self.selection.rebatch:
+            return 1
+        return 2 + -(-size // max(1, round(self.selection.floor * size)))
+
     def _draw(self) -> list[list[int]]:
-        """The batches of one pass over the data, as indices."""
         sampler = self.loader.batch_sampler
         assert sampler is not None
         # workers run past the end of a sampler, which draws random numbers there; without them nobody does
-        batches = sampler if self.loader.num_workers else islice(sampler, len(self))
+        batches = sampler if self.loader.num_workers else islice(sampler, len(self.loader))
         return [[int(z) for z in batch] for batch in batches]
 
     def _round(self, available: int) -> int:

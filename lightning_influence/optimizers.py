@@ -1,7 +1,7 @@
 """An optimizer's step as one pure elementwise function; its Jacobian, adjoint and finite response.
 
 Each update rule is written once (method.md section 2). Everything else follows from that function,
-by `torch.func.vjp` or by calling it on changed inputs. Because the maps are elementwise, their
+by differentiating it or by calling it on changed inputs. Because the maps are elementwise, their
 Jacobians are a handful of diagonals, shared by all queries.
 """
 
@@ -178,34 +178,28 @@ def adjoint(recorded: RecordedStep, after: Adjoint) -> tuple[Adjoint, Tensor]:
     """
     # In float64: at the first step the derivative is a difference of nearly equal numbers (method.md section 2).
     recorded, hyper = recorded.to(torch.float64), recorded.hyper
-    outputs, pull = torch.func.vjp(  # type: ignore[misc]
-        lambda moments, gradient: recorded.update.apply(moments, gradient, hyper),
-        recorded.moments,
-        recorded.gradient,
-    )
-    cotangents = (after.parameter, *after.moments)
+    inputs = [x.detach().requires_grad_() for x in (*recorded.moments, recorded.gradient)]
+    with torch.enable_grad():
+        change, moments = recorded.update.apply(tuple(inputs[:-1]), inputs[-1], hyper)
+    outputs, cotangents = (change, *moments), (after.parameter, *after.moments)
     if len(after.parameter) == 1:
-        first, *rest = (c[0].double() for c in cotangents)
-        d_moments, d_gradient = pull((first, tuple(rest)))
-        d_moments = tuple(d[None].to(after.parameter) for d in d_moments)
-        d_gradient = d_gradient[None].to(after.parameter)
+        pulled = torch.autograd.grad(outputs, inputs, [c[0].double() for c in cotangents], materialize_grads=True)
+        *d_moments, d_gradient = (d[None].to(after.parameter) for d in pulled)
     else:
-        d_moments, d_gradient = _by_diagonals(pull, (outputs[0], *outputs[1]), cotangents)
-    before = Adjoint(decay(hyper) * after.parameter + coupling(hyper) * d_gradient, d_moments)
+        *d_moments, d_gradient = _by_diagonals(outputs, inputs, cotangents)
+    before = Adjoint(decay(hyper) * after.parameter + coupling(hyper) * d_gradient, tuple(d_moments))
     return before, -d_gradient if hyper["maximize"] else d_gradient
 
 
-def _by_diagonals(
-    pull: Callable[..., Any], outputs: Sequence[Tensor], cotangents: Sequence[Tensor]
-) -> tuple[Moments, Tensor]:
+def _by_diagonals(outputs: Sequence[Tensor], inputs: Sequence[Tensor], cotangents: Sequence[Tensor]) -> list[Tensor]:
     """Pull many cotangents ``(q, d)`` back through the Jacobian's diagonals, which are the same for all."""
     pulled: list[Tensor] = []
-    for i, cotangent in enumerate(cotangents):
-        first, *rest = (torch.ones_like(o) if i == j else torch.zeros_like(o) for j, o in enumerate(outputs))
-        by_moments, by_gradient = pull((first, tuple(rest)))
-        parts = [cotangent * diagonal.to(cotangent) for diagonal in (*by_moments, by_gradient)]
+    for output, cotangent in zip(outputs, cotangents, strict=True):
+        ones = torch.ones_like(output)
+        diagonals = torch.autograd.grad(output, inputs, ones, retain_graph=True, materialize_grads=True)
+        parts = [cotangent * diagonal.to(cotangent) for diagonal in diagonals]
         pulled = [a + b for a, b in zip(pulled, parts, strict=True)] if pulled else parts
-    return tuple(pulled[:-1]), pulled[-1]
+    return pulled
 
 
 def finite_response(

@@ -137,6 +137,11 @@ class SelectionReport:
         """Note a decision; ``(n,)`` each."""
         self.rows.append((step, sample_ids.cpu(), scores.detach().float().cpu(), weights.float().cpu()))
 
+    @classmethod
+    def merged(cls, parts: Sequence[SelectionReport]) -> SelectionReport:
+        """The decisions of several processes, in the order of their steps."""
+        return cls(sorted((row for part in parts for row in part.rows), key=lambda row: row[0]))
+
     @property
     def kept(self) -> float:
         """Mean weight over all decisions; NaN before the first."""

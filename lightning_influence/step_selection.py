@@ -20,6 +20,7 @@ from lightning_influence.errors import CurvatureUnavailable
 from lightning_influence.lookahead import target_gradient
 from lightning_influence.optimizers import UPDATES, coupling, read_hyper, read_moments, update_name
 from lightning_influence.optimizers import step as take_step
+from lightning_influence.ranks import Ranks
 from lightning_influence.removal import consumed_gradients
 from lightning_influence.sample_ids import SampleIds
 from lightning_influence.sample_weights import sample_weights
@@ -41,13 +42,17 @@ class _MicroBatch:
 class StepSelection(L.Callback):
     """Takes samples out of a run's gradients; `SelectionDataModule` adds it to the trainer."""
 
-    def __init__(self, data: SelectionDataModule, sample_ids: SampleIds) -> None:
-        self.data, self.sample_ids = data, sample_ids
+    def __init__(self, data: SelectionDataModule) -> None:
+        self.data, self.sample_ids = data, SampleIds()
         self._capture: GradientCapture | None = None
         self._started: tuple[Tensor, Tensor] | None = None
         self._micro_batches: list[_MicroBatch] = []
 
+    def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self.sample_ids.listen_to(trainer.strategy)
+
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._ranks = Ranks.of(trainer)
         self._capture = GradientCapture(pl_module)
         self._capture.attach()
         self.sample_ids.start(trainer.train_dataloader)
@@ -61,20 +66,20 @@ class StepSelection(L.Callback):
         assert self._capture is not None
         ids = self.sample_ids.next(batch)
         weights = sample_weights(batch, len(ids))
-        self._started = ids, weights / weights.sum() / trainer.accumulate_grad_batches
+        self._started = ids, weights / weights.sum() / (trainer.accumulate_grad_batches * self._ranks.size)
         self._capture.begin(len(ids))
 
     def on_after_backward(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         assert self._capture is not None and self._started is not None
         scaler = loss_scaler(trainer)
-        shares = self._capture.take(1.0 if scaler is None else 1.0 / scaler.get_scale())
+        shares = self._capture.take(1.0 / (self._ranks.size * (1.0 if scaler is None else scaler.get_scale())))
         self._micro_batches.append(_MicroBatch(*self._started, shares))
 
     def on_before_optimizer_step(
         self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: torch.optim.Optimizer
     ) -> None:
         micro_batches, self._micro_batches = self._micro_batches, []
-        step = LiveStep.read(trainer, micro_batches)
+        step = LiveStep.read(trainer, micro_batches, self._ranks)
         stale = self.data.target_gradient is None or trainer.global_step % self.data.refresh_target_every == 0
         scores = torch.zeros(len(step.weights))
         for policy in self.data.portions:
@@ -110,6 +115,7 @@ class StepSelection(L.Callback):
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         if self._capture is not None:
             self._capture.detach()
+        trainer.strategy.__dict__.pop("process_dataloader", None)
         self.sample_ids.stop()
 
 
@@ -121,7 +127,9 @@ class LiveStep:
         full: with every sample in it.
         dims: number of dimensions of each parameter.
         forms: shares of the samples.
-        weights: ``(n,)``, what is left of each sample.
+        weights: ``(n,)``, what is left of each of this process's samples.
+        ranks: the processes whose gradients are averaged.
+        whole: nothing was taken away, on any of them.
     """
 
     optimizer: str
@@ -130,9 +138,11 @@ class LiveStep:
     full: StepRecord
     forms: Mapping[str, Form]
     weights: Tensor
+    ranks: Ranks
+    whole: bool = True
 
     @classmethod
-    def read(cls, trainer: L.Trainer, micro_batches: list[_MicroBatch]) -> LiveStep:
+    def read(cls, trainer: L.Trainer, micro_batches: list[_MicroBatch], ranks: Ranks) -> LiveStep:
         """From the trainer's optimizer and the micro-batches whose backward has run."""
         optimizer, module = only_optimizer(trainer), trainer.lightning_module
         update = update_name(optimizer)
@@ -161,15 +171,17 @@ class LiveStep:
         )
         sizes = {k: (p.numel(), p.numel()) for k, p in own.items()}
         dims = {k: p.dim() for k, p in own.items()}
-        return cls(update, sizes, dims, record, {k: forms[k] for k in own}, torch.ones(len(record.sample_ids)))
+        return cls(update, sizes, dims, record, {k: forms[k] for k in own}, torch.ones(len(record.sample_ids)), ranks)
 
     def weighted(self, weights: Tensor) -> LiveStep:
         """With each sample weighted; what is averaged together is averaged over the weights."""
-        return replace(self, weights=self.weights * weights)
+        weights = self.weights * weights
+        taken = self.ranks.sum((weights != 1).sum())
+        return replace(self, weights=weights, whole=not bool(taken))
 
     def write(self, module: L.LightningModule) -> None:
         """Give the module the gradient that is left."""
-        if bool((self.weights == 1).all()):
+        if self.whole:
             return
         gradients = self.record(0).gradients
         for name, p in module.named_parameters():
@@ -180,13 +192,14 @@ class LiveStep:
         return 1
 
     def record(self, index: int) -> StepRecord:
-        if bool((self.weights == 1).all()):
+        if self.whole:
             return self.full
-        shares, factors = self.shares(index), self._factors()
-        gradients = {k: s.combine(torch.ones(1, s.n_samples).to(self.full.gradients[k]))[0] for k, s in shares.items()}
-        change = sum(float(g.square().sum() - self.full.gradients[k].square().sum()) for k, g in gradients.items())
-        norm = max(self.full.clip.raw_norm**2 + change, 0.0) ** 0.5
-        clip = replace(self.full.clip, raw_norm=norm)
+        factors, whole = self._factors(), self.full.gradients
+        gradients = {k: self.ranks.sum(form.combine(factors[None].to(whole[k]))[0]) for k, form in self.forms.items()}
+        clip = self.full.clip
+        if clip.rule == "norm":
+            change = sum(float(g.square().sum() - whole[k].square().sum()) for k, g in gradients.items())
+            clip = replace(clip, raw_norm=max(clip.raw_norm**2 + change, 0.0) ** 0.5)
         return replace(self.full, gradients=gradients, loss_weights=self.full.loss_weights * factors, clip=clip)
 
     def shares(self, index: int) -> Mapping[str, Shares]:

@@ -8,13 +8,15 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
+import pandas as pd
 import pytest
 import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
 from modules import Classifier, fit, split_digits
 from torch.utils.data import DataLoader, DistributedSampler, Sampler
 
-from lightning_influence import InfluenceCallback, InfluenceReport, attribute
+from lightning_influence import InfluenceCallback, InfluenceReport, SelectionDataModule, attribute
 from lightning_influence.errors import ConfigurationError
 from lightning_influence.log import LoggedTrajectory
 
@@ -135,3 +137,87 @@ def test_sharded_strategies_are_refused(strategy: Any, tmp_path: Path) -> None:
     trainer._accelerator_connector.strategy = strategy()  # by its name it is accepted beside a GPU only
     with pytest.raises(ConfigurationError, match=f"{strategy.__name__}, which shards"):
         InfluenceCallback(tmp_path).setup(trainer, Classifier(), "fit")
+
+
+# -- selection ---------------------------------------------------------------------------------------------
+
+
+class Selects(SelectionDataModule):
+    """Leaves what it decided in a file, which a forked process takes with it."""
+
+    def __init__(self, decisions: Path, loader: Any, **options: Any) -> None:
+        super().__init__(loader, DataLoader(QUERIES, 6), refresh_target_every=2, **options)
+        self.decisions = decisions
+
+    def teardown(self, stage: str) -> None:
+        super().teardown(stage)
+        if self.trainer.is_global_zero:
+            self.selection_report.to_csv(self.decisions)
+
+
+class Counts(L.Callback):
+    """Batches and samples that a process trained on."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.sizes = folder, list[int]()
+
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        self.sizes.append(len(batch[0]))
+
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        state = {"sizes": self.sizes, "end": [p.detach() for p in pl_module.parameters()]}
+        torch.save(state, self.folder / f"rank-{trainer.global_rank}.pt")
+
+
+@pytest.mark.parametrize("options", [{}, {"rescore": 2}, {"keep": "positive", "response": "tangent"}], ids=str)
+@pytest.mark.parametrize("clip", [None, 0.3])
+def test_selection_inside_the_step_is_that_of_one_process(
+    options: dict[str, Any], clip: float | None, tmp_path: Path
+) -> None:
+    modules, tables = {}, {}
+    for name in ("two", "one"):
+        loader = DataLoader(TRAIN, LOCAL) if name == "two" else DataLoader(TRAIN, batch_sampler=Dealt())
+        data = Selects(tmp_path / name, loader, every=1, **options)
+        settings = (
+            {"strategy": "ddp_fork", "devices": PROCESSES} if name == "two" else {"accumulate_grad_batches": PROCESSES}
+        )
+        modules[name] = Classifier()
+        fit(modules[name], data, gradient_clip_val=clip, **settings)
+        tables[name] = pd.read_csv(tmp_path / name).sort_values(["step", "sample_id"]).reset_index(drop=True)
+    pd.testing.assert_frame_equal(tables["two"], tables["one"], rtol=1e-3, atol=1e-6)
+    assert 0 < (tables["two"].weight == 0).sum() < N
+    torch.testing.assert_close(modules["two"].state_dict(), modules["one"].state_dict(), rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"horizon": 2, "every": 3},
+        {"keep": 0.5, "rebatch": True, "every": 2},
+        {"keep": "positive", "rebatch": True, "per": "round"},
+    ],
+    ids=str,
+)
+def test_each_process_selects_on_its_shard_and_none_waits(options: dict[str, Any], tmp_path: Path) -> None:
+    data = Selects(tmp_path / "decisions", DataLoader(TRAIN, LOCAL, shuffle=True), **options)
+    fit(Classifier(), data, Counts(tmp_path), strategy="ddp_fork", devices=PROCESSES)
+    first, second = (torch.load(tmp_path / f"rank-{rank}.pt") for rank in range(PROCESSES))
+    assert len(first["sizes"]) == len(second["sizes"]) == N // LOCAL // PROCESSES
+    assert all(torch.equal(p, q) for p, q in zip(first["end"], second["end"], strict=True))
+    table = pd.read_csv(tmp_path / "decisions")
+    assert sorted(table.sample_id.unique()) == list(range(N))
+    if options.get("rebatch"):
+        assert {*first["sizes"], *second["sizes"]} == {LOCAL}
+    else:
+        assert sum(first["sizes"]) + sum(second["sizes"]) == (table.weight > 0).sum()
+
+
+def test_a_checkpoint_of_two_processes_holds_the_decisions_of_both(tmp_path: Path) -> None:
+    data = Selects(tmp_path / "decisions", DataLoader(TRAIN, LOCAL), every=1)
+    checkpoint = ModelCheckpoint(tmp_path, filename="last", save_on_train_epoch_end=True)
+    fit(Classifier(), data, checkpoint, strategy="ddp_fork", devices=PROCESSES, enable_checkpointing=True)
+    state = torch.load(tmp_path / "last.ckpt", weights_only=False)["Selects"]
+    seen = [torch.cat([ids for _, ids, _, _ in rows]).tolist() for rows in state["decisions"]]
+    assert sorted(seen[0] + seen[1]) == list(range(N))
