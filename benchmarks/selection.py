@@ -2,7 +2,7 @@
 
 python benchmarks/selection.py                           # label noise on MNIST, both learning rates, three seeds
 python benchmarks/selection.py --data imbalance          # digits with rare classes
-python benchmarks/selection.py --only all online --seeds 1
+python benchmarks/selection.py --only "all data" "online, K=0" --seeds 1
 python benchmarks/selection.py --overhead                # time of horizon=0, every=1 beside plain training
 """
 
@@ -124,6 +124,9 @@ STRATEGIES: dict[str, dict[str, Any]] = {
     "online, K=4": {"horizon": 4},
     "online, K=8": {"horizon": 8},
     "online, K=16": {"horizon": 16},
+    "online, K=1, rescored": {"horizon": 1, "rescore": 8},
+    "online, K=4, rescored": {"horizon": 4, "rescore": 8},
+    "online, K=16, rescored": {"horizon": 16, "rescore": 8},
     "offline": {"offline": True},
     "oracle": {"policy": "oracle"},
 }
@@ -206,7 +209,7 @@ def main() -> None:
     quiet()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", choices=["noise", "imbalance"], default="noise")
-    parser.add_argument("--only", nargs="*", help="strategies whose name begins so")
+    parser.add_argument("--only", nargs="*", help="strategies of these names")
     parser.add_argument("--lr", type=float, nargs="*", default=[1e-3, 1e-4])
     parser.add_argument("--keep", type=float, nargs="*", default=[0.8, 0.6])
     parser.add_argument("--seeds", type=int, default=3)
@@ -218,7 +221,7 @@ def main() -> None:
         return
     make = noisy_mnist if args.data == "noise" else imbalanced_digits
     longer = 1 if args.data == "noise" else 10  # the digits make short epochs
-    chosen = [s for s in STRATEGIES if not args.only or any(s.startswith(o) for o in args.only)]
+    chosen = [s for s in STRATEGIES if not args.only or s in args.only]
     rows = []
     for lr in args.lr:
         for keep in args.keep:
