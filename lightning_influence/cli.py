@@ -6,19 +6,23 @@ or in a file given with ``--config``.
 
 from __future__ import annotations
 
+import copy
 import sys
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from jsonargparse import auto_cli
 from lightning import LightningDataModule, LightningModule
+from lightning.pytorch.utilities.parsing import lightning_hasattr, lightning_setattr
 
 from lightning_influence.attribution import attribute as attribute_run
 from lightning_influence.errors import ConfigurationError, InfluenceError
 from lightning_influence.faithfulness import check_faithfulness
 from lightning_influence.report import InfluenceReport
 from lightning_influence.store import StoreReader
+from lightning_influence.tuning import tune_horizon
 
 
 def inspect(log: Path) -> None:
@@ -140,6 +144,76 @@ def select(scores: Path, keep: float = 0.8, out: Path = Path("kept.txt")) -> Non
     print(f"wrote {len(kept)} of {len(found.sample_ids)} sample ids to {out}")
 
 
+def tune(
+    model: LightningModule | None = None,
+    data: LightningDataModule | None = None,
+    horizons: Sequence[int] = (0, 1, 4),
+    learning_rates: Sequence[float] = (1e-4, 1e-3),
+    attribute: str = "lr",
+    max_steps: int = 100,
+    keep: float = 0.8,
+    proxies: int = 0,
+    out: Path = Path("tuning.csv"),
+) -> None:
+    """Sweep look-ahead horizon and learning rate of online selection on short runs. Example: lightning-influence tune --config run.yaml --horizons [0,4] --learning_rates [0.001,0.01].
+
+    Half of the validation batches are what selection aims at, the other half compares the runs.
+
+    Args:
+        model: the module at its initialisation.
+        data: its data.
+        horizons: look-ahead steps.
+        learning_rates: of the optimizer.
+        attribute: name of the learning rate in the module or its hparams.
+        max_steps: optimizer steps of each run.
+        keep: fraction of the samples that selection keeps.
+        proxies: samples whose predicted error is averaged for each pair; 0 for none.
+        out: where the table is written, with a heat map of the same name in .png beside it.
+    """
+    if model is None or data is None:
+        missing = " and ".join(f"--{name}" for name, value in (("model", model), ("data", data)) if value is None)
+        raise ConfigurationError(f"{missing} missing; name them, or give a file with --config.")
+    batches = _queries(data)
+    if len(batches) < 2:
+        raise ConfigurationError(
+            f"val_dataloader has {len(batches)} batch; tune needs two or more: half of them are selection's target, the "
+            "other half compares the runs."
+        )
+    found = tune_horizon(
+        _with_rate(model, attribute),
+        data,
+        batches[::2],
+        batches[1::2],
+        horizons=horizons,
+        learning_rates=learning_rates,
+        max_steps=max_steps,
+        proxies=proxies,
+        keep=keep,
+    )
+    found.table.to_csv(out, index=False)
+    found.plot().savefig(out.with_suffix(".png"), dpi=150)
+    horizon, lr = found.best
+    print(
+        f"{found.table.to_string(index=False)}\n\nbest: --horizon {horizon} at learning rate {lr:g}\nwrote {out} and .png"
+    )
+
+
+def _with_rate(model: LightningModule, attribute: str) -> Callable[[float], LightningModule]:
+    """Copies of a module at a learning rate, which is where Lightning's own tuner looks for it."""
+    if not lightning_hasattr(model, attribute):
+        raise ConfigurationError(
+            f"{type(model).__name__} has no {attribute!r}, in itself or its hparams; say with --attribute where its learning "
+            "rate is."
+        )
+
+    def make(lr: float) -> LightningModule:
+        module = copy.deepcopy(model)
+        lightning_setattr(module, attribute, lr)
+        return module
+
+    return make
+
+
 def _queries(data: LightningDataModule) -> list[Any]:
     data.prepare_data()
     data.setup("fit")
@@ -162,7 +236,7 @@ def _given(
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the command line; 0, or 1 after an error that the message explains."""
-    commands: dict[str, Any] = {f.__name__: f for f in (inspect, attribute, report, check, select)}
+    commands: dict[str, Any] = {f.__name__: f for f in (inspect, attribute, report, check, select, tune)}
     try:
         auto_cli(commands, args=arguments, prog="lightning-influence", as_positional=True, description=__doc__)
     except InfluenceError as error:

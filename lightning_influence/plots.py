@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+import pandas as pd
 import torch
 from matplotlib.figure import Figure
 from PIL import Image
@@ -89,6 +90,16 @@ def heat_map(values: Sequence[Sequence[float]], rows: Sequence[Any], columns: Se
     axes.set_yticks(range(len(rows)), [str(r) for r in rows])
     axes.set(**labels)
     figure.colorbar(image)
+    return figure
+
+
+def lines(table: pd.DataFrame, **labels: str) -> Figure:
+    """A line per column of a table over its index; ``labels`` as of ``matplotlib.axes.Axes.set``."""
+    figure, axes = _figure()
+    for column, values in table.items():
+        axes.plot(table.index, values, marker="o", ms=3, label=f"{table.columns.name} {column}")
+    axes.set(**labels)
+    axes.legend(frameon=False)
     return figure
 
 

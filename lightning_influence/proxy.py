@@ -5,15 +5,17 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import pandas as pd
 import torch
 from lightning import LightningModule
+from matplotlib.figure import Figure
 
 from lightning_influence.attribution import open_trajectory
 from lightning_influence.error import ErrorProxy, scaled_learning_rate, second_variation
 from lightning_influence.errors import ConfigurationError
+from lightning_influence.plots import lines
 from lightning_influence.queries import QueryLoss, query_curvature, query_gradients
 from lightning_influence.replay import ReplayTrajectory
 from lightning_influence.trajectory import Trajectory
@@ -26,10 +28,12 @@ class PredictedErrors:
     Attributes:
         proxies: by factor of the learning rate.
         curvature: ``"fisher"`` drops the third derivative of the loss.
+        n_steps: of the run; a pair's horizon is the number of steps after its own.
     """
 
     proxies: dict[float, ErrorProxy]
     curvature: str
+    n_steps: int
 
     def to_pandas(self) -> pd.DataFrame:
         """One row per pair, query and factor: the first-order score, its predicted error and the error's parts."""
@@ -40,6 +44,7 @@ class PredictedErrors:
                 "lr_factor": factor,
                 "sample_id": proxy.sample_ids.repeat_interleave(q),
                 "step": proxy.steps.repeat_interleave(q),
+                "horizon": self.n_steps - 1 - proxy.steps.repeat_interleave(q),
                 "query": torch.arange(q).repeat(k),
             }
             parts = {"tangent": proxy.tangent, "error": proxy.total, "of_step": proxy.step, "of_memory": proxy.memory}
@@ -51,6 +56,18 @@ class PredictedErrors:
         """Size of the predicted error relative to the scores, ``||error|| / ||tangent||``, by factor."""
         sizes = {f: float(p.total.norm() / p.tangent.norm().clamp(min=1e-300)) for f, p in self.proxies.items()}
         return pd.Series(sizes, name="relative error").rename_axis("lr_factor")
+
+    def curve(self) -> pd.DataFrame:
+        """`relative` over the horizon: one row per horizon of a pair, one column per factor of the learning rate."""
+        squares = self.to_pandas()[["lr_factor", "horizon", "error", "tangent"]]
+        squares[["error", "tangent"]] **= 2
+        sums = squares.groupby(["horizon", "lr_factor"]).sum()
+        relative = (sums.error / sums.tangent.clip(lower=1e-300)) ** 0.5
+        return cast(pd.DataFrame, relative.unstack("lr_factor"))
+
+    def plot(self) -> Figure:
+        """The `curve`."""
+        return lines(self.curve(), xlabel="horizon (steps)", ylabel="predicted error / score", yscale="log")
 
 
 def error_proxy(
@@ -102,7 +119,7 @@ def error_proxy(
             )
             for factor in lr_factors
         }
-    return PredictedErrors(proxies, "hessian" if exact else "fisher")
+        return PredictedErrors(proxies, "hessian" if exact else "fisher", len(run))
 
 
 def _drawn(run: Trajectory, n: int, seed: int) -> list[tuple[int, int]]:

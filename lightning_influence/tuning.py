@@ -4,16 +4,28 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import lightning as L
 import pandas as pd
 from matplotlib.figure import Figure
+from tqdm.auto import tqdm
 
+from lightning_influence.callback import InfluenceCallback
 from lightning_influence.datamodule import SelectionDataModule
 from lightning_influence.errors import ConfigurationError
+from lightning_influence.log import LoggedSteps
 from lightning_influence.plots import heat_map
+from lightning_influence.proxy import error_proxy
 from lightning_influence.queries import query_losses
+
+_QUIET: dict[str, Any] = {
+    "logger": False,
+    "enable_checkpointing": False,
+    "enable_model_summary": False,
+    "enable_progress_bar": False,
+}
 
 
 @dataclass(frozen=True)
@@ -21,7 +33,8 @@ class Tuning:
     """Target losses after short runs.
 
     Attributes:
-        table: one row per run: ``horizon``, ``lr``, ``loss`` on the held-out examples, ``kept``.
+        table: one row per run: ``horizon``, ``lr``, ``loss`` on the held-out examples, ``kept``, and where it was asked
+            for ``proxy``, the predicted error of first-order scores over that horizon relative to the scores.
     """
 
     table: pd.DataFrame
@@ -48,7 +61,9 @@ def tune_horizon(
     horizons: Sequence[int] = (0, 1, 4),
     learning_rates: Sequence[float] = (1e-4, 1e-3),
     max_steps: int = 100,
+    proxies: int = 0,
     trainer: dict[str, Any] | None = None,
+    progress: bool = True,
     **selection: Any,
 ) -> Tuning:
     """Short runs with online selection for every pair of horizon and learning rate.
@@ -58,27 +73,42 @@ def tune_horizon(
         data, target: as of `SelectionDataModule`.
         held_out: batches on which the runs are compared; not those of the target, which selection has seen.
         max_steps: optimizer steps of each run.
+        proxies: samples whose `error_proxy` is averaged for each pair, from one more run per learning rate without
+            selection; 0 for none.
         trainer: further arguments of ``lightning.Trainer``.
         selection: further arguments of `SelectionDataModule`; ``every=1`` unless given.
 
     Raises:
-        ConfigurationError: nothing to compare.
+        ConfigurationError: nothing to compare, or runs shorter than a horizon.
     """
     if not horizons or not learning_rates:
         raise ConfigurationError("horizons and learning_rates need at least one value each.")
-    quiet = {
-        "logger": False,
-        "enable_checkpointing": False,
-        "enable_model_summary": False,
-        "enable_progress_bar": False,
-    }
+    if max(horizons) >= max_steps:
+        raise ConfigurationError(f"horizon {max(horizons)} does not fit into runs of max_steps={max_steps}.")
+    settings = {**_QUIET, "max_steps": max_steps, "max_epochs": -1, **(trainer or {})}
     batches, rows = list(held_out), []
-    for horizon in horizons:
-        for lr in learning_rates:
-            module = make_model(lr)
-            selected = SelectionDataModule(data, target, horizon=horizon, **{"every": 1, **selection})
-            run = L.Trainer(max_steps=max_steps, max_epochs=-1, **{**quiet, **(trainer or {})})
-            run.fit(module, selected)
-            loss = float(query_losses(module, batches).mean())
-            rows.append({"horizon": horizon, "lr": lr, "loss": loss, "kept": selected.selection_report.kept})
+    pairs = [(lr, horizon) for lr in learning_rates for horizon in horizons]
+    errors = {
+        lr: _errors(make_model(lr), data, target, horizons, proxies, settings) for lr in learning_rates if proxies
+    }
+    for lr, horizon in tqdm(pairs, desc="short runs", unit="run", delay=2, disable=not progress):
+        module = make_model(lr)
+        selected = SelectionDataModule(data, target, horizon=horizon, **{"every": 1, **selection})
+        L.Trainer(**settings).fit(module, selected)
+        loss = float(query_losses(module, batches).mean())
+        row = {"horizon": horizon, "lr": lr, "loss": loss, "kept": selected.selection_report.kept}
+        rows.append(row | ({"proxy": errors[lr][horizon]} if proxies else {}))
     return Tuning(pd.DataFrame(rows))
+
+
+def _errors(
+    module: L.LightningModule, data: Any, target: Any, horizons: Sequence[int], n: int, settings: dict[str, Any]
+) -> dict[int, float]:
+    """Predicted relative error by horizon, at the end of a run without selection."""
+    with TemporaryDirectory() as log:
+        callback = InfluenceCallback(log, record="replay", store_batches=True, existing="overwrite")
+        L.Trainer(**settings, callbacks=[callback]).fit(module, SelectionDataModule(data, online_selection=False))
+        steps = LoggedSteps(log)
+        pairs = [(int(z), t) for h in horizons for t in [len(steps) - 1 - h] for z in steps.record(t).sample_ids[:n]]
+        found = error_proxy(log, queries=target, model=module, pairs=pairs, progress=False)
+    return dict(found.curve()[1.0])

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
+import pandas as pd
 import pytest
 import torch
 from lightning.pytorch.cli import LightningCLI
@@ -24,14 +25,15 @@ class Digits(L.LightningDataModule):
 
     def val_dataloader(self) -> Any:
         x, y = digits(60).tensors
-        return DataLoader(TensorDataset(x[40:], y[40:]), 20)
+        return DataLoader(TensorDataset(x[40:], y[40:]), 10)
 
 
 class Net(Classifier):
     """Of a width that a configuration gives."""
 
     def __init__(self, width: int = 8, lr: float = 1e-3) -> None:
-        super().__init__(lambda m: torch.optim.AdamW(m.parameters(), lr=lr), width=width)
+        super().__init__(lambda m: torch.optim.AdamW(m.parameters(), lr=m.lr), width=width)
+        self.lr = lr
 
 
 @pytest.fixture
@@ -57,6 +59,21 @@ def test_the_whole_way(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert len((run / "kept.txt").read_text().split()) == 20
     assert main(["check", str(run / "log"), *known, "--removals=5"]) == 0
     assert "ceiling" in capsys.readouterr().out
+
+
+def test_horizon_and_rate_are_tuned(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = run / "tuning.csv"
+    sweep = ["--horizons=[0,2]", "--learning_rates=[0.0001,0.01]", "--max_steps=5", "--keep=0.5", "--proxies=2"]
+    assert main(["tune", f"--config={run / 'run.yaml'}", *sweep, f"--out={out}"]) == 0
+    assert "at learning rate 0.01" in capsys.readouterr().out, "five steps at 1e-4 learn nothing"
+    table = pd.read_csv(out).set_index(["horizon", "lr"])
+    assert len(table) == 4
+    assert (run / "tuning.png").exists()
+    assert table.proxy[2, 1e-2] > table.proxy[2, 1e-4] > 0, "errors grow with the learning rate"
+    assert main(["tune", f"--config={run / 'run.yaml'}", "--attribute=speed"]) == 1
+    assert "Net has no 'speed'" in capsys.readouterr().err
+    assert main(["tune"]) == 1
+    assert "--model and --data missing" in capsys.readouterr().err
 
 
 def test_errors_are_messages(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

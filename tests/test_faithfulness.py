@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from lightning_influence import InfluenceCallback, attribute, check_faithfulness
 from lightning_influence.batches import to_dtype
 from lightning_influence.errors import ConfigurationError
 from lightning_influence.faithfulness import CEILING
+from lightning_influence.log import LoggedTrajectory
 from lightning_influence.retraining import leave_one_out, recorded_run
 
 
@@ -130,6 +132,11 @@ def test_proxy_shrinks_with_the_learning_rate_and_needs_no_model_s_data(tmp_path
     assert found.curvature == "fisher"
     sizes = found.relative()
     assert 0 < sizes[0.1] < sizes[1.0]
+    curve, table = found.curve(), found.to_pandas()
+    assert set(curve.index) == set(len(LoggedTrajectory(tmp_path / "log")) - 1 - table.step)
+    last = table[(table.horizon == curve.index[0]) & (table.lr_factor == 1.0)]
+    assert curve[1.0].iloc[0] == pytest.approx(math.sqrt((last.error**2).sum() / (last.tangent**2).sum()))
+    assert [line.get_label() for line in found.plot().axes[0].lines] == ["lr_factor 0.1", "lr_factor 1.0"]
     exact = attribute(tmp_path / "log", queries=queries, model=module, target="mean", response="tangent").rows
     proxy = found.proxies[1.0]
     for i, (z, t) in enumerate(zip(proxy.sample_ids, proxy.steps, strict=True)):
