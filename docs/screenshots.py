@@ -19,4 +19,10 @@ if __name__ == "__main__":
             page = browser.new_page(color_scheme=scheme, viewport={"width": width, "height": height})
             page.goto(page_file.as_uri())
             page.screenshot(path=folder / f"report-{name}.png")
+            if name == "light":
+                page.get_by_role("button", name="Next").click()
+                page.get_by_role("heading", name="Most helpful and most harmful samples").scroll_into_view_if_needed()
+                page.mouse.wheel(0, 380)
+                page.wait_for_timeout(300)
+                page.screenshot(path=folder / "report-query.png")
         browser.close()

@@ -16,7 +16,7 @@ import torch
 from scipy.stats import spearmanr
 from sklearn.datasets import load_digits
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import DataLoader, Subset, TensorDataset
 
 from lightning_influence import InfluenceCallback, attribute
 from lightning_influence.queries import query_losses
@@ -57,6 +57,25 @@ def data(n_train: int) -> tuple[TensorDataset, TensorDataset]:
     )
 
 
+def show_hardest(module: Digits, train: TensorDataset, val: TensorDataset, out: Path, n: int = 9) -> Path:
+    """The page that a person reads: what helped and what harmed the digits that the network finds hardest."""
+    with torch.no_grad():
+        losses = nn.functional.cross_entropy(module.net(val.tensors[0]), val.tensors[1], reduction="none")
+    hardest = Subset(val, losses.topk(n).indices.tolist())
+    report = attribute(out / "log", queries=DataLoader(hardest, n), model=module)
+    return report.to_html(
+        out / "report.html",
+        data=as_images(train),
+        queries=Subset(as_images(val), hardest.indices),
+        groups=train.tensors[1],
+        title=f"What taught the network its {n} hardest digits?",
+    )
+
+
+def as_images(data: TensorDataset) -> TensorDataset:
+    return TensorDataset(data.tensors[0].view(-1, 1, 8, 8), data.tensors[1])
+
+
 def main(out: Path, n_train: int = 1500, epochs: int = 3, removals: int = 50) -> dict[str, float]:
     """Train, attribute, retrain; the Spearman correlation of each estimator with the truth."""
     train, val = data(n_train)
@@ -81,8 +100,7 @@ def main(out: Path, n_train: int = 1500, epochs: int = 3, removals: int = 50) ->
     print(f"\n{best}\n\nmost helpful\n{best.top(5)}\n\nmost harmful\n{best.bottom(5)}")
     best.to_csv(out / "scores.csv")
     best.save(out / "report.safetensors")
-    images = TensorDataset(train.tensors[0].view(-1, 1, 8, 8), train.tensors[1])
-    page = best.to_html(out / "report.html", data=images, groups=train.tensors[1], title="Which digits helped?")
+    page = show_hardest(module, train, val, out)
 
     run = recorded_run(out / "log", Digits, train, dtype=torch.float64)
     val64 = [tuple(t.double() if t.is_floating_point() else t for t in val.tensors)]
