@@ -24,6 +24,8 @@ from lightning_influence.removal import removal
 from lightning_influence.sweep import Method, Passed, sum_inner, walk_back
 from lightning_influence.trajectory import Hyper, Shares, StepRecord, Trajectory, Vectors
 
+_ELEMENTS = 2**22  # of one variation of all parameters: samples x coordinates
+
 QueryCurvature: TypeAlias = Callable[[Vectors], Tensor]
 """Second derivatives ``(k, q)`` of the queries along each of ``k`` directions, ``(k, d)`` per parameter."""
 
@@ -88,14 +90,22 @@ def second_variation(
             "curvature='hessian' needs the third derivative of the loss, which only a replayed run has; use "
             "curvature='fisher' with a log of gradients."
         )
+    outside = [pair for pair in pairs if not 0 <= pair[1] < len(trajectory)]
+    if outside:
+        raise ConfigurationError(
+            f"the pair {outside[0]} names a step of a run that has {len(trajectory)}; choose pairs from the report's rows."
+        )
     method = Method(curvature, "tangent", counterfactual=counterfactual)
     passed = walk_back(trajectory, queries, method)
-    blocks = []
-    for step in tqdm(sorted({t for _, t in pairs}), desc="error proxy", unit="step", delay=2, disable=not progress):
-        samples = [z for z, t in pairs if t == step]
-        variation = _Variation(trajectory, method, step, samples)
-        blocks.append(variation.run(passed, query_curvature))
-    return _concatenate(blocks)
+    order = sorted(range(len(pairs)), key=lambda i: pairs[i][1])  # pairs of neighbouring steps share a walk
+    size = max(1, _ELEMENTS // sum(kept for kept, _ in trajectory.sizes.values()))
+    groups = [[pairs[i] for i in order[start : start + size]] for start in range(0, len(order), size)]
+    total = sum(len(trajectory) - group[0][1] for group in groups)
+    with tqdm(total=total, desc="error proxy", unit="step", delay=2, disable=not progress) as bar:
+        blocks = [_Variation(trajectory, method, group).run(passed, query_curvature, bar.update) for group in groups]
+    back = torch.tensor(order, dtype=torch.int64).argsort()
+    fields = ("sample_ids", "steps", "tangent", "step", "memory", "curvature")
+    return ErrorProxy(*(torch.cat([getattr(block, field) for block in blocks])[back] for field in fields))
 
 
 def scaled_learning_rate(trajectory: Trajectory, factor: float) -> Trajectory:
@@ -128,56 +138,69 @@ class _Tangent:
 
 
 class _Variation:
-    """First variations of the run in the removal of some samples from one step, carried forward."""
+    """First variations of the run in the removal of one sample from one step each, carried forward together.
 
-    def __init__(self, trajectory: Trajectory, method: Method, step: int, samples: Sequence[int]) -> None:
-        self.trajectory, self.method, self.start = trajectory, method, step
+    Args:
+        pairs: (sample id, step), in order of step.
+    """
+
+    def __init__(self, trajectory: Trajectory, method: Method, pairs: Sequence[tuple[int, int]]) -> None:
+        self.trajectory, self.method = trajectory, method
         self.update = UPDATES[trajectory.optimizer]
-        self.record = trajectory.record(step)
-        self.samples = samples
-        ids = self.record.sample_ids.tolist()
+        self.pairs = pairs
+
+    def run(
+        self, passed: Mapping[int, Passed], query_curvature: QueryCurvature | None, advanced: Callable[[], object]
+    ) -> ErrorProxy:
+        start = self.pairs[0][1]
+        kept = {k: size for k, (size, _) in self.trajectory.sizes.items()}
+        zero = {k: torch.zeros(len(self.pairs), size, dtype=torch.float64) for k, size in kept.items()}
+        full = self._still(zero)
+        bare = self._still(zero)  # moments only: parameters held, as in the finite response's window
+        n_queries = next(iter(passed[start].after.values())).parameter.shape[0]
+        parts = (torch.zeros(len(self.pairs), n_queries, dtype=torch.float64) for _ in range(4))
+        tangent, step, memory, curvature = parts
+        for index in range(start, len(self.trajectory)):
+            record = self.trajectory.record(index)
+            here = torch.tensor([t == index for _, t in self.pairs])
+            forced = self._forced(record, here, {k: z for k, z in zero.items() if k in record.gradients})
+            bent, third = self._gradient_variation(index, record, full)
+            after = passed[index]
+            full, forcing = self._advance(record, full, {k: b + forced[k] for k, b in bent.items()})
+            bare, bare_forcing = self._advance(record, bare, forced, hold=True)
+            own = self._contract(after, bare_forcing)
+            tangent[here] = self._slope(after, forced)[here]
+            step[here] = own[here]
+            memory[~here] += own[~here]
+            curvature += self._contract(after, forcing) - own + self._slope(after, third)
+            advanced()
+        if query_curvature is not None:
+            curvature = curvature + query_curvature({k: s.parameter for k, s in full.items()}).double()
+        samples, steps = torch.tensor(self.pairs).T
+        halves = (0.5 * part for part in (step, memory, curvature))
+        return ErrorProxy(samples, steps, tangent, *halves)
+
+    def _forced(self, record: StepRecord, here: Tensor, zero: Vectors) -> Vectors:
+        """What the removals of a step do to its gradient, ``(k, d)``; zero for the pairs of other steps."""
+        if not here.any():
+            return zero
+        ids = record.sample_ids.tolist()
+        samples = [z for z, t in self.pairs if t == record.index]
         missing = [z for z in samples if z not in ids]
         if missing:
             raise ConfigurationError(
-                f"step {step} did not consume sample {missing[0]}; choose pairs from the report's rows."
+                f"step {record.index} did not consume sample {missing[0]}; choose pairs from the report's rows."
             )
-        self.positions = [ids.index(z) for z in samples]
-
-    def run(self, passed: Mapping[int, Passed], query_curvature: QueryCurvature | None) -> ErrorProxy:
-        removed = removal(self.record, self.method.counterfactual)
-        shares = self.trajectory.shares(self.start)
-        forced = {
-            k: removed.change(s, slice(None), removed.totals(s, self.record.gradients[k].double()))[self.positions]
-            for k, s in shares.items()
-        }
-        zero = {k: torch.zeros_like(f) for k, f in forced.items()}
-        full = self._still(zero)
-        bare = self._still(zero)  # moments only: parameters held, as in the finite response's window
-        n_queries = next(iter(passed[self.start].gradient.values())).shape[0]
-        parts = (torch.zeros(len(self.samples), n_queries, dtype=torch.float64) for _ in range(4))
-        tangent, step, memory, curvature = parts
-        for index in range(self.start, len(self.trajectory)):
-            record = self.record if index == self.start else self.trajectory.record(index)
-            first = index == self.start
-            bent, third = (forced, zero) if first else self._gradient_variation(index, record, full)
-            after = passed[index]
-            full, forcing = self._advance(record, full, bent)
-            elementwise = self._contract(after, forcing)
-            bare, bare_forcing = self._advance(record, bare, forced if first else zero, hold=True)
-            own = self._contract(after, bare_forcing)
-            if first:
-                step = own
-                tangent = self._slope(after, forced)
-            else:
-                memory = memory + own
-                curvature = curvature + elementwise - own + self._slope(after, third)
-        if query_curvature is not None:
-            curvature = curvature + query_curvature({k: s.parameter for k, s in full.items()}).double()
-        steps = torch.full((len(self.samples),), self.start)
-        halves = (0.5 * part for part in (step, memory, curvature))
-        return ErrorProxy(torch.tensor(list(self.samples)), steps, tangent, *halves)
+        positions = [ids.index(z) for z in samples]
+        removed = removal(record, self.method.counterfactual)
+        forced = {k: z.clone() for k, z in zero.items()}
+        for k, share in self.trajectory.shares(record.index).items():
+            totals = removed.totals(share, record.gradients[k].double())
+            forced[k][here] = removed.change(share, slice(None), totals)[positions]
+        return forced
 
     def _still(self, zero: Vectors) -> dict[str, _Tangent]:
+        """At the recorded run itself."""
         return {k: _Tangent(z, tuple(z for _ in self.update.moments)) for k, z in zero.items()}
 
     def _gradient_variation(
@@ -242,13 +265,19 @@ def _curve(
     hyper: Hyper,
 ) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
     """First and second derivative in ``eps`` of the elementwise step along a curve of its inputs."""
-
-    def along(eps: Tensor) -> tuple[Tensor, ...]:
+    # an ``eps`` of its own for every element: what is elementwise in it has its derivatives by two plain backward passes
+    eps = torch.zeros_like(gradient_tangent, dtype=torch.float64).requires_grad_()
+    with torch.enable_grad():
         moved = tuple(m.double() + eps * t for m, t in zip(moments, moment_tangents, strict=True))
         change, new = apply(moved, gradient + eps * gradient_tangent + eps**2 / 2 * gradient_second, hyper)
-        return change, *new
-
-    return _two_derivatives(along)
+        first = [torch.autograd.grad(part.sum(), eps, create_graph=True)[0] for part in (change, *new)]
+        second = [
+            torch.autograd.grad(part.sum(), eps, retain_graph=True, materialize_grads=True)[0]
+            if part.requires_grad
+            else torch.zeros_like(part)
+            for part in first
+        ]
+    return tuple(part.detach() for part in first), tuple(second)
 
 
 def _clip_variations(record: StepRecord, bent: Vectors) -> tuple[Vectors, Vectors]:
@@ -279,8 +308,3 @@ def _two_derivatives(curve: Callable[[Tensor], tuple[Tensor, ...]]) -> tuple[tup
 
     first, second = torch.func.jvp(slope, (zero,), (one,))  # type: ignore[misc]
     return first, second
-
-
-def _concatenate(blocks: Sequence[ErrorProxy]) -> ErrorProxy:
-    fields = ("sample_ids", "steps", "tangent", "step", "memory", "curvature")
-    return ErrorProxy(*(torch.cat([getattr(block, field) for block in blocks]) for field in fields))

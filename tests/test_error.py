@@ -96,10 +96,23 @@ def test_scaled_learning_rate_is_that_run_where_the_path_does_not_matter() -> No
     torch.testing.assert_close(scaled.total, second_variation(slow, queries, [(1, 0)], curvature="hessian").total)
 
 
+def test_pairs_do_not_depend_on_each_other_or_their_order() -> None:
+    run = ToyTrajectory(RUNS["adamw"])
+    together = second_variation(run, run.query_gradients(), PAIRS[::-1], curvature="hessian")
+    for i, pair in enumerate(PAIRS[::-1]):
+        alone = second_variation(run, run.query_gradients(), [pair], curvature="hessian")
+        assert (int(together.sample_ids[i]), int(together.steps[i])) == pair
+        for part in ("tangent", "step", "memory", "curvature"):
+            torch.testing.assert_close(getattr(together, part)[i], getattr(alone, part)[0], rtol=1e-9, atol=1e-14)
+
+
 def test_bad_requests_are_refused() -> None:
     run = ToyTrajectory(RUNS["adamw"])
     with pytest.raises(ConfigurationError, match="did not consume sample 11"):
         second_variation(run, run.query_gradients(), [(11, 0)])
+
+    with pytest.raises(ConfigurationError, match=r"\(1, 99\) names a step"):
+        second_variation(run, run.query_gradients(), [(1, 99)])
 
     class Logged:
         def __getattr__(self, name: str) -> object:
