@@ -91,7 +91,7 @@ class InfluenceCallback(L.Callback):
         self.record, self.snapshot_every, self.store_batches = record, snapshot_every, store_batches
         self.compression = Compression(compression, mask_size, seed)
         self.exclude = tuple(exclude)
-        self.sample_ids = SampleIds(sample_ids)
+        self.sample_ids = SampleIds(sample_ids, random=record != "gradients")
         self.sample_weights = sample_weights
         self.reduction = reduction
         self.frozen_batch_norm = frozen_batch_norm

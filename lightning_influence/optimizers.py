@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any, TypeAlias
 
 import torch
@@ -123,14 +124,12 @@ class RecordedStep:
     Attributes:
         gradient: ``(d,)`` the effective gradient (`effective_gradient`).
         moments: ``(d,)`` each, before the step.
-        taken: change of the parameter and moments after the step, where they are known already.
     """
 
     update: Update
     moments: Moments
     gradient: Tensor
     hyper: Hyper
-    taken: tuple[Tensor, Moments] | None = None
 
     def to(self, dtype: torch.dtype) -> RecordedStep:
         """The same in another precision."""
@@ -139,18 +138,18 @@ class RecordedStep:
         moments = tuple(m.to(dtype) for m in self.moments)
         return RecordedStep(self.update, moments, self.gradient.to(dtype), self.hyper)
 
-    def take(self) -> tuple[Tensor, Moments]:
+    @cached_property
+    def taken(self) -> tuple[Tensor, Moments]:
         """Change of the parameter and moments after the step, as recorded."""
-        return self.taken or self.update.apply(self.moments, self.gradient, self.hyper)
+        return self.update.apply(self.moments, self.gradient, self.hyper)
 
 
 def join(steps: Sequence[RecordedStep]) -> RecordedStep:
     """The same step of several parameters that share their hyperparameters, end to end."""
-    joined = steps[0]
-    if len(steps) > 1:
-        moments = tuple(torch.cat(parts) for parts in zip(*(s.moments for s in steps), strict=True))
-        joined = replace(joined, moments=moments, gradient=torch.cat([s.gradient for s in steps]), taken=None)
-    return replace(joined, taken=joined.take())
+    if len(steps) == 1:
+        return steps[0]
+    moments = tuple(torch.cat(parts) for parts in zip(*(s.moments for s in steps), strict=True))
+    return replace(steps[0], moments=moments, gradient=torch.cat([s.gradient for s in steps]))
 
 
 @dataclass(frozen=True)
@@ -232,7 +231,7 @@ def finite_response(
         recorded = step.to(change.dtype)
         gradient = recorded.gradient + change if position == 0 else recorded.gradient
         delta, changed = recorded.update.apply(changed, gradient, recorded.hyper)
-        base_delta, base = recorded.take()
+        base_delta, base = recorded.taken
         response += weight.to(change) @ (delta - base_delta).T
     for weight, new, old in zip(closing, changed, base, strict=True):
         response += weight.to(change) @ (new - old).T

@@ -37,18 +37,18 @@ class RecordedBatchSampler(BatchSampler):
     def __init__(self, wrapped: Any) -> None:  # no super().__init__: everything else is the wrapped sampler's
         self._wrapped = wrapped
         self._drawn: dict[int, deque[_Drawn]] = {}
-        self.in_process = True
+        self.random = False
 
-    def subscribe(self, listener: object) -> None:
-        """Remember batches for a listener from now on."""
+    def subscribe(self, listener: object, *, random: bool) -> None:
+        """Remember batches for a listener from now on; ``random``: and the random state before each is fetched."""
         self._drawn.setdefault(id(listener), deque())
+        self.random |= random
 
     def __iter__(self) -> Iterator[list[int]]:
         queues: dict[int, deque[_Drawn]] = {listener: deque() for listener in self._drawn}
         self._drawn = queues  # an abandoned iterator goes on filling the old ones
         for indices in self._wrapped:
-            # samples are fetched next: with this state where that happens in this process
-            drawn = [int(i) for i in indices], read_random_state() if self.in_process else None
+            drawn = [int(i) for i in indices], read_random_state() if self.random else None
             for queue in queues.values():
                 queue.append(drawn)
             yield indices
@@ -74,10 +74,11 @@ class SampleIds:
 
     Args:
         source: None to listen at the sampler, a key of the batch, or a function of the batch.
+        random: note the random state in which samples are fetched, too.
     """
 
-    def __init__(self, source: IdSource = None) -> None:
-        self.source = source
+    def __init__(self, source: IdSource = None, *, random: bool = False) -> None:
+        self.source, self.random = source, random
         self._recorder: RecordedBatchSampler | None = None
         self._listening: list[DataLoader[Any]] = []
         self.fetched: dict[str, Tensor] | None = None  # random state before the present batch was fetched
@@ -85,13 +86,12 @@ class SampleIds:
     def listen(self, loader: Any) -> Any:
         """Put a recorder in front of a map-style loader's batch sampler, before it is iterated."""
         if self.source is None and _is_map_style(loader):
-            recorder = RecordedBatchSampler(loader.batch_sampler)
-            recorder.in_process = loader.num_workers == 0
-            _set_batch_sampler(loader, recorder)
+            _set_batch_sampler(loader, RecordedBatchSampler(loader.batch_sampler))
             self._listening.append(loader)
         sampler = getattr(loader, "batch_sampler", None)
         if self.source is None and isinstance(sampler, RecordedBatchSampler):
-            sampler.subscribe(self)
+            # samples are fetched right after they are drawn, where that happens in this process
+            sampler.subscribe(self, random=self.random and loader.num_workers == 0)
         return loader
 
     def listen_to(self, strategy: Strategy) -> None:
