@@ -19,8 +19,8 @@ from tqdm.auto import tqdm
 from lightning_influence.clipping import apply_clip, norm_coefficient
 from lightning_influence.curvature import fisher_product
 from lightning_influence.errors import ConfigurationError, CurvatureUnavailable
-from lightning_influence.optimizers import UPDATES, decay, effective_gradient
-from lightning_influence.removal import removal
+from lightning_influence.optimizers import UPDATES, decay, effective_gradient, finite_response
+from lightning_influence.removal import consumed_change, removal
 from lightning_influence.sweep import Method, Passed, sum_inner, walk_back
 from lightning_influence.trajectory import Hyper, Shares, StepRecord, Trajectory, Vectors
 
@@ -47,6 +47,8 @@ class ErrorProxy:
         step: part of the optimizer's elementwise nonlinearity at the step itself.
         memory: the same in the steps that follow, through the moments alone.
         curvature: what the changed parameters add, through the gradients and the query itself.
+        finite: ``(k, q)``, the finite response of the optimizer minus its slope: what ``step`` and ``memory`` are the
+            second-order part of.
     """
 
     sample_ids: Tensor
@@ -55,11 +57,21 @@ class ErrorProxy:
     step: Tensor
     memory: Tensor
     curvature: Tensor
+    finite: Tensor
+
+    @property
+    def second_order(self) -> Tensor:
+        """Half the second variation, ``(k, q)`` (method.md section 9)."""
+        return self.step + self.memory + self.curvature
 
     @property
     def total(self) -> Tensor:
-        """The whole proxy, ``(k, q)``."""
-        return self.step + self.memory + self.curvature
+        """The predicted error, ``(k, q)``: `second_order` with its elementwise part in closed form.
+
+        Adam divides by the root of the second moment, so where a sample is most of what a coordinate has seen its
+        removal is no small change, and a series in it diverges; the elementwise response itself is known.
+        """
+        return self.finite + self.curvature
 
 
 def second_variation(
@@ -104,7 +116,7 @@ def second_variation(
     with tqdm(total=total, desc="error proxy", unit="step", delay=2, disable=not progress) as bar:
         blocks = [_Variation(trajectory, method, group).run(passed, query_curvature, bar.update) for group in groups]
     back = torch.tensor(order, dtype=torch.int64).argsort()
-    fields = ("sample_ids", "steps", "tangent", "step", "memory", "curvature")
+    fields = ("sample_ids", "steps", "tangent", "step", "memory", "curvature", "finite")
     return ErrorProxy(*(torch.cat([getattr(block, field) for block in blocks])[back] for field in fields))
 
 
@@ -137,6 +149,22 @@ class _Tangent:
     moments: tuple[Tensor, ...]
 
 
+@dataclass(frozen=True)
+class _Removed:
+    """Changes of one step's gradient ``(k', d)`` by the removals of its pairs, before and after clipping."""
+
+    raw: Mapping[str, Tensor | None]
+    consumed: Vectors
+
+
+def _rows(like: Tensor, where: Tensor, rows: Tensor | None) -> Tensor:
+    """Zeros like a matrix, with some of its rows given."""
+    placed = torch.zeros_like(like)
+    if rows is not None:
+        placed[where] = rows
+    return placed
+
+
 class _Variation:
     """First variations of the run in the removal of one sample from one step each, carried forward together.
 
@@ -158,18 +186,21 @@ class _Variation:
         full = self._still(zero)
         bare = self._still(zero)  # moments only: parameters held, as in the finite response's window
         n_queries = next(iter(passed[start].after.values())).parameter.shape[0]
-        parts = (torch.zeros(len(self.pairs), n_queries, dtype=torch.float64) for _ in range(4))
-        tangent, step, memory, curvature = parts
+        parts = (torch.zeros(len(self.pairs), n_queries, dtype=torch.float64) for _ in range(5))
+        tangent, step, memory, curvature, finite = parts
         for index in range(start, len(self.trajectory)):
             record = self.trajectory.record(index)
             here = torch.tensor([t == index for _, t in self.pairs])
-            forced = self._forced(record, here, {k: z for k, z in zero.items() if k in record.gradients})
+            removed = self._removed(record, here)
+            forced = {k: _rows(zero[k], here, removed.raw[k]) for k in record.gradients}
             bent, third = self._gradient_variation(index, record, full)
             after = passed[index]
             full, forcing = self._advance(record, full, {k: b + forced[k] for k, b in bent.items()})
             bare, bare_forcing = self._advance(record, bare, forced, hold=True)
             own = self._contract(after, bare_forcing)
             tangent[here] = self._slope(after, forced)[here]
+            if removed.consumed:
+                finite[here] = self._finite(passed, index, removed.consumed)
             step[here] = own[here]
             memory[~here] += own[~here]
             curvature += self._contract(after, forcing) - own + self._slope(after, third)
@@ -177,13 +208,12 @@ class _Variation:
         if query_curvature is not None:
             curvature = curvature + query_curvature({k: s.parameter for k, s in full.items()}).double()
         samples, steps = torch.tensor(self.pairs).T
-        halves = (0.5 * part for part in (step, memory, curvature))
-        return ErrorProxy(samples, steps, tangent, *halves)
+        return ErrorProxy(samples, steps, tangent, step / 2, memory / 2, curvature / 2, finite - tangent)
 
-    def _forced(self, record: StepRecord, here: Tensor, zero: Vectors) -> Vectors:
-        """What the removals of a step do to its gradient, ``(k, d)``; zero for the pairs of other steps."""
+    def _removed(self, record: StepRecord, here: Tensor) -> _Removed:
+        """What the removals of the pairs of a step do to its gradient, before and after clipping."""
         if not here.any():
-            return zero
+            return _Removed(dict.fromkeys(record.gradients), {})
         ids = record.sample_ids.tolist()
         samples = [z for z, t in self.pairs if t == record.index]
         missing = [z for z in samples if z not in ids]
@@ -192,12 +222,26 @@ class _Variation:
                 f"step {record.index} did not consume sample {missing[0]}; choose pairs from the report's rows."
             )
         positions = [ids.index(z) for z in samples]
-        removed = removal(record, self.method.counterfactual)
-        forced = {k: z.clone() for k, z in zero.items()}
-        for k, share in self.trajectory.shares(record.index).items():
-            totals = removed.totals(share, record.gradients[k].double())
-            forced[k][here] = removed.change(share, slice(None), totals)[positions]
-        return forced
+        removed, shares = removal(record, self.method.counterfactual), self.trajectory.shares(record.index)
+        scales = {k: total / max(kept, 1) for k, (kept, total) in self.trajectory.sizes.items()}
+        whole = {k: [slice(None)] for k in shares}
+        change = consumed_change(removed, record, shares, scales, whole)
+        gradients = {k: g.double() for k, g in record.gradients.items()}
+        totals = {k: removed.totals(share, gradients[k]) for k, share in shares.items()}
+        return _Removed(
+            {k: removed.change(share, slice(None), totals[k])[positions] for k, share in shares.items()},
+            {k: change.change(gradients[k], share, slice(None), totals[k])[positions] for k, share in shares.items()},
+        )
+
+    def _finite(self, passed: Mapping[int, Passed], index: int, consumed: Vectors) -> Tensor:
+        """Finite response ``(k', q)`` of all the steps from one on to changes of its gradient."""
+        total: Tensor | float = 0.0
+        remembers = len(self.trajectory) if self.update.moments else index + 1
+        for k, change in consumed.items():
+            window = [passed[t] for t in range(index, remembers) if k in passed[t].recorded]
+            after, closing = [p.after[k].parameter for p in window], window[-1].after[k].moments
+            total = total + finite_response([p.recorded[k] for p in window], after, closing, change).T
+        return torch.as_tensor(total)
 
     def _still(self, zero: Vectors) -> dict[str, _Tangent]:
         """At the recorded run itself."""

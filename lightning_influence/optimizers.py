@@ -168,26 +168,43 @@ def join_adjoints(adjoints: Sequence[Adjoint]) -> Adjoint:
     return Adjoint(torch.cat([a.parameter for a in adjoints], 1), moments)
 
 
+_SETTLED = 3
+"""The step from which an update is differentiated in the run's own precision: at the first, the derivative of Adam's is a
+difference of nearly equal numbers (method.md section 2), which at the third cost one digit at most."""
+
+
 def adjoint(recorded: RecordedStep, after: Adjoint) -> tuple[Adjoint, Tensor]:
     """Pull the adjoint back through one step (method.md section 3).
 
     Returns:
-        The adjoint before the step, with the loss gradient held fixed, and ``A`` ``(q, d)``, the
-        derivative of the queries with respect to the consumed gradient.
+        The adjoint before the step, with the loss gradient held fixed, and that of the gradient (`gradient_adjoint`).
     """
-    # In float64: at the first step the derivative is a difference of nearly equal numbers (method.md section 2).
-    recorded, hyper = recorded.to(torch.float64), recorded.hyper
-    inputs = [x.detach().requires_grad_() for x in (*recorded.moments, recorded.gradient)]
-    with torch.enable_grad():
-        change, moments = recorded.update.apply(tuple(inputs[:-1]), inputs[-1], hyper)
-    outputs, cotangents = (change, *moments), (after.parameter, *after.moments)
-    if len(after.parameter) == 1:
-        pulled = torch.autograd.grad(outputs, inputs, [c[0].double() for c in cotangents], materialize_grads=True)
-        *d_moments, d_gradient = (d[None].to(after.parameter) for d in pulled)
-    else:
-        *d_moments, d_gradient = _by_diagonals(outputs, inputs, cotangents)
+    hyper = recorded.hyper
+    *d_moments, d_gradient = _pulled(recorded, after, moments=True)
     before = Adjoint(decay(hyper) * after.parameter + coupling(hyper) * d_gradient, tuple(d_moments))
     return before, -d_gradient if hyper["maximize"] else d_gradient
+
+
+def gradient_adjoint(recorded: RecordedStep, after: Adjoint) -> Tensor:
+    """``A`` ``(q, d)``, the derivative of the queries with respect to the gradient that the step consumed."""
+    (d_gradient,) = _pulled(recorded, after, moments=False)
+    return -d_gradient if recorded.hyper["maximize"] else d_gradient
+
+
+def _pulled(recorded: RecordedStep, after: Adjoint, *, moments: bool) -> list[Tensor]:
+    """Derivatives ``(q, d)`` of the queries in each moment, where asked for, and in the effective gradient."""
+    if recorded.hyper["step"] < _SETTLED:
+        recorded = recorded.to(torch.float64)
+    gradient = recorded.gradient.detach().requires_grad_()
+    before = [m.detach().requires_grad_(moments) for m in recorded.moments]
+    with torch.enable_grad():
+        change, new = recorded.update.apply(tuple(before), gradient, recorded.hyper)
+    inputs = [*before, gradient] if moments else [gradient]
+    outputs, cotangents = (change, *new), (after.parameter, *after.moments)
+    if len(after.parameter) > 1:
+        return _by_diagonals(outputs, inputs, cotangents)
+    pulled = torch.autograd.grad(outputs, inputs, [c[0].to(change) for c in cotangents], materialize_grads=True)
+    return [d[None].to(after.parameter) for d in pulled]
 
 
 def _by_diagonals(outputs: Sequence[Tensor], inputs: Sequence[Tensor], cotangents: Sequence[Tensor]) -> list[Tensor]:

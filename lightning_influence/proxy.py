@@ -36,7 +36,9 @@ class PredictedErrors:
     n_steps: int
 
     def to_pandas(self) -> pd.DataFrame:
-        """One row per pair, query and factor: the first-order score, its predicted error and the error's parts."""
+        """One row per pair, query and factor: the first-order score, its predicted error and the error's parts, and the
+        second variation with its own.
+        """
         tables = []
         for factor, proxy in self.proxies.items():
             k, q = proxy.tangent.shape
@@ -47,8 +49,13 @@ class PredictedErrors:
                 "horizon": self.n_steps - 1 - proxy.steps.repeat_interleave(q),
                 "query": torch.arange(q).repeat(k),
             }
-            parts = {"tangent": proxy.tangent, "error": proxy.total, "of_step": proxy.step, "of_memory": proxy.memory}
-            parts["of_curvature"] = proxy.curvature
+            parts = {
+                "tangent": proxy.tangent,
+                "error": proxy.total,
+                "of_optimizer": proxy.finite,
+                "of_curvature": proxy.curvature,
+            }
+            parts |= {"second_order": proxy.second_order, "of_step": proxy.step, "of_memory": proxy.memory}
             tables.append(pd.DataFrame(columns | {name: part.flatten().numpy() for name, part in parts.items()}))
         return pd.concat(tables, ignore_index=True)
 
@@ -85,7 +92,8 @@ def error_proxy(
     seed: int = 0,
     progress: bool = True,
 ) -> PredictedErrors:
-    """Predicted error (truth minus score) of first-order scores: half the run's second variation (method.md section 9).
+    """Predicted error (truth minus score) of first-order scores: half the run's second variation (method.md section 9),
+    whose elementwise part is taken in closed form (`ErrorProxy.total`).
 
     Needs no retraining. From a log of gradients the Hessian is the Fisher matrix and the loss's third derivative is
     left out; replayed, it is exact.

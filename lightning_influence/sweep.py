@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal, TypeAlias
 
 import torch
@@ -26,6 +26,7 @@ from lightning_influence.optimizers import (
     adjoint,
     effective_gradient,
     finite_response,
+    gradient_adjoint,
     join,
     join_adjoints,
 )
@@ -101,14 +102,15 @@ def sweep(
     scored = range(len(trajectory)) if scored is None else scored
     walk = _Walk(trajectory, method, queries)
     blocks = []
+    last = min(scored, default=len(trajectory))
     for index in tqdm(
-        range(len(trajectory) - 1, min(scored, default=len(trajectory)) - 1, -1),
+        range(len(trajectory) - 1, last - 1, -1),
         desc="backward sweep",
         unit="step",
         delay=2,
         disable=not progress,
     ):
-        block = walk.back(index, score=index in scored)
+        block = walk.back(index, score=index in scored, last=index == last)
         if block is not None:
             blocks.append(block)
     return _concatenate(blocks[::-1], walk.n_queries)
@@ -184,29 +186,24 @@ class _Walk:
             memory = window + 1 if method.response == "finite" else 0
         self.passed: deque[Passed] = deque(maxlen=memory)  # newest first: steps t, t+1, ...
 
-    def back(self, index: int, *, score: bool) -> RowScores | None:
-        """Move from after step ``index`` to before it; the step's scores where asked for."""
+    def back(self, index: int, *, score: bool, last: bool = False) -> RowScores | None:
+        """Move from after step ``index`` to before it, unless it is the last; the step's scores where asked for."""
         record, shares = self.trajectory.record(index), self.trajectory.shares(index)
-        recorded = self._recorded(record)
         # a parameter without a gradient was skipped by the optimizer: its adjoint stays as it is
-        passed = Passed(recorded, self.adjoints, {})
-        pulled = _pull(passed)
-        gradient_adjoints = clip_adjoint(
-            record.clip, record.gradients, {k: a for k, (_, a) in pulled.items()}, self.scales
-        )
-        passed.gradient = gradient_adjoints
+        passed = Passed(self._recorded(record), self.adjoints, {})
+        before, pulled = ({}, _pull_gradient(passed)) if last else _pull(passed)
+        passed.gradient = clip_adjoint(record.clip, record.gradients, pulled, self.scales)
         self.passed.appendleft(passed)
         products = torch.zeros(self.n_queries, len(record.sample_ids))
         if score or self.method.curvature == "fisher":
-            products = sum_inner(shares, gradient_adjoints)
+            products = sum_inner(shares, passed.gradient)
         rows = self._score(record, shares, products) if score else None
-        bent = self._curvature(record, shares, gradient_adjoints, products)
+        if last:
+            return rows
+        bent = self._curvature(record, shares, passed.gradient, products)
         self.adjoints = {
             **self.adjoints,
-            **{
-                k: Adjoint(a.parameter + bent[k] if k in bent else a.parameter, a.moments)
-                for k, (a, _) in pulled.items()
-            },
+            **{k: replace(a, parameter=a.parameter + bent[k]) if k in bent else a for k, a in before.items()},
         }
         return rows
 
@@ -270,16 +267,25 @@ def sum_inner(shares: Mapping[str, Shares], vectors: Vectors) -> Tensor:
     return torch.stack([share.inner(vectors[name]) for name, share in shares.items()]).sum(0)
 
 
-def _pull(passed: Passed) -> dict[str, tuple[Adjoint, Tensor]]:
-    """The adjoint before a step and that of its consumed gradient, by parameter."""
-    pulled = {}
+def _pull(passed: Passed) -> tuple[Adjoints, Vectors]:
+    """The adjoint before a step, and that of its consumed gradient, by parameter."""
+    before, gradients = Adjoints(), Vectors()
     for block in blocks_of([passed.recorded]):
-        before, gradient = adjoint(*passed.of(block))
+        adjoints, gradient = adjoint(*passed.of(block))
         sizes = [len(passed.recorded[name].gradient) for name in block]
-        parts = zip(before.parameter.split(sizes, 1), *(m.split(sizes, 1) for m in before.moments), strict=True)
-        for name, (parameter, *moments), a in zip(block, parts, gradient.split(sizes, 1), strict=True):
-            pulled[name] = Adjoint(parameter, tuple(moments)), a
-    return pulled
+        parts = zip(adjoints.parameter.split(sizes, 1), *(m.split(sizes, 1) for m in adjoints.moments), strict=True)
+        before |= {name: Adjoint(parameter, tuple(rest)) for name, (parameter, *rest) in zip(block, parts, strict=True)}
+        gradients |= dict(zip(block, gradient.split(sizes, 1), strict=True))
+    return before, gradients
+
+
+def _pull_gradient(passed: Passed) -> Vectors:
+    """The adjoint of a step's consumed gradient alone, by parameter."""
+    gradients: Vectors = {}
+    for block in blocks_of([passed.recorded]):
+        sizes = [len(passed.recorded[name].gradient) for name in block]
+        gradients |= dict(zip(block, gradient_adjoint(*passed.of(block)).split(sizes, 1), strict=True))
+    return gradients
 
 
 def sample_chunks(n_samples: int, n_coordinates: int) -> list[slice]:

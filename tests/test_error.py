@@ -50,7 +50,7 @@ def test_proxy_is_half_the_second_derivative(name: str, counterfactual: str) -> 
     )
     reference = torch.stack([second_difference(toy, z, t, counterfactual == "drop") for z, t in pairs])
     assert list(zip(proxy.sample_ids.tolist(), proxy.steps.tolist(), strict=True)) == pairs
-    assert (proxy.total - reference).norm() <= 1e-4 * reference.norm()
+    assert (proxy.second_order - reference).norm() <= 1e-4 * reference.norm()
 
 
 def test_tangent_is_the_sweep_s() -> None:
@@ -78,12 +78,34 @@ def test_step_and_memory_are_what_the_finite_response_adds() -> None:
         torch.testing.assert_close(difference, elementwise[i], rtol=2e-2, atol=1e-6 * float(elementwise.abs().max()))
 
 
+@pytest.mark.parametrize("name", RUNS)
+def test_finite_part_is_the_response_of_the_whole_run(name: str) -> None:
+    run, pairs = ToyTrajectory(RUNS[name]), pairs_of(name)
+    proxy = second_variation(run, run.query_gradients(), pairs, curvature="hessian")
+    rows = sweep(run, run.query_gradients(), Method("hessian", "finite", memory_window=50))
+    for i, (z, t) in enumerate(pairs):
+        row = (rows.sample_ids == z) & (rows.steps == t)
+        torch.testing.assert_close(proxy.finite[i], (rows.scores - rows.tangent)[row][0], rtol=1e-4, atol=1e-8)
+
+
+def test_proxy_stays_right_where_the_second_variation_diverges() -> None:
+    """A coordinate that has seen a sample and little else: its removal is no small change."""
+    toy = RUNS["adamw"]
+    run = ToyTrajectory(toy)
+    proxy = second_variation(
+        run, run.query_gradients(), PAIRS, curvature="hessian", query_curvature=run.query_curvature
+    )
+    truth = torch.stack([toy.true_effect(z, t) for z, t in PAIRS])
+    missed = truth - proxy.tangent
+    assert (proxy.total - missed).norm() < 0.5 * (proxy.second_order - missed).norm()
+
+
 def test_fisher_proxy_needs_no_model() -> None:
     run = ToyTrajectory(RUNS["adamw"])
     exact = second_variation(run, run.query_gradients(), PAIRS, curvature="hessian")
     fisher = second_variation(run, run.query_gradients(), PAIRS, curvature="fisher")
     torch.testing.assert_close(fisher.step, exact.step, rtol=0.5, atol=float(exact.step.abs().max()))
-    assert not torch.allclose(fisher.total, exact.total)
+    assert not torch.allclose(fisher.second_order, exact.second_order)
 
 
 def test_scaled_learning_rate_is_that_run_where_the_path_does_not_matter() -> None:
@@ -93,7 +115,9 @@ def test_scaled_learning_rate_is_that_run_where_the_path_does_not_matter() -> No
     slow = ToyTrajectory(Toy(RUNS["adamw"].optimizer, one, lr_factor=lambda t: 0.1))
     queries = run.query_gradients()
     scaled = second_variation(scaled_learning_rate(run, 0.1), queries, [(1, 0)], curvature="hessian")
-    torch.testing.assert_close(scaled.total, second_variation(slow, queries, [(1, 0)], curvature="hessian").total)
+    torch.testing.assert_close(
+        scaled.second_order, second_variation(slow, queries, [(1, 0)], curvature="hessian").second_order
+    )
 
 
 def test_pairs_do_not_depend_on_each_other_or_their_order() -> None:
@@ -102,7 +126,7 @@ def test_pairs_do_not_depend_on_each_other_or_their_order() -> None:
     for i, pair in enumerate(PAIRS[::-1]):
         alone = second_variation(run, run.query_gradients(), [pair], curvature="hessian")
         assert (int(together.sample_ids[i]), int(together.steps[i])) == pair
-        for part in ("tangent", "step", "memory", "curvature"):
+        for part in ("tangent", "step", "memory", "curvature", "finite"):
             torch.testing.assert_close(getattr(together, part)[i], getattr(alone, part)[0], rtol=1e-9, atol=1e-14)
 
 

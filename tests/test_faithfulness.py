@@ -121,17 +121,21 @@ def test_proxy_predicts_the_error_of_first_order_scores(tmp_path: Path) -> None:
     assert torch.corrcoef(torch.stack([proxy.total[later, 0], missed]))[0, 1] > 0.8
     table = found.to_pandas()
     torch.testing.assert_close(
+        torch.tensor((table.of_optimizer + table.of_curvature).to_numpy()), torch.tensor(table.error.to_numpy())
+    )
+    torch.testing.assert_close(
         torch.tensor((table.of_step + table.of_memory + table.of_curvature).to_numpy()),
-        torch.tensor(table.error.to_numpy()),
+        torch.tensor(table.second_order.to_numpy()),
     )
 
 
-def test_proxy_shrinks_with_the_learning_rate_and_needs_no_model_s_data(tmp_path: Path) -> None:
+def test_curvature_part_shrinks_with_the_learning_rate_and_needs_no_data(tmp_path: Path) -> None:
     module, _, queries = trained(tmp_path, record="gradients")
     found = error_proxy(tmp_path / "log", queries=queries, model=module, pairs=6, lr_factors=(0.1, 1.0), progress=False)
     assert found.curvature == "fisher"
-    sizes = found.relative()
-    assert 0 < sizes[0.1] < sizes[1.0]
+    sizes = {f: float(p.curvature.norm() / p.tangent.norm()) for f, p in found.proxies.items()}
+    assert 0 < sizes[0.1] < sizes[1.0], "Adam's own response does not depend on the learning rate, what follows does"
+    assert found.relative()[1.0] == float(found.proxies[1.0].total.norm() / found.proxies[1.0].tangent.norm())
     curve, table = found.curve(), found.to_pandas()
     assert set(curve.index) == set(len(LoggedTrajectory(tmp_path / "log")) - 1 - table.step)
     last = table[(table.horizon == curve.index[0]) & (table.lr_factor == 1.0)]
