@@ -105,10 +105,12 @@ def one(setting: str, args: argparse.Namespace, lr: float, seed: int) -> dict[st
             some = list(check.removals[: args.proxies])
             pairs = [(z, steps[z]) for z in some]
             proxy = error_proxy(folder, pairs=pairs, query_loss=kind.each_loss, progress=False, **options).proxies[1.0]
-            predicted = proxy.total[[proxy.sample_ids.tolist().index(z) for z in some], 0]
             missed = (check.truth - check.scores[FIRST_ORDER].double())[: len(some), 0]
-            found["proxy"] = float(spearmanr(predicted, missed).statistic)
-            found["proxy/truth"] = float(predicted.norm() / missed.norm())
+            predicted, truth = proxy.total[:, 0], check.truth[: len(some), 0]
+            found["proxy with true error"] = float(spearmanr(predicted, missed).statistic)
+            found["proxy / true error"] = float(predicted.norm() / missed.norm())
+            found["corrected"] = float(spearmanr(proxy.corrected[:, 0], truth).statistic)
+            found["error, corrected"] = float((proxy.corrected[:, 0] - truth).norm() / truth.norm())
     return found
 
 

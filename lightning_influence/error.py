@@ -73,6 +73,11 @@ class ErrorProxy:
         """
         return self.finite + self.curvature
 
+    @property
+    def corrected(self) -> Tensor:
+        """The first-order scores with their predicted error put right, ``(k, q)``: right to second order."""
+        return self.tangent + self.total
+
 
 def second_variation(
     trajectory: Trajectory,

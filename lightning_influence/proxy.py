@@ -55,7 +55,12 @@ class PredictedErrors:
                 "of_optimizer": proxy.finite,
                 "of_curvature": proxy.curvature,
             }
-            parts |= {"second_order": proxy.second_order, "of_step": proxy.step, "of_memory": proxy.memory}
+            parts |= {
+                "corrected": proxy.corrected,
+                "second_order": proxy.second_order,
+                "of_step": proxy.step,
+                "of_memory": proxy.memory,
+            }
             tables.append(pd.DataFrame(columns | {name: part.flatten().numpy() for name, part in parts.items()}))
         return pd.concat(tables, ignore_index=True)
 
