@@ -73,6 +73,9 @@ class Outer:
         return torch.stack([((left @ m) * right).sum((1, 2)) for m in matrices])
 
     def combine(self, weights: Tensor) -> Tensor:
+        used = (weights != 0).any(0)
+        if 2 * int(used.sum()) < self.n_samples:  # a product as large as the samples that take part in it
+            return Outer(self.left[used], self.right[used]).combine(weights[:, used])
         left, right = self.left.to(weights).flatten(0, 1), self.right.to(weights).flatten(0, 1)
         per_token = weights.repeat_interleave(self.left.shape[1], 1)
         return torch.stack([((w[:, None] * left).T @ right).flatten() for w in per_token])

@@ -195,12 +195,21 @@ class LiveStep:
         if self.whole:
             return self.full
         factors, whole = self._factors(), self.full.gradients
-        gradients = {k: self.ranks.sum(form.combine(factors[None].to(whole[k]))[0]) for k, form in self.forms.items()}
+        gradients = {k: self._left(form, whole[k], factors) for k, form in self.forms.items()}
         clip = self.full.clip
         if clip.rule == "norm":
             change = sum(float(g.square().sum() - whole[k].square().sum()) for k, g in gradients.items())
             clip = replace(clip, raw_norm=max(clip.raw_norm**2 + change, 0.0) ** 0.5)
         return replace(self.full, gradients=gradients, loss_weights=self.full.loss_weights * factors, clip=clip)
+
+    def _left(self, form: Form, whole: Tensor, factors: Tensor) -> Tensor:
+        """The gradient ``(d,)`` that is left of one parameter's whole one."""
+        if self.ranks.size > 1 or isinstance(form, Stack):
+            return self.ranks.sum(form.combine(factors[None].to(whole))[0])
+        # all samples are averaged together, and few are taken away
+        kept = self.weights.argmax()
+        taken = form.combine((1 - self.weights)[None].to(whole))[0]
+        return (whole - taken) * (factors[kept] / self.weights[kept]).to(whole)
 
     def shares(self, index: int) -> Mapping[str, Shares]:
         factors = self._factors()
