@@ -118,6 +118,7 @@ STRATEGIES: dict[str, dict[str, Any]] = {
     "tangent, K=0": {"response": "tangent"},
     "online, K=0": {},
     "online, K=0, rescored": {"rescore": 8},
+    "online, K=0, greedy": {"rescore": 26},  # one sample at a time, of a batch of 64 that loses 40 %
     "online, K=0, each epoch": {"every": "epoch"},
     "online, K=1": {"horizon": 1},
     "online, K=2": {"horizon": 2},
