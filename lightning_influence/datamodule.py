@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 import lightning as L
 import torch
+from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor
 from torch.utils.data import DataLoader
 
@@ -21,6 +22,8 @@ from lightning_influence.selection import Fraction, Keep, Policy, SelectionRepor
 from lightning_influence.step_selection import StepSelection
 from lightning_influence.sweep import Method
 from lightning_influence.trajectory import Vectors
+
+_PASSED_ON = ("val_dataloader", "test_dataloader", "predict_dataloader")
 
 
 class SelectionDataModule(L.LightningDataModule):
@@ -89,6 +92,9 @@ class SelectionDataModule(L.LightningDataModule):
         )
         self.target_gradient: Vectors | None = None  # the one in use inside the step
         self._offline: InfluenceReport | None = None
+        for name in _PASSED_ON:  # what is not there is not defined: Lightning then leaves validation, say, out
+            defined = isinstance(data, L.LightningDataModule) and is_overridden(name, data)
+            setattr(self, name, getattr(data, name) if defined else None)
 
     @classmethod
     def from_report(
@@ -151,15 +157,6 @@ class SelectionDataModule(L.LightningDataModule):
                 parts = Ranks.of(self.trainer).gather(self.selection_report)
                 self.selection_report = SelectionReport.merged(parts)
 
-    def val_dataloader(self) -> Any:
-        return self.data.val_dataloader() if isinstance(self.data, L.LightningDataModule) else []
-
-    def test_dataloader(self) -> Any:
-        return self.data.test_dataloader() if isinstance(self.data, L.LightningDataModule) else []
-
-    def predict_dataloader(self) -> Any:
-        return self.data.predict_dataloader() if isinstance(self.data, L.LightningDataModule) else []
-
     def train_dataloader(self) -> Any:
         loader = self.data.train_dataloader() if isinstance(self.data, L.LightningDataModule) else self.data
         if not self._selects:
@@ -187,8 +184,8 @@ class SelectionDataModule(L.LightningDataModule):
         """
         if self.target is not None:
             return self.target
-        if isinstance(self.data, L.LightningDataModule):
-            loader = self.data.val_dataloader()
+        if self.val_dataloader is not None:
+            loader = self.val_dataloader()
             if isinstance(loader, Iterable) and not (isinstance(loader, list) and not loader):
                 return loader
         raise ConfigurationError(

@@ -138,6 +138,24 @@ def test_scores_are_what_stepping_on_without_a_sample_does(horizon: int) -> None
     assert float((check.scores - check.truth).norm() / check.truth.norm()) < 0.1
 
 
+def test_validation_is_that_of_the_wrapped_data_and_absent_without_one(recwarn: pytest.WarningsRecorder) -> None:
+    class Training(L.LightningDataModule):
+        def train_dataloader(self) -> Any:
+            return loader()
+
+    class Both(Training):
+        def val_dataloader(self) -> Any:
+            return target()
+
+    for data, validated in ((loader(), False), (Training(), False), (Both(), True)):
+        run = trainer(enable_checkpointing=False)
+        run.fit(Classifier(), SelectionDataModule(data, target()))
+        assert ("val_loss" in run.callback_metrics) == validated
+    assert not [w for w in recwarn if "Total length of" in str(w.message)]
+    with pytest.raises(ConfigurationError, match="needs a target"):
+        trainer().fit(Classifier(), SelectionDataModule(Training()))
+
+
 def test_off_is_the_wrapped_run_bit_for_bit() -> None:
     plain, wrapped = Classifier(scheduled), Classifier(scheduled)
     trainer(max_epochs=2).fit(plain, loader())
