@@ -156,8 +156,8 @@ class InfluenceCallback(L.Callback):
         if existing == "resume":
             _refuse_another_run(self.dirpath, manifest)
         writer = StoreWriter(self.dirpath, rank=ranks.rank, ranks=ranks.size, existing=existing)
-        if self._resume_at is not None:
-            writer.truncate(self._resume_at)
+        # without a checkpoint, up to where every process came
+        writer.truncate(min(ranks.gather(len(writer))) if self._resume_at is None else self._resume_at)
         ranks.wait()  # until every process has seen what was there before
         if ranks.rank == 0:
             writer.write_manifest(manifest)

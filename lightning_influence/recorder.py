@@ -22,7 +22,7 @@ from lightning_influence.log import FINAL, LAYOUT, MOMENTS_EVERY, checksum, pack
 from lightning_influence.optimizers import UPDATES, coupling, read_hyper, read_moments, update_name
 from lightning_influence.ranks import Ranks
 from lightning_influence.replay_log import Packed, ReplaySettings, pack_micro_batch, pack_snapshot, snapshot_name
-from lightning_influence.store import StoreWriter
+from lightning_influence.store import StoreReader, StoreWriter
 from lightning_influence.trajectory import Clip, StepRecord
 
 CompressionName = Literal["auto", "full", "factored", "mask"]
@@ -77,7 +77,7 @@ class Recorder:
         self.update_name = update_name(optimizer)
         self.groups = {id(p): group for group in optimizer.param_groups for p in group["params"]}
         self.keeps: dict[str, Keep] | None = None
-        self._with_moments: set[str] = set()  # parameters whose moments this recorder has written
+        self._with_moments = _with_moments(writer)  # parameters whose moments the present block of steps holds
         self._micro_batches: list[_MicroBatch] = []
         self._names = {id(p): name for name, p in module.named_parameters()}
         self._started: tuple[Tensor, Tensor, Packed | None] | None = None
@@ -218,6 +218,8 @@ class Recorder:
         hyper = {name: read_hyper(self.groups[id(p)], state[name], kind) for name, p in trained.items()}
         captured = {name: p for name, p in trained.items() if self.keeps is not None and name in self.keeps}
         index = len(self.writer)
+        if index % MOMENTS_EVERY == 0:
+            self._with_moments = set()
         record = StepRecord(
             index=index,
             sample_ids=torch.cat([m.sample_ids for m in micro_batches]),
@@ -227,7 +229,7 @@ class Recorder:
             moments={
                 name: tuple(self._kept(name, m) for m in read_moments(state[name], update, p))
                 for name, p in captured.items()
-                if index % MOMENTS_EVERY == 0 or name not in self._with_moments
+                if name not in self._with_moments
             },
             hyper=hyper,
             averaged=self.averaged,
@@ -269,6 +271,14 @@ class Recorder:
                 "on_before_optimizer_step and the step: an overridden configure_gradient_clipping, or another callback. "
                 "Use Trainer(gradient_clip_val=..., gradient_clip_algorithm=...) instead."
             )
+
+
+def _with_moments(writer: StoreWriter) -> set[str]:
+    """Parameters whose moments are already in the block of steps with which a log goes on."""
+    begun = range(len(writer) // MOMENTS_EVERY * MOMENTS_EVERY, len(writer))
+    reader = StoreReader(writer.dirpath) if len(begun) else None
+    names = [name for index in begun for name in reader.names(index)] if reader is not None else []
+    return {name.split("/", 2)[2] for name in names if name.startswith("moment/")}
 
 
 def _total_norm(gradients: Iterable[Tensor | None]) -> Tensor:

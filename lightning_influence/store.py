@@ -67,9 +67,22 @@ def _step_name(step: int) -> str:
 
 
 def _serialise(tensors: Mapping[str, Tensor], meta: dict[str, Any]) -> bytes:
+    tensors = _unshared(tensors)
     sums = {name: zlib.crc32(_bytes_of(tensor)) for name, tensor in tensors.items()}
     metadata = {_META: json.dumps(meta), _CRC: json.dumps(sums)}
-    return save({name: t.detach().contiguous() for name, t in tensors.items()}, metadata)
+    return save(tensors, metadata)
+
+
+def _unshared(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The same tensors, no two in one storage, which safetensors refuses: layers that read the same input share it."""
+    own: dict[str, Tensor] = {}
+    storages = set[int]()
+    for name, tensor in tensors.items():
+        tensor = tensor.detach().contiguous()
+        where = tensor.untyped_storage().data_ptr()
+        own[name] = tensor.clone() if where in storages else tensor
+        storages.add(where)
+    return own
 
 
 def _header_size(data: bytes) -> int:
@@ -141,6 +154,11 @@ class StoreWriter:
         for path in self._dir.iterdir():
             if path.name != _LOCK:
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+    @property
+    def dirpath(self) -> Path:
+        """The store's directory."""
+        return self._root
 
     def __len__(self) -> int:
         """Steps appended so far."""

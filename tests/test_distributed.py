@@ -24,6 +24,12 @@ N, LOCAL, PROCESSES = 96, 8, 2
 TRAIN, QUERIES = split_digits(N, 6)
 
 
+@pytest.fixture(autouse=True)
+def _unseeded(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Lightning's distributed sampler takes its seed from here, where a test before has set it."""
+    monkeypatch.delenv("PL_GLOBAL_SEED", raising=False)
+
+
 class Dealt(Sampler[list[int]]):
     """The micro-batches that two processes see, one after the other, as Lightning deals them out."""
 

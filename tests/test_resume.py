@@ -1,0 +1,150 @@
+"""Runs that are interrupted: their log goes on as if nothing had happened."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import numpy as np
+import pytest
+import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
+from modules import Classifier, digits, fit, loader
+from torch.utils.data import BatchSampler, DataLoader
+
+from lightning_influence import InfluenceCallback
+from lightning_influence.errors import ConfigurationError
+from lightning_influence.log import LoggedTrajectory
+from lightning_influence.replay_log import LoggedPlan
+from lightning_influence.store import StoreReader
+
+STEPS = 12  # of an epoch
+
+
+class Batches(BatchSampler):
+    """Batches in order, from any of them on."""
+
+    def __init__(self) -> None:
+        self.start = 0
+
+    def __iter__(self) -> Iterator[list[int]]:
+        for number in range(self.start % STEPS, STEPS):
+            self.start = number + 1
+            yield list(range(8 * number, 8 * number + 8))
+
+    def __len__(self) -> int:
+        return STEPS
+
+
+class Resumable(DataLoader[Any]):
+    """A loader that knows where it is."""
+
+    def __init__(self) -> None:
+        self.batches = Batches()
+        super().__init__(digits(8 * STEPS), batch_sampler=self.batches)
+
+    def state_dict(self) -> dict[str, int]:
+        return {"start": self.batches.start}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        self.batches.start = state["start"]
+
+
+class SeedsSteps(L.Callback):
+    """Random numbers that follow from the step: a checkpoint does not hold the generators' states."""
+
+    def on_train_batch_start(self, trainer: L.Trainer, *_: Any) -> None:
+        random.seed(trainer.global_step)
+        np.random.seed(trainer.global_step)
+        torch.manual_seed(trainer.global_step)
+
+
+class Interrupts(L.Callback):
+    def __init__(self, at: int) -> None:
+        self.at = at
+
+    def on_train_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
+        if trainer.global_step == self.at:
+            raise RuntimeError("the machine went away")
+
+
+def train(folder: Path, *callbacks: L.Callback, ckpt_path: Path | None = None) -> None:
+    torch.manual_seed(0)
+    module = Classifier(
+        net=torch.nn.Sequential(torch.nn.Linear(64, 8), torch.nn.GELU(), torch.nn.Dropout(0.2), torch.nn.Linear(8, 10))
+    )
+    trainer = L.Trainer(
+        max_epochs=2,
+        accelerator="cpu",
+        logger=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        callbacks=[
+            SeedsSteps(),
+            InfluenceCallback(folder / "log", record="both", snapshot_every=5),
+            ModelCheckpoint(folder, every_n_train_steps=3, save_top_k=-1, filename="{step}"),
+            *callbacks,
+        ],
+    )
+    trainer.fit(module, Resumable(), ckpt_path=ckpt_path)
+
+
+def content(log: Path) -> dict[str, torch.Tensor]:
+    """Every tensor of a log."""
+    reader = StoreReader(log)
+    steps = {f"{i}/{name}": reader.tensor(i, name) for i in range(len(reader)) for name in reader.names(i)}
+    artifacts = {
+        f"{a}/{name}": reader.artifact(a, name) for a in reader.artifacts() for name in reader.artifact_names(a)
+    }
+    return steps | artifacts
+
+
+@pytest.mark.parametrize("at", [4, 10, 17])
+def test_a_run_resumed_inside_an_epoch_ends_with_the_log_of_an_uninterrupted_one(at: int, tmp_path: Path) -> None:
+    train(tmp_path / "whole")
+    with pytest.raises(RuntimeError, match="went away"):
+        train(tmp_path / "broken", Interrupts(at))
+    assert len(StoreReader(tmp_path / "broken" / "log")) == at
+    train(tmp_path / "broken", ckpt_path=tmp_path / "broken" / f"step={at // 3 * 3}.ckpt")
+    whole, resumed = content(tmp_path / "whole" / "log"), content(tmp_path / "broken" / "log")
+    assert whole.keys() == resumed.keys()
+    assert [name for name in whole if not torch.equal(whole[name], resumed[name])] == []
+
+
+def test_a_log_goes_on_only_as_it_began(tmp_path: Path) -> None:
+    fit(Classifier(), loader(digits(32)), InfluenceCallback(tmp_path, compression="mask", mask_size=50))
+    other = InfluenceCallback(tmp_path, compression="mask", mask_size=60, existing="resume")
+    with pytest.raises(ConfigurationError, match="recorded with mask="):
+        fit(Classifier(), loader(digits(32)), other)
+    again = InfluenceCallback(tmp_path, compression="mask", mask_size=50, existing="resume")
+    fit(Classifier(), loader(digits(32)), again)
+    assert len(LoggedTrajectory(tmp_path)) == 4
+
+
+class Branches(Classifier):
+    """Uses one of its layers in few steps, so that the optimizer skips it in the others."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.extra = torch.nn.Linear(64, 10)
+
+    def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
+        x, y = batch
+        logits = self.net(x) + (self.extra(x) if batch_idx in (0, 5, 11) else 0)
+        return torch.nn.functional.cross_entropy(logits, y)
+
+
+def test_moments_of_a_parameter_that_is_used_now_and_then(tmp_path: Path) -> None:
+    module = Branches()
+    fit(module, loader(digits(8 * STEPS), 8), InfluenceCallback(tmp_path, record="both", snapshot_every=1))
+    run, plan = LoggedTrajectory(tmp_path), LoggedPlan(LoggedTrajectory(tmp_path), module)
+    used = [t for t in range(len(run)) if "extra.weight" in run.record(t).gradients]
+    assert used == [0, 5, 11]
+    for t in used:
+        for own, theirs in zip(
+            run.record(t).moments["extra.weight"], plan.snapshot(t).moments["extra.weight"], strict=True
+        ):
+            torch.testing.assert_close(run.select("extra.weight", theirs), own, rtol=1e-5, atol=1e-8)
