@@ -71,6 +71,8 @@ def attribute(
         ConfigurationError: queries that the model cannot take, or an unknown choice.
         CurvatureUnavailable: the log does not hold what the curvature needs.
     """
+    if isinstance(target, str) and target != "mean":
+        raise ConfigurationError(f"target={target!r}; give 'mean', weights (n_queries,), or None for each query.")
     with open_trajectory(log, model, curvature, data) as trajectory:
         method = Method(
             curvature=_resolved(curvature, trajectory),
@@ -181,6 +183,8 @@ def _autocast(precision: str, model: LightningModule) -> Callable[[], AbstractCo
 
 def _check_model(steps: LoggedSteps, model: LightningModule) -> None:
     """Refuse a log of another model; warn where the parameters are not those the run ended with."""
+    if not isinstance(model, LightningModule):
+        raise ConfigurationError(f"model is a {type(model).__name__}; give the LightningModule that was trained.")
     parameters = dict(model.named_parameters())
     for name, shape in steps.reader.manifest["shapes"].items():
         if name not in parameters or list(parameters[name].shape) != shape:

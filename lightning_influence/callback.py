@@ -15,6 +15,7 @@ import torch
 
 from lightning_influence.attribution import attribute
 from lightning_influence.capture import GradientCapture
+from lightning_influence.compression import COMPRESSIONS
 from lightning_influence.errors import ConfigurationError
 from lightning_influence.optimizers import update_name
 from lightning_influence.ranks import Ranks
@@ -84,8 +85,16 @@ class InfluenceCallback(L.Callback):
         seed: int = 0,
     ) -> None:
         self.dirpath = Path(dirpath)
-        if record not in ("gradients", "replay", "both"):
-            raise ConfigurationError(f"record={record!r}; choose one of gradients, replay, both")
+        for name, value, known in (
+            ("record", record, ("gradients", "replay", "both")),
+            ("compression", compression, COMPRESSIONS),
+            ("reduction", reduction, ("mean", "sum")),
+            ("existing", existing, ("error", "overwrite", "resume")),
+        ):
+            if value not in known:
+                raise ConfigurationError(f"{name}={value!r}; choose one of {', '.join(known)}")
+        if mask_size < 1:
+            raise ConfigurationError(f"mask_size={mask_size}; a mask keeps at least one coordinate per parameter")
         if snapshot_every is not None and snapshot_every < 1:
             raise ConfigurationError(f"snapshot_every={snapshot_every}; it counts steps and is at least 1")
         self.record, self.snapshot_every, self.store_batches = record, snapshot_every, store_batches

@@ -15,8 +15,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from lightning_influence.errors import ConfigurationError
 from lightning_influence.trajectory import Shares
+
+COMPRESSIONS = ("auto", "full", "factored", "mask")
 
 _BUDGET = 2**22  # bytes per sample and step that "auto" spends on all parameters together
 _GATHER_ELEMENTS = 2**24  # of a block of gathered factors
@@ -297,14 +298,7 @@ def plan(
         compression: ``"full"`` dense rows; ``"factored"`` the smaller lossless form; ``"mask"`` at most
             ``mask_size`` coordinates a parameter; ``"auto"`` lossless while all parameters together stay
             within ``budget`` bytes per sample and step, the most expensive ones masked beyond it.
-
-    Raises:
-        ConfigurationError: unknown compression, or a mask without coordinates.
     """
-    if compression not in ("auto", "full", "factored", "mask"):
-        raise ConfigurationError(f"compression={compression!r}; choose one of auto, full, factored, mask")
-    if mask_size < 1:
-        raise ConfigurationError(f"mask_size={mask_size}; a mask keeps at least one coordinate per parameter")
     lossless = {name: _smaller(share, shapes[name]) for name, share in shares.items()}
     if compression == "full":
         return {name: Keep("full", shape) for name, shape in shapes.items()}

@@ -18,6 +18,7 @@ from lightning_influence.lookahead import Candidates, look_ahead
 from lightning_influence.random_state import random_state
 from lightning_influence.ranks import Ranks
 from lightning_influence.report import InfluenceReport
+from lightning_influence.sample_ids import is_map_style
 from lightning_influence.selection import Fraction, Keep, Policy, SelectionReport, Soft, decide, policy_of, stepwise
 from lightning_influence.step_selection import StepSelection
 from lightning_influence.sweep import Method
@@ -118,6 +119,8 @@ class SelectionDataModule(L.LightningDataModule):
                 raise ConfigurationError(f"{name}={value}; it counts optimizer steps and is at least {least}.")
         if self.every != "epoch" and (isinstance(self.every, str) or self.every < 1):
             raise ConfigurationError(f"every={self.every!r}; give 'epoch' or a number of optimizer steps from 1.")
+        if not 0 <= self.floor <= 1:
+            raise ConfigurationError(f"floor={self.floor}; it is a fraction of a batch, from 0 to 1.")
         if self.inside_the_step and self.rebatch:
             raise ConfigurationError("rebatch=True fills batches, but horizon=0, every=1 selects inside the step.")
 
@@ -161,9 +164,10 @@ class SelectionDataModule(L.LightningDataModule):
         loader = self.data.train_dataloader() if isinstance(self.data, L.LightningDataModule) else self.data
         if not self._selects:
             return loader
-        if not isinstance(loader, DataLoader) or loader.batch_sampler is None:
+        if not is_map_style(loader):
             raise ConfigurationError(
-                f"the training data is a {type(loader).__name__}; selection needs a DataLoader with a batch sampler."
+                f"the training data is a {type(loader).__name__} of {type(getattr(loader, 'dataset', None)).__name__}; "
+                "selection draws samples by their indices, so it needs a DataLoader of a map-style dataset with batches."
             )
         if self.inside_the_step and self._offline is None:
             return loader

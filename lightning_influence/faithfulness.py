@@ -256,6 +256,12 @@ def _removals(used: Tensor, singles: int | Sequence[int], subsets: int, size: fl
         unknown = sorted(set(chosen) - set(used.tolist()))
         if unknown:
             raise ConfigurationError(f"sample {unknown[0]} was not used in the run; choose from report.sample_ids.")
+    if 0 < len(chosen) < 3 or not (chosen or subsets):
+        raise ConfigurationError(f"{len(chosen)} removals are too few for a correlation; give at least 3.")
+    if not 0 < size < 1:
+        raise ConfigurationError(
+            f"a subset of {size:g} of the samples cannot be removed; give a fraction between 0 and 1."
+        )
     n = max(1, round(size * len(used)))
     drawn = [used[torch.randperm(len(used), generator=generator)[:n]].tolist() for _ in range(subsets)]
     return [*chosen, *(frozenset(subset) for subset in drawn)]

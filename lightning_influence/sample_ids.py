@@ -85,7 +85,7 @@ class SampleIds:
 
     def listen(self, loader: Any) -> Any:
         """Put a recorder in front of a map-style loader's batch sampler, before it is iterated."""
-        if self.source is None and _is_map_style(loader):
+        if self.source is None and is_map_style(loader) and not isinstance(loader.batch_sampler, RecordedBatchSampler):
             _set_batch_sampler(loader, RecordedBatchSampler(loader.batch_sampler))
             self._listening.append(loader)
         sampler = getattr(loader, "batch_sampler", None)
@@ -148,11 +148,11 @@ class SampleIds:
         return ids.detach().to("cpu", torch.int64)
 
 
-def _is_map_style(loader: Any) -> bool:
+def is_map_style(loader: Any) -> bool:
+    """Whether a loader's batches are drawn by a batch sampler from a dataset with indices."""
     return (
         isinstance(loader, DataLoader)
         and loader.batch_sampler is not None
-        and not isinstance(loader.batch_sampler, RecordedBatchSampler)
         and not isinstance(loader.dataset, torch.utils.data.IterableDataset)
     )
 

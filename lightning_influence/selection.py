@@ -114,7 +114,9 @@ def decide(policy: Policy, scores: Tensor, sample_ids: Tensor, batches: Tensor, 
 
 def stepwise(keep: Policy, rescore: int) -> Sequence[Policy]:
     """The same policy in ``rescore`` portions, each to be applied to scores of what the last one left."""
-    if rescore <= 1:
+    if rescore < 1:
+        raise ConfigurationError(f"rescore={rescore}; it counts portions and is at least 1.")
+    if rescore == 1:
         return [keep]
     if not isinstance(keep, Fraction):
         raise ConfigurationError(f"rescore={rescore} divides a fraction into portions; give keep as a fraction.")
