@@ -199,7 +199,15 @@ def _check_model(steps: LoggedSteps, model: LightningModule) -> None:
             stacklevel=5,
         )
         return
-    final = steps.reader.artifact_meta(FINAL)["checksums"]
+    meta = steps.reader.artifact_meta(FINAL)
+    if meta.get("moved"):
+        warnings.warn(
+            "the parameters were changed after the last optimizer step of the logged run, by weight averaging for example. "
+            "Scores take the model given for the run's last parameters; for exact ones, train without that callback.",
+            stacklevel=5,
+        )
+        return
+    final = meta["checksums"]
     changed = [name for name, value in final.items() if checksum(parameters[name]) != value]
     if changed:
         warnings.warn(

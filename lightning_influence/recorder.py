@@ -82,6 +82,7 @@ class Recorder:
         self._names = {id(p): name for name, p in module.named_parameters()}
         self._started: tuple[Tensor, Tensor, Packed | None] | None = None
         self._pending: tuple[StepRecord, dict[str, Form], list[_MicroBatch]] | None = None
+        self._left_by_steps: Tensor | None = None
         self._post_hook = optimizer.register_step_post_hook(lambda *_: self._stepped())
 
     def begin(
@@ -169,11 +170,26 @@ class Recorder:
         if self.capture is not None:
             self.capture.detach()
         if finished and self.ranks.rank == 0 and len(self.writer):
-            checksums = {name: checksum(p) for name, p in self.module.named_parameters() if p.requires_grad}
-            self.writer.save(FINAL, {}, {"checksums": checksums})
-            if self.replay is not None:
-                self._snapshot(len(self.writer))
+            self._finish()
         self.writer.close()
+
+    def _finish(self) -> None:
+        """Note by which parameters the run ended, unless they are no longer those of its last step."""
+        if self._left_by_steps is not None and not torch.equal(self._sums(), self._left_by_steps):
+            self.writer.save(FINAL, {}, {"moved": True})
+            return
+        checksums = {name: checksum(p) for name, p in self.module.named_parameters() if p.requires_grad}
+        self.writer.save(FINAL, {}, {"checksums": checksums})
+        if self.replay is not None:
+            self._snapshot(len(self.writer))
+
+    def end_epoch(self) -> None:
+        """An epoch's last step was taken; what changes the parameters after this is not the run's doing."""
+        self._left_by_steps = self._sums()
+
+    def _sums(self) -> Tensor:
+        """A number for each parameter that tells whether it was changed."""
+        return torch.stack([p.detach().double().sum() for p in self._parameters()])
 
     def _snapshot(self, index: int) -> None:
         self.writer.save(snapshot_name(index), *pack_snapshot(self.module, self.optimizer, self.update_name))
