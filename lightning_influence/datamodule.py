@@ -313,7 +313,7 @@ class SelectingLoader:
         scores = torch.zeros(len(sample_ids))
         for policy in selection.portions:
             kept = [sample_ids[left & (batches == i)].tolist() for i in range(length)]
-            scores[left] = self._scores([*kept, *ahead[length:]], length)
+            scores[left] = self._scores([*kept, *ahead[length:]], length).to(scores)
             left = selection.decide(policy, scores, sample_ids, batches, left) > 0
         selection.note(trainer, sample_ids, scores, left.float())
         return [sample_ids[left & (batches == i)].tolist() for i in range(length)]

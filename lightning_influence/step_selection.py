@@ -88,7 +88,8 @@ class StepSelection(L.Callback):
                 stale = self.data.refresh_target_every == 1  # then also between the portions of one step
             assert self.data.target_gradient is not None
             left = step.weights > 0
-            scores[left] = sweep(step, self.data.target_gradient, self.data.method, progress=False).scores[left, 0]
+            rows = sweep(step, self.data.target_gradient, self.data.method, progress=False)
+            scores[left] = rows.scores[left, 0].to(scores)
             step = step.weighted(self.data.decide(policy, scores, step.full.sample_ids, step.full.micro_batches, left))
         step.write(pl_module)
         self.data.note(trainer, step.full.sample_ids, scores, step.weights)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -222,3 +223,9 @@ def test_two_callbacks_write_two_logs(tmp_path: Path) -> None:
         for name in ("full", "replay")
     ]
     torch.testing.assert_close(*scores, rtol=1e-3, atol=1e-6)
+
+
+def test_the_documented_table_is_what_is_tested() -> None:
+    page = (Path(__file__).parent.parent / "docs" / "models.md").read_text()
+    table = page.split("## Beside")[1].split("## ")[0]
+    assert set(re.findall(r"^\| `([^`]+)` \|", table, flags=re.MULTILINE)) == CASES.keys()

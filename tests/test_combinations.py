@@ -1,7 +1,7 @@
 """Precision x optimizer x clipping x accumulation x parameter groups, each against brute force.
 
 The reference is a plain training loop in float64: the derivative of the query loss in the removed share of a sample, by
-central differences.
+central differences; in half precision, the loss without the sample.
 """
 
 from __future__ import annotations
@@ -122,10 +122,14 @@ def check(c: Combination, path: Path) -> None:
         **CLIPS[c.clip],
     )
     trainer.fit(module, DataLoader(train, BATCH))
-    report = attribute(path, queries=DataLoader(queries, 8), model=module, response="tangent", progress=False)
+    # in half precision the micro-batches' parts of a gradient may cancel exactly, where Adam's slope is lr / eps: there the
+    # whole removal is compared, not its derivative
+    whole = c.precision == "bf16-mixed"
+    response = "finite" if whole else "tangent"
+    report = attribute(path, queries=DataLoader(queries, 8), model=module, response=response, progress=False)
     chosen = [1, 9, 14, 22]
-    h = 1e-4
-    truth = torch.stack([(reference(c, z, h) - reference(c, z, -h)) / (2 * h) for z in chosen])
+    low, high = (0.0, 1.0) if whole else (-1e-4, 1e-4)
+    truth = torch.stack([(reference(c, z, high) - reference(c, z, low)) / (high - low) for z in chosen])
     found = report.scores[chosen].double()
     assert (found - truth).norm() <= TOLERANCE[c.precision] * truth.norm(), float((found - truth).norm() / truth.norm())
 
