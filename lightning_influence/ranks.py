@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import lightning as L
+import torch
 from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 from torch import Tensor
 from torch import distributed as dist
@@ -22,6 +23,8 @@ class Ranks:
 
     rank: int = 0
     size: int = 1
+    device: torch.device | str = "cpu"
+    """Where the processes exchange tensors."""
 
     @classmethod
     def of(cls, trainer: L.Trainer) -> Ranks:
@@ -36,15 +39,15 @@ class Ranks:
                 f"the trainer uses {type(strategy).__name__}, which shards parameters or steps in a way that per-sample "
                 "gradients cannot be read from; use strategy='ddp' or one device."
             )
-        return cls(trainer.global_rank, trainer.world_size)
+        return cls(trainer.global_rank, trainer.world_size, strategy.root_device)
 
     def sum(self, tensor: Tensor) -> Tensor:
         """The sum over the processes; a new tensor where there are several."""
         if self.size == 1:
             return tensor
-        total = tensor.detach().clone()
+        total = tensor.detach().to(self.device, copy=True)
         dist.all_reduce(total)
-        return total
+        return total.to(tensor.device)
 
     def first(self, value: Any) -> Any:
         """What the first process gives."""
