@@ -223,7 +223,7 @@ def over_horizon(table: pd.DataFrame, path: Path) -> None:
             if name in mean:
                 axes.axhline(mean[name], color="0.5", ls=style, label=name)
         axes.set(xlabel="horizon K", ylabel="test loss", title=f"lr {lr:g}, keep {keep:g}")
-        axes.legend(fontsize=7, frameon=False)
+        axes.legend(fontsize=7)
     figure.savefig(path, dpi=130)
 
 

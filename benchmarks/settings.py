@@ -5,7 +5,7 @@
     python benchmarks/settings.py gpt2                      # continued training on text, after a short pretraining
     python benchmarks/settings.py llama                     # LoRA on a Llama architecture
 
-Prints a table, mean and spread over seeds, and writes it with a figure to ``--out``. GPT-2 and Llama are small here:
+Prints a table, mean and spread over seeds, and writes every run, as soon as it is done, and a figure to ``--out``. GPT-2 and Llama are small here:
 ``--layers`` and ``--width`` set their size.
 """
 
@@ -135,13 +135,14 @@ def main() -> None:
     parser.add_argument("--pretraining", type=int, default=200, help="steps before the recorded run")
     parser.add_argument("--out", type=Path, default=Path("runs/settings"))
     args = parser.parse_args()
-    rows = [
-        {"lr": lr, "seed": seed, **one(args.setting, args, lr, seed)}
-        for lr in args.lr or RATES[args.setting]
-        for seed in range(args.seeds)
-    ]
-    table = pd.DataFrame(rows).drop(columns="seed").groupby("lr", sort=False)
     name = f"{args.setting}-{args.activation}" if args.setting == "mlp" else args.setting
+    args.out.mkdir(parents=True, exist_ok=True)
+    rows = []
+    for lr in args.lr or RATES[args.setting]:
+        for seed in range(args.seeds):
+            rows.append({"lr": lr, "seed": seed, **one(args.setting, args, lr, seed)})
+            pd.DataFrame(rows).to_csv(args.out / f"{name}.csv", index=False)
+    table = pd.DataFrame(rows).drop(columns="seed").groupby("lr", sort=False)
     print(
         f"{name}: {args.steps} steps, {args.removals} removals, {args.seeds} seeds; Spearman with retraining, mean and spread"
     )
@@ -149,8 +150,6 @@ def main() -> None:
     print(mean.T.to_string(float_format=lambda v: f"{v:.3f}"))
     if args.seeds > 1:
         print("spread\n" + spread.T.to_string(float_format=lambda v: f"{v:.3f}"), flush=True)
-    args.out.mkdir(parents=True, exist_ok=True)
-    mean.to_csv(args.out / f"{name}.csv")
     figure = Figure(figsize=(6, 3.4), layout="constrained")
     axes = figure.subplots()
     mean[[*CHECKED, CEILING]].plot.bar(ax=axes, yerr=spread[[*CHECKED, CEILING]] if args.seeds > 1 else None, width=0.8)
