@@ -38,6 +38,8 @@ RATES = {"mlp": (1e-3, 1e-4, 1e-5), "cnn": (1e-3, 1e-4, 1e-5), "gpt2": (1e-3, 1e
 CHECKED = {
     k: ESTIMATORS[k] for k in ("SGD-influence", "paper: tangent + Fisher", "finite + Fisher", "finite + Hessian")
 }
+AVAILABLE = {"mlp": 4984, "cnn": 1781, "gpt2": 1984, "llama": 1984}
+"""Samples beside the queries (of text, and what the pretraining reads): the batches of longer runs are smaller."""
 FIRST_ORDER = "metagradient: tangent + Hessian"
 
 
@@ -59,8 +61,9 @@ def network(setting: str, args: argparse.Namespace, seed: int) -> tuple[Workload
         net.load_state_dict(state)
         return net
 
-    workload = replace(WORKLOADS[setting], n_train=args.steps * WORKLOADS[setting].batch)
-    return workload, again
+    workload = WORKLOADS[setting]
+    batch = min(workload.batch, AVAILABLE[setting] // args.steps)
+    return replace(workload, n_train=args.steps * batch, batch=batch), again
 
 
 def pretrained(net: nn.Module, steps: int, setting: str) -> nn.Module:
@@ -129,7 +132,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--removals", type=int, default=30)
     parser.add_argument("--proxies", type=int, default=12, help="removals whose error is predicted; 0 for none")
-    parser.add_argument("--steps", type=int, default=64)
+    parser.add_argument("--steps", type=int, default=64, help="of the recorded run; batches shrink where data run out")
     parser.add_argument("--layers", type=int, default=2)
     parser.add_argument("--width", type=int, default=64)
     parser.add_argument("--pretraining", type=int, default=200, help="steps before the recorded run")

@@ -78,8 +78,10 @@ class Outer:
         if 2 * int(used.sum()) < self.n_samples:  # a product as large as the samples that take part in it
             return Outer(self.left[used], self.right[used]).combine(weights[:, used])
         left, right = self.left.to(weights).flatten(0, 1), self.right.to(weights).flatten(0, 1)
-        per_token = weights.repeat_interleave(self.left.shape[1], 1)
-        return torch.stack([((w[:, None] * left).T @ right).flatten() for w in per_token])
+        total = weights.new_empty(len(weights), left.shape[1], right.shape[1])
+        for matrix, weight in zip(total, weights.repeat_interleave(self.left.shape[1], 1), strict=True):
+            torch.mm((weight[:, None] * left).T, right, out=matrix)
+        return total.flatten(1)
 
     def dense(self, samples: slice = slice(None)) -> Tensor:
         return (self.left[samples].mT @ self.right[samples]).flatten(1)

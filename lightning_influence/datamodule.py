@@ -50,7 +50,9 @@ class SelectionDataModule(L.LightningDataModule):
             epoch has as many batches as before; otherwise batches shrink.
         floor: least fraction of a batch that stays whatever the scores.
         refresh_target_every: inside the step, optimizer steps for which a target gradient is used.
-        curvature, response, optimizer_assumption: as of `attribute`; ``horizon=0`` needs no curvature.
+        curvature, optimizer_assumption: as of `attribute`; ``horizon=0`` needs no curvature.
+        response: as of `attribute`; by default ``"tangent"`` inside the step, which there chooses as well at a fraction
+            of the time, and ``"finite"`` in rounds.
 
     Attributes:
         selection_report: what was decided so far.
@@ -74,7 +76,7 @@ class SelectionDataModule(L.LightningDataModule):
         floor: float = 0.1,
         refresh_target_every: int = 10,
         curvature: Literal["none", "fisher", "hessian"] = "hessian",
-        response: Literal["finite", "tangent"] = "finite",
+        response: Literal["finite", "tangent"] | None = None,
         optimizer_assumption: Literal["sgd"] | None = None,
     ) -> None:
         super().__init__()
@@ -89,7 +91,10 @@ class SelectionDataModule(L.LightningDataModule):
             raise ConfigurationError("Soft weighs gradients, which horizon=0, every=1 does; a batch has no weights.")
         self.portions: Sequence[Policy] = stepwise(self.policy, rescore)
         self.method = Method(
-            curvature if horizon else "none", response, memory_window=min(8, horizon), optimizer=optimizer_assumption
+            curvature if horizon else "none",
+            response or ("tangent" if self.inside_the_step else "finite"),
+            memory_window=min(8, horizon),
+            optimizer=optimizer_assumption,
         )
         self.target_gradient: Vectors | None = None  # the one in use inside the step
         self._offline: InfluenceReport | None = None

@@ -295,7 +295,7 @@ class _Variation:
         total: Tensor | float = 0.0
         for k, parts in forcing.items():
             weights = after.after[k]
-            for weight, part in zip((weights.parameter, *weights.moments), parts, strict=True):
+            for weight, part in zip((weights.parameter, *weights.moments), parts, strict=bool(weights.moments)):
                 total = total + part @ weight.double().T
         return torch.as_tensor(total)
 

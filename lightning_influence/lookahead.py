@@ -45,7 +45,10 @@ class Rollout:
         self.snapshots = [0]
         names: dict[Tensor, str] = {p: k for k, p in module.named_parameters() if p.requires_grad}
         parameters = {k: p.detach().clone() for p, k in names.items()}
-        moments = {k: read_moments(optimizer.state.get(p, {}), UPDATES[self.optimizer], p) for p, k in names.items()}
+        moments = {
+            k: tuple(m.clone() for m in read_moments(optimizer.state.get(p, {}), UPDATES[self.optimizer], p))
+            for p, k in names.items()
+        }
         self._state = State(parameters, moments, {k: b.detach().clone() for k, b in module.named_buffers()})
         for c in (c for parts in candidates for c in parts):
             _check_batch(c)

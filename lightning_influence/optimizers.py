@@ -138,6 +138,11 @@ class RecordedStep:
         moments = tuple(m.to(dtype) for m in self.moments)
         return RecordedStep(self.update, moments, self.gradient.to(dtype), self.hyper)
 
+    def at(self, coordinates: slice) -> RecordedStep:
+        """Some of the coordinates."""
+        moments = tuple(m[coordinates] for m in self.moments)
+        return RecordedStep(self.update, moments, self.gradient[coordinates], self.hyper)
+
     @cached_property
     def taken(self) -> tuple[Tensor, Moments]:
         """Change of the parameter and moments after the step, as recorded."""
@@ -154,23 +159,36 @@ def join(steps: Sequence[RecordedStep]) -> RecordedStep:
 
 @dataclass(frozen=True)
 class Adjoint:
-    """Derivative of the queries with respect to one parameter's optimizer state: ``(q, d)`` each."""
+    """Derivative of the queries with respect to one parameter's optimizer state: ``(q, d)`` each.
+
+    Attributes:
+        moments: empty where the queries do not depend on them: after the last step.
+    """
 
     parameter: Tensor
-    moments: Moments
+    moments: Moments = ()
+
+    def at(self, coordinates: slice) -> Adjoint:
+        """Some of the coordinates."""
+        return Adjoint(self.parameter[:, coordinates], tuple(m[:, coordinates] for m in self.moments))
 
 
 def join_adjoints(adjoints: Sequence[Adjoint]) -> Adjoint:
     """Adjoints of several parameters end to end."""
     if len(adjoints) == 1:
         return adjoints[0]
-    moments = tuple(torch.cat(parts, 1) for parts in zip(*(a.moments for a in adjoints), strict=True))
+    count = max(len(a.moments) for a in adjoints)
+    filled = [a.moments or (torch.zeros_like(a.parameter),) * count for a in adjoints]
+    moments = tuple(torch.cat(parts, 1) for parts in zip(*filled, strict=True))
     return Adjoint(torch.cat([a.parameter for a in adjoints], 1), moments)
 
 
 _SETTLED = 3
 """The step from which an update is differentiated in the run's own precision: at the first, the derivative of Adam's is a
 difference of nearly equal numbers (method.md section 2), which at the third cost one digit at most."""
+
+_BLOCK = 2**17
+"""Coordinates that a processor differentiates at a time: its cache then holds what is computed on the way."""
 
 
 def adjoint(recorded: RecordedStep, after: Adjoint) -> tuple[Adjoint, Tensor]:
@@ -193,6 +211,16 @@ def gradient_adjoint(recorded: RecordedStep, after: Adjoint) -> Tensor:
 
 def _pulled(recorded: RecordedStep, after: Adjoint, *, moments: bool) -> list[Tensor]:
     """Derivatives ``(q, d)`` of the queries in each moment, where asked for, and in the effective gradient."""
+    total = len(recorded.gradient)
+    size = _BLOCK if recorded.gradient.device.type == "cpu" else total
+    if total <= size:
+        return _pulled_block(recorded, after, moments=moments)
+    blocks = [slice(start, start + size) for start in range(0, total, size)]
+    parts = [_pulled_block(recorded.at(block), after.at(block), moments=moments) for block in blocks]
+    return [torch.cat(part, 1) for part in zip(*parts, strict=True)]
+
+
+def _pulled_block(recorded: RecordedStep, after: Adjoint, *, moments: bool) -> list[Tensor]:
     if recorded.hyper["step"] < _SETTLED:
         recorded = recorded.to(torch.float64)
     gradient = recorded.gradient.detach().requires_grad_()
@@ -200,7 +228,8 @@ def _pulled(recorded: RecordedStep, after: Adjoint, *, moments: bool) -> list[Te
     with torch.enable_grad():
         change, new = recorded.update.apply(tuple(before), gradient, recorded.hyper)
     inputs = [*before, gradient] if moments else [gradient]
-    outputs, cotangents = (change, *new), (after.parameter, *after.moments)
+    cotangents = (after.parameter, *after.moments)
+    outputs = (change, *new)[: len(cotangents)]
     if len(after.parameter) > 1:
         return _by_diagonals(outputs, inputs, cotangents)
     pulled = torch.autograd.grad(outputs, inputs, [c[0].to(change) for c in cotangents], materialize_grads=True)
@@ -233,7 +262,7 @@ def finite_response(
     Args:
         window: the recorded step and the up to ``memory_window`` steps that follow.
         after: ``(q, d)``, the adjoint of the parameter after each step of the window.
-        closing: ``(q, d)`` each, the adjoint of the moments after the last step of the window.
+        closing: ``(q, d)`` each, the adjoint of the moments after the last step of the window; empty for zero.
         change: ``(n, d)``, change of the gradient consumed in the first step, one row a sample.
 
     Returns:
@@ -250,7 +279,7 @@ def finite_response(
         delta, changed = recorded.update.apply(changed, gradient, recorded.hyper)
         base_delta, base = recorded.taken
         response += weight.to(change) @ (delta - base_delta).T
-    for weight, new, old in zip(closing, changed, base, strict=True):
+    for weight, new, old in zip(closing, changed, base, strict=bool(closing)):
         response += weight.to(change) @ (new - old).T
     return response
 
@@ -313,6 +342,8 @@ def read_hyper(group: dict[str, Any], state: dict[str, Any], kind: type) -> dict
 
 
 def read_moments(state: dict[str, Any], update: Update, like: Tensor) -> Moments:
-    """Moments of one parameter before its next step, copies shaped like it; zeros before the first."""
+    """Moments of one parameter before its next step, shaped like it; zeros before the first. They are the optimizer's
+    own tensors, which its step changes in place.
+    """
     values = (state.get(key) for key in update.moments)
-    return tuple(torch.zeros_like(like) if v is None else v.detach().clone() for v in values)
+    return tuple(torch.zeros_like(like) if v is None else v.detach() for v in values)

@@ -124,5 +124,7 @@ def consumed_change(
 
 def consumed_gradients(record: StepRecord) -> Vectors:
     """The gradients ``(d,)`` that the optimizer consumed in a step."""
+    if record.clip.rule == "none":
+        return dict(record.gradients)
     coefficient = norm_coefficient(record.clip, record.clip.raw_norm)
     return {k: apply_clip(record.clip, g, coefficient) for k, g in record.gradients.items()}

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import lightning as L
@@ -26,7 +27,7 @@ from lightning_influence.sample_ids import SampleIds
 from lightning_influence.sample_weights import sample_weights
 from lightning_influence.sweep import sweep
 from lightning_influence.trainer import clip_of, loss_scaler, only_optimizer
-from lightning_influence.trajectory import Clip, Shares, StepRecord, Vectors
+from lightning_influence.trajectory import Shares, StepRecord, Vectors
 
 if TYPE_CHECKING:
     from lightning_influence.datamodule import SelectionDataModule
@@ -154,8 +155,10 @@ class LiveStep:
         groups = {p: group for group in optimizer.param_groups for p in group["params"]}
         own = {k: p for k, p in module.named_parameters() if k in forms and p.grad is not None}
         hyper = {k: read_hyper(groups[p], optimizer.state.get(p, {}), type(optimizer)) for k, p in own.items()}
-        norms = [p.grad.norm() for p in groups if p.grad is not None]
-        rule = clip_of(trainer)
+        clip = clip_of(trainer)
+        if clip.rule == "norm":
+            norms = torch.stack([p.grad.norm() for p in groups if p.grad is not None])
+            clip = replace(clip, raw_norm=float(torch.linalg.vector_norm(norms)))
         record = StepRecord(
             index=0,
             sample_ids=torch.cat([m.sample_ids for m in micro_batches]),
@@ -167,12 +170,13 @@ class LiveStep:
                 for k, p in own.items()
             },
             hyper=hyper,
-            clip=Clip(rule.rule, rule.bound, float(torch.linalg.vector_norm(torch.stack(norms)))),
+            clip=clip,
             parameters={k: p.detach().flatten() for k, p in own.items() if coupling(hyper[k])},
         )
         sizes = {k: (p.numel(), p.numel()) for k, p in own.items()}
         dims = {k: p.dim() for k, p in own.items()}
-        return cls(update, sizes, dims, record, {k: forms[k] for k in own}, torch.ones(len(record.sample_ids)), ranks)
+        weights = torch.ones(len(record.sample_ids), dtype=torch.float64)
+        return cls(update, sizes, dims, record, {k: forms[k] for k in own}, weights, ranks)
 
     def weighted(self, weights: Tensor) -> LiveStep:
         """With each sample weighted; what is averaged together is averaged over the weights."""
@@ -193,9 +197,11 @@ class LiveStep:
         return 1
 
     def record(self, index: int) -> StepRecord:
-        if self.whole:
-            return self.full
-        factors, whole = self._factors(), self.full.gradients
+        return self.full if self.whole else self._left_record
+
+    @cached_property
+    def _left_record(self) -> StepRecord:
+        factors, whole = self._factors, self.full.gradients
         gradients = {k: self._left(form, whole[k], factors) for k, form in self.forms.items()}
         clip = self.full.clip
         if clip.rule == "norm":
@@ -208,14 +214,15 @@ class LiveStep:
         if self.ranks.size > 1 or isinstance(form, Stack):
             return self.ranks.sum(form.combine(factors[None].to(whole))[0])
         # all samples are averaged together, and few are taken away
-        kept = self.weights.argmax()
-        taken = form.combine((1 - self.weights)[None].to(whole))[0]
-        return (whole - taken) * (factors[kept] / self.weights[kept]).to(whole)
+        factor = float(factors.sum() / self.weights.sum())
+        taken = form.combine((factor * (self.weights - 1))[None].to(whole))[0]
+        return taken.add_(whole, alpha=factor)
 
     def shares(self, index: int) -> Mapping[str, Shares]:
-        factors = self._factors()
+        factors = self._factors
         return {k: _Weighted(form, factors) for k, form in self.forms.items()}
 
+    @cached_property
     def _factors(self) -> Tensor:
         """Of each share ``(n,)``: its weight, over the mean weight of its micro-batch."""
         losses, numbers = self.full.loss_weights, self.full.micro_batches

@@ -178,9 +178,7 @@ class _Walk:
         self.update = UPDATES[method.optimizer or trajectory.optimizer]
         self.scales = {k: total / max(kept, 1) for k, (kept, total) in trajectory.sizes.items()}
         self.n_queries = next(iter(queries.values())).shape[0]
-        self.adjoints: Adjoints = {
-            k: Adjoint(q, tuple(torch.zeros_like(q) for _ in self.update.moments)) for k, q in queries.items()
-        }
+        self.adjoints: Adjoints = {k: Adjoint(q) for k, q in queries.items()}
         if memory is None:
             window = method.memory_window if self.update.moments else 0
             memory = window + 1 if method.response == "finite" else 0

@@ -155,7 +155,7 @@ class ToyTrajectory:
                 micro_batches=torch.tensor(numbers),
                 gradients={k: p.grad.detach().flatten().clone() for k, p in params.items()},
                 moments={
-                    k: tuple(m.flatten() for m in read_moments(optimizer.state.get(p, {}), update, p))
+                    k: tuple(m.flatten().clone() for m in read_moments(optimizer.state.get(p, {}), update, p))
                     for k, p in params.items()
                 },
                 hyper={

@@ -152,8 +152,8 @@ class GradientCapture:
     def _after_forward(self, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
         if self._n is None or self._rerunning or not torch.is_grad_enabled():
             return None
-        args, kwargs, output = pytree.tree_map(self._per_sample, (args, kwargs, output))
-        args, kwargs = pytree.tree_map(lambda x: x.detach() if isinstance(x, Tensor) else x, (args, kwargs))
+        output = pytree.tree_map(self._per_sample, output)
+        args, kwargs = pytree.tree_map(lambda x: _detached(self._per_sample(x)), (args, kwargs))
         tensors = [leaf for leaf in pytree.tree_leaves(output) if isinstance(leaf, Tensor)]
         for position, tensor in enumerate(tensors):
             if tensor.requires_grad:
@@ -220,6 +220,10 @@ def _hooked(output: Tensor) -> Tensor:
     base = output._base
     whole = base is not None and base.grad_fn is not None and base.numel() == output.numel()
     return base if whole and base.is_contiguous() and output.is_contiguous() else output  # type: ignore[union-attr, return-value]
+
+
+def _detached(value: Any) -> Any:
+    return value.detach() if isinstance(value, Tensor) else value
 
 
 def _widened(value: Any) -> Any:
