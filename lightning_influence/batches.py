@@ -1,4 +1,4 @@
-"""Collated batches as trees of tensors: how many samples they hold, one sample of them."""
+"""Collated batches as trees of tensors: how many samples they hold, some of them."""
 
 from __future__ import annotations
 
@@ -33,14 +33,19 @@ def batch_size(batch: Any) -> int:
     )
 
 
-def example(batch: Any, index: int) -> Any:
-    """A batch of one: sample ``index`` of every tensor whose first dimension is the batch's."""
+def some(batch: Any, samples: slice) -> Any:
+    """Some samples of a batch: of every tensor whose first dimension is the batch's."""
     n = batch_size(batch)
 
-    def one(leaf: Tensor) -> Tensor:
-        return leaf[index : index + 1] if leaf.dim() > 0 and leaf.shape[0] == n else leaf
+    def chosen(leaf: Tensor) -> Tensor:
+        return leaf[samples] if leaf.dim() > 0 and leaf.shape[0] == n else leaf
 
-    return apply_to_collection(batch, Tensor, one)
+    return apply_to_collection(batch, Tensor, chosen)
+
+
+def example(batch: Any, index: int) -> Any:
+    """A batch of one."""
+    return some(batch, slice(index, index + 1))
 
 
 def to_dtype(batch: Any, dtype: torch.dtype) -> Any:

@@ -14,6 +14,7 @@ from torch.utils.data import DataLoader
 
 from lightning_influence.callback import InfluenceCallback
 from lightning_influence.errors import ConfigurationError
+from lightning_influence.live_target import LiveTarget
 from lightning_influence.lookahead import Candidates, look_ahead
 from lightning_influence.random_state import random_state
 from lightning_influence.ranks import Ranks
@@ -22,7 +23,6 @@ from lightning_influence.sample_ids import is_map_style
 from lightning_influence.selection import Fraction, Keep, Policy, SelectionReport, Soft, decide, policy_of, stepwise
 from lightning_influence.step_selection import StepSelection
 from lightning_influence.sweep import Method
-from lightning_influence.trajectory import Vectors
 
 _PASSED_ON = ("val_dataloader", "test_dataloader", "predict_dataloader")
 
@@ -49,7 +49,8 @@ class SelectionDataModule(L.LightningDataModule):
         rebatch: deliver full batches of kept samples, drawing on further passes over the candidates until the
             epoch has as many batches as before; otherwise batches shrink.
         floor: least fraction of a batch that stays whatever the scores.
-        refresh_target_every: inside the step, optimizer steps for which a target gradient is used.
+        refresh_target_every: inside the step, optimizer steps in which the whole target is read once; in between, a part of
+            it at a time tells how its gradient moves. A function is read at every step.
         curvature, optimizer_assumption: as of `attribute`; ``horizon=0`` needs no curvature.
         response: as of `attribute`; by default ``"tangent"`` inside the step, which there chooses as well at a fraction
             of the time, and ``"finite"`` in rounds.
@@ -82,7 +83,7 @@ class SelectionDataModule(L.LightningDataModule):
         super().__init__()
         self.data, self.target, self.online_selection = data, target, online_selection
         self.horizon, self.every, self.rebatch, self.floor = horizon, every, rebatch, floor
-        self.refresh_target_every = refresh_target_every
+        self.live_target = LiveTarget(refresh_target_every)  # inside the step
         self.selection_report = SelectionReport()
         self._check()
         policy = policy_of(keep)
@@ -96,7 +97,6 @@ class SelectionDataModule(L.LightningDataModule):
             memory_window=min(8, horizon),
             optimizer=optimizer_assumption,
         )
-        self.target_gradient: Vectors | None = None  # the one in use inside the step
         self._offline: InfluenceReport | None = None
         for name in _PASSED_ON:  # what is not there is not defined: Lightning then leaves validation, say, out
             defined = isinstance(data, L.LightningDataModule) and is_overridden(name, data)
@@ -118,7 +118,7 @@ class SelectionDataModule(L.LightningDataModule):
     def _check(self) -> None:
         for name, value, least in (
             ("horizon", self.horizon, 0),
-            ("refresh_target_every", self.refresh_target_every, 1),
+            ("refresh_target_every", self.live_target.every, 1),
         ):
             if value < least:
                 raise ConfigurationError(f"{name}={value}; it counts optimizer steps and is at least {least}.")
@@ -230,10 +230,10 @@ class SelectionDataModule(L.LightningDataModule):
 
     def state_dict(self) -> dict[str, Any]:
         ranks = Ranks() if self.trainer is None else Ranks.of(self.trainer)
-        return {"decisions": ranks.gather(self.selection_report.rows), "target_gradient": self.target_gradient}
+        return {"decisions": ranks.gather(self.selection_report.rows), "target": self.live_target.state_dict()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self.target_gradient = state_dict["target_gradient"]
+        self.live_target.load_state_dict(state_dict["target"])
         decisions = state_dict["decisions"]
         rank = 0 if self.trainer is None else self.trainer.global_rank
         self.selection_report = SelectionReport(list(decisions[rank]) if rank < len(decisions) else [])

@@ -106,23 +106,28 @@ def look_ahead(
         for start in range(scored):
             stop = min(start + 1 + horizon, len(run))
             run.place(stop)
-            gradients = target_gradient(module, target, run)
+            gradients = target_gradient(module, target, list(run.sizes), run.select)
             window = Window(run, start, stop)
             found.append(sweep(window, gradients, method, scored=range(1), progress=False).scores[:, 0])
     return found
 
 
-def target_gradient(module: L.LightningModule, target: Any, trajectory: Trajectory) -> Vectors:
-    """Gradient of the mean target loss at the module's parameters, ``(1, d)`` each."""
-    names = list(trajectory.sizes)
+def target_gradient(
+    module: L.LightningModule, target: Any, names: Sequence[str], select: Callable[[str, Tensor], Tensor]
+) -> Vectors:
+    """Gradient of the mean target loss at the module's parameters, ``(1, d)`` each.
+
+    Args:
+        names, select: as of `queries.query_gradients`.
+    """
     if callable(target):
         parameters = dict(module.named_parameters())
         chosen = [parameters[name] for name in names]
         with torch.enable_grad():
             loss = target(module)
         gradients = torch.autograd.grad(loss, chosen, allow_unused=True, materialize_grads=True)
-        return {k: trajectory.select(k, g)[None] for k, g in zip(names, gradients, strict=True)}
-    return query_gradients(module, target, names, trajectory.select, target="mean", progress=False)
+        return {k: select(k, g)[None] for k, g in zip(names, gradients, strict=True)}
+    return query_gradients(module, target, names, select, target="mean", progress=False)
 
 
 class Window:

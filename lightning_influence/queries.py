@@ -14,7 +14,7 @@ from tqdm.auto import tqdm
 from lightning_influence.batches import batch_size, example
 from lightning_influence.curvature import GradientGraph, differentiable_attention
 from lightning_influence.errors import ConfigurationError
-from lightning_influence.training_step import loss_of, quiet
+from lightning_influence.training_step import loss_of, parameters_at, quiet
 from lightning_influence.trajectory import Vectors
 
 QueryLoss: TypeAlias = Callable[[LightningModule, Any], Tensor]
@@ -106,22 +106,14 @@ def _gradient_graphs(
     model: LightningModule, batches: Iterable[Any], parameters: dict[str, Tensor], query_loss: QueryLoss | None
 ) -> Iterator[GradientGraph]:
     own = dict(model.named_parameters())
-    with torch.no_grad():
-        present = {k: own[k].clone() for k in parameters}
-        for k, p in parameters.items():
-            own[k].copy_(p)
     leaves: dict[str, Tensor] = {k: own[k] for k in parameters}
-    try:
+    with parameters_at(model, parameters):
         for batch in batches:
             for i in range(batch_size(batch)):
                 one = example(batch, i)
                 loss = _losses(model, one, query_loss).sum()
                 found = torch.autograd.grad(loss, list(leaves.values()), create_graph=True, materialize_grads=True)
                 yield GradientGraph(leaves, dict(zip(leaves, found, strict=True)))
-    finally:
-        with torch.no_grad():
-            for k, p in present.items():
-                own[k].copy_(p)
 
 
 def _each_gradient(

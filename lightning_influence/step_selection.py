@@ -1,7 +1,7 @@
 """Selection inside the step: samples leave the gradient that the backward pass has already produced.
 
 Immediate scores (horizon 0) need no roll-out. The shares of the step's gradient come from the training backward,
-and the target gradient is kept for some steps, so all that is added is one target gradient every so often.
+and the whole target is read only every so often (`live_target`).
 """
 
 from __future__ import annotations
@@ -18,7 +18,6 @@ from torch import Tensor
 from lightning_influence.capture import GradientCapture
 from lightning_influence.compression import Form, Stack
 from lightning_influence.errors import CurvatureUnavailable
-from lightning_influence.lookahead import target_gradient
 from lightning_influence.optimizers import UPDATES, coupling, read_hyper, read_moments, update_name
 from lightning_influence.optimizers import step as take_step
 from lightning_influence.ranks import Ranks
@@ -27,6 +26,7 @@ from lightning_influence.sample_ids import SampleIds
 from lightning_influence.sample_weights import sample_weights
 from lightning_influence.sweep import sweep
 from lightning_influence.trainer import clip_of, loss_scaler, only_optimizer
+from lightning_influence.training_step import parameters_at
 from lightning_influence.trajectory import Shares, StepRecord, Vectors
 
 if TYPE_CHECKING:
@@ -81,38 +81,25 @@ class StepSelection(L.Callback):
     ) -> None:
         micro_batches, self._micro_batches = self._micro_batches, []
         step = LiveStep.read(trainer, micro_batches, self._ranks)
-        stale = self.data.target_gradient is None or trainer.global_step % self.data.refresh_target_every == 0
         scores = torch.zeros(len(step.weights))
         for policy in self.data.portions:
-            if stale:
-                self.data.target_gradient = self._target_after(pl_module, step)
-                stale = self.data.refresh_target_every == 1  # then also between the portions of one step
-            assert self.data.target_gradient is not None
             left = step.weights > 0
-            rows = sweep(step, self.data.target_gradient, self.data.method, progress=False)
-            scores[left] = rows.scores[left, 0].to(scores)
+            target = self._target_after(trainer, step)
+            scores[left] = sweep(step, target, self.data.method, progress=False).scores[left, 0].to(scores)
             step = step.weighted(self.data.decide(policy, scores, step.full.sample_ids, step.full.micro_batches, left))
         step.write(pl_module)
         self.data.note(trainer, step.full.sample_ids, scores, step.weights)
 
-    def _target_after(self, module: L.LightningModule, step: LiveStep) -> Vectors:
+    def _target_after(self, trainer: L.Trainer, step: LiveStep) -> Vectors:
         """The target gradient where the step leads: that is where the removal of a sample is felt."""
-        parameters = dict(module.named_parameters())
-        before = {k: (p, p.grad, p.detach().clone()) for k, p in parameters.items()}
-        record = step.record(0)
-        with torch.no_grad():
-            for k, gradient in consumed_gradients(record).items():
-                p, moments = parameters[k], record.moments[k]
-                p.copy_(
-                    take_step(UPDATES[step.optimizer], p.flatten(), moments, gradient, record.hyper[k])[0].view_as(p)
-                )
-        try:
-            return target_gradient(module, self.data.target_batches(), step)
-        finally:
-            with torch.no_grad():
-                for p, gradient_before, value in before.values():
-                    p.copy_(value)
-                    p.grad = gradient_before
+        module, record, update = trainer.lightning_module, step.record(0), UPDATES[step.optimizer]
+        parameters = {k: p.detach() for k, p in module.named_parameters() if k in record.gradients}
+        moved = {
+            k: take_step(update, parameters[k].flatten(), record.moments[k], gradient, record.hyper[k])[0]
+            for k, gradient in consumed_gradients(record).items()
+        }
+        with parameters_at(module, {k: value.view_as(parameters[k]) for k, value in moved.items()}):
+            return self.data.live_target.gradient(module, self.data.target_batches(), step.select, trainer.global_step)
 
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         if self._capture is not None:
@@ -127,7 +114,7 @@ class LiveStep:
 
     Attributes:
         full: with every sample in it.
-        dims: number of dimensions of each parameter.
+        dims: number of dimensions of each parameter that is trained.
         forms: shares of the samples.
         weights: ``(n,)``, what is left of each of this process's samples.
         ranks: the processes whose gradients are averaged.
@@ -174,7 +161,7 @@ class LiveStep:
             parameters={k: p.detach().flatten() for k, p in own.items() if coupling(hyper[k])},
         )
         sizes = {k: (p.numel(), p.numel()) for k, p in own.items()}
-        dims = {k: p.dim() for k, p in own.items()}
+        dims = {k: p.dim() for k, p in module.named_parameters() if p.requires_grad}
         weights = torch.ones(len(record.sample_ids), dtype=torch.float64)
         return cls(update, sizes, dims, record, {k: forms[k] for k in own}, weights, ranks)
 

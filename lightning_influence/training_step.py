@@ -1,4 +1,4 @@
-"""A module's own training step as a plain function of a batch: quiet, and reduced to its loss."""
+"""A module's own training step as a plain function of a batch: quiet, at chosen parameters, and reduced to its loss."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from lightning import LightningModule
 from torch import Tensor
 
@@ -26,6 +27,23 @@ def quiet(module: LightningModule) -> Iterator[None]:
         for name in _LOGGING:
             object.__delattr__(module, name)
         module.__dict__.update(before)
+
+
+@contextmanager
+def parameters_at(module: LightningModule, values: Mapping[str, Tensor]) -> Iterator[None]:
+    """The module with other values in its parameters meanwhile; they and their gradients are afterwards as they were."""
+    own = {k: p for k, p in module.named_parameters() if k in values}
+    before = {k: (p.detach().clone(), p.grad) for k, p in own.items()}
+    with torch.no_grad():
+        for k, p in own.items():
+            p.copy_(values[k])
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for k, (value, gradient) in before.items():
+                own[k].copy_(value)
+                own[k].grad = gradient
 
 
 def _ignore(*_: Any, **__: Any) -> None:
