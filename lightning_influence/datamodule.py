@@ -52,8 +52,8 @@ class SelectionDataModule(L.LightningDataModule):
         refresh_target_every: inside the step, optimizer steps in which the whole target is read once; in between, a part of
             it at a time tells how its gradient moves. A function is read at every step.
         curvature, optimizer_assumption: as of `attribute`; ``horizon=0`` needs no curvature.
-        response: as of `attribute`; by default ``"tangent"`` inside the step, which there chooses as well at a fraction
-            of the time, and ``"finite"`` in rounds.
+        response: as of `attribute`; first order unless asked, which selects as well at a fraction of the time
+            (docs/benchmarks.md).
 
     Attributes:
         selection_report: what was decided so far.
@@ -77,7 +77,7 @@ class SelectionDataModule(L.LightningDataModule):
         floor: float = 0.1,
         refresh_target_every: int = 10,
         curvature: Literal["none", "fisher", "hessian"] = "hessian",
-        response: Literal["finite", "tangent"] | None = None,
+        response: Literal["finite", "tangent"] = "tangent",
         optimizer_assumption: Literal["sgd"] | None = None,
     ) -> None:
         super().__init__()
@@ -93,7 +93,7 @@ class SelectionDataModule(L.LightningDataModule):
         self.portions: Sequence[Policy] = stepwise(self.policy, rescore)
         self.method = Method(
             curvature if horizon else "none",
-            response or ("tangent" if self.inside_the_step else "finite"),
+            response,
             memory_window=min(8, horizon),
             optimizer=optimizer_assumption,
         )
