@@ -10,6 +10,7 @@ import pandas as pd
 import torch
 from scipy.stats import rankdata
 from torch import Tensor
+from torchmetrics.functional import pearson_corrcoef
 
 from lightning_influence.errors import ConfigurationError
 
@@ -104,8 +105,15 @@ def _ranks(values: Tensor) -> Tensor:
 def _pearson(a: Tensor, b: Tensor) -> Tensor:
     """Of every column; 0 where one of the two is constant."""
     varies = (a != a[0]).any(0) & (b != b[0]).any(0)
-    a, b = a - a.mean(0), b - b.mean(0)
-    return torch.where(varies, (a * b).sum(0) / (a.norm(dim=0) * b.norm(dim=0)), 0.0).clamp(-1, 1)
+    found = a.new_zeros(a.shape[1])
+    if varies.any():
+        found[varies] = pearson_corrcoef(_standard(a[:, varies]), _standard(b[:, varies]))
+    return found.clamp(-1, 1)
+
+
+def _standard(values: Tensor) -> Tensor:
+    """Columns of mean 0 and variance 1: effects are small numbers, whose variance torchmetrics would take for none."""
+    return (values - values.mean(0)) / values.std(0)
 
 
 def _intervals(
