@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
-from itertools import islice
+from collections.abc import Iterable, Sequence
 from typing import Any, Literal
 
 import lightning as L
@@ -16,10 +15,10 @@ from lightning_influence.callback import InfluenceCallback
 from lightning_influence.errors import ConfigurationError
 from lightning_influence.live_target import LiveTarget
 from lightning_influence.lookahead import Candidates, look_ahead
-from lightning_influence.random_state import random_state
 from lightning_influence.ranks import Ranks
 from lightning_influence.report import InfluenceReport
 from lightning_influence.sample_ids import is_map_style
+from lightning_influence.selecting_loader import SelectingLoader
 from lightning_influence.selection import Fraction, Keep, Policy, SelectionReport, Soft, decide, policy_of, stepwise
 from lightning_influence.step_selection import StepSelection
 from lightning_influence.sweep import Method
@@ -237,115 +236,3 @@ class SelectionDataModule(L.LightningDataModule):
         decisions = state_dict["decisions"]
         rank = 0 if self.trainer is None else self.trainer.global_rank
         self.selection_report = SelectionReport(list(decisions[rank]) if rank < len(decisions) else [])
-
-
-class SelectingLoader:
-    """A training loader whose batches are chosen just before they are needed.
-
-    Its length is known, so Lightning fetches nothing ahead and every round sees the run where it stands. Several
-    processes deal out among them the batches that the first one draws, and each selects on its own; they have
-    equally many batches, so none waits for another.
-    """
-
-    def __init__(self, selection: SelectionDataModule, loader: DataLoader[Any], ranks: Ranks) -> None:
-        self.selection, self.loader, self.ranks = selection, loader, ranks
-        self.dataset = loader.dataset
-
-    def __len__(self) -> int:
-        return -(-len(self.loader) // self.ranks.size)
-
-    def __iter__(self) -> Iterator[Any]:
-        # random numbers are drawn as the loader itself draws them, so that the order of the data is the same
-        seed = torch.empty((), dtype=torch.int64).random_(generator=self.loader.generator)
-        self._worker_seeds = torch.Generator().manual_seed(int(seed))
-        delivered, waiting = 0, list[int]()
-        passes = self._passes()
-        drawn = next(passes)
-        size = len(drawn[0]) if drawn else 0
-        while delivered < len(self) and drawn:
-            length = self._round(len(drawn))
-            kept = self._select(drawn, length)
-            drawn = drawn[length:]
-            if self.selection.rebatch:
-                waiting += [z for batch in kept for z in batch]
-                kept = [waiting[i : i + size] for i in range(0, len(waiting) - size + 1, size)]
-                waiting = waiting[len(kept) * size :]
-                drawn = drawn or next(passes)
-            for batch in self._fetch(kept[: len(self) - delivered]):
-                delivered += 1
-                yield batch
-
-    def _passes(self) -> Iterator[list[list[int]]]:
-        """This process's batches of each pass over the data, as indices."""
-        if self.ranks.size == 1:
-            while True:
-                yield self._draw()
-        # processes need further passes at different times, so all that may be needed are agreed on beforehand
-        batches = self._draw()
-        further = [self._draw() for _ in range(self._most_passes(len(batches[0])) - 1)] if batches else []
-        for drawn in self.ranks.first([batches, *further]):
-            padded = drawn + drawn[: -len(drawn) % self.ranks.size]
-            yield padded[self.ranks.rank :: self.ranks.size]
-
-    def _most_passes(self, size: int) -> int:
-        """Passes that fill the epoch even if every batch keeps no more than its floor."""
-        if not self.selection.rebatch:
-            return 1
-        return 2 + -(-size // max(1, round(self.selection.floor * size)))
-
-    def _draw(self) -> list[list[int]]:
-        sampler = self.loader.batch_sampler
-        assert sampler is not None
-        # workers run past the end of a sampler, which draws random numbers there; without them nobody does
-        batches = sampler if self.loader.num_workers else islice(sampler, len(self.loader))
-        return [[int(z) for z in batch] for batch in batches]
-
-    def _round(self, available: int) -> int:
-        """Batches that the next round decides about."""
-        every = self.selection.every
-        trainer = self.selection.trainer
-        assert trainer is not None
-        return available if every == "epoch" else min(available, int(every) * trainer.accumulate_grad_batches)
-
-    def _select(self, drawn: list[list[int]], length: int) -> list[list[int]]:
-        """The first ``length`` batches without what the policy removes."""
-        selection, trainer = self.selection, self.selection.trainer
-        assert trainer is not None
-        ahead = drawn[: length + selection.horizon * trainer.accumulate_grad_batches]
-        sample_ids = torch.tensor([z for batch in drawn[:length] for z in batch])
-        batches = torch.tensor([i for i, batch in enumerate(drawn[:length]) for _ in batch])
-        left = torch.ones(len(sample_ids), dtype=torch.bool)
-        scores = torch.zeros(len(sample_ids))
-        for policy in selection.portions:
-            kept = [sample_ids[left & (batches == i)].tolist() for i in range(length)]
-            scores[left] = self._scores([*kept, *ahead[length:]], length).to(scores)
-            left = selection.decide(policy, scores, sample_ids, batches, left) > 0
-        selection.note(trainer, sample_ids, scores, left.float())
-        return [sample_ids[left & (batches == i)].tolist() for i in range(length)]
-
-    def _scores(self, batches: list[list[int]], length: int) -> Tensor:
-        trainer = self.selection.trainer
-        assert trainer is not None
-        per_step = trainer.accumulate_grad_batches
-        found: Iterable[Any] = [None] * len(batches)  # a report needs no batches
-        with random_state(None):
-            if self.selection._offline is None:
-                found = [trainer.strategy.batch_to_device(batch, dataloader_idx=0) for batch in self._fetch(batches)]
-            candidates = [Candidates(b, torch.tensor(ids)) for b, ids in zip(found, batches, strict=True)]
-            steps = [candidates[i : i + per_step] for i in range(0, len(candidates), per_step)]
-            return torch.cat(self.selection.round_scores(steps, -(-length // per_step)))
-
-    def _fetch(self, batches: list[list[int]]) -> Iterable[Any]:
-        """The collated batches, by the wrapped loader's own workers and collate function."""
-        loader = self.loader
-        workers = min(loader.num_workers, len(batches))
-        return DataLoader(
-            loader.dataset,
-            batch_sampler=batches,
-            num_workers=workers,
-            collate_fn=loader.collate_fn,
-            pin_memory=loader.pin_memory,
-            worker_init_fn=loader.worker_init_fn,
-            generator=self._worker_seeds,
-            multiprocessing_context=loader.multiprocessing_context if workers else None,
-        )

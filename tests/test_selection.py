@@ -12,6 +12,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from lightning.pytorch.callbacks import ModelCheckpoint
 from modules import Classifier, digits
 from scipy.stats import spearmanr
 from torch import Tensor, nn
@@ -257,6 +258,25 @@ def test_a_resumed_run_makes_the_same_decisions(tmp_path: Path, every: Any) -> N
     run.fit(resumed, rest, ckpt_path=tmp_path / "one.ckpt")
     assert same(whole.state_dict(), resumed.state_dict())
     assert rest.selection_report.to_pandas().equals(data.selection_report.to_pandas())
+
+
+@pytest.mark.parametrize(
+    "options", [{"every": "epoch"}, {"every": 2, "horizon": 1}, {"every": "epoch", "rebatch": True}]
+)
+@pytest.mark.parametrize("at", [2, 6, 9])
+def test_a_run_resumed_inside_an_epoch_makes_the_same_decisions(
+    tmp_path: Path, options: dict[str, Any], at: int
+) -> None:
+    def train(folder: Path, **fit: Any) -> tuple[Any, Any]:
+        module, data = Classifier(scheduled), SelectionDataModule(loader(), target(), keep=0.5, **options)
+        saves = ModelCheckpoint(folder, every_n_train_steps=1, save_top_k=-1, filename="{step}")
+        trainer(saves, max_epochs=2, enable_checkpointing=True).fit(module, data, **fit)
+        return module.state_dict(), data.selection_report.to_pandas()
+
+    whole, decided = train(tmp_path)
+    resumed, again = train(tmp_path / "resumed", ckpt_path=tmp_path / f"step={at}.ckpt")
+    assert same(whole, resumed)
+    assert again.equals(decided)
 
 
 def test_a_target_may_be_a_function() -> None:
