@@ -181,13 +181,15 @@ class _Variation:
         self.trajectory, self.method = trajectory, method
         self.update = UPDATES[trajectory.optimizer]
         self.pairs = pairs
+        self.scales = {k: total / max(kept, 1) for k, (kept, total) in trajectory.sizes.items()}
 
     def run(
         self, passed: Mapping[int, Passed], query_curvature: QueryCurvature | None, advanced: Callable[[], object]
     ) -> ErrorProxy:
         start = self.pairs[0][1]
         kept = {k: size for k, (size, _) in self.trajectory.sizes.items()}
-        zero = {k: torch.zeros(len(self.pairs), size, dtype=torch.float64) for k, size in kept.items()}
+        device = next(iter(passed[start].after.values())).parameter.device
+        zero = {k: torch.zeros(len(self.pairs), size, dtype=torch.float64, device=device) for k, size in kept.items()}
         full = self._still(zero)
         bare = self._still(zero)  # moments only: parameters held, as in the finite response's window
         n_queries = next(iter(passed[start].after.values())).parameter.shape[0]
@@ -211,7 +213,7 @@ class _Variation:
             curvature += self._contract(after, forcing) - own + self._slope(after, third)
             advanced()
         if query_curvature is not None:
-            curvature = curvature + query_curvature({k: s.parameter for k, s in full.items()}).double()
+            curvature = curvature + query_curvature({k: s.parameter for k, s in full.items()}).double().cpu()
         samples, steps = torch.tensor(self.pairs).T
         return ErrorProxy(samples, steps, tangent, step / 2, memory / 2, curvature / 2, finite - tangent)
 
@@ -228,9 +230,8 @@ class _Variation:
             )
         positions = [ids.index(z) for z in samples]
         removed, shares = removal(record, self.method.counterfactual), self.trajectory.shares(record.index)
-        scales = {k: total / max(kept, 1) for k, (kept, total) in self.trajectory.sizes.items()}
         whole = {k: [slice(None)] for k in shares}
-        change = consumed_change(removed, record, shares, scales, whole)
+        change = consumed_change(removed, record, shares, self.scales, whole)
         gradients = {k: g.double() for k, g in record.gradients.items()}
         totals = {k: removed.totals(share, gradients[k]) for k, share in shares.items()}
         return _Removed(
@@ -245,7 +246,7 @@ class _Variation:
         for k, change in consumed.items():
             window = [passed[t] for t in range(index, remembers) if k in passed[t].recorded]
             after, closing = [p.after[k].parameter for p in window], window[-1].after[k].moments
-            total = total + finite_response([p.recorded[k] for p in window], after, closing, change).T
+            total = total + finite_response([p.recorded[k] for p in window], after, closing, change).T.cpu()
         return torch.as_tensor(total)
 
     def _still(self, zero: Vectors) -> dict[str, _Tangent]:
@@ -275,7 +276,7 @@ class _Variation:
             bent: first variation of the gradient before clipping.
             hold: let the parameter's own variation stay zero.
         """
-        consumed, consumed_twice = _clip_variations(record, bent)
+        consumed, consumed_twice = _clip_variations(record, bent, self.scales)
         new, forcing = dict(state), {}
         for k, gradient in record.gradients.items():
             clipped = apply_clip(record.clip, gradient, norm_coefficient(record.clip, record.clip.raw_norm))
@@ -296,12 +297,12 @@ class _Variation:
         for k, parts in forcing.items():
             weights = after.after[k]
             for weight, part in zip((weights.parameter, *weights.moments), parts, strict=bool(weights.moments)):
-                total = total + part @ weight.double().T
+                total = total + (part @ weight.double().T).cpu()
         return torch.as_tensor(total)
 
     def _slope(self, after: Passed, gradients: Vectors) -> Tensor:
         """Changes of the gradient before clipping against the adjoint, ``(k, q)``."""
-        return torch.stack([g @ after.gradient[k].double().T for k, g in gradients.items()]).sum(0)
+        return torch.stack([g @ after.gradient[k].double().T for k, g in gradients.items()]).sum(0).cpu()
 
 
 def _curve(
@@ -329,19 +330,21 @@ def _curve(
     return tuple(part.detach() for part in first), tuple(second)
 
 
-def _clip_variations(record: StepRecord, bent: Vectors) -> tuple[Vectors, Vectors]:
-    """First and second variation of the consumed gradient from the first of the one before clipping."""
+def _clip_variations(record: StepRecord, bent: Vectors, scales: Mapping[str, float]) -> tuple[Vectors, Vectors]:
+    """First and second variation of the consumed gradient from the first of the one before clipping; ``scales``
+    extrapolates the norm over masked parameters, as `clipping.clip_adjoint` does.
+    """
     if record.clip.rule == "none":
         return bent, {k: torch.zeros_like(b) for k, b in bent.items()}
     names = list(record.gradients)
     raw = {k: record.gradients[k].double() for k in names}
     size = (len(next(iter(bent.values()))), 1)
-    unseen = record.clip.raw_norm**2 - sum(float(g.square().sum()) for g in raw.values())
 
     def along(eps: Tensor) -> tuple[Tensor, ...]:
         moved = {k: raw[k] + eps * bent[k] for k in names}
-        seen = torch.stack([g.square().sum(-1, keepdim=True).expand(size) for g in moved.values()]).sum(0)
-        norm = torch.sqrt(seen + unseen)
+        squares = {k: g.square().sum(-1, keepdim=True).expand(size) - raw[k].square().sum() for k, g in moved.items()}
+        changed = torch.stack([scales[k] * square for k, square in squares.items()]).sum(0)
+        norm = torch.sqrt(record.clip.raw_norm**2 + changed)
         return tuple(apply_clip(record.clip, moved[k], norm_coefficient(record.clip, norm)) for k in names)
 
     first, second = _two_derivatives(along)

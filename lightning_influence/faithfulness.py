@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -22,13 +23,14 @@ from lightning_influence.errors import ConfigurationError
 from lightning_influence.log import LoggedSteps
 from lightning_influence.queries import QueryLoss, query_losses
 from lightning_influence.replay_log import LoggedPlan, samples_of
+from lightning_influence.report import InfluenceReport
 from lightning_influence.retraining import Removal, Run, each_effect, moved_initialisation, recorded_run, retrain
 
 CEILING = "ceiling"
 """The row of the truth measured again: what any estimator can reach."""
 
 ESTIMATORS: dict[str, dict[str, Any]] = {
-    "SGD assumed": {"optimizer_assumption": "sgd", "response": "tangent", "curvature": "fisher"},
+    "SGD assumed": {"optimizer_assumption": "sgd", "response": "tangent"},
     "first order": {"response": "tangent"},
     "finite": {"response": "finite"},
 }
@@ -94,8 +96,8 @@ class Faithfulness:
         ceiling = self.single.get(CEILING)
         if ceiling is not None and ceiling.spearman.value < 0.9:
             told.append(
-                f"The effect itself is reproducible only to {ceiling.spearman} from a slightly moved initialisation: no "
-                "estimator can do better, and single removals mean little in this run."
+                f"The effect itself is reproducible only to {ceiling.spearman} from a slightly moved initialisation: what "
+                "agrees better knows this one run, not the samples, and single removals mean little in it."
             )
         return " ".join(told)
 
@@ -143,14 +145,19 @@ def check_faithfulness(
         subsets: how many random subsets of ``subset_size`` of the samples to remove besides, for the linear
             datamodeling score.
         target: None compares per query, ``"mean"`` their mean.
-        ceiling: measure the truth once more from a slightly moved initialisation.
+        ceiling: measure the truth once more from a slightly moved initialisation, and with other random numbers where
+            the module draws any.
         dtype: of retraining; None for the run's own.
-        results: a file in which finished retrainings are kept, so that an interrupted check goes on with it.
+        results: a file in which finished retrainings are kept, so that an interrupted check goes on with it; that of
+            another run, other queries or another counterfactual is refused.
         workers: processes that retrain side by side (`retraining.each_effect`).
 
     Raises:
-        ConfigurationError: no initialisation, samples that the run did not use, or too few removals.
+        ConfigurationError: no initialisation, samples that the run did not use, too few removals, no estimator, or
+            ``results`` of another check.
     """
+    if not estimators:
+        raise ConfigurationError("estimators is empty; name at least one, as in faithfulness.ESTIMATORS.")
     queries = list(queries)
     reports = {
         name: attribute(
@@ -160,7 +167,8 @@ def check_faithfulness(
         for name, options in estimators.items()
     }  # fmt: skip
     dataset, collate = samples_of(data)
-    run = recorded_run(log, make_model or _initialisation(log, model), dataset, collate=collate, dtype=dtype)
+    initial = make_model or _initialisation(log, model)
+    run = recorded_run(log, initial, dataset, collate=collate, dtype=dtype, seed=seed)
     used = next(iter(reports.values())).sample_ids
     asked = _removals(used, removals, subsets, subset_size, seed)
     truth_queries = queries if dtype is None else [to_dtype(batch, dtype) for batch in queries]
@@ -169,13 +177,17 @@ def check_faithfulness(
         each = query_losses(module, truth_queries, query_loss)
         return each.mean()[None] if target == "mean" else each
 
-    effects = _Effects(run, asked, losses, counterfactual, workers, progress)
-    truth = effects.measure("retraining", results)
+    baseline = losses(retrain(run))
+    subject = {"baseline": baseline.tolist(), "counterfactual": counterfactual, "target": target, "dtype": str(dtype)}
+    effects = _Effects(
+        run, asked, losses, counterfactual, workers, progress, None if results is None else Path(results)
+    )
+    effects.open(subject)
+    truth = effects.measure("retraining")
     scores = {name: _predicted(report.scores, report.sample_ids, asked) for name, report in reports.items()}
     measured = dict(scores)
     if ceiling:
-        moved = replace(effects, run=moved_initialisation(run))
-        measured[CEILING] = moved.measure("ceiling", None if results is None else Path(results).with_suffix(".ceiling"))
+        measured[CEILING] = replace(effects, run=moved_initialisation(replace(run, seed=seed + 1))).measure(CEILING)
     n = len(asked) - subsets
     return Faithfulness(
         {name: compare(found[:n], truth[:n]) for name, found in measured.items()},
@@ -183,13 +195,13 @@ def check_faithfulness(
         truth,
         scores,
         asked,
-        _levels(reports, run, losses, model),
+        _levels(reports, baseline, losses, model),
     )
 
 
 @dataclass(frozen=True)
 class _Effects:
-    """Measures removals, keeping what is done in a file."""
+    """Measures removals, keeping what is done in a file: a line that says of what, and one per retraining."""
 
     run: Run
     removals: Sequence[Removal]
@@ -197,35 +209,76 @@ class _Effects:
     counterfactual: Literal["drop", "zero"]
     workers: int
     progress: bool
+    results: Path | None
 
-    def measure(self, what: str, results: str | Path | None) -> Tensor:
-        done = _read(results)
+    def open(self, subject: Mapping[str, Any]) -> None:
+        """Begin the file, or refuse one that is about something else."""
+        if self.results is None:
+            return
+        self.results.parent.mkdir(parents=True, exist_ok=True)
+        lines = _lines(self.results)
+        if not lines:
+            self._keep({"of": subject})
+        elif not _same(lines[0].get("of"), subject):
+            raise ConfigurationError(
+                f"results={str(self.results)!r} holds the retrainings of another check ({_told(lines[0].get('of'))}; here "
+                f"{_told(subject)}). Give another file, or delete it."
+            )
+
+    def measure(self, what: str) -> Tensor:
+        lines = [] if self.results is None else _lines(self.results)[1:]
+        done = {line["removal"]: line["effect"] for line in lines if line["what"] == what}
         waiting = [r for r in self.removals if _key(r) not in done]
         each = each_effect(self.run, waiting, self.losses, counterfactual=self.counterfactual, workers=self.workers)
         if waiting:
             for number, effect in tqdm(each, what, len(waiting), unit="run", delay=2, disable=not self.progress):
-                done[_key(waiting[number])] = effect.tolist()
-                if results is not None:
-                    with open(results, "a") as file:
-                        file.write(json.dumps({"removal": _key(waiting[number]), "effect": effect.tolist()}) + "\n")
+                key = _key(waiting[number])
+                done[key] = effect.tolist()
+                self._keep({"what": what, "removal": key, "effect": done[key]})
         return torch.tensor([done[_key(r)] for r in self.removals], dtype=torch.float64)
+
+    def _keep(self, line: Mapping[str, Any]) -> None:
+        if self.results is None:
+            return
+        with open(self.results, "a+b") as file:
+            if file.tell():  # where an earlier check was interrupted, its last line may be without an end
+                file.seek(-1, os.SEEK_END)
+                cut = file.read(1) != b"\n"
+                file.write(b"\n" if cut else b"")
+            file.write(json.dumps(line).encode() + b"\n")
 
 
 def _key(removal: Removal) -> str:
     return json.dumps(sorted(removal) if isinstance(removal, frozenset) else removal)
 
 
-def _read(results: str | Path | None) -> dict[str, list[float]]:
-    if results is None or not Path(results).exists():
-        return {}
-    found = {}
-    for line in Path(results).read_text().splitlines():
+def _lines(path: Path) -> list[dict[str, Any]]:
+    """The complete lines of a file of results."""
+    found = []
+    for line in path.read_text().splitlines() if path.exists() else []:
         try:
             told = json.loads(line)
         except json.JSONDecodeError:
             continue  # the line at which an earlier check was interrupted
-        found[told["removal"]] = told["effect"]
+        if isinstance(told, dict):
+            found.append(told)
     return found
+
+
+def _same(before: Any, now: Mapping[str, Any]) -> bool:
+    """Whether results are those of the same check: the losses of the run trained again tell runs and queries apart."""
+    if not isinstance(before, dict) or any(before.get(k) != v for k, v in now.items() if k != "baseline"):
+        return False
+    losses, expected = torch.tensor(before["baseline"]), torch.tensor(now["baseline"])
+    return losses.shape == expected.shape and torch.allclose(losses, expected, rtol=1e-5, atol=0)
+
+
+def _told(subject: Any) -> str:
+    if not isinstance(subject, dict):
+        return "it does not say of what"
+    mean = sum(subject["baseline"]) / len(subject["baseline"])
+    rest = ", ".join(f"{k}={v!r}" for k, v in subject.items() if k != "baseline")
+    return f"{len(subject['baseline'])} losses of mean {mean:.6g}, {rest}"
 
 
 def _initialisation(log: str | Path, model: LightningModule) -> Callable[[], LightningModule]:
@@ -256,12 +309,13 @@ def _removals(used: Tensor, singles: int | Sequence[int], subsets: int, size: fl
         unknown = sorted(set(chosen) - set(used.tolist()))
         if unknown:
             raise ConfigurationError(f"sample {unknown[0]} was not used in the run; choose from report.sample_ids.")
-    if 0 < len(chosen) < 3 or not (chosen or subsets):
-        raise ConfigurationError(f"{len(chosen)} removals are too few for a correlation; give at least 3.")
     if not 0 < size < 1:
         raise ConfigurationError(
             f"a subset of {size:g} of the samples cannot be removed; give a fraction between 0 and 1."
         )
+    for what, n in (("removals", len(chosen)), ("subsets", subsets)):
+        if n < 3 and (what == "removals" or n):
+            raise ConfigurationError(f"{n} {what} are too few for a correlation; give at least 3.")
     n = max(1, round(size * len(used)))
     drawn = [used[torch.randperm(len(used), generator=generator)[:n]].tolist() for _ in range(subsets)]
     return [*chosen, *(frozenset(subset) for subset in drawn)]
@@ -273,17 +327,22 @@ def _predicted(scores: Tensor, sample_ids: Tensor, removals: Sequence[Removal]) 
 
 
 def _levels(
-    reports: Mapping[str, Any], run: Run, losses: Callable[[LightningModule], Tensor], model: LightningModule
+    reports: Mapping[str, InfluenceReport],
+    baseline: Tensor,
+    losses: Callable[[LightningModule], Tensor],
+    model: LightningModule,
 ) -> dict[str, float]:
     """Sizes of the three levels of error, relative to the scores, as far as the estimators asked for show them."""
     found = {}
-    best = list(reports.values())[-1]
-    sgd = [r for r in reports.values() if r.metadata["optimizer_assumption"] == "sgd"]
-    if sgd:
-        found["config"] = float((sgd[0].scores - best.scores).norm() / best.scores.norm())
-    found["algorithm"] = float(best.nonlinearity.norm() / best.scores.norm())
-    again = retrain(run)
-    twin = copy.deepcopy(model).to(next(again.parameters()).dtype)
-    reached, expected = losses(again), losses(twin)
-    found["system"] = float((reached - expected).abs().max() / expected.abs().max())
+    settings = ("response", "curvature")
+    for assumed in (r for r in reports.values() if r.metadata["optimizer_assumption"]):
+        for matched in (r for r in reports.values() if not r.metadata["optimizer_assumption"]):
+            if all(assumed.metadata[k] == matched.metadata[k] for k in settings):
+                found["config"] = float((assumed.scores - matched.scores).norm() / matched.scores.norm())
+    for report in reports.values():
+        if report.metadata["response"] == "finite" and not report.metadata["optimizer_assumption"]:
+            found["algorithm"] = float(report.nonlinearity.norm() / report.scores.norm())
+    twin = copy.deepcopy(model)
+    ended = losses(twin.to(torch.float64) if baseline.dtype == torch.float64 else twin)
+    found["system"] = float((baseline - ended).abs().max() / ended.abs().max())
     return found

@@ -97,8 +97,8 @@ def error_proxy(
     seed: int = 0,
     progress: bool = True,
 ) -> PredictedErrors:
-    """Predicted error (truth minus score) of first-order scores: half the run's second variation (method.md section 9),
-    whose elementwise part is taken in closed form (`ErrorProxy.total`).
+    """Predicted error (truth minus score) of first-order scores: `ErrorProxy.total`, which is half the run's second
+    variation (method.md section 9) with its elementwise part in closed form.
 
     Needs no retraining. From a log of gradients the Hessian is the Fisher matrix and the loss's third derivative is
     left out; replayed, it is exact.
@@ -112,6 +112,8 @@ def error_proxy(
         ConfigurationError: a pair that the run does not hold.
         CurvatureUnavailable: the log does not hold what the curvature needs.
     """
+    if curvature not in ("auto", "fisher", "hessian"):
+        raise ConfigurationError(f"curvature={curvature!r}; choose one of auto, fisher, hessian")
     queries = list(queries)
     with open_trajectory(log, model, curvature, data) as run:
         exact = isinstance(run, ReplayTrajectory) and curvature != "fisher"
@@ -120,6 +122,8 @@ def error_proxy(
         gradients = query_gradients(model, queries, names, run.select, progress=progress, **options)  # type: ignore[arg-type]
         bent = query_curvature(model, queries, names, **options) if exact else None  # type: ignore[arg-type]
         chosen = _drawn(run, pairs, seed) if isinstance(pairs, int) else list(pairs)
+        if not chosen:
+            raise ConfigurationError("pairs is empty; give at least one (sample id, step).")
         proxies = {
             factor: second_variation(
                 run if factor == 1.0 else scaled_learning_rate(run, factor),
@@ -136,13 +140,14 @@ def error_proxy(
 
 
 def _drawn(run: Trajectory, n: int, seed: int) -> list[tuple[int, int]]:
-    """Random pairs, in order of step."""
+    """Random pairs, in order of step; all of them where there are no more."""
     if n < 1:
         raise ConfigurationError(f"pairs={n}; give at least 1, or a list of (sample id, step).")
     generator = torch.Generator().manual_seed(seed)
-    steps = torch.randint(len(run), (n,), generator=generator).sort().values.tolist()
     found = set[tuple[int, int]]()
-    for step in steps:
+    for step in torch.randint(len(run), (100 * n,), generator=generator).tolist():
         ids = run.record(step).sample_ids
         found.add((int(ids[torch.randint(len(ids), (1,), generator=generator)]), step))
+        if len(found) == n:
+            break
     return sorted(found, key=lambda pair: (pair[1], pair[0]))

@@ -117,10 +117,13 @@ class InfluenceReport:
         return self.rows.per_sample(self.rows.scores - self.rows.tangent)[1]
 
     def to_pandas(self) -> pd.DataFrame:
-        """One row per sample: ``sample_id`` and one score column per query (``score`` where there is one)."""
+        """One row per sample: ``sample_id``, one score column per query (``score`` where there is one), and the sample's
+        `nonlinearity`, averaged over the queries.
+        """
         names = ["score"] if len(self.query_ids) == 1 else [str(q) for q in self.query_ids]
         table = pd.DataFrame(self.scores.numpy(), columns=names)
         table.insert(0, "sample_id", self.sample_ids.numpy())
+        table["nonlinearity"] = self.nonlinearity.mean(1).numpy()
         return table
 
     def to_csv(self, path: str | Path) -> None:

@@ -204,8 +204,8 @@ def each_effect(
 
 
 def moved_initialisation(run: Run, scale: float = 1e-3, seed: int = 0) -> Run:
-    """The same run from an initialisation moved by ``scale`` times each parameter's root mean square: the
-    truth it gives is the ceiling of what any estimator can agree with (method.md section 9).
+    """The same run from an initialisation moved by ``scale`` times each parameter's root mean square: how well
+    the truth it gives agrees with that of the run itself is the ceiling of method.md section 9.
     """
 
     def make_module() -> LightningModule:

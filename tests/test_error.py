@@ -7,9 +7,11 @@ import torch
 from test_sweep import RUNS
 from toy import Toy, ToyTrajectory
 
-from lightning_influence.error import scaled_learning_rate, second_variation
+from lightning_influence.clipping import clip_adjoint
+from lightning_influence.error import _clip_variations, scaled_learning_rate, second_variation
 from lightning_influence.errors import ConfigurationError, CurvatureUnavailable
 from lightning_influence.sweep import Method, sweep
+from lightning_influence.trajectory import Clip, StepRecord
 
 PAIRS = [(1, 0), (3, 0), (4, 1), (8, 2), (2, 3)]
 
@@ -146,3 +148,21 @@ def test_bad_requests_are_refused() -> None:
 
     with pytest.raises(CurvatureUnavailable, match="third derivative"):
         second_variation(Logged(), run.query_gradients(), PAIRS, curvature="hessian")
+
+
+def test_clipping_extrapolates_masked_parameters_as_the_adjoint_does() -> None:
+    """``<A, variation of the clipped>`` is ``<adjoint of A, variation>`` in the inner product of all coordinates."""
+    g = torch.Generator().manual_seed(0)
+    scales = {"a": 3.0, "b": 1.0}
+    gradients = {k: torch.randn(d, generator=g, dtype=torch.float64) for k, d in (("a", 5), ("b", 4))}
+    norm = 1.2 * float(sum(scales[k] * v.square().sum() for k, v in gradients.items())) ** 0.5
+    clip = Clip("norm", norm / 2, norm)
+    one = torch.ones(1, dtype=torch.int64)
+    record = StepRecord(0, one, one.double(), one, gradients, {}, {}, clip=clip)
+    bent = {k: torch.randn(3, len(v), generator=g, dtype=torch.float64) for k, v in gradients.items()}
+    asked = {k: torch.randn(2, len(v), generator=g, dtype=torch.float64) for k, v in gradients.items()}
+    first, _ = _clip_variations(record, bent, scales)
+    pulled = clip_adjoint(clip, gradients, asked, scales)
+    forward = sum(scales[k] * first[k] @ asked[k].T for k in gradients)
+    backward = sum(scales[k] * bent[k] @ pulled[k].T for k in gradients)
+    torch.testing.assert_close(forward, backward)

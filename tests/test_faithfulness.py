@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from modules import Classifier, digits, fit, loader
+from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_influence import InfluenceCallback, attribute, check_faithfulness, error_proxy
@@ -66,7 +67,7 @@ def test_an_interrupted_check_goes_on(tmp_path: Path, monkeypatch: pytest.Monkey
     whole = check_faithfulness(tmp_path / "log", **options)
     first = check_faithfulness(tmp_path / "log", **{**options, "removals": [1, 5, 7]}, results=tmp_path / "done")
     with open(tmp_path / "done", "a") as file:
-        file.write('{"removal": "9", "eff')
+        file.write('{"what": "retraining", "removal": "9", "eff')
     asked: list[Any] = []
 
     import lightning_influence.faithfulness as faithfulness
@@ -81,6 +82,30 @@ def test_an_interrupted_check_goes_on(tmp_path: Path, monkeypatch: pytest.Monkey
     rest = check_faithfulness(tmp_path / "log", **options, results=tmp_path / "done")
     assert asked == [9]
     assert torch.equal(rest.truth, whole.truth) and torch.equal(first.truth, whole.truth[:3])
+    again = check_faithfulness(tmp_path / "log", **options, results=tmp_path / "done")
+    assert asked == [9] and torch.equal(again.truth, whole.truth)
+    with_ceiling = check_faithfulness(tmp_path / "log", **{**options, "ceiling": True}, results=tmp_path / "done")
+    assert asked == [9, 1, 5, 7, 9] and torch.equal(with_ceiling.truth, whole.truth)
+    assert with_ceiling.single[CEILING].relative_error.value > 0
+    for other in ({"counterfactual": "zero"}, {"queries": [tuple(t[:5] for t in queries[0])]}, {"dtype": None}):
+        with pytest.raises(ConfigurationError, match="holds the retrainings of another check"):
+            check_faithfulness(tmp_path / "log", **{**options, **other}, results=tmp_path / "done")
+
+
+def test_random_numbers_of_the_module_are_the_check_s_own(tmp_path: Path) -> None:
+    """With dropout the truth does not depend on the caller's generator, and the ceiling says how little it repeats itself."""
+    net = lambda: nn.Sequential(nn.Linear(64, 8), nn.GELU(), nn.Dropout(0.5), nn.Linear(8, 10))
+    module, train = Classifier(optimizer, net=net()), digits(48)
+    fit(module, loader(train, 8), InfluenceCallback(tmp_path / "log", record="replay"))
+    x, y = digits(60).tensors
+    options: dict[str, Any] = {"model": module, "data": train, "queries": [(x[48:], y[48:])], "progress": False}
+    found = []
+    for seed in (1, 2):
+        torch.manual_seed(seed)
+        found.append(check_faithfulness(tmp_path / "log", **options, removals=12, target="mean"))
+    assert torch.equal(found[0].truth, found[1].truth)
+    assert found[0].single[CEILING].spearman.value < 0.8
+    assert "reproducible only to" in found[0].conclusion
 
 
 def test_what_cannot_be_checked_is_refused(tmp_path: Path) -> None:
@@ -92,6 +117,16 @@ def test_what_cannot_be_checked_is_refused(tmp_path: Path) -> None:
         check_faithfulness(
             tmp_path / "log", **options, removals=[1, 2, 99], make_model=lambda: Classifier(optimizer, 8)
         )
+    for wrong, message in (
+        ({"subsets": 2}, "2 subsets are too few"),
+        ({"removals": 0, "subsets": 5}, "0 removals are too few"),
+        ({"estimators": {}}, "estimators is empty"),
+    ):
+        with pytest.raises(ConfigurationError, match=message):
+            check_faithfulness(tmp_path / "log", **options, **wrong, make_model=lambda: Classifier(optimizer, 8))
+    for wrong, message in (({"curvature": "none"}, "curvature='none'"), ({"pairs": []}, "pairs is empty")):
+        with pytest.raises(ConfigurationError, match=message):
+            error_proxy(tmp_path / "log", queries=queries, model=module, **wrong)
 
 
 def test_proxy_predicts_the_error_of_first_order_scores(tmp_path: Path) -> None:
