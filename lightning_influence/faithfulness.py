@@ -303,7 +303,7 @@ def _removals(used: Tensor, singles: int | Sequence[int], subsets: int, size: fl
     generator = torch.Generator().manual_seed(seed)
     if isinstance(singles, int):
         order = torch.randperm(len(used), generator=generator)
-        chosen = used[order[:singles]].sort().values.tolist()
+        chosen = used[order[: max(singles, 0)]].sort().values.tolist()
     else:
         chosen = list(singles)
         unknown = sorted(set(chosen) - set(used.tolist()))

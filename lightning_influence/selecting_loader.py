@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from itertools import islice
 from typing import TYPE_CHECKING, Any
@@ -14,6 +14,7 @@ from torch.utils.data import DataLoader
 from lightning_influence.lookahead import Candidates
 from lightning_influence.random_state import random_state
 from lightning_influence.ranks import Ranks
+from lightning_influence.sample_ids import RecordedBatchSampler
 
 if TYPE_CHECKING:
     from lightning_influence.datamodule import SelectionDataModule
@@ -52,7 +53,9 @@ class SelectingLoader:
 
     def __init__(self, selection: SelectionDataModule, loader: DataLoader[Any], ranks: Ranks) -> None:
         self.selection, self.loader, self.ranks = selection, loader, ranks
-        self.dataset = loader.dataset
+        self.dataset, self.num_workers, self.collate_fn = loader.dataset, loader.num_workers, loader.collate_fn
+        self._due: list[list[int]] = []  # batches that are being delivered
+        self.batch_sampler = RecordedBatchSampler(self._due)  # where `SampleIds` listens
         self._epoch: _Epoch | None = None
         self._resumed: _Epoch | None = None
 
@@ -65,7 +68,8 @@ class SelectingLoader:
         while epoch.delivered < len(self) and (epoch.kept or epoch.drawn):
             if not epoch.kept:
                 self._decide(epoch)
-            for batch in self._fetch(epoch.kept[: len(self) - epoch.delivered]):
+            self._due[:] = epoch.kept[: len(self) - epoch.delivered]
+            for batch in self._fetch(self.batch_sampler):
                 epoch.kept.pop(0)
                 epoch.delivered += 1
                 yield batch
@@ -161,7 +165,7 @@ class SelectingLoader:
             steps = [candidates[i : i + per_step] for i in range(0, len(candidates), per_step)]
             return torch.cat(self.selection.round_scores(steps, -(-length // per_step)))
 
-    def _fetch(self, batches: list[list[int]]) -> Iterable[Any]:
+    def _fetch(self, batches: Sequence[list[int]] | RecordedBatchSampler) -> Iterable[Any]:
         """The collated batches, by the wrapped loader's own workers and collate function."""
         loader = self.loader
         workers = min(loader.num_workers, len(batches))

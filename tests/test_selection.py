@@ -18,8 +18,9 @@ from scipy.stats import spearmanr
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from lightning_influence import InfluenceReport, SelectionDataModule
+from lightning_influence import InfluenceCallback, InfluenceReport, SelectionDataModule, attribute
 from lightning_influence.errors import ConfigurationError
+from lightning_influence.log import LoggedTrajectory
 from lightning_influence.lookahead import Candidates, look_ahead
 from lightning_influence.random_state import read_random_state
 from lightning_influence.selection import Fraction, Soft, Threshold, decide, stepwise
@@ -277,6 +278,20 @@ def test_a_run_resumed_inside_an_epoch_makes_the_same_decisions(
     resumed, again = train(tmp_path / "resumed", ckpt_path=tmp_path / f"step={at}.ckpt")
     assert same(whole, resumed)
     assert again.equals(decided)
+
+
+@pytest.mark.parametrize(("options", "workers"), [({"every": "epoch"}, 0), ({"every": 2, "horizon": 1}, 2)])
+def test_what_selection_lets_through_is_recorded(tmp_path: Path, options: dict[str, Any], workers: int) -> None:
+    module = Classifier(scheduled)
+    data = SelectionDataModule(loader(num_workers=workers), target(), keep=0.5, **options)
+    trainer(InfluenceCallback(tmp_path, record="both"), max_epochs=2).fit(module, data)
+    table, log = data.selection_report.to_pandas(), LoggedTrajectory(tmp_path)
+    recorded = [z for t in range(len(log)) for z in log.record(t).sample_ids.tolist()]
+    assert recorded == table[table.weight > 0].sample_id.tolist() and len(recorded) == 48
+    exact = attribute(tmp_path, queries=target(), model=module, data=loader(), target="mean", progress=False)
+    logged = attribute(tmp_path, queries=target(), model=module, target="mean", curvature="fisher", progress=False)
+    assert exact.metadata["curvature"] == "hessian"
+    assert exact.sample_ids.tolist() == logged.sample_ids.tolist() == sorted(set(recorded))
 
 
 def test_a_target_may_be_a_function() -> None:
