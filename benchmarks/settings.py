@@ -28,17 +28,23 @@ from peft import LoraConfig, get_peft_model
 from scipy.stats import spearmanr
 from torch import nn
 from torch.utils.data import DataLoader, Subset
-from workloads import WORKLOADS, Images, Text, Trained, Workload, gpt2, llama
+from workloads import WORKLOADS, Text, Workload, gpt2, llama
 
 from lightning_influence import InfluenceCallback, check_faithfulness, error_proxy
 from lightning_influence.faithfulness import CEILING
 from lightning_influence.log import LoggedSteps
 
-RATES = {"mlp": (1e-3, 1e-4, 1e-5), "cnn": (1e-3, 1e-4, 1e-5), "gpt2": (1e-3, 1e-4, 1e-5), "llama": (1e-3, 1e-4, 1e-5)}
+SETTINGS = {
+    "mlp": WORKLOADS["mlp"],
+    "cnn": WORKLOADS["cnn"],
+    "gpt2": WORKLOADS["gpt2"],
+    "llama": WORKLOADS["instructions"],
+}
+RATES = (1e-3, 1e-4, 1e-5)
 CHECKED = {
     k: ESTIMATORS[k] for k in ("SGD-influence", "paper: tangent + Fisher", "finite + Fisher", "finite + Hessian")
 }
-AVAILABLE = {"mlp": 4984, "cnn": 1781, "gpt2": 1984, "llama": 1984}
+AVAILABLE = {"mlp": 4984, "cnn": 1781, "gpt2": 1984, "llama": 10487}
 """Samples beside the queries (of text, and what the pretraining reads): the batches of longer runs are smaller."""
 FIRST_ORDER = "metagradient: tangent + Hessian"
 
@@ -52,7 +58,7 @@ def network(setting: str, args: argparse.Namespace, seed: int) -> tuple[Workload
     elif setting == "cnn":
         net = WORKLOADS["cnn"].build()
     else:
-        net = pretrained((gpt2 if setting == "gpt2" else llama)(args.layers, args.width), args.pretraining, setting)
+        net = pretrained((gpt2 if setting == "gpt2" else llama)(args.layers, args.width), args.pretraining)
         if setting == "llama":
             net = get_peft_model(net, LoraConfig(r=4, target_modules=["q_proj", "v_proj"]))
     state = {k: v.clone() for k, v in net.state_dict().items()}
@@ -61,14 +67,14 @@ def network(setting: str, args: argparse.Namespace, seed: int) -> tuple[Workload
         net.load_state_dict(state)
         return net
 
-    workload = WORKLOADS[setting]
+    workload = SETTINGS[setting]
     batch = min(workload.batch, AVAILABLE[setting] // args.steps)
     return replace(workload, n_train=args.steps * batch, batch=batch), again
 
 
-def pretrained(net: nn.Module, steps: int, setting: str) -> nn.Module:
-    """Some steps on text that the recorded run does not see."""
-    data = WORKLOADS[setting].data()
+def pretrained(net: nn.Module, steps: int) -> nn.Module:
+    """Some steps on blocks of text of their own."""
+    data = WORKLOADS["gpt2"].data()
     loader = DataLoader(Subset(data, range(2000, len(data))), 16, shuffle=True)  # type: ignore[arg-type]
     module = Text(lambda: net, 2e-3, (0.9, 0.999))
     settings = {
@@ -84,7 +90,7 @@ def pretrained(net: nn.Module, steps: int, setting: str) -> nn.Module:
 def one(setting: str, args: argparse.Namespace, lr: float, seed: int) -> dict[str, float]:
     """Spearman correlation of each estimator with retraining, the ceiling, and the proxy's with the true error."""
     workload, build = network(setting, args, seed)
-    kind: type[Trained] = Images if setting in ("mlp", "cnn") else Text
+    kind = workload.module
     module = kind(lambda: copy.deepcopy(build()), lr, (0.9, 0.95) if setting == "mlp" else (0.9, 0.999))
     train, queries = workload.split()
     with tempfile.TemporaryDirectory() as folder:
@@ -95,6 +101,7 @@ def one(setting: str, args: argparse.Namespace, lr: float, seed: int) -> dict[st
             folder,
             target="mean",
             removals=args.removals,
+            subsets=args.subsets,
             estimators={**CHECKED, FIRST_ORDER: ESTIMATORS[FIRST_ORDER]},
             query_loss=kind.each_loss,
             progress=False,
@@ -102,6 +109,7 @@ def one(setting: str, args: argparse.Namespace, lr: float, seed: int) -> dict[st
         )
         found = {name: check.single[name].spearman.value for name in CHECKED}
         found[CEILING] = check.single[CEILING].spearman.value
+        found |= {f"LDS, {name}": agreement.spearman.value for name, agreement in check.subsets.items()}
         found["error, finite + Hessian"] = check.single["finite + Hessian"].relative_error.value
         if args.proxies:
             steps = {z: t for t, z in rows_of(folder)}
@@ -112,13 +120,15 @@ def one(setting: str, args: argparse.Namespace, lr: float, seed: int) -> dict[st
             predicted, truth = proxy.total[:, 0], check.truth[: len(some), 0]
             found["proxy with true error"] = float(spearmanr(predicted, missed).statistic)
             found["proxy / true error"] = float(predicted.norm() / missed.norm())
+            second = proxy.second_order[:, 0]
+            found["second variation alone with true error"] = float(spearmanr(second, missed).statistic)
+            found["second variation alone / true error"] = float(second.norm() / missed.norm())
             found["corrected"] = float(spearmanr(proxy.corrected[:, 0], truth).statistic)
             found["error, corrected"] = float((proxy.corrected[:, 0] - truth).norm() / truth.norm())
     return found
 
 
 def rows_of(log: str) -> list[tuple[int, int]]:
-
     steps = LoggedSteps(log)
     return [(t, int(z)) for t in range(len(steps)) for z in steps.record(t).sample_ids]
 
@@ -126,11 +136,14 @@ def rows_of(log: str) -> list[tuple[int, int]]:
 def main() -> None:
     quiet()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("setting", choices=list(RATES))
+    parser.add_argument("setting", choices=list(SETTINGS))
     parser.add_argument("--activation", choices=["gelu", "relu"], default="gelu")
-    parser.add_argument("--lr", type=float, nargs="*")
+    parser.add_argument("--lr", type=float, nargs="*", default=RATES)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--removals", type=int, default=30)
+    parser.add_argument(
+        "--subsets", type=int, default=0, help="random tenths removed, for the linear datamodeling score"
+    )
     parser.add_argument("--proxies", type=int, default=12, help="removals whose error is predicted; 0 for none")
     parser.add_argument("--steps", type=int, default=64, help="of the recorded run; batches shrink where data run out")
     parser.add_argument("--layers", type=int, default=2)
@@ -141,7 +154,7 @@ def main() -> None:
     name = f"{args.setting}-{args.activation}" if args.setting == "mlp" else args.setting
     args.out.mkdir(parents=True, exist_ok=True)
     rows = []
-    for lr in args.lr or RATES[args.setting]:
+    for lr in args.lr:
         for seed in range(args.seeds):
             rows.append({"lr": lr, "seed": seed, **one(args.setting, args, lr, seed)})
             pd.DataFrame(rows).to_csv(args.out / f"{name}.csv", index=False)

@@ -54,6 +54,19 @@ class Text(Trained):
         return nn.functional.cross_entropy(logits, tokens[:, 1:], reduction="none").mean(1)
 
 
+class Instructions(Trained):
+    """A language model that is trained on answers alone: tokens of the prompt have the label -100."""
+
+    def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
+        loss: Tensor = self.net(**batch).loss
+        return loss
+
+    def each_loss(self, batch: dict[str, Tensor]) -> Tensor:
+        logits, labels = self.net(input_ids=batch["input_ids"]).logits, batch["labels"]
+        losses = nn.functional.cross_entropy(logits[:, :-1].transpose(1, 2), labels[:, 1:], reduction="none")
+        return losses.sum(1) / (labels[:, 1:] != -100).sum(1)
+
+
 def mlp(inputs: int, width: int) -> Callable[[], nn.Module]:
     return lambda: nn.Sequential(
         nn.Flatten(), nn.Linear(inputs, width), nn.GELU(), nn.Linear(width, width), nn.GELU(), nn.Linear(width, 10)
@@ -124,6 +137,22 @@ def text() -> TensorDataset:
     return TensorDataset(blocks[torch.randperm(len(blocks), generator=torch.Generator().manual_seed(0))])
 
 
+def instructions() -> list[dict[str, Tensor]]:
+    """Prompts that ask for a topic of Python's documentation, answered by a piece of it, in a fixed random order."""
+    found = []
+    for topic, answer in pydoc_data.topics.topics.items():
+        prompt = f"Explain {topic}.\n".encode("ascii", "ignore")
+        words = answer.encode("ascii", "ignore")
+        size = TOKENS - len(prompt)
+        for start in range(0, len(words) - size + 1, size):
+            tokens = torch.tensor(list(prompt + words[start : start + size]))
+            labels = tokens.clone()
+            labels[: len(prompt)] = -100
+            found.append({"input_ids": tokens, "labels": labels})
+    order = torch.randperm(len(found), generator=torch.Generator().manual_seed(0))
+    return [found[i] for i in order]
+
+
 @dataclass(frozen=True)
 class Workload:
     """A network, its data and how it is trained.
@@ -175,5 +204,6 @@ WORKLOADS = {
         Workload("cnn", Images, cnn, digits, 1024, 16),
         Workload("gpt2", Text, gpt2, text, 1024, 16),
         Workload("llama", Text, llama, text, 1024, 16),
+        Workload("instructions", Instructions, llama, instructions, 1024, 16),  # type: ignore[arg-type]
     )
 }
