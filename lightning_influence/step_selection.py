@@ -98,7 +98,7 @@ class StepSelection(L.Callback):
             k: take_step(update, parameters[k].flatten(), record.moments[k], gradient, record.hyper[k])[0]
             for k, gradient in consumed_gradients(record).items()
         }
-        with parameters_at(module, {k: value.view_as(parameters[k]) for k, value in moved.items()}):
+        with parameters_at(module, moved):
             return self.data.live_target.gradient(module, self.data.target_batches(), step.select, trainer.global_step)
 
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:

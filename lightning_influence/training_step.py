@@ -6,7 +6,6 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
-import torch
 from lightning import LightningModule
 from torch import Tensor
 
@@ -33,17 +32,14 @@ def quiet(module: LightningModule) -> Iterator[None]:
 def parameters_at(module: LightningModule, values: Mapping[str, Tensor]) -> Iterator[None]:
     """The module with other values in its parameters meanwhile; they and their gradients are afterwards as they were."""
     own = {k: p for k, p in module.named_parameters() if k in values}
-    before = {k: (p.detach().clone(), p.grad) for k, p in own.items()}
-    with torch.no_grad():
-        for k, p in own.items():
-            p.copy_(values[k])
+    before = {k: (p.data, p.grad) for k, p in own.items()}
+    for k, p in own.items():
+        p.data = values[k].to(p).view_as(p)  # nothing is copied
     try:
         yield
     finally:
-        with torch.no_grad():
-            for k, (value, gradient) in before.items():
-                own[k].copy_(value)
-                own[k].grad = gradient
+        for k, (data, gradient) in before.items():
+            own[k].data, own[k].grad = data, gradient
 
 
 def _ignore(*_: Any, **__: Any) -> None:
