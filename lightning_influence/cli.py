@@ -1,21 +1,24 @@
 """The command line ``lightning-influence``; arguments and configuration files are jsonargparse's.
 
-A model and its data are named as in a LightningCLI configuration: ``--model.class_path my.Model --data.class_path my.Data``,
-or in a file given with ``--config``.
+A model and its data are named as in a LightningCLI configuration, ``--model my.Model --data my.Data``, or in the file of
+one given with ``--config``. A file that leaves the classes to the script, as of ``LightningCLI(Model, Data)``, is read
+together with ``--model`` and ``--data``.
 """
 
 from __future__ import annotations
 
 import copy
+import json
 import sys
-from collections.abc import Callable, Sequence
+from argparse import ArgumentParser as Plain
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from jsonargparse import auto_cli
 from lightning import LightningDataModule, LightningModule
 from lightning.pytorch.utilities.parsing import lightning_hasattr, lightning_setattr
+from yaml import YAMLError  # type: ignore[import-untyped]
 
 from lightning_influence.attribution import attribute as attribute_run
 from lightning_influence.errors import ConfigurationError, InfluenceError
@@ -33,11 +36,17 @@ def inspect(log: Path) -> None:
     """
     reader = StoreReader(log)
     size = sum(f.stat().st_size for f in log.rglob("*") if f.is_file())
-    coverage = reader.manifest["coverage"]
-    print(f"{log}: {len(reader)} optimizer steps, {size / 1e6:.1f} MB")
-    for key in ("module", "optimizer", "record", "compression", "precision", "ranks"):
-        print(f"  {key:12s} {reader.manifest[key]}")
-    print(f"  {'coverage':12s} {coverage['recorded']:,} of {coverage['trained']:,} trained coordinates")
+    keys = ("module", "optimizer", "record", "compression", "precision", "ranks")
+    try:
+        told = {key: str(reader.manifest[key]) for key in keys}
+        recorded, trained = (int(reader.manifest["coverage"][key]) for key in ("recorded", "trained"))
+    except (KeyError, TypeError, ValueError) as error:
+        raise InfluenceError(
+            f"the manifest of {log} is not that of a run ({error!r}); give a directory that InfluenceCallback wrote."
+        ) from error
+    told["coverage"] = f"{recorded:,} of {trained:,} trained coordinates"
+    lines = "".join(f"\n  {key:12s} {value}" for key, value in told.items())
+    print(_printable(f"{log}: {len(reader)} optimizer steps, {size / 1e6:.1f} MB{lines}"))
 
 
 def attribute(
@@ -62,6 +71,7 @@ def attribute(
         curvature: what stands for the Hessian.
         response: of the optimizer to a removal.
     """
+    _writable("out", out)
     module, source = _given(model, data, checkpoint)
     report = attribute_run(
         log,
@@ -84,6 +94,7 @@ def report(scores: Path, out: Path = Path("influence.html"), data: LightningData
         out: the page.
         data: shows the samples of its train_dataloader.
     """
+    _writable("out", out)
     dataset = None
     if data is not None:
         data.setup("fit")
@@ -113,6 +124,11 @@ def check(
         workers: processes that retrain side by side.
         results: file of finished retrainings, with which an interrupted check goes on.
     """
+    for name, value, least in (("removals", removals, 3), ("subsets", subsets, 0), ("workers", workers, 0)):
+        if value < least:
+            raise ConfigurationError(f"--{name} {value}; give {least} or more.")
+    if results is not None:
+        _writable("results", results)
     module, source = _given(model, data, checkpoint)
     found = check_faithfulness(
         log,
@@ -137,7 +153,8 @@ def select(scores: Path, keep: float = 0.8, out: Path = Path("kept.txt")) -> Non
         out: where the ids are written.
     """
     if not 0 < keep <= 1:
-        raise ConfigurationError(f"keep={keep}; a fraction lies above 0 and is at most 1.")
+        raise ConfigurationError(f"--keep {keep}; a fraction lies above 0 and is at most 1.")
+    _writable("out", out)
     found = InfluenceReport.load(scores)
     kept = found.top(round(keep * len(found.sample_ids))).sample_id.sort_values()
     out.write_text("".join(f"{z}\n" for z in kept))
@@ -170,9 +187,9 @@ def tune(
         proxies: samples whose predicted error is averaged for each pair; 0 for none.
         out: where the table is written, with a heat map of the same name in .png beside it.
     """
-    if model is None or data is None:
-        missing = " and ".join(f"--{name}" for name, value in (("model", model), ("data", data)) if value is None)
-        raise ConfigurationError(f"{missing} missing; name them, or give a file with --config.")
+    _writable("out", out)
+    _named(model=model, data=data)
+    assert model is not None and data is not None
     batches = _queries(data)
     if len(batches) < 2:
         raise ConfigurationError(
@@ -220,28 +237,138 @@ def _queries(data: LightningDataModule) -> list[Any]:
     return list(data.val_dataloader())
 
 
+def _named(**values: object) -> None:
+    missing = " and ".join(f"--{name}" for name, value in values.items() if value is None)
+    if missing:
+        raise ConfigurationError(f"{missing} missing; name them, or give a file with --config.")
+
+
+def _writable(name: str, path: Path) -> None:
+    """Said before the work rather than after it."""
+    if not path.absolute().parent.is_dir():
+        raise ConfigurationError(f"--{name} {path}: there is no directory {path.absolute().parent}; create it first.")
+    if path.is_dir():
+        raise ConfigurationError(f"--{name} {path} is a directory; give the path of a file.")
+
+
 def _given(
     model: LightningModule | None, data: LightningDataModule | None, checkpoint: Path | None
 ) -> tuple[LightningModule, LightningDataModule]:
     """The module at its checkpoint, and its data."""
-    if model is None or data is None or checkpoint is None:
-        named = {"model": model, "data": data, "checkpoint": checkpoint}
-        missing = " and ".join(f"--{name}" for name, value in named.items() if value is None)
-        raise ConfigurationError(f"{missing} missing; name them, or give a file with --config.")
-    # weights_only: tensors and plain values, nothing that runs
-    state = torch.load(checkpoint, map_location="cpu", weights_only=True)
-    model.load_state_dict(state["state_dict"])
+    _named(model=model, data=data, checkpoint=checkpoint)
+    assert model is not None and data is not None and checkpoint is not None
+    try:
+        model.load_state_dict(_weights(checkpoint))
+    except RuntimeError as error:
+        raise InfluenceError(
+            f"{checkpoint} does not fit {type(model).__name__}; give the model the arguments it was trained with. {error}"
+        ) from error
     return model, data
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """Run the command line; 0, or 1 after an error that the message explains."""
-    commands: dict[str, Any] = {f.__name__: f for f in (inspect, attribute, report, check, select, tune)}
+def _weights(checkpoint: Path) -> Mapping[str, Any]:
+    """The state dict of a checkpoint; nothing that the file holds is run."""
+    wanted = "give what trainer.save_checkpoint wrote, or torch.save({'state_dict': model.state_dict()}, path)."
     try:
-        auto_cli(commands, args=arguments, prog="lightning-influence", as_positional=True, description=__doc__)
-    except InfluenceError as error:
-        print(f"lightning-influence: {error}", file=sys.stderr)
+        saved = torch.load(checkpoint, map_location="cpu", weights_only=True)
+    except OSError as error:
+        raise InfluenceError(
+            f"{checkpoint} cannot be read ({error.strerror}); give the path of a checkpoint."
+        ) from error
+    except Exception as error:  # whatever a damaged file makes of the reader
+        _, _, refused = str(error).partition("Unsupported global: GLOBAL ")
+        why = f"holds a {refused.split()[0]}" if refused else "is damaged or something else"
+        raise InfluenceError(
+            f"{checkpoint} {why}, and of a checkpoint tensors and plain values alone are read; {wanted}"
+        ) from error
+    state = saved.get("state_dict") if isinstance(saved, Mapping) else None
+    if not isinstance(state, Mapping):
+        held = ", ".join(map(str, list(saved)[:5])) if isinstance(saved, Mapping) else type(saved).__name__
+        raise InfluenceError(f"{checkpoint} holds no 'state_dict' ({held or 'nothing'}); {wanted}")
+    return state
+
+
+def _printable(text: str) -> str:
+    """What a file says, without the codes that would steer the terminal."""
+    return "".join(c if c.isprintable() or c == "\n" else ascii(c)[1:-1] for c in text)
+
+
+def _own_part(content: Any, keys: set[str], classes: Mapping[str, str | None]) -> dict[str, Any]:
+    """What a command reads of a LightningCLI configuration, whose trainer, optimizer and so on are not its concern.
+
+    Args:
+        content: of the file.
+        keys: names of the command's arguments.
+        classes: of model and data where the command line names them.
+
+    Raises:
+        ConfigurationError: a model or data without a class, or nothing that the command reads.
+    """
+    if not isinstance(content, Mapping):
+        raise ConfigurationError(f"the configuration is a {type(content).__name__}; it has to map names to values.")
+    content = {**content, **(content.get("fit") or {})}  # as of one file for all of LightningCLI's subcommands
+    own = {key: value for key, value in content.items() if key in keys and value is not None}
+    if not own:
+        raise ConfigurationError(
+            f"the configuration has {', '.join(map(str, content)) or 'nothing'}, but no model or data."
+        )
+    for name in own.keys() & {"model", "data"}:
+        section = own[name]
+        if isinstance(section, Mapping) and not section.keys() & {"class_path", "init_args"}:
+            if classes.get(name) is None:
+                raise ConfigurationError(
+                    f"the configuration gives the arguments of {name} but no class, as LightningCLI(Model, Data) writes it; "
+                    f"name the class: --{name} my.{name.title()}"
+                )
+            own[name] = {"class_path": classes[name], "init_args": dict(section)}
+    return own
+
+
+def _parser(arguments: Sequence[str]) -> type[Any]:
+    """Jsonargparse's parser, except that of a configuration file it reads the command's own part."""
+    from jsonargparse import ArgumentParser, get_loader
+
+    # a file's init args belong to the class that the command line names, before or after it
+    scan = Plain(add_help=False, allow_abbrev=False)
+    for name in ("model", "data"):
+        scan.add_argument(f"--{name}", f"--{name}.class_path", dest=name, nargs="?")
+    classes = vars(scan.parse_known_args(arguments)[0])
+
+    class Parser(ArgumentParser):
+        def parse_string(self, content: str, *rest: Any, **options: Any) -> Any:
+            keys = {action.dest for action in self._actions}
+            if "subcommand" not in keys:
+                try:
+                    loaded = get_loader("yaml")(content)
+                except YAMLError as error:
+                    raise ConfigurationError(f"the configuration is not YAML: {error}") from error
+                content = json.dumps(_own_part(loaded, keys, classes))
+            return super().parse_string(content, *rest, **options)
+
+    return Parser
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the command line.
+
+    Returns:
+        0, 2 where it was used wrongly, or 1 after another error that the message explains.
+    """
+    arguments = sys.argv[1:] if arguments is None else arguments
+    try:
+        from jsonargparse import auto_cli
+    except ImportError:
+        print('lightning-influence: jsonargparse missing; pip install "lightning-influence[cli]"', file=sys.stderr)
         return 1
+    if (here := str(Path.cwd())) not in sys.path:  # as with python -m, so that the user's own modules are found
+        sys.path.insert(0, here)
+    commands: dict[str, Any] = {f.__name__: f for f in (inspect, attribute, report, check, select, tune)}
+    options: dict[str, Any] = {"prog": "lightning-influence", "description": __doc__, "as_positional": True}
+    try:
+        auto_cli(commands, args=arguments, parser_class=_parser(arguments), **options)
+    except InfluenceError as error:
+        print(_printable(f"lightning-influence: {error}"), file=sys.stderr)
+        return 2 if isinstance(error, ConfigurationError) else 1
     return 0
 
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +18,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_influence import InfluenceCallback, InfluenceReport, SelectionDataModule, tune_horizon
 from lightning_influence.cli import main
+from lightning_influence.store import StoreWriter
 
 
 class Digits(L.LightningDataModule):
@@ -70,9 +74,9 @@ def test_horizon_and_rate_are_tuned(run: Path, capsys: pytest.CaptureFixture[str
     assert len(table) == 4
     assert (run / "tuning.png").exists()
     assert table.proxy[2, 1e-2] > table.proxy[2, 1e-4] > 0, "errors grow with the learning rate"
-    assert main(["tune", f"--config={run / 'run.yaml'}", "--attribute=speed"]) == 1
+    assert main(["tune", f"--config={run / 'run.yaml'}", "--attribute=speed"]) == 2
     assert "Net has no 'speed'" in capsys.readouterr().err
-    assert main(["tune"]) == 1
+    assert main(["tune"]) == 2
     assert "--model and --data missing" in capsys.readouterr().err
 
 
@@ -80,7 +84,7 @@ def test_errors_are_messages(tmp_path: Path, capsys: pytest.CaptureFixture[str])
     assert main(["inspect", str(tmp_path / "none")]) == 1
     told = capsys.readouterr().err
     assert "no such directory" in told and "Traceback" not in told
-    assert main(["attribute", str(tmp_path), "--checkpoint=x"]) == 1
+    assert main(["attribute", str(tmp_path), "--checkpoint=x"]) == 2
     assert "--model and --data missing" in capsys.readouterr().err
     with pytest.raises(SystemExit) as stopped:
         main(["attribute", "--nonsense"])
@@ -89,6 +93,143 @@ def test_errors_are_messages(tmp_path: Path, capsys: pytest.CaptureFixture[str])
         main(["attribute", "--help"])
     assert helped.value.code == 0
     assert "Example: lightning-influence attribute" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("order", [1, -1])
+@pytest.mark.parametrize("sub_classes", [True, False])
+def test_what_a_lightning_cli_writes_is_read(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], sub_classes: bool, order: int
+) -> None:
+    """The file that LightningCLI saves with the run, with classes in it or, as of LightningCLI(Model, Data), without."""
+    influence = f"{{class_path: lightning_influence.InfluenceCallback, init_args: {{dirpath: {tmp_path / 'log'}}}}}"
+    config = tmp_path / "config.yaml"
+    config.write_text(
+        f"trainer: {{max_epochs: 1, accelerator: cpu, enable_progress_bar: false, default_root_dir: {tmp_path}, "
+        f"callbacks: [{influence}]}}\nmodel: "
+        + ("{class_path: test_cli.Net, init_args: {width: 12}}" if sub_classes else "{width: 12}")
+        + ("\ndata: {class_path: test_cli.Digits}" if sub_classes else "")
+    )
+    classes = (None, None) if sub_classes else (Net, Digits)
+    trained = LightningCLI(
+        *classes, subclass_mode_model=sub_classes, subclass_mode_data=sub_classes, args=["fit", f"--config={config}"]
+    )
+    saved = next(tmp_path.rglob("version_0/config.yaml"))
+    assert "seed_everything" in saved.read_text() and ("class_path: test_cli.Net" in saved.read_text()) == sub_classes
+    given = [f"--config={saved}", *([] if sub_classes else ["--model=test_cli.Net", "--data=test_cli.Digits"])]
+    checkpoint = [f"--checkpoint={next(tmp_path.rglob('*.ckpt'))}", f"--out={tmp_path / 's.safetensors'}"]
+    assert main(["attribute", str(tmp_path / "log"), *given[::order], *checkpoint]) == 0
+    assert len(InfluenceReport.load(tmp_path / "s.safetensors").sample_ids) == 40
+    assert trained.model.net[0].out_features == 12, "and the checkpoint fits a model of that width alone"
+    if not sub_classes:
+        capsys.readouterr()
+        assert (
+            main(["attribute", str(tmp_path / "log"), f"--config={saved}", "--data=test_cli.Digits", *checkpoint]) == 2
+        )
+        assert "name the class: --model my.Model" in capsys.readouterr().err
+
+
+def test_a_configuration_of_something_else_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = tmp_path / "config.yaml"
+    for text, told in (
+        ("trainer: {max_epochs: 1}", "has trainer, but no model or data"),
+        ("[1, 2]", "is a list"),
+        ("a: [", "is not YAML"),
+    ):
+        config.write_text(text)
+        assert main(["tune", f"--config={config}"]) == 2
+        assert told in capsys.readouterr().err
+    config.write_text("fit:\n  model: test_cli.Net\n  data: test_cli.Digits\n  trainer: {max_epochs: 1}\n")
+    assert main(["attribute", str(tmp_path), f"--config={config}"]) == 2
+    assert "--checkpoint missing" in capsys.readouterr().err, "model and data were found"
+
+
+def test_modules_of_the_current_directory_are_found(tmp_path: Path) -> None:
+    (tmp_path / "mine.py").write_text("from test_cli import Digits, Net\n")
+    (tmp_path / "config.yaml").write_text("model: mine.Net\ndata: mine.Digits\n")
+    script = Path(sys.executable).with_name("lightning-influence")
+    done = subprocess.run(
+        [str(script), "attribute", "none", "--config=config.yaml"],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(Path(__file__).parent)},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 2 and "--checkpoint missing" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("content", "told"),
+    [
+        (None, "No such file"),
+        (b"nonsense", "is damaged"),
+        ({"epoch": 3}, "holds no 'state_dict' (epoch)"),
+        ([1], "holds no 'state_dict' (list)"),
+        (torch.nn.Linear(2, 2), "holds a torch.nn.modules.linear.Linear"),
+        ({"state_dict": Net(width=9).state_dict()}, "give the model the arguments it was trained with"),
+        ({"state_dict": {}}, "Missing key(s)"),
+    ],
+)
+def test_a_checkpoint_that_cannot_be_used_is_named(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], content: Any, told: str
+) -> None:
+    checkpoint = tmp_path / "last.ckpt"
+    if isinstance(content, bytes):
+        checkpoint.write_bytes(content)
+    elif content is not None:
+        torch.save(content, checkpoint)
+    given = ["--model=test_cli.Net", "--data=test_cli.Digits", f"--checkpoint={checkpoint}"]
+    assert main(["attribute", str(tmp_path / "log"), *given, f"--out={tmp_path / 'out'}"]) == 1
+    found = capsys.readouterr().err
+    assert "last.ckpt" in found and told in found
+
+
+def test_wrong_use_is_refused_before_the_work(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    known = [f"--config={run / 'run.yaml'}", f"--checkpoint={run / 'last.ckpt'}"]
+    there = str(run / "log")
+    for arguments, told in (
+        (["attribute", there, *known, f"--out={run / 'none' / 's.safetensors'}"], "there is no directory"),
+        (["attribute", there, *known, f"--out={run}"], "is a directory"),
+        (["report", "none", f"--out={run / 'none' / 'r.html'}"], "there is no directory"),
+        (["select", "none", f"--out={run / 'none' / 'kept.txt'}"], "there is no directory"),
+        (["select", "none", "--keep=1.5"], "--keep 1.5"),
+        (["tune", *known[:1], f"--out={run / 'none' / 't.csv'}"], "there is no directory"),
+        (["check", there, *known, f"--results={run / 'none' / 'r'}"], "there is no directory"),
+        (["check", there, *known, "--removals=-3"], "--removals -3; give 3 or more"),
+        (["check", there, *known, "--subsets=-3"], "--subsets -3"),
+    ):
+        assert main(arguments) == 2, arguments
+        assert told in capsys.readouterr().err
+
+
+def test_without_jsonargparse_it_says_what_to_install(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(sys.modules, "jsonargparse", None)
+    assert main(["inspect", "log"]) == 1
+    assert 'pip install "lightning-influence[cli]"' in capsys.readouterr().err
+
+
+def test_a_manifest_does_not_steer_the_terminal(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    keys = ("optimizer", "record", "compression", "precision")
+    for number, content in enumerate(
+        (
+            {
+                "module": "\x1b[2J\x9bµ",
+                **dict.fromkeys(keys, "x"),
+                "ranks": 1,
+                "coverage": {"recorded": 1, "trained": 2000},
+            },
+            {"module": "m", **dict.fromkeys(keys, "x"), "ranks": 1, "coverage": {"recorded": "\x1b[2J", "trained": []}},
+            {},
+        )
+    ):
+        with StoreWriter(tmp_path / str(number)) as writer:
+            writer.write_manifest(content)
+        assert main(["inspect", str(tmp_path / str(number))]) == int(number > 0)
+        found = capsys.readouterr()
+        told = found.out + found.err
+        assert "\x1b" not in told and "\x9b" not in told
+        assert ("\\x1b[2J\\x9bµ" in told and "1 of 2,000" in told) if number == 0 else "manifest" in told, told
 
 
 def test_yaml_alone_adds_callback_and_selection(tmp_path: Path) -> None:
