@@ -102,7 +102,7 @@ def look_ahead(
     plan = Rollout(trainer, candidates)
     autocast = trainer.precision_plugin.forward_context
     found = []
-    with ReplayTrajectory(module, plan, autocast=autocast, exact=method.curvature == "hessian") as run:
+    with ReplayTrajectory(module, plan, autocast=autocast, exact=method.curvature == "hessian", progress=False) as run:
         for start in range(scored):
             stop = min(start + 1 + horizon, len(run))
             run.place(stop)

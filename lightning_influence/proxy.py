@@ -115,7 +115,7 @@ def error_proxy(
     if curvature not in ("auto", "fisher", "hessian"):
         raise ConfigurationError(f"curvature={curvature!r}; choose one of auto, fisher, hessian")
     queries = list(queries)
-    with open_trajectory(log, model, curvature, data) as run:
+    with open_trajectory(log, model, curvature, data, progress=progress) as run:
         exact = isinstance(run, ReplayTrajectory) and curvature != "fisher"
         names = list(run.sizes)
         options = {"target": target, "query_loss": query_loss}

@@ -139,6 +139,7 @@ class ReplayTrajectory:
         autocast: makes the context of the run's mixed precision.
         exact: whether exact Hessian products will be asked for.
         at_once: vectors carried through the network together in an exact curvature product.
+        progress: show a bar where replaying a segment takes longer than two seconds.
 
     Attributes:
         drift: relative distance to each snapshot on arrival, by step (the system error, method.md section 9).
@@ -154,8 +155,10 @@ class ReplayTrajectory:
         autocast: Callable[[], AbstractContextManager[Any]] = nullcontext,
         exact: bool = True,
         at_once: int = 8,
+        progress: bool = True,
     ) -> None:
         self.module, self.plan, self.optimizer = module, plan, plan.optimizer
+        self._progress = progress
         self.drift: dict[int, float] = {}
         self._capture = GradientCapture(module, exclude=exclude, frozen_batch_norm=frozen_batch_norm)
         self._trained = {k: p for k, p in module.named_parameters() if p.requires_grad}
@@ -259,7 +262,8 @@ class ReplayTrajectory:
     def _replay(self, start: int) -> _Segment:
         stop = min((s for s in self.plan.snapshots if s > start), default=len(self))
         segment, state = _Segment(start, [], [], {}), self.plan.snapshot(start)
-        for index in tqdm(range(start, min(stop, len(self))), desc="replay", unit="step", delay=2, leave=False):
+        steps = range(start, min(stop, len(self)))
+        for index in tqdm(steps, desc="replay", unit="step", delay=2, leave=False, disable=not self._progress):
             planned = self.plan.step(index)
             if self._size is None:
                 self._size = self._size_of(planned, state)
