@@ -76,6 +76,8 @@ def perceptron(inputs: int, width: int) -> Callable[[], nn.Module]:
 
 
 class Net(L.LightningModule):
+    beta1 = 0.9
+
     def __init__(self, inputs: int, lr: float, seed: int) -> None:
         super().__init__()
         with torch.random.fork_rng(devices=[]):
@@ -87,7 +89,7 @@ class Net(L.LightningModule):
         return nn.functional.cross_entropy(self.net(batch[0]), batch[1])
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
-        return torch.optim.AdamW(self.parameters(), lr=self.lr)
+        return torch.optim.AdamW(self.parameters(), lr=self.lr, betas=(self.beta1, 0.999))
 
 
 class ByLoss(SelectionDataModule):
@@ -156,7 +158,7 @@ STRATEGIES: dict[str, dict[str, Any]] = {
     "online, K=16": {"horizon": 16},
     "online, K=4, clean future": {"horizon": 4, "class": CleanFuture},
     "online, K=16, clean future": {"horizon": 16, "class": CleanFuture},
-    "online, K=1, rescored": {"horizon": 1, "rescore": 8},
+    "online, K=16, rescored": {"horizon": 16, "rescore": 4},
     "offline": {"offline": True},
     "oracle": {"policy": "oracle"},
 }
@@ -276,7 +278,9 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--csv", type=Path, help="every run, with a figure of the same name in .png beside it")
     parser.add_argument("--overhead", action="store_true")
+    parser.add_argument("--beta1", type=float, default=Net.beta1, help="AdamW's memory of gradients")
     args = parser.parse_args()
+    Net.beta1 = args.beta1
     if args.overhead:
         overhead()
         return
