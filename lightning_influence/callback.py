@@ -6,12 +6,15 @@ import json
 import math
 import platform
 from collections.abc import Sequence
+from contextlib import ExitStack
+from fnmatch import fnmatchcase
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, Literal
 
 import lightning as L
 import torch
+from torch.utils._pytree import tree_flatten
 
 from lightning_influence.attribution import attribute
 from lightning_influence.capture import GradientCapture
@@ -48,7 +51,7 @@ class InfluenceCallback(L.Callback):
             without loss in fewer bytes where a layer allows it, ``"mask"`` a fixed random set of
             coordinates per parameter, ``"auto"`` the smallest lossless form within a budget and masks beyond.
         mask_size: coordinates kept per parameter under a mask.
-        exclude: patterns (`fnmatch`) of parameter names that train but are not recorded.
+        exclude: pattern or patterns (`fnmatch`) of parameter names that train but are not recorded.
         sample_ids: how a batch says which samples it holds, for data that is not a map-style dataset:
             a key of the batch or a function of it. By default the indices that the sampler drew.
         sample_weights: function of the batch that gives the relative weight ``(n,)`` of every sample in the
@@ -58,8 +61,8 @@ class InfluenceCallback(L.Callback):
             depend on each other; refused otherwise.
         report: attribute the run to the validation loss when ``fit`` ends: ``report.html`` and ``report.safetensors`` in
             ``dirpath``, a figure and numbers through the trainer's loggers, and the `report` attribute.
-        existing: what to do where ``dirpath`` already holds a log. A run resumed from a checkpoint goes on
-            with its own log in any case.
+        existing: what to do where ``dirpath`` already holds a log. A run resumed from a checkpoint that was saved while
+            it recorded to ``dirpath``, or afterwards, goes on with that log in any case.
         seed: of the mask.
 
     Raises:
@@ -75,7 +78,7 @@ class InfluenceCallback(L.Callback):
         store_batches: bool | None = None,
         compression: CompressionName = "auto",
         mask_size: int = 8192,
-        exclude: Sequence[str] = (),
+        exclude: str | Sequence[str] = (),
         sample_ids: IdSource = None,
         sample_weights: WeightSource = None,
         reduction: Literal["mean", "sum"] = "mean",
@@ -99,7 +102,7 @@ class InfluenceCallback(L.Callback):
             raise ConfigurationError(f"snapshot_every={snapshot_every}; it counts steps and is at least 1")
         self.record, self.snapshot_every, self.store_batches = record, snapshot_every, store_batches
         self.compression = Compression(compression, mask_size, seed)
-        self.exclude = tuple(exclude)
+        self.exclude = (exclude,) if isinstance(exclude, str) else tuple(exclude)
         self.sample_ids = SampleIds(sample_ids, random=record != "gradients")
         self.sample_weights = sample_weights
         self.reduction = reduction
@@ -108,20 +111,21 @@ class InfluenceCallback(L.Callback):
         self.writes_report = report
         self.report: InfluenceReport | None = None
         self._recorder: Recorder | None = None
+        self._steps: int | None = None  # of the run that the trainer's present state comes from
         self._resume_at: int | None = None
 
     @property
     def state_key(self) -> str:
-        return self._generate_state_key(dirpath=str(self.dirpath))
+        return self._generate_state_key(dirpath=str(self.dirpath.resolve()))
 
     def state_dict(self) -> dict[str, Any]:
         if self._recorder is None:
-            return {"steps": self._resume_at}
+            return {"steps": self._steps}
         self._recorder.writer.flush()  # a checkpoint never knows of more steps than the log
         return {"steps": len(self._recorder.writer)}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self._resume_at = state_dict["steps"]
+        self._steps = self._resume_at = state_dict["steps"]
 
     # -- start and end of fit ---------------------------------------------------------------------------
 
@@ -141,35 +145,46 @@ class InfluenceCallback(L.Callback):
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         ranks, optimizer = Ranks.of(trainer), only_optimizer(trainer)
         update_name(optimizer)
+        _refuse_patterns(self.exclude, pl_module)
+        if self.writes_report:
+            _refuse_no_queries(trainer)
         capture = None
         if self.record != "replay":
             capture = GradientCapture(pl_module, exclude=self.exclude, frozen_batch_norm=self.frozen_batch_norm)
         self.sample_ids.start(trainer.train_dataloader)
-        writer = self._writer(ranks, self._manifest(trainer, pl_module, capture, optimizer))
-        if capture is not None:
-            capture.attach()
-        self._recorder = Recorder(
-            pl_module,
-            optimizer,
-            writer,
-            capture=capture,
-            compression=self.compression,
-            replay=None if self.record == "gradients" else self._replay_settings(trainer),
-            averaged=self.reduction == "mean",
-            ranks=ranks,
-        )
+        with ExitStack() as undo:
+            writer = self._writer(ranks, self._manifest(trainer, pl_module, capture, optimizer), undo)
+            if capture is not None:
+                undo.callback(capture.detach)
+                capture.attach()
+            self._recorder = Recorder(
+                pl_module,
+                optimizer,
+                writer,
+                capture=capture,
+                compression=self.compression,
+                replay=None if self.record == "gradients" else self._replay_settings(trainer),
+                averaged=self.reduction == "mean",
+                ranks=ranks,
+            )
+            undo.pop_all()
 
-    def _writer(self, ranks: Ranks, manifest: dict[str, Any]) -> StoreWriter:
-        resumed = self._resume_at is not None
-        existing = "resume" if resumed else self.existing
+    def _writer(self, ranks: Ranks, manifest: dict[str, Any], undo: ExitStack) -> StoreWriter:
+        """The log, open for the steps that come; ``undo`` closes it."""
+        resume_at, self._resume_at = self._resume_at, None
+        existing = self.existing if resume_at is None else "resume"
         if existing == "resume":
-            _refuse_another_run(self.dirpath, manifest)
-        writer = StoreWriter(self.dirpath, rank=ranks.rank, ranks=ranks.size, existing=existing)
+            _refuse_another_run(self.dirpath, manifest | {"ranks": ranks.size})
+        writer = undo.enter_context(StoreWriter(self.dirpath, rank=ranks.rank, ranks=ranks.size, existing=existing))
         # without a checkpoint, up to where every process came
-        writer.truncate(min(ranks.gather(len(writer))) if self._resume_at is None else self._resume_at)
-        ranks.wait()  # until every process has seen what was there before
+        steps = min(ranks.gather(len(writer))) if resume_at is None else resume_at
+        if ranks.rank == 0:
+            writer.truncate(steps)
+        ranks.wait()  # first the one whose part says that the log is whole; and until all have seen what was there
         if ranks.rank == 0:
             writer.write_manifest(manifest)
+        else:
+            writer.truncate(steps)
         return writer
 
     def _replay_settings(self, trainer: L.Trainer) -> ReplaySettings:
@@ -186,13 +201,14 @@ class InfluenceCallback(L.Callback):
 
     def _report(self, trainer: L.Trainer, module: L.LightningModule) -> InfluenceReport:
         """Scores against the mean validation loss, written and logged."""
-        if not trainer.val_dataloaders:
-            raise ConfigurationError("report=True scores against the validation loss; give fit a validation loader.")
-        loader, training = trainer.val_dataloaders, trainer.train_dataloader
-        queries = loader[0] if isinstance(loader, list) else loader
+        (queries,), _ = tree_flatten(trainer.val_dataloaders)
+        training = trainer.train_dataloader
         report = attribute(self.dirpath, queries=queries, model=module, target="mean", data=training)
-        report.save(self.dirpath / "report.safetensors")
-        report.to_html(self.dirpath / "report.html", data=getattr(training, "dataset", None))
+        saved, page = self.dirpath / "report.safetensors", self.dirpath / "report.html"
+        for path in (saved, page):
+            path.unlink(missing_ok=True)  # it may be a link, which must not be written through
+        report.save(saved)
+        report.to_html(page, data=getattr(training, "dataset", None))
         log_report(report, trainer)
         return report
 
@@ -207,7 +223,7 @@ class InfluenceCallback(L.Callback):
         self.sample_ids.stop()
         recorder, self._recorder = self._recorder, None
         if recorder is not None:
-            self._resume_at = None
+            self._steps = len(recorder.writer)
             recorder.close(finished=finished)
 
     # -- one optimizer step -----------------------------------------------------------------------------
@@ -270,7 +286,6 @@ class InfluenceCallback(L.Callback):
             "mask": {"size": self.compression.mask_size, "seed": self.compression.seed},
             "reduction": self.reduction,
             "precision": str(trainer.precision),
-            "ranks": trainer.world_size,
             "versions": _versions(),
         }
 
@@ -286,6 +301,44 @@ def _refuse_another_run(log: Path, manifest: dict[str, Any]) -> None:
                 f"the log {log} was recorded with {key}={recorded.get(key)!r:.200} and cannot go on with {value!r:.200}; "
                 "resume with the settings it began with, or record to another directory."
             )
+
+
+def _refuse_patterns(exclude: Sequence[str], module: L.LightningModule) -> None:
+    """A pattern that leaves out nothing is misspelt, and so is one that leaves nothing in."""
+    trains = {name: p.requires_grad for name, p in module.named_parameters()}
+    matched = {pattern: {name for name in trains if fnmatchcase(name, pattern)} for pattern in exclude}
+    for pattern, names in matched.items():
+        if not names:
+            raise ConfigurationError(
+                f"exclude={pattern!r} matches no parameter of {type(module).__name__}, which has {', '.join(trains):.200}; "
+                "give their names, or patterns of them."
+            )
+    recorded = {name for name in trains if trains[name]}.difference(*matched.values())
+    if exclude and not recorded:
+        raise ConfigurationError(
+            f"exclude={', '.join(exclude)!r} leaves out every parameter that trains; leave one to be recorded."
+        )
+
+
+def _refuse_no_queries(trainer: L.Trainer) -> None:
+    """What a report would miss at the end of the run is said at its start."""
+    if not trainer.enable_validation:
+        raise ConfigurationError(
+            "report=True scores against the validation loss; give fit a validation loader and the module a validation_step, "
+            f"and keep limit_val_batches={trainer.limit_val_batches} above 0."
+        )
+    validation = trainer.fit_loop.epoch_loop.val_loop
+    validation.setup_data()  # which does nothing where a validation has already run
+    loaders, _ = tree_flatten(trainer.val_dataloaders)
+    if len(loaders) > 1:
+        raise ConfigurationError(
+            f"report=True scores against one validation loader, and this run has {len(loaders)}; join their datasets "
+            "(torch.utils.data.ConcatDataset), or call attribute(...) with each of them after the run."
+        )
+    if not any(validation.max_batches):
+        raise ConfigurationError(
+            "report=True scores against the validation loss; the validation loader has no batch, give it at least one."
+        )
 
 
 def _versions() -> dict[str, str]:

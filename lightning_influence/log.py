@@ -21,11 +21,11 @@ from lightning_influence.compression import Form, Keep, Stack, pack, pack_keep, 
 from lightning_influence.errors import CurvatureUnavailable, LogError
 from lightning_influence.optimizers import UPDATES, Moments, coupling, effective_gradient
 from lightning_influence.removal import consumed_gradients
+from lightning_influence.store import FINAL as FINAL
 from lightning_influence.store import StoreReader
 from lightning_influence.trajectory import Clip, Hyper, Shares, StepRecord, Vectors
 
 LAYOUT = "layout"
-FINAL = "final"
 MOMENTS_EVERY = 8  # steps
 
 Packed = tuple[dict[str, Tensor], dict[str, Any]]

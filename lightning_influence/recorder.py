@@ -169,19 +169,25 @@ class Recorder:
         self._post_hook.remove()
         if self.capture is not None:
             self.capture.detach()
-        if finished and self.ranks.rank == 0 and len(self.writer):
-            self._finish()
-        self.writer.close()
+        try:
+            if finished and len(self.writer):
+                self._finish()
+        finally:
+            self.writer.close()
 
     def _finish(self) -> None:
         """Note by which parameters the run ended, unless they are no longer those of its last step."""
+        self.writer.flush()
+        self.ranks.wait()  # the note also says that the log is whole, so every process has written its steps before it
+        if self.ranks.rank > 0:
+            return
         if self._left_by_steps is not None and not torch.equal(self._sums(), self._left_by_steps):
             self.writer.save(FINAL, {}, {"moved": True})
             return
-        checksums = {name: checksum(p) for name, p in self.module.named_parameters() if p.requires_grad}
-        self.writer.save(FINAL, {}, {"checksums": checksums})
         if self.replay is not None:
             self._snapshot(len(self.writer))
+        checksums = {name: checksum(p) for name, p in self.module.named_parameters() if p.requires_grad}
+        self.writer.save(FINAL, {}, {"checksums": checksums})
 
     def end_epoch(self) -> None:
         """An epoch's last step was taken; what changes the parameters after this is not the run's doing."""

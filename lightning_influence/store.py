@@ -233,7 +233,8 @@ class StoreWriter:
                 _remove(path)
 
     def _refuse_other_ranks(self) -> None:
-        if others := _rank_names(self._root) - _names_of(self._ranks):
+        others = _rank_names(self._root) - _names_of(self._ranks)
+        if others and self._rank == 0:  # which has removed those that are overwritten; the others do not wait for it
             raise LogError(
                 f"{self._root} holds {', '.join(sorted(others))}, which a log of {self._ranks} processes does not; "
                 "remove it, or choose another directory."

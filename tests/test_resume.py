@@ -11,12 +11,12 @@ import lightning as L
 import numpy as np
 import pytest
 import torch
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import ModelCheckpoint, OnExceptionCheckpoint
 from modules import Classifier, digits, fit, loader
 from torch.utils.data import BatchSampler, DataLoader
 
 from lightning_influence import InfluenceCallback
-from lightning_influence.errors import ConfigurationError
+from lightning_influence.errors import ConfigurationError, LogCorrupted
 from lightning_influence.log import LoggedTrajectory
 from lightning_influence.replay_log import LoggedPlan
 from lightning_influence.store import StoreReader
@@ -71,25 +71,28 @@ class Interrupts(L.Callback):
             raise RuntimeError("the machine went away")
 
 
-def train(folder: Path, *callbacks: L.Callback, ckpt_path: Path | None = None) -> None:
+def train(
+    folder: Path, *callbacks: L.Callback, ckpt_path: Path | None = None, log: Path | None = None, epochs: int = 2
+) -> L.Trainer:
     torch.manual_seed(0)
     module = Classifier(
         net=torch.nn.Sequential(torch.nn.Linear(64, 8), torch.nn.GELU(), torch.nn.Dropout(0.2), torch.nn.Linear(8, 10))
     )
     trainer = L.Trainer(
-        max_epochs=2,
+        max_epochs=epochs,
         accelerator="cpu",
         logger=False,
         enable_progress_bar=False,
         enable_model_summary=False,
         callbacks=[
             SeedsSteps(),
-            InfluenceCallback(folder / "log", record="both", snapshot_every=5),
+            InfluenceCallback(log or folder / "log", record="both", snapshot_every=5),
             ModelCheckpoint(folder, every_n_train_steps=3, save_top_k=-1, filename="{step}"),
             *callbacks,
         ],
     )
     trainer.fit(module, Resumable(), ckpt_path=ckpt_path)
+    return trainer
 
 
 def content(log: Path) -> dict[str, torch.Tensor]:
@@ -112,6 +115,62 @@ def test_a_run_resumed_inside_an_epoch_ends_with_the_log_of_an_uninterrupted_one
     whole, resumed = content(tmp_path / "whole" / "log"), content(tmp_path / "broken" / "log")
     assert whole.keys() == resumed.keys()
     assert [name for name in whole if not torch.equal(whole[name], resumed[name])] == []
+
+
+def test_a_run_goes_on_from_a_checkpoint_that_was_saved_after_it(tmp_path: Path) -> None:
+    train(tmp_path / "whole")
+    train(tmp_path / "broken", epochs=1).save_checkpoint(tmp_path / "end.ckpt")
+    train(tmp_path / "broken", ckpt_path=tmp_path / "end.ckpt")
+    whole, resumed = content(tmp_path / "whole" / "log"), content(tmp_path / "broken" / "log")
+    # the first run ended with a snapshot of its own
+    assert {name: t for name, t in resumed.items() if not name.startswith("snapshot-00000012")}.keys() == whole.keys()
+    assert [name for name in whole if not torch.equal(whole[name], resumed[name])] == []
+
+
+@pytest.mark.parametrize("first", [False, True])
+@pytest.mark.parametrize("kind", ["OnExceptionCheckpoint", "ModelCheckpoint"])
+def test_a_run_goes_on_from_the_checkpoint_of_its_exception(kind: str, first: bool, tmp_path: Path) -> None:
+    class Keeps(OnExceptionCheckpoint):
+        def teardown(self, *_: Any, **__: Any) -> None:
+            """It would delete the checkpoint, even after an exception."""
+
+    keeps = (
+        Keeps(tmp_path, "broken")
+        if kind == "OnExceptionCheckpoint"
+        else ModelCheckpoint(tmp_path, filename="broken", save_on_exception=True)
+    )
+    callbacks = [keeps, Interrupts(7)] if first else [Interrupts(7), keeps]
+    with pytest.raises(RuntimeError, match="went away"):
+        train(tmp_path, *callbacks)
+    saved = torch.load(tmp_path / "broken.ckpt", weights_only=False)
+    assert [state["steps"] for key, state in saved["callbacks"].items() if key.startswith("Influence")] == [7]
+    train(tmp_path, ckpt_path=tmp_path / "broken.ckpt")
+    assert len(StoreReader(tmp_path / "log")) > 2 * STEPS - 2
+
+
+def test_a_log_is_the_same_however_its_place_is_spelt(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(RuntimeError, match="went away"):
+        train(tmp_path, Interrupts(7), log=Path("log"))
+    train(tmp_path, ckpt_path=tmp_path / "step=6.ckpt", log=tmp_path / "x" / ".." / "log")
+    assert len(StoreReader(tmp_path / "log")) == 2 * STEPS
+
+
+def test_a_resume_that_fails_leaves_nothing_behind(tmp_path: Path) -> None:
+    fit(Classifier(), loader(digits(64)), InfluenceCallback(tmp_path))
+    index = tmp_path / "rank-0" / "index.jsonl"
+    whole = index.read_bytes()
+    shard = tmp_path / "rank-0" / "step-00000000.safetensors"
+    module = Classifier()
+    for path, content in ((index, b"x" + whole), (shard, b"")):
+        path.write_bytes(content)
+        with pytest.raises(LogCorrupted) as raised:
+            fit(module, loader(digits(64)), InfluenceCallback(tmp_path, existing="resume"))
+        assert not any(m._forward_hooks or m._forward_pre_hooks or m._backward_hooks for m in module.modules())
+        index.write_bytes(whole)
+    fit(module, loader(digits(64)), InfluenceCallback(tmp_path, existing="overwrite"))
+    assert len(StoreReader(tmp_path)) == 4
+    del raised  # its traceback held the writer
 
 
 def test_a_log_goes_on_only_as_it_began(tmp_path: Path) -> None:
