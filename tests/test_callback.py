@@ -192,6 +192,51 @@ def test_bad_runs_are_refused(tmp_path: Path) -> None:
     assert len(LoggedTrajectory(tmp_path / "log")) == 3, "the steps before the loss broke are kept"
 
 
+def test_one_pattern_is_a_pattern(tmp_path: Path) -> None:
+    fit(Classifier(), loader(digits(32)), InfluenceCallback(tmp_path / "log", exclude="net.0.*"))
+    assert "net.0.weight" not in LoggedTrajectory(tmp_path / "log").sizes
+    assert "net.2.weight" in LoggedTrajectory(tmp_path / "log").sizes
+
+
+class NoSteps(L.Callback):
+    """Fails where a step is taken."""
+
+    def on_train_batch_start(self, *_: Any) -> None:
+        raise AssertionError("the run began")
+
+
+@pytest.mark.parametrize(
+    ("val", "options", "says"),
+    [
+        (None, {}, "give fit a validation loader"),
+        ([], {}, "has no batch|give fit a validation loader"),
+        (DataLoader(digits(4), 2), {"limit_val_batches": 0}, "limit_val_batches=0 above 0"),
+        ([DataLoader(digits(4), 2)] * 2, {"num_sanity_val_steps": 0}, "this run has 2"),
+        ({"a": DataLoader(digits(4), 2), "b": DataLoader(digits(4), 2)}, {"num_sanity_val_steps": 0}, "this run has 2"),
+    ],
+    ids=["none", "empty", "limited", "list", "dict"],
+)
+def test_a_report_that_cannot_be_made_is_refused_before_training(
+    val: Any, options: dict[str, Any], says: str, tmp_path: Path
+) -> None:
+    report = InfluenceCallback(tmp_path / "log", report=True)
+    with pytest.raises(ConfigurationError, match=says):
+        fit(Classifier(), loader(digits(32)), report, NoSteps(), val=val, **options)
+    assert not (tmp_path / "log").exists()
+
+
+@pytest.mark.parametrize("val", [DataLoader(digits(4), 2), [DataLoader(digits(4), 2)], {"a": DataLoader(digits(4), 2)}])
+def test_a_report_needs_no_validation_run(val: Any, tmp_path: Path) -> None:
+    report = InfluenceCallback(tmp_path / "log", report=True)
+    options = {"num_sanity_val_steps": 0, "check_val_every_n_epoch": 5}
+    (tmp_path / "log").mkdir()
+    (tmp_path / "precious").write_text("precious")
+    (tmp_path / "log" / "report.html").symlink_to(tmp_path / "precious")
+    fit(Classifier(), loader(digits(32)), report, val=val, **options)
+    assert report.report is not None
+    assert (tmp_path / "precious").read_text() == "precious", "no report is written through a link"
+
+
 def test_a_log_is_not_overwritten_silently(tmp_path: Path) -> None:
     fit(Classifier(), loader(digits(50)), InfluenceCallback(tmp_path / "log"))
     with pytest.raises(LogError, match="4 steps"):

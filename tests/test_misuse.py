@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,7 +28,7 @@ from lightning_influence import (
 )
 from lightning_influence.cli import main
 from lightning_influence.selection import Soft
-from lightning_influence.store import StoreReader
+from lightning_influence.store import FINAL, StoreReader, StoreWriter
 
 TABLE = Path(__file__).parent.parent / "docs" / "errors.md"
 ROWS = [
@@ -116,12 +117,44 @@ misuse("an optimizer that is not Adam, AdamW or SGD")(
 misuse("a second run into the same directory")(lambda here: (here.record(), here.record()))
 misuse("going on with other settings")(lambda here: (here.record(), here.record(existing="resume", compression="full")))
 misuse("a report without validation data")(lambda here: here.record(report=True))
+misuse("a report without validation batches")(
+    lambda here: fit(
+        Classifier(),
+        loader(TRAIN),
+        InfluenceCallback(here.path / "new", report=True),
+        val=QUERIES,
+        limit_val_batches=0,
+    )
+)
+misuse("a report over two validation loaders")(
+    lambda here: fit(
+        Classifier(),
+        loader(TRAIN),
+        InfluenceCallback(here.path / "new", report=True),
+        val=[QUERIES, QUERIES],
+        num_sanity_val_steps=0,
+    )
+)
+misuse("excluding what is not there")(lambda here: here.record(exclude=["net.0.*", "net.9.*"]))
+misuse("excluding everything")(lambda here: here.record(exclude="*"))
 misuse("a log below a file")(
     lambda here: (
         (here.path / "new").write_text(""),
         fit(Classifier(), loader(TRAIN), InfluenceCallback(here.path / "new" / "x")),
     )
 )
+
+
+class Deletes(L.Callback):
+    def on_train_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
+        if trainer.global_step == 2:
+            next(Path(trainer.default_root_dir).glob("new/rank-0/index.jsonl")).unlink()
+
+
+@misuse("an index deleted while the run writes")
+def _(here: Here) -> None:
+    callbacks = [InfluenceCallback(here.path / "new"), Deletes()]
+    fit(Classifier(), loader(TRAIN), *callbacks, default_root_dir=here.path)
 
 
 @misuse("manual optimization")
@@ -253,6 +286,44 @@ def _(here: Here) -> None:
     here.attribute(log=log)
 
 
+def of_two_processes(log: Path) -> Path:
+    with StoreWriter(log, ranks=2) as first, StoreWriter(log, rank=1, ranks=2) as second:
+        first.write_manifest({})
+        for step in range(2):
+            first.append(step, {}, {})
+            second.append(step, {}, {})
+        first.save(FINAL, {}, {})
+    return log
+
+
+@misuse("a log without one of its processes")
+def _(here: Here) -> None:
+    shutil.rmtree(of_two_processes(here.path) / "rank-0")
+    StoreReader(here.path)
+
+
+@misuse("a log with a copy of a process's part")
+def _(here: Here) -> None:
+    log = here.copy()
+    shutil.copytree(log / "rank-0", log / "rank-0 (copy)")
+    here.attribute(log=log)
+
+
+@misuse("a log in which a finished run is cut")
+def _(here: Here) -> None:
+    index = of_two_processes(here.path) / "rank-1" / "index.jsonl"
+    index.write_bytes(index.read_bytes().splitlines(keepends=True)[0])
+    StoreReader(here.path)
+
+
+@misuse("a log that leads elsewhere")
+def _(here: Here) -> None:
+    index = here.copy() / "rank-0" / "index.jsonl"
+    index.rename(here.path / "elsewhere")
+    index.symlink_to(here.path / "elsewhere")
+    here.attribute(log=here.path / "new")
+
+
 @misuse("a manifest that was edited")
 def _(here: Here) -> None:
     manifest = here.copy() / "manifest.json"
@@ -349,8 +420,8 @@ misuse("a horizon that does not fit into the short runs")(
 )
 
 
-def test_the_command_line_ends_with_1_and_a_message(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    for arguments in (["inspect", str(tmp_path)], ["select", str(tmp_path / "none")], ["attribute", str(tmp_path)]):
-        assert main(arguments) == 1
+def test_the_command_line_ends_with_a_message(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for command, path, code in (("inspect", tmp_path, 1), ("select", tmp_path / "none", 1), ("attribute", tmp_path, 2)):
+        assert main([command, str(path)]) == code
         told = capsys.readouterr().err
         assert told.startswith("lightning-influence: ") and "Traceback" not in told
