@@ -290,7 +290,7 @@ def _weights(checkpoint: Path) -> Mapping[str, Any]:
 
 def _printable(text: str) -> str:
     """What a file says, without the codes that would steer the terminal."""
-    return "".join(c if c.isprintable() or c == "\n" else ascii(c)[1:-1] for c in text)
+    return "".join(c if c.isprintable() or c in "\n\t" else ascii(c)[1:-1] for c in text)
 
 
 def _own_part(content: Any, keys: set[str], classes: Mapping[str, str | None]) -> dict[str, Any]:

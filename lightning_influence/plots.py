@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import pandas as pd
 import torch
 from matplotlib.figure import Figure
@@ -12,7 +13,7 @@ from PIL import Image
 from torch import Tensor
 
 from lightning_influence.errors import ConfigurationError
-from lightning_influence.render import Render, Shown, as_image, default_render, label_of
+from lightning_influence.render import Render, Shown, as_image, default_render, label_of, training_samples
 
 if TYPE_CHECKING:
     from lightning_influence.report import InfluenceReport
@@ -29,7 +30,7 @@ class Plots:
     def histogram(self, bins: int = 60) -> Figure:
         """How the samples' scores, averaged over the queries, are distributed."""
         figure, axes = _figure()
-        scores = self._report.scores.double().mean(1)
+        scores = self._report.mean
         _, edges, patches = axes.hist(scores.numpy(), bins=bins)
         for patch, left in zip(patches, edges, strict=False):
             patch.set_color(_HELP if left >= 0 else _HARM)
@@ -41,7 +42,7 @@ class Plots:
         figure, axes = _figure()
         rows = self._report.rows
         first, helped, harmed = rows.over_time(bins)
-        width = torch.diff(first, append=rows.steps.max()[None] + 1)
+        width = torch.diff(first, append=torch.tensor([rows.n_steps]))
         for part, colour, name in ((helped, _HELP, "helped"), (harmed, _HARM, "harmed")):
             axes.bar(first.numpy(), part.numpy(), 0.85 * width.numpy(), align="edge", color=colour, label=name)
         axes.axhline(0, color="0.6", lw=0.8)
@@ -53,9 +54,13 @@ class Plots:
         """The most helpful images of a dataset above the most harmful ones; ``show`` as of `InfluenceReport.to_html`.
 
         Raises:
-            ConfigurationError: the samples are not images.
+            ConfigurationError: the samples are not images, or not those of the report.
         """
-        render = show or default_render()
+        render, samples = show or default_render(), training_samples(data, self._report.sample_ids)
+        if samples is None:
+            raise ConfigurationError(
+                f"{type(data).__name__} has no indices; give a dataset that gives sample i as [i]."
+            )
         figure = Figure(figsize=(1.3 * k, 3.6), layout="constrained")
         axes = figure.subplots(2, k, squeeze=False)
         tables = ((self._report.top(k, query), _HELP), (self._report.bottom(k, query), _HARM))
@@ -63,16 +68,21 @@ class Plots:
             for place in line:
                 place.axis("off")
             for place, row in zip(line, table.itertuples(), strict=False):
-                sample = data[row.sample_id]
+                sample = samples[row.sample_id]
                 place.imshow(_picture(row.sample_id, render(sample)), cmap="gray")
                 label = label_of(sample)
                 told = f"sample {row.sample_id}" + (f", label {label}" if label else "")
                 place.set_title(f"{told}\n{row.score:+.2g}", fontsize=7, color=colour)
         return figure
 
+    @staticmethod
+    def proxy_against_truth(predicted: Tensor, measured: Tensor) -> Figure:
+        """The errors that `error_proxy` predicted over those that retraining measured; see `plots.proxy_against_truth`."""
+        return proxy_against_truth(predicted, measured)
+
 
 def _picture(sample_id: int, shown: Shown) -> Image.Image:
-    if isinstance(shown, Tensor):
+    if isinstance(shown, (Tensor, np.ndarray)):
         shown = as_image(shown)
     if not isinstance(shown, Image.Image):
         raise ConfigurationError(
@@ -103,12 +113,25 @@ def lines(table: pd.DataFrame, **labels: str) -> Figure:
     return figure
 
 
-def proxy_against_truth(proxy: torch.Tensor, truth: torch.Tensor) -> Figure:
-    """Predicted errors of first-order scores against the true ones, ``(n,)`` each."""
+def proxy_against_truth(predicted: Tensor, measured: Tensor) -> Figure:
+    """Errors of scores as the error proxy predicts them, over those that retraining measured; equal on the line.
+
+    Args:
+        predicted: such as the column ``error`` of `PredictedErrors.to_pandas`.
+        measured: truth minus score, in the same shape and order.
+
+    Raises:
+        ConfigurationError: other shapes.
+    """
+    if predicted.shape != measured.shape:
+        raise ConfigurationError(
+            f"errors of shapes {tuple(predicted.shape)} predicted and {tuple(measured.shape)} measured; give one of each for "
+            "every removal and query."
+        )
     figure, axes = _figure()
     axes.axline((0, 0), slope=1, color="0.7", lw=1)
-    axes.scatter(truth.flatten().numpy(), proxy.flatten().numpy(), s=12, color=_HELP)
-    axes.set(xlabel="true error (truth minus first-order score)", ylabel="error proxy")
+    axes.scatter(measured.flatten().numpy(), predicted.flatten().numpy(), s=12, color=_HELP)
+    axes.set(xlabel="measured error (truth minus score)", ylabel="predicted error")
     return figure
 
 

@@ -17,9 +17,16 @@ from torch import Tensor
 from lightning_influence.errors import ConfigurationError, InfluenceError
 from lightning_influence.plots import Plots
 from lightning_influence.render import Render
-from lightning_influence.report_page import cell, page
+from lightning_influence.report_page import cell, page, part_of
 
 _FORMAT = "lightning-influence-report/1"
+_TENSORS = ("sample_ids", "steps", "scores", "tangent")
+_MAX_STEPS = 2**40  # more than any run has, and few enough to reckon with
+
+
+def mean_score(scores: Tensor) -> Tensor:
+    """``(n, n_queries)``, averaged over the queries; 0 where there are none."""
+    return scores.double().mean(1).nan_to_num()
 
 
 @dataclass(frozen=True)
@@ -40,6 +47,11 @@ class Rows:
     def __len__(self) -> int:
         return len(self.sample_ids)
 
+    @property
+    def n_steps(self) -> int:
+        """Steps up to the last one with a sample."""
+        return int(self.steps.max()) + 1 if len(self) else 0
+
     def per_sample(self, values: Tensor) -> tuple[Tensor, Tensor]:
         """Ascending sample ids and the sums ``(n_samples, n_queries)`` of a row quantity over their steps."""
         ids, where = torch.unique(self.sample_ids, return_inverse=True)
@@ -55,15 +67,15 @@ class Rows:
         Returns:
             ``(n_bins,)`` each: the first step of a bin, what helped (positive) and what harmed (negative), per step.
         """
-        n = int(self.steps.max()) + 1
+        n = self.n_steps
         bins = min(n, bins)
-        where = torch.arange(n) * bins // n
-        size, means = torch.bincount(where, minlength=bins), self.scores.double().mean(1)
+        first = -(-torch.arange(bins + 1) * n // max(bins, 1))  # rounded up
+        where, means = self.steps.long() * bins // max(n, 1), mean_score(self.scores)
         helped, harmed = (
-            torch.zeros(bins, dtype=torch.float64).index_add_(0, where[self.steps], part) / size
+            torch.zeros(bins, dtype=torch.float64).index_add_(0, where, part) / first.diff()
             for part in (means.clamp(min=0), means.clamp(max=0))
         )
-        return size.cumsum(0) - size, helped, harmed
+        return first[:-1], helped, harmed
 
 
 class InfluenceReport:
@@ -110,6 +122,11 @@ class InfluenceReport:
         return cls(rows, query_ids=query_ids, metadata=metadata)
 
     @property
+    def mean(self) -> Tensor:
+        """Each sample's score, averaged over the queries: ``(n_samples,)``."""
+        return mean_score(self.scores)
+
+    @property
     def nonlinearity(self) -> Tensor:
         """Finite minus tangent score, ``(n_samples, n_queries)``: how nonlinearly the optimizer answers the
         removal of each sample (method.md section 9).
@@ -128,11 +145,11 @@ class InfluenceReport:
 
     def to_csv(self, path: str | Path) -> None:
         """Write `to_pandas` as CSV."""
-        self.to_pandas().to_csv(path, index=False)
+        self.to_pandas().to_csv(_made(path), index=False)
 
     def to_parquet(self, path: str | Path) -> None:
         """Write `to_pandas` as Parquet."""
-        self.to_pandas().to_parquet(path, index=False)
+        self.to_pandas().to_parquet(_made(path), index=False)
 
     def top(self, k: int = 10, query: int | str | None = None) -> pd.DataFrame:
         """The ``k`` most helpful samples for a query, or for all of them on average."""
@@ -144,7 +161,7 @@ class InfluenceReport:
 
     def _ranked(self, query: int | str | None) -> pd.DataFrame:
         if query is None:
-            scores = self.scores.mean(1)
+            scores = self.mean
         elif query in self.query_ids:
             scores = self.scores[:, self.query_ids.index(query)]
         else:
@@ -193,7 +210,7 @@ class InfluenceReport:
         show: Render | None = None,
         tokenizer: Any = None,
         queries: Any = None,
-        groups: Sequence[Any] | Tensor | None = None,
+        groups: Sequence[Any] | Mapping[int, Any] | Tensor | None = None,
         classes: Sequence[str] | None = None,
         k: int = 8,
         title: str = "Influence report",
@@ -201,13 +218,13 @@ class InfluenceReport:
         """Write one self-contained page that a person reads.
 
         Args:
-            data: the training dataset, so that samples can be shown.
+            data: the training dataset, so that samples can be shown, or the loader or datamodule that holds it.
             show: ``show(sample) -> text | PIL image | image tensor | mapping``, a mapping being shown as a small table;
                 see `render.default_render` for the default.
             tokenizer: decodes token ids for the default.
             queries: the query examples, indexed like the columns of the scores.
-            groups: a group (class, source) per sample of the training dataset, for totals; by default the labels,
-                where the dataset gives them without being read (`render.labels_of`).
+            groups: a group (class, source) per sample of the training dataset or by sample id, for totals; by default the
+                labels, where the dataset gives them without being read (`render.labels_of`).
             classes: names of the labels, which are then indices into it.
             k: samples in each list.
 
@@ -218,12 +235,12 @@ class InfluenceReport:
             The path.
 
         Raises:
-            ConfigurationError: groups, classes or queries that do not fit the report.
+            ConfigurationError: data, groups, classes or queries that do not fit the report.
         """
         options: dict[str, Any] = {"data": data, "show": show, "tokenizer": tokenizer, "queries": queries}
-        path = Path(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(page(self, **options, groups=groups, classes=classes, k=k, title=title), encoding="utf-8")
+        path = _made(path)
+        text = page(self, **options, groups=groups, classes=classes, k=k, title=title)
+        path.write_text(text, encoding="utf-8", errors="backslashreplace")  # a text cut inside a character
         return path
 
     def _repr_html_(self) -> str:
@@ -231,10 +248,9 @@ class InfluenceReport:
 
     def save(self, path: str | Path) -> None:
         """Write the report to one safetensors file, which `load` reads."""
-        names = ("sample_ids", "steps", "scores", "tangent")
-        tensors = {name: getattr(self.rows, name).clone(memory_format=torch.contiguous_format) for name in names}
+        tensors = {name: getattr(self.rows, name).clone(memory_format=torch.contiguous_format) for name in _TENSORS}
         body = {"metadata": self.metadata, "query_ids": self.query_ids}
-        save_file(tensors, path, {"format": _FORMAT, "report": json.dumps(body)})
+        save_file(tensors, _made(path), {"format": _FORMAT, "report": json.dumps(body)})
 
     @classmethod
     def load(cls, path: str | Path) -> InfluenceReport:
@@ -249,15 +265,15 @@ class InfluenceReport:
                 if metadata.get("format") != _FORMAT:
                     raise InfluenceError(f"{path} is not a report of this version ({metadata.get('format')}).")
                 body = json.loads(metadata["report"])
-                rows = Rows(*(file.get_tensor(name) for name in ("sample_ids", "steps", "scores", "tangent")))
-        except (OSError, SafetensorError) as error:
+                rows = Rows(*(file.get_tensor(name) for name in _TENSORS))
+            return cls(rows, query_ids=body["query_ids"], metadata=body["metadata"])
+        except (OSError, SafetensorError, KeyError, TypeError, ValueError, RecursionError, ConfigurationError) as error:
             raise InfluenceError(
-                f"{path} cannot be read as a report: {error}. Give a file that report.save wrote."
+                f"{path} cannot be read as a report: {error!r}. Give a file that report.save wrote."
             ) from error
-        return cls(rows, query_ids=body["query_ids"], metadata=body["metadata"])
 
     def __repr__(self) -> str:
-        coverage = self.metadata.get("coverage", {}).get("fraction")
+        coverage = part_of(self.metadata, "coverage").get("fraction")
         seen = "" if coverage is None else f", {coverage:.1%} of the trained coordinates"
         how = ", ".join(str(self.metadata[k]) for k in ("response", "curvature") if k in self.metadata)
         return (
@@ -266,16 +282,35 @@ class InfluenceReport:
         )
 
 
+def _made(path: str | Path) -> Path:
+    """The path, in a directory that is there."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    return path
+
+
 def _validate(rows: Rows) -> None:
     n = len(rows.sample_ids)
-    shapes = {name: tuple(getattr(rows, name).shape) for name in ("sample_ids", "steps", "scores", "tangent")}
+    shapes = {name: tuple(getattr(rows, name).shape) for name in _TENSORS}
     if (
         rows.scores.dim() != 2
+        or shapes["sample_ids"] != (n,)
         or shapes["steps"] != (n,)
         or shapes["scores"][0] != n
         or shapes["tangent"] != shapes["scores"]
     ):
         raise ConfigurationError(f"rows of shapes {shapes}; expected (n,), (n,), (n, q) and (n, q).")
+    kinds = [getattr(rows, name).is_floating_point() for name in _TENSORS]
+    if kinds != [False, False, True, True]:
+        types = {name: getattr(rows, name).dtype for name in _TENSORS}
+        raise ConfigurationError(
+            f"rows of {types}; expected integers for ids and steps, and floating point for the rest."
+        )
+    if n and not 0 <= int(rows.steps.min()) <= int(rows.steps.max()) < _MAX_STEPS:
+        raise ConfigurationError(
+            f"steps from {int(rows.steps.min())} to {int(rows.steps.max())}; a run counts its steps from 0, and has fewer "
+            f"than {_MAX_STEPS}."
+        )
     if not torch.isfinite(rows.scores).all():
         row = int((~torch.isfinite(rows.scores)).any(1).nonzero()[0])
         raise InfluenceError(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
@@ -14,7 +14,7 @@ from markupsafe import Markup
 from torch import Tensor
 
 from lightning_influence.errors import ConfigurationError
-from lightning_influence.render import Render, as_html, default_render, label_of, labels_of
+from lightning_influence.render import Render, as_html, default_render, indexed, label_of, labels_of, training_samples
 
 if TYPE_CHECKING:
     from lightning_influence.report import InfluenceReport
@@ -99,38 +99,41 @@ def page(
     show: Render | None = None,
     tokenizer: Any = None,
     queries: Any = None,
-    groups: Sequence[Any] | Tensor | None = None,
+    groups: Sequence[Any] | Mapping[int, Any] | Tensor | None = None,
     classes: Sequence[str] | None = None,
     k: int = 8,
     title: str = "Influence report",
 ) -> str:
     """The whole page as HTML; arguments as of `InfluenceReport.to_html`."""
     render = show or default_render(tokenizer)
-    samples = _Samples(data, render, classes)
-    asked = None if queries is None else _Samples(queries, render, classes)
-    if queries is not None and len(report.query_ids) > 1 and len(queries) != len(report.query_ids):
-        raise ConfigurationError(f"{len(queries)} queries to show for {len(report.query_ids)} columns of scores.")
+    samples = _Samples(training_samples(data, report.sample_ids), render, classes)
+    examples, n_examples = indexed(queries)
+    asked = None if examples is None else _Samples(examples, render, classes)
     several = len(report.query_ids) > 1
+    if several and n_examples not in (None, len(report.query_ids)):
+        raise ConfigurationError(f"{n_examples} queries to show for {len(report.query_ids)} columns of scores.")
     shown = report.query_ids[:_SHOWN_QUERIES] if several else []
-    mean = report.scores.double().mean(1)
-    metadata = report.metadata
+    mean, metadata = report.mean, report.metadata
+    views = [_view(report, samples, k, None), *(_view(report, samples, k, q, i, asked) for i, q in enumerate(shown))]
+    suspects = _suspects(report, samples, k) if several else []
+    cards = [card for view in views for card in (*view["helpful"], *view["harmful"])] + suspects
     return _template("report_page.html").render(
         title=title,
         report=report,
         several=several,
         helping=int((mean > 0).sum()),
         harming=int((mean < 0).sum()),
-        views=[_view(report, samples, k, None), *(_view(report, samples, k, q, i, asked) for i, q in enumerate(shown))],
+        views=views,
         left_out=len(report.query_ids) - len(shown) if several else 0,
-        suspects=_suspects(report, samples, k) if several else [],
+        suspects=suspects,
         histogram=_histogram(mean),
         over_time=_over_time(report),
-        rows=list(_rows(report, samples)),
+        rows=list(_rows(report, samples, {card.sample_id for card in cards})),
         groups=_groups(report, samples.labels if groups is None else groups, given=groups is not None),
         trust=_trust(report),
-        coverage={"parameters": {}, "excluded": [], **metadata.get("coverage", {})},
+        coverage={"parameters": {}, "excluded": [], **part_of(metadata, "coverage")},
         facts=_facts(metadata),
-        versions=metadata.get("versions", {}),
+        versions=part_of(metadata, "versions"),
     )
 
 
@@ -139,9 +142,15 @@ def cell(report: InfluenceReport) -> str:
     return _template("report_cell.html").render(
         report=report,
         lists=[("Most helpful", "help", report.top(5)), ("Most harmful", "harm", report.bottom(5))],
-        histogram=_histogram(report.scores.double().mean(1)),
+        histogram=_histogram(report.mean),
         trust=_trust(report),
     )
+
+
+def part_of(metadata: Mapping[str, Any], name: str) -> Mapping[str, Any]:
+    """A part of the metadata that maps names; nothing where it is left out or holds something else."""
+    part = metadata.get(name)
+    return part if isinstance(part, Mapping) else {}
 
 
 def signed(value: float, digits: int = 3) -> str:
@@ -210,30 +219,28 @@ def _suspects(report: InfluenceReport, samples: _Samples, k: int) -> list[_Card]
     ]
 
 
-def _rows(report: InfluenceReport, samples: _Samples) -> Iterator[dict[str, Any]]:
-    """The samples of the largest scores, for the table."""
-    mean, harmed = report.scores.double().mean(1), (report.scores < 0).double().mean(1)
-    for i in mean.abs().argsort(descending=True, stable=True)[:_SHOWN_ROWS].tolist():
+def _rows(report: InfluenceReport, samples: _Samples, carded: Collection[int]) -> Iterator[dict[str, Any]]:
+    """The samples of the largest scores and those with a card, for the table."""
+    mean, harmed = report.mean, (report.scores < 0).double().mean(1).nan_to_num()
+    for rank, i in enumerate(mean.abs().argsort(descending=True, stable=True).tolist()):
         sample_id = int(report.sample_ids[i])
+        if rank >= _SHOWN_ROWS and sample_id not in carded:
+            continue
         yield {"id": sample_id, "score": float(mean[i]), "harmed": float(harmed[i]), "label": samples.label(sample_id)}
 
 
-def _groups(report: InfluenceReport, groups: Sequence[Any] | Tensor | None, *, given: bool) -> list[dict[str, Any]]:
+def _groups(
+    report: InfluenceReport, groups: Sequence[Any] | Mapping[int, Any] | Tensor | None, *, given: bool
+) -> list[dict[str, Any]]:
     """Totals by group; labels that were not given as groups count only where they are few."""
     if groups is None:
         return []
-    if len(groups) <= int(report.sample_ids.max()):
-        raise ConfigurationError(
-            f"groups names {len(groups)} samples, but sample {int(report.sample_ids.max())} is in the report; give one "
-            "group per sample of the training dataset."
-        )
-    values = groups.tolist() if isinstance(groups, Tensor) else list(groups)
-    names = [str(values[z]) for z in report.sample_ids.tolist()]
+    names = _group_names(report.sample_ids.tolist(), groups)
     distinct = sorted(set(names), key=lambda name: (len(name), name) if name.isdigit() else (math.inf, name))
-    if not given and not 1 < len(distinct) <= _SHOWN_GROUPS:
+    if not distinct or (not given and not 1 < len(distinct) <= _SHOWN_GROUPS):
         return []
     where = torch.tensor([distinct.index(name) for name in names])
-    mean = report.scores.double().mean(1)
+    mean = report.mean
     helped, harmed = (
         torch.zeros(len(distinct), dtype=torch.float64).index_add_(0, where, part)
         for part in (mean.clamp(min=0), mean.clamp(max=0))
@@ -247,11 +254,26 @@ def _groups(report: InfluenceReport, groups: Sequence[Any] | Tensor | None, *, g
     ]
 
 
+def _group_names(sample_ids: list[int], groups: Sequence[Any] | Mapping[int, Any] | Tensor) -> list[str]:
+    """The group of every sample of the report."""
+    known = groups if isinstance(groups, Mapping) else range(len(groups))
+    missing = [z for z in sample_ids if z not in known]
+    if missing:
+        raise ConfigurationError(
+            f"groups names {len(groups)} samples, but sample {missing[-1]} is in the report; give one group per sample of "
+            "the training dataset."
+        )
+    values = groups if isinstance(groups, Mapping) else groups.tolist() if isinstance(groups, Tensor) else list(groups)
+    return [str(values[z]) for z in sample_ids]
+
+
 # -- figures --------------------------------------------------------------------------------------------------
 
 
 def _histogram(scores: Tensor) -> dict[str, Any]:
     """Bars over a scale that is linear for small and logarithmic for large scores (the inverse hyperbolic sine)."""
+    if not len(scores):
+        return {"bars": [], "ticks": [(0.5, 0.0)], "largest": 0}
     scale = float(scores.abs().median()) or float(scores.abs().max()) or 1.0
     bound = float(torch.asinh(scores.abs() / scale).max()) or 1.0
     counts = torch.histc(torch.asinh(scores / scale), _BINS, -bound, bound)
@@ -267,9 +289,9 @@ def _histogram(scores: Tensor) -> dict[str, Any]:
 
 def _over_time(report: InfluenceReport) -> dict[str, Any]:
     first, helped, harmed = report.rows.over_time(_TIMES)
-    n = int(report.rows.steps.max()) + 1
-    largest = max(float(helped.max()), float(-harmed.min())) or 1.0
-    last = [*(first[1:] - 1).tolist(), n - 1]
+    n = report.rows.n_steps
+    largest = max([*helped.tolist(), *(-harmed).tolist()], default=0.0) or 1.0
+    last = [following - 1 for following in [*first.tolist(), n][1:]]
     bars = [
         {"first": a, "last": b, "helped": up, "harmed": down, "up": up / largest, "down": -down / largest}
         for a, b, up, down in zip(first.tolist(), last, helped.tolist(), harmed.tolist(), strict=True)
@@ -283,7 +305,8 @@ def _over_time(report: InfluenceReport) -> dict[str, Any]:
 def _trust(report: InfluenceReport) -> list[_Trust]:
     """Everything known about how far these scores can be believed."""
     metadata = report.metadata
-    errors = _own_errors(report) | dict(metadata.get("errors", {}))
+    measured = {k: v for k, v in part_of(metadata, "errors").items() if isinstance(v, (int, float))}
+    errors = _own_errors(report) | measured
     told = [*_approximations(metadata)]
     for name, size in errors.items():
         corrected = name == "config" and not metadata.get("optimizer_assumption")
@@ -313,13 +336,13 @@ def _own_errors(report: InfluenceReport) -> dict[str, float]:
     found, size = {}, float(report.scores.norm())
     if size and report.metadata.get("response") == "finite":
         found["algorithm"] = float(report.nonlinearity.norm()) / size
-    if drift := report.metadata.get("replay_drift"):
+    if drift := part_of(report.metadata, "replay_drift"):
         found["system"] = max(drift.values())
     return found
 
 
 def _approximations(metadata: Mapping[str, Any]) -> Iterator[_Trust]:
-    coverage = metadata.get("coverage", {}).get("fraction")
+    coverage = part_of(metadata, "coverage").get("fraction")
     if coverage is not None:
         level = "solid" if coverage > 0.99 else "approximate" if coverage > 0.1 else "caution"
         yield _Trust("Coverage", _percent(coverage), level, "Share of the trained coordinates that the scores rest on.")

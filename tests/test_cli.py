@@ -201,6 +201,13 @@ def test_wrong_use_is_refused_before_the_work(run: Path, capsys: pytest.CaptureF
         assert told in capsys.readouterr().err
 
 
+def test_data_smaller_than_the_report_is_named(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    scores = run / "s.safetensors"
+    InfluenceReport.from_rows(torch.arange(50), torch.arange(50), torch.randn(50, 1)).save(scores)
+    assert main(["report", str(scores), "--data=test_cli.Digits", f"--out={run / 'r.html'}"]) == 2
+    assert "data has 40 samples, but sample 49 is in the report" in capsys.readouterr().err
+
+
 def test_without_jsonargparse_it_says_what_to_install(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
 import torch
 from modules import Classifier, digits, fit, loader
 from PIL import Image
+from safetensors.torch import save_file
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_influence import InfluenceCallback, InfluenceReport, attribute
-from lightning_influence.errors import ConfigurationError
+from lightning_influence.errors import ConfigurationError, InfluenceError
 
 
 def images(n: int = 40) -> TensorDataset:
@@ -106,3 +108,69 @@ def test_a_notebook_shows_both_ends() -> None:
         assert f"<td>{row.sample_id}</td>" in cell
     assert "Most helpful" in cell and "Most harmful" in cell and "<svg" in cell and "fisher" in cell
     assert "<script" not in cell and "<style" not in cell  # it must not reach into the rest of the notebook
+
+
+def test_a_report_is_saved_into_a_new_directory(tmp_path: Path) -> None:
+    report = some_report()
+    report.save(tmp_path / "new" / "er" / "report.safetensors")
+    torch.testing.assert_close(
+        InfluenceReport.load(tmp_path / "new" / "er" / "report.safetensors").scores, report.scores, atol=0, rtol=0
+    )
+    report.to_csv(tmp_path / "table" / "report.csv")
+    report.to_parquet(tmp_path / "rows" / "report.parquet")
+    assert (tmp_path / "table" / "report.csv").exists() and (tmp_path / "rows" / "report.parquet").exists()
+
+
+@pytest.mark.parametrize(
+    ("changed", "body", "told"),
+    [
+        ({}, None, "KeyError"),
+        ({}, "{", "JSONDecodeError"),
+        ({}, "[" * 100_000, "RecursionError"),
+        ({}, '{"metadata": {}}', "query_ids"),
+        ({}, '{"metadata": [1], "query_ids": null}', "cannot be read as a report"),
+        ({}, '{"metadata": {}, "query_ids": 3}', "cannot be read as a report"),
+        ({"steps": torch.tensor([0, 1, 2, 2**40])}, "ok", "steps from 0 to 1099511627776"),
+        ({"steps": torch.tensor([0, 1, 2, -5])}, "ok", "steps from -5"),
+        ({"steps": torch.rand(4)}, "ok", "expected integers"),
+        ({"sample_ids": torch.rand(4)}, "ok", "expected integers"),
+        ({"sample_ids": torch.zeros(4, 1, dtype=torch.int64)}, "ok", "rows of shapes"),
+        ({"scores": torch.ones(4, 1, dtype=torch.int64)}, "ok", "expected integers"),
+        ({"tangent": None}, "ok", "cannot be read as a report"),
+    ],
+)
+def test_a_file_that_is_no_report_is_named(
+    tmp_path: Path, changed: dict[str, torch.Tensor | None], body: str | None, told: str
+) -> None:
+    whole = {
+        "sample_ids": torch.arange(4),
+        "steps": torch.arange(4),
+        "scores": torch.rand(4, 1),
+        "tangent": torch.rand(4, 1),
+    }
+    metadata = {"format": "lightning-influence-report/1"}
+    if body is not None:
+        metadata["report"] = '{"metadata": {}, "query_ids": null}' if body == "ok" else body
+    path = tmp_path / "report.safetensors"
+    save_file({k: v for k, v in (whole | changed).items() if v is not None}, path, metadata)
+    with pytest.raises(InfluenceError, match=re.escape(told)) as raised:
+        InfluenceReport.load(path)
+    assert str(path) in str(raised.value)
+
+
+def test_a_late_step_costs_no_memory() -> None:
+    late = InfluenceReport.from_rows(torch.arange(2), torch.tensor([0, 2**39]), torch.ones(2, 1))
+    first, helped, harmed = late.rows.over_time(80)
+    assert len(first) == 80 and float(helped[0]) * int(first[1]) == pytest.approx(1) and not harmed.any()
+    assert len(late.plot.over_time().axes[0].patches) == 400
+
+
+def test_the_error_proxy_is_drawn_against_the_truth() -> None:
+    predicted, measured = torch.randn(5, 2), torch.randn(5, 2)
+    axes = some_report().plot.proxy_against_truth(predicted, measured).axes[0]
+    assert (
+        axes.collections[0].get_offsets().tolist() == torch.stack([measured.flatten(), predicted.flatten()], 1).tolist()
+    )
+    assert "measured" in axes.get_xlabel() and "predicted" in axes.get_ylabel()
+    with pytest.raises(ConfigurationError, match=r"\(5, 2\) predicted and \(5,\) measured"):
+        some_report().plot.proxy_against_truth(predicted, measured[:, 0])

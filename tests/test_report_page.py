@@ -12,13 +12,15 @@ from io import BytesIO
 from pathlib import Path
 from typing import Any
 
+import lightning as L
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from modules import Classifier, digits, fit, loader
 from PIL import Image
 from test_report import images, some_report
-from torch.utils.data import DataLoader, Subset, TensorDataset
+from torch.utils.data import DataLoader, IterableDataset, Subset, TensorDataset
 
 from lightning_influence import InfluenceCallback, InfluenceReport
 from lightning_influence.errors import ConfigurationError
@@ -152,6 +154,66 @@ def test_what_does_not_fit_is_named(tmp_path: Path) -> None:
         written(report, tmp_path, queries=images(7))
 
 
+def test_an_empty_report_or_one_without_queries_is_a_page(tmp_path: Path) -> None:
+    none = torch.zeros(0, dtype=torch.int64)
+    for report in (
+        InfluenceReport.from_rows(none, none, torch.zeros(0, 1)),
+        InfluenceReport.from_rows(none, none, torch.zeros(0, 3)),
+        InfluenceReport.from_rows(torch.arange(3), torch.arange(3), torch.zeros(3, 0)),
+    ):
+        text = written(report, tmp_path, data=images(), groups=[0] * 40)
+        for told in (text, report._repr_html_()):
+            assert Outline(told).open == [] and "nan" not in told
+        assert "No sample helps." in text
+        report.plot.histogram(), report.plot.over_time()
+
+
+def test_metadata_of_another_kind_is_passed_over(tmp_path: Path) -> None:
+    report = some_report()
+    names = ("coverage", "versions", "errors", "replay_drift")
+    for part in (None, "much", ["much"]):
+        report.metadata |= dict.fromkeys(names, part)
+        assert "InfluenceReport(40 samples" in repr(report)
+        assert "40" in written(report, tmp_path) and "40 samples" in report._repr_html_()
+    report.metadata["errors"] = {"config": None}
+    assert "Config error" not in written(report, tmp_path)
+
+
+def test_data_is_a_dataset_or_what_holds_one(tmp_path: Path) -> None:
+    class Module(L.LightningDataModule):
+        def train_dataloader(self) -> Any:
+            return DataLoader(images(), 4)
+
+    class Stream(IterableDataset[Any]):
+        def __iter__(self) -> Iterator[Any]:
+            return iter(images())
+
+    report = some_report()
+    shown = written(report, tmp_path, data=images(), queries=images(3))
+    assert written(report, tmp_path, data=DataLoader(images(), 4), queries=DataLoader(images(3), 1)) == shown
+    assert written(report, tmp_path, data=Module(), queries=images(3)) == shown
+    assert written(report, tmp_path, data=Stream()) == written(report, tmp_path), "nothing to show of a stream"
+    with pytest.raises(ConfigurationError, match="give a LightningDataModule, a DataLoader or a dataset with indices"):
+        written(report, tmp_path, data=iter(images()))
+    with pytest.raises(ConfigurationError, match="data has 30 samples, but sample 39 is in the report"):
+        written(report, tmp_path, data=images(30))
+    with pytest.raises(ConfigurationError, match="data has 30 samples, but sample 39 is in the report"):
+        report.plot.samples(images(30))
+    with pytest.raises(ConfigurationError, match="Stream has no indices"):
+        report.plot.samples(Stream())
+    assert len(report.plot.samples(DataLoader(images(), 4), k=2).axes) == 4
+
+
+def test_groups_by_sample_id(tmp_path: Path) -> None:
+    report = some_report()
+    names = ["web" if z % 2 else "book" for z in range(40)]
+    by_id = dict(enumerate(names))
+    assert written(report, tmp_path, groups=by_id) == written(report, tmp_path, groups=names)
+    del by_id[7]
+    with pytest.raises(ConfigurationError, match="groups names 39 samples, but sample 7 is in the report"):
+        written(report, tmp_path, groups=by_id)
+
+
 def test_what_users_bring_is_escaped(tmp_path: Path) -> None:
     evil = "\"'><script>alert(1)</script><img src=x onerror=alert(2)>"
     scores = torch.randn(40, 2, generator=torch.Generator().manual_seed(0))
@@ -217,6 +279,67 @@ def test_texts_tokens_and_features() -> None:
         as_html(3)  # type: ignore[arg-type]
 
 
+def test_images_of_every_layout_are_images() -> None:
+    render = default_render()
+    for shape in ((9, 7), (1, 9, 7), (3, 9, 7), (4, 9, 7), (9, 7, 1), (9, 7, 3), (9, 7, 4), (4, 4, 3), (3, 4, 4)):
+        channels = [c for c in shape if c in (1, 3, 4)]
+        values = np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
+        for sample in (values, torch.from_numpy(values), values[..., ::-1, :] if len(shape) == 3 else values[::-1]):
+            shown = render((sample, 1))
+            assert isinstance(shown, torch.Tensor), shape
+            image = as_image(shown)
+            assert (
+                image.mode
+                == {1: "L", 3: "RGB", 4: "RGBA"}[
+                    channels[0] if len(shape) == 3 and shape != (4, 4, 3) else 1 if len(shape) == 2 else 3
+                ]
+            )
+    hwc = torch.rand(9, 7, 3)
+    assert np.asarray(as_image(hwc)).tolist() == np.asarray(as_image(hwc.permute(2, 0, 1))).tolist()
+    assert isinstance(render(np.zeros((8, 8), dtype=">f4")), torch.Tensor), "bytes in another order"
+    for mode in ("F", "CMYK", "HSV", "LA", "I;16", "1"):
+        assert "base64" in as_html(Image.new(mode, (8, 8))) and "base64" in as_html(Image.new(mode, (80, 80)))
+    assert as_html(np.zeros((8, 8, 3), dtype=np.uint8)) == as_html(torch.zeros(3, 8, 8))
+    for wrong in (
+        torch.zeros(2, 3, 8, 8),
+        torch.zeros(2, 8, 8),
+        torch.zeros(8, 8, dtype=torch.complex64),
+        np.array(["a"]),
+    ):
+        with pytest.raises(TypeError, match="render returned an image of shape"):
+            as_html(wrong)
+
+
+def test_nested_rows_and_batches_of_one() -> None:
+    class Tokens:
+        def decode(self, ids: list[int]) -> str:
+            return bytes(ids).decode()
+
+    render = default_render(Tokens())
+    hello = torch.tensor([list(b"hello")])
+    assert render({"input_ids": hello, "labels": hello}) == "hello" == render(({"input_ids": hello[0]}, 1))
+    assert isinstance(render(torch.tensor(3)), dict), "a number is no text"
+    image = torch.rand(3, 8, 8)
+    assert render({"inputs": {"image": image}, "y": 1}) is image is render(((image, 2), 1))
+    row = {"person": {"age": 31, "home": {"city": "Ulm"}}, "label": 1}
+    told = [("person.age", "31"), ("person.home.city", "Ulm")]
+    assert re.findall(r"<th>(.*?)</th><td>(.*?)</td>", as_html(render(row))) == told
+    assert ("a.b", "1") in re.findall(r"<th>(.*?)</th><td>(.*?)</td>", as_html({"a": {"b": 1}}))
+    for odd in ((), [2**70, 1, 2], torch.eye(3).to_sparse(), torch.zeros(2, dtype=torch.complex64)):
+        assert as_html(render(odd))
+
+
+def test_rows_of_a_table_and_broken_texts(tmp_path: Path) -> None:
+    table = pd.DataFrame(
+        {"age": range(40), "job": ["cook"] * 40, "label": [z % 3 for z in range(40)]}, index=range(7, 47)
+    )
+    text = written(some_report(), tmp_path, data=table)
+    best = int(some_report().top(1).sample_id[0])
+    card = text.split('<li class="card">')[1].split("</li>")[0]
+    assert f"<td>{best}</td>" in card and "<td>cook</td>" in card and f"label {best % 3}<" in card
+    assert "a\\ud800b" in written(some_report(), tmp_path, data=["a\ud800b"] * 40)
+
+
 def test_labels_are_found_where_they_are() -> None:
     samples = ((1, torch.tensor(7)), {"label": "cat"}, (1, np.int64(2)), 3, {"labels": [1, 2]}, (1, torch.ones(4)))
     assert [label_of(sample) for sample in samples] == ["7", "cat", "2", "", "", ""]
@@ -224,6 +347,14 @@ def test_labels_are_found_where_they_are() -> None:
     assert labels_of(Subset(data, [4, 1])) == [str(int(data[i][1])) for i in (4, 1)]
     assert labels_of(TensorDataset(torch.rand(3, 2), torch.rand(3, 2))) is None
     assert labels_of(["a", "b"]) is None
+
+    class Odd(list):  # type: ignore[type-arg]
+        targets: Any = None
+
+    for odd in ({"a": 0}, lambda: 3):
+        data = Odd([0])
+        data.targets = odd
+        assert labels_of(data) is None
 
     class Folder(list):  # type: ignore[type-arg]
         targets = ("cat", "dog")
@@ -331,8 +462,25 @@ def test_a_browser_searches(browser: Any, path: Path) -> None:
     card = shown.page.locator("#view-0 .id").first
     wanted = str(card.get_attribute("data-sample"))
     card.click()
-    assert wanted in shown.column(1) and shown.page.locator("#search").input_value() == wanted
+    assert shown.column(1) == [wanted] and shown.page.locator("#search").input_value() == wanted
     assert shown.page.evaluate("document.activeElement.id") == "search"
+    assert shown.problems == []
+
+
+def test_a_card_leads_to_its_sample(browser: Any, tmp_path: Path) -> None:
+    """Whatever number begins like it, and however small its mean score is in a report of many samples."""
+    scores = torch.randn(2500, 4, generator=torch.Generator().manual_seed(0))
+    report = InfluenceReport.from_rows(torch.arange(2500), torch.arange(2500) // 8, scores)
+    shown = Opened(browser, report.to_html(tmp_path / "many.html"))
+    cards = shown.page.locator(".card .id").evaluate_all("cards => cards.map(c => c.dataset.sample)")
+    beyond = set(cards) - set(map(str, report.mean.abs().argsort(descending=True)[:1000].tolist()))
+    assert beyond
+    assert shown.page.locator("#count").inner_text() == f"{1000 + len(beyond)} of {1000 + len(beyond)}"
+    for wanted in [*beyond, min(cards, key=len)]:
+        shown.page.locator(f'.card .id[data-sample="{wanted}"]').first.evaluate("card => card.click()")
+        assert shown.column(1) == [wanted] and shown.page.locator("#search").input_value() == wanted
+    shown.page.fill("#search", "1")
+    assert len(shown.column(1)) > 100, "typing searches as before"
     assert shown.problems == []
 
 
