@@ -22,11 +22,24 @@ from lightning_influence.errors import CurvatureUnavailable, LogError
 from lightning_influence.optimizers import UPDATES, Moments, coupling, effective_gradient
 from lightning_influence.removal import consumed_gradients
 from lightning_influence.store import FINAL as FINAL
-from lightning_influence.store import StoreReader
+from lightning_influence.store import StoreReader, decoding
 from lightning_influence.trajectory import Clip, Hyper, Shares, StepRecord, Vectors
 
 LAYOUT = "layout"
 MOMENTS_EVERY = 8  # steps
+
+_MANIFEST_KINDS: dict[str, type] = {
+    "coverage": dict,
+    "excluded": list,
+    "frozen_batch_norm": bool,
+    "module": str,
+    "optimizer": str,
+    "precision": str,
+    "record": str,
+    "shapes": dict,
+    "update": str,
+}
+_CLIP_RULES = ("none", "norm", "value")
 
 Packed = tuple[dict[str, Tensor], dict[str, Any]]
 
@@ -94,10 +107,15 @@ class LoggedSteps:
 
     Raises:
         LogError: not a log, or a log without a complete step.
+        LogCorrupted: what it holds is not what a recorder writes; also raised by every method that reads.
     """
 
     def __init__(self, log: str | Path) -> None:
-        self.reader = StoreReader(log)
+        self.reader, self._log = StoreReader(log), log
+        with decoding(f"the manifest of {log}"):
+            _check_manifest(self.reader.manifest)
+            if FINAL in self.reader.artifacts():
+                _check_final(self.reader.artifact_meta(FINAL), self.reader.manifest)
         if len(self.reader) == 0:
             raise LogError(
                 f"the log {log} holds no complete step; let the run take at least one optimizer step with "
@@ -112,7 +130,9 @@ class LoggedSteps:
         """The step's record; its moments are empty where the log holds no gradients."""
         if index not in self._records:
             start = index // MOMENTS_EVERY * MOMENTS_EVERY
-            self._records = self._with_moments(range(start, min(start + MOMENTS_EVERY, len(self))))
+            steps = range(start, min(start + MOMENTS_EVERY, len(self)))
+            with decoding(f"one of the steps {steps[0]} to {steps[-1]} of {self._log}"):
+                self._records = self._with_moments(steps)
         return self._records[index]
 
     def _with_moments(self, steps: range) -> dict[int, StepRecord]:
@@ -121,8 +141,10 @@ class LoggedSteps:
         found, now = {}, dict[str, Moments]()
         for index in steps:
             record, stored = self._stored(index), set(self.reader.names(index))
+            _check_record(record)
             now |= {k: m for k in record.gradients if (m := self._moments(index, k, stored)) is not None}
             found[index] = replace(record, moments={k: now[k] for k in record.gradients})
+            _check_moments(found[index])
             for k, gradient in consumed_gradients(record).items():
                 effective = effective_gradient(gradient, (record.parameters or {}).get(k), record.hyper[k])
                 now[k] = apply(now[k], effective, record.hyper[k])[1]
@@ -187,16 +209,27 @@ class LoggedTrajectory(LoggedSteps):
                 f"the log {log} holds no per-sample gradients, because it was recorded with record='replay'; attribute it "
                 "with its model and data, or record with record='gradients' or 'both'."
             )
-        layout = self.reader.artifact_meta(LAYOUT)
-        self.optimizer: str = layout["optimizer"]
-        self.keeps = {name: unpack_keep(form, self._layout_tensor(name)) for name, form in layout["parameters"].items()}
-        self.sizes = {name: (keep.size, keep.total) for name, keep in self.keeps.items()}
+        with decoding(f"the layout of {log}"):
+            layout = self.reader.artifact_meta(LAYOUT)
+            self.optimizer: str = layout["optimizer"]
+            self.keeps = {
+                name: unpack_keep(form, self._layout_tensor(name)) for name, form in layout["parameters"].items()
+            }
+            self.sizes = {name: (keep.size, keep.total) for name, keep in self.keeps.items()}
+            _check_layout(self.optimizer, self.keeps)
 
     def _layout_tensor(self, name: str) -> Callable[[str], Tensor]:
         return lambda key: self.reader.artifact(LAYOUT, f"{name}/{key}")
 
+    def _stored(self, index: int) -> StepRecord:
+        record = super()._stored(index)
+        _expect(all(g.shape == (self.sizes[k][0],) for k, g in record.gradients.items()), "gradients of another size")
+        _expect(record.gradients.keys() <= self.reader.meta(index)["shares"].keys(), "a gradient without its shares")
+        return record
+
     def shares(self, index: int) -> Mapping[str, Shares]:
-        return _LazyShares(self.reader, index)
+        with decoding(f"step {index} of {self._log}"):
+            return _LazyShares(self.reader, index, self.sizes)
 
     def select(self, name: str, values: Tensor) -> Tensor:
         return self.keeps[name].select(values)
@@ -211,22 +244,78 @@ class LoggedTrajectory(LoggedSteps):
 class _LazyShares(Mapping[str, Shares]):
     """A step's shares, each parameter read from disk when first asked for."""
 
-    def __init__(self, reader: StoreReader, index: int) -> None:
-        self._reader, self._index = reader, index
+    def __init__(self, reader: StoreReader, index: int, sizes: Mapping[str, tuple[int, int]]) -> None:
+        self._reader, self._index, self._sizes = reader, index, sizes
         self._forms = [reader.meta(index, rank)["shares"] for rank in range(reader.ranks)]
         self._read: dict[str, Shares] = {}
 
     def __getitem__(self, name: str) -> Shares:
         if name not in self._read:
-            parts = [self._unpack(name, rank, forms[name]) for rank, forms in enumerate(self._forms)]
+            of_ranks = [forms[name] for forms in self._forms]
+            with decoding(f"the share of {name} in step {self._index}"):
+                parts = [self._unpack(name, rank, form) for rank, form in enumerate(of_ranks)]
             self._read[name] = parts[0] if len(parts) == 1 else Stack(parts)
         return self._read[name]
 
     def _unpack(self, name: str, rank: int, form: dict[str, Any]) -> Form:
-        return unpack(form, lambda key: self._reader.tensor(self._index, f"share/{name}/{key}", rank))
+        share = unpack(form, lambda key: self._reader.tensor(self._index, f"share/{name}/{key}", rank))
+        samples = len(self._reader.tensor(self._index, "sample_ids", rank))
+        _expect((share.n_samples, share.n_coordinates) == (samples, self._sizes[name][0]), "a share of another size")
+        return share
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._forms[0])
 
     def __len__(self) -> int:
         return len(self._forms[0])
+
+
+# -- what a recorder never writes -----------------------------------------------------------------------------
+
+
+def _expect(holds: bool, otherwise: str) -> None:
+    if not holds:
+        raise ValueError(otherwise)
+
+
+def _check_manifest(manifest: Mapping[str, Any]) -> None:
+    for key, kind in _MANIFEST_KINDS.items():
+        _expect(key not in manifest or isinstance(manifest[key], kind), f"{key} of another type")
+    _expect(manifest["update"] in UPDATES, "an unknown update")
+    _expect(all(isinstance(pattern, str) for pattern in manifest.get("excluded", [])), "excluded of another type")
+    _expect(all(isinstance(n, int) for n in manifest.get("coverage", {}).values()), "coverage of another type")
+
+
+def _check_final(meta: Mapping[str, Any], manifest: Mapping[str, Any]) -> None:
+    _expect(bool(meta.get("moved")) or meta["checksums"].keys() <= manifest["shapes"].keys(), "an unknown parameter")
+
+
+def _check_layout(optimizer: str, keeps: Mapping[str, Keep]) -> None:
+    _expect(optimizer in UPDATES, "an unknown update")
+    for keep in keeps.values():
+        index = keep.index
+        _expect(all(isinstance(size, int) and size >= 0 for size in keep.shape), "an impossible shape")
+        _expect(
+            index is None
+            or (index.dtype == torch.int64 and index.dim() == 1 and bool(((index >= 0) & (index < keep.total)).all())),
+            "an impossible mask",
+        )
+
+
+def _check_record(record: StepRecord) -> None:
+    columns = (record.sample_ids, record.loss_weights, record.micro_batches)
+    _expect([c.dtype for c in columns] == [torch.int64, torch.float64, torch.int64], "samples of another type")
+    _expect(all(c.shape == (len(record.sample_ids),) for c in columns), "samples of another shape")
+    _expect(all(isinstance(v, float | int) for hyper in record.hyper.values() for v in hyper.values()), "no numbers")
+    _expect(record.clip.rule in _CLIP_RULES, "an unknown clipping rule")
+    _expect(isinstance(record.clip.bound + record.clip.raw_norm, float | int), "a clipping of no numbers")
+    for k, gradient in record.gradients.items():
+        _expect(gradient.dim() == 1 and gradient.is_floating_point(), "a gradient of another type")
+        parameter = (record.parameters or {}).get(k, gradient)
+        _expect(parameter.shape == gradient.shape, "a parameter of another shape")
+
+
+def _check_moments(record: StepRecord) -> None:
+    for k, moments in record.moments.items():
+        shapes = {m.shape for m in moments}
+        _expect(shapes <= {record.gradients[k].shape}, "moments of another shape")

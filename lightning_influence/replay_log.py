@@ -22,7 +22,7 @@ from lightning_influence.log import LoggedSteps
 from lightning_influence.optimizers import UPDATES, read_moments
 from lightning_influence.random_state import random_state, read_random_state
 from lightning_influence.replay import ReplayMicroBatch, ReplayStep, State
-from lightning_influence.store import StoreReader
+from lightning_influence.store import StoreReader, decoding
 
 SNAPSHOT = "snapshot-"
 _SMALL = 2**20  # bytes of a batch that is stored unasked
@@ -116,7 +116,8 @@ class LoggedPlan:
     def __init__(self, steps: LoggedSteps, module: LightningModule, data: Any = None) -> None:
         self._steps, self._reader, self._module = steps, steps.reader, module
         names = [name for name in self._reader.artifacts() if name.startswith(SNAPSHOT)]
-        self.snapshots = sorted(int(name.removeprefix(SNAPSHOT)) for name in names)
+        with decoding("the name of a snapshot"):
+            self.snapshots = sorted(int(name.removeprefix(SNAPSHOT)) for name in names)
         if 0 not in self.snapshots:
             raise CurvatureUnavailable(
                 "this log cannot be replayed, because it was recorded with record='gradients'; record with "
@@ -130,19 +131,21 @@ class LoggedPlan:
 
     def step(self, index: int) -> ReplayStep:
         record = self._steps.record(index)
-        recorded = [
-            (rank, number, told)
-            for rank in range(self._reader.ranks)
-            for number, told in enumerate(self._reader.meta(index, rank)["micro_batches"])
-        ]
+        with decoding(f"step {index}"):
+            recorded = [
+                (rank, number, told, int(told["batch_idx"]))
+                for rank in range(self._reader.ranks)
+                for number, told in enumerate(self._reader.meta(index, rank)["micro_batches"])
+            ]
+            positions = [record.micro_batches == position for position in range(len(recorded))]
+            weights = [record.loss_weights[here] for here in positions]
+            factors = [float(w.sum() if record.averaged else w[0]) for w in weights]
         micro_batches = []
-        for position, (rank, number, told) in enumerate(recorded):
-            here = record.micro_batches == position
+        for (rank, number, told, batch_idx), here, factor in zip(recorded, positions, factors, strict=True):
             read = _Read(self._reader, index, rank)
             batch = self._batch(read, number, told, record.sample_ids[here].tolist())
-            factor = float(record.loss_weights[here].sum() if record.averaged else record.loss_weights[here][0])
             random = read.generators(f"random/{number}/")
-            micro_batches.append(ReplayMicroBatch(batch, told["batch_idx"], factor, int(here.sum()), random))
+            micro_batches.append(ReplayMicroBatch(batch, batch_idx, factor, int(here.sum()), random))
         return ReplayStep(
             micro_batches,
             record.sample_ids,
@@ -157,21 +160,23 @@ class LoggedPlan:
         artifact, device = snapshot_name(index), self._module.device
         found: dict[str, dict[str, Tensor]] = {"parameter": {}, "buffer": {}}
         moments: dict[str, dict[int, Tensor]] = {}
-        for name in self._reader.artifact_names(artifact):
-            kind, rest = name.split("/", 1)
-            tensor = self._reader.artifact(artifact, name).to(device)
-            if kind == "moment":
-                order, parameter = rest.split("/", 1)
-                moments.setdefault(parameter, {})[int(order)] = tensor
-            else:
-                found[kind][rest] = tensor
+        with decoding(f"the snapshot before step {index}"):
+            for name in self._reader.artifact_names(artifact):
+                kind, rest = name.split("/", 1)
+                tensor = self._reader.artifact(artifact, name).to(device)
+                if kind == "moment":
+                    order, parameter = rest.split("/", 1)
+                    moments.setdefault(parameter, {})[int(order)] = tensor
+                else:
+                    found[kind][rest] = tensor
         ordered = {k: tuple(moments.get(k, {})[i] for i in sorted(moments.get(k, {}))) for k in found["parameter"]}
         return State(found["parameter"], ordered, found["buffer"])
 
     def _batch(self, read: _Read, number: int, told: dict[str, Any], ids: list[int]) -> Any:
         module = self._module
         if "structure" in told:
-            batch = unpack_batch(told["structure"], lambda key: read.tensor(f"batch/{number}/{key}"))
+            with decoding(f"a batch of step {read.index}"):
+                batch = unpack_batch(told["structure"], lambda key: read.tensor(f"batch/{number}/{key}"))
             return module.transfer_batch_to_device(batch, module.device, 0)
         if self._dataset is None:
             raise ConfigurationError(

@@ -49,9 +49,7 @@ _UNDECODABLE = (  # what JSON, safetensors and torch say of content that a write
     ArithmeticError,
     AttributeError,
     LookupError,
-    MemoryError,
-    OSError,
-    RuntimeError,
+    RecursionError,
     SafetensorError,
     TypeError,
     ValueError,
@@ -103,6 +101,21 @@ def _own(path: Path) -> Path:
             "place, if you trust where it came from."
         )
     return path
+
+
+@contextmanager
+def decoding(what: Path | str) -> Iterator[None]:
+    """Content whose checksum agrees and which still is not what a writer writes, as an error of the log.
+
+    Raises:
+        LogCorrupted: in the place of what decoding raised.
+    """
+    try:
+        yield
+    except _UNDECODABLE as error:
+        raise LogCorrupted(
+            f"{what} is not what was written: its content makes {error!r:.200}. Restore the log from a copy."
+        ) from error
 
 
 @contextmanager
@@ -589,13 +602,11 @@ class _Shard:
             raise self._corrupted("it is not there") from error
         except OSError as error:
             raise LogError(f"{path} cannot be read: {error}") from error
-        try:
+        with decoding(path):
             metadata = json.loads(header[8:])["__metadata__"]
             self.meta: dict[str, Any] = json.loads(metadata[_META])
             self.sums: dict[str, int] = json.loads(metadata[_CRC])
             self._file = safe_open(path, framework="pt")
-        except _UNDECODABLE as error:
-            raise self._corrupted(f"its header does not say what a step's does ({error})") from error
         if not isinstance(self.meta, dict) or not isinstance(self.sums, dict):
             raise self._corrupted("its header does not say what a step's does")
 
@@ -617,12 +628,10 @@ class _Shard:
     def tensor(self, name: str) -> Tensor:
         if name not in self.sums:
             raise LogError(f"{self.path} holds no tensor {name!r}.")
-        try:
+        with decoding(self.path):
             tensor: Tensor = self._file.get_tensor(name)
-            agrees = zlib.crc32(_bytes_of(tensor)) == self.sums[name]
-        except _UNDECODABLE as error:
-            raise self._corrupted(f"{name!r} cannot be read ({error})") from error
-        if not agrees:
+            found = zlib.crc32(_bytes_of(tensor))
+        if found != self.sums[name]:
             raise self._corrupted(f"the checksum of {name!r} does not agree")
         return tensor
 

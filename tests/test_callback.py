@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +14,11 @@ from torch.func import functional_call, grad, vmap
 from torch.utils.data import DataLoader, IterableDataset
 
 from lightning_influence import InfluenceCallback, attribute
-from lightning_influence.errors import ConfigurationError, InfluenceError, LogError, UnsupportedOptimizer
-from lightning_influence.log import LoggedTrajectory
+from lightning_influence.errors import ConfigurationError, InfluenceError, LogCorrupted, LogError, UnsupportedOptimizer
+from lightning_influence.log import FINAL, LoggedTrajectory
 from lightning_influence.removal import consumed_gradients
 from lightning_influence.replay_log import LoggedPlan
+from lightning_influence.store import StoreReader, StoreWriter
 
 
 class Witness(L.Callback):
@@ -235,6 +237,101 @@ def test_a_report_needs_no_validation_run(val: Any, tmp_path: Path) -> None:
     fit(Classifier(), loader(digits(32)), report, val=val, **options)
     assert report.report is not None
     assert (tmp_path / "precious").read_text() == "precious", "no report is written through a link"
+
+
+def forged(log: Path, where: Path, forge: Callable[[str, dict[str, Any], dict[str, Any]], object]) -> Path:
+    """The log written anew, so that its checksums agree, with what ``forge`` makes of the content."""
+    reader = StoreReader(log)
+    with StoreWriter(where) as writer:
+        manifest = dict(reader.manifest)
+        forge("manifest", {}, manifest)
+        writer.write_manifest(manifest)
+        for name in reader.artifacts():
+            tensors = {k: reader.artifact(name, k) for k in reader.artifact_names(name)}
+            meta = reader.artifact_meta(name)
+            if name != FINAL:
+                forge(name, tensors, meta)
+                writer.save(name, tensors, meta)
+        for step in range(len(reader)):
+            tensors, meta = {k: reader.tensor(step, k) for k in reader.names(step)}, reader.meta(step)
+            forge("step", tensors, meta)
+            writer.append(step, tensors, meta)
+        tensors, meta = {}, reader.artifact_meta(FINAL)
+        forge(FINAL, tensors, meta)
+        writer.save(FINAL, tensors, meta)
+    return where
+
+
+W = "net.0.weight"
+FORGERIES: dict[str, tuple[str, Callable[[dict[str, Any], dict[str, Any]], object]]] = {
+    "an update that is not known": ("manifest", lambda _, meta: meta.update(update="x")),
+    "an update that is a list": ("manifest", lambda _, meta: meta.update(update=["adam"])),
+    "no update": ("manifest", lambda _, meta: meta.pop("update")),
+    "coverage in words": ("manifest", lambda _, meta: meta.update(coverage={"trained": "x", "recorded": 1})),
+    "shapes in a list": ("manifest", lambda _, meta: meta.update(shapes=[1])),
+    "excluded numbers": ("manifest", lambda _, meta: meta.update(excluded=[1])),
+    "a final parameter that is not known": (FINAL, lambda _, meta: meta.update(checksums={"x": 1})),
+    "no checksums": (FINAL, lambda _, meta: meta.pop("checksums")),
+    "a layout without parameters": ("layout", lambda _, meta: meta.pop("parameters")),
+    "a layout of a shape in words": ("layout", lambda _, meta: meta["parameters"][W].update(shape="xy")),
+    "no hyperparameters": ("step", lambda _, meta: meta.pop("hyper")),
+    "hyperparameters of another number": ("step", lambda _, meta: meta["hyper_of"].update({W: 7})),
+    "hyperparameters in words": ("step", lambda _, meta: meta["hyper"][0].update(lr="x")),
+    "clipping that is a list": ("step", lambda _, meta: meta.update(clip=[])),
+    "clipping by another rule": ("step", lambda _, meta: meta["clip"].update(rule="x")),
+    "clipping in words": ("step", lambda _, meta: meta["clip"].update(bound="x", raw_norm="y")),
+    "no shares": ("step", lambda _, meta: meta.pop("shares")),
+    "no share of a gradient": ("step", lambda _, meta: meta["shares"].pop(W)),
+    "a share of an unknown form": ("step", lambda _, meta: meta["shares"].update({W: {"form": "x"}})),
+    "a deep share": ("step", lambda _, meta: meta["shares"].update({W: nested(400)})),
+    "ids of another type": ("step", lambda tensors, _: tensors.update(sample_ids=torch.rand(16))),
+    "a weight too few": ("step", lambda tensors, _: tensors.update(loss_weights=torch.rand(15).double())),
+    "no first moments": ("step", lambda tensors, _: tensors.pop(f"moment/0/{W}", None)),
+    "moments of another shape": ("step", lambda tensors, _: tensors.update({f"moment/0/{W}": torch.rand(3)})),
+    "a gradient of another size": ("step", lambda tensors, _: tensors.update({f"gradient/{W}": torch.rand(3)})),
+    "micro-batches in words": ("step", lambda _, meta: meta.update(micro_batches=["x"])),
+    "a batch of an unknown kind": ("step", lambda _, meta: meta["micro_batches"][0].update(structure=[])),
+    "a snapshot of an unknown kind": (
+        "snapshot-00000000",
+        lambda tensors, _: tensors.update({"x": torch.rand(3)}),
+    ),
+}
+
+
+def nested(depth: int) -> dict[str, Any]:
+    form: dict[str, Any] = {"form": "x"}
+    for _ in range(depth):
+        form = {"form": "sum", "parts": [form]}
+    return form
+
+
+@pytest.fixture(scope="module")
+def pristine(tmp_path_factory: pytest.TempPathFactory) -> tuple[Classifier, Path]:
+    module, log = Classifier(), tmp_path_factory.mktemp("log")
+    fit(module, loader(digits(32)), InfluenceCallback(log, record="both"))
+    return module, log
+
+
+@pytest.mark.parametrize("forgery", FORGERIES)
+def test_a_forged_log_is_corrupted(forgery: str, tmp_path: Path, pristine: tuple[Classifier, Path]) -> None:
+    where, change = FORGERIES[forgery]
+    module, whole = pristine
+    log = forged(whole, tmp_path / "log", lambda place, *content: change(*content) if place == where else None)
+    queries = DataLoader(digits(8), 4)
+
+    def read() -> None:
+        for curvature in ("fisher", "hessian"):  # read back, and replayed
+            attribute(log, queries=queries, model=module, curvature=curvature, progress=False)
+
+    with pytest.raises(LogCorrupted):
+        read()
+
+
+def test_a_log_written_anew_is_the_log(tmp_path: Path, pristine: tuple[Classifier, Path]) -> None:
+    module, whole = pristine
+    log = forged(whole, tmp_path / "log", lambda *_: None)
+    options = {"queries": DataLoader(digits(8), 4), "model": module, "progress": False}
+    assert torch.equal(attribute(log, **options).scores, attribute(whole, **options).scores)
 
 
 def test_a_log_is_not_overwritten_silently(tmp_path: Path) -> None:
