@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
@@ -17,7 +18,7 @@ from modules import Classifier, fit, split_digits
 from torch.utils.data import DataLoader, DistributedSampler, Sampler
 
 from lightning_influence import InfluenceCallback, InfluenceReport, SelectionDataModule, attribute
-from lightning_influence.errors import ConfigurationError
+from lightning_influence.errors import ConfigurationError, LogCorrupted
 from lightning_influence.log import LoggedTrajectory
 
 N, LOCAL, PROCESSES = 96, 8, 2
@@ -126,6 +127,34 @@ def test_a_resumed_log_keeps_its_processes(tmp_path: Path) -> None:
     fit(Classifier(), DataLoader(TRAIN, 8), InfluenceCallback(tmp_path))
     with pytest.raises(Exception, match="recorded with ranks=1 and cannot go on with 2"):
         together(Classifier(), InfluenceCallback(tmp_path, existing="resume"))
+
+
+def cut(log: Path, rank: int, *, lines: int) -> None:
+    index = log / f"rank-{rank}" / "index.jsonl"
+    index.write_bytes(b"".join(index.read_bytes().splitlines(keepends=True)[:-lines]))
+
+
+def test_a_process_that_is_missing_is_never_a_shorter_answer(tmp_path: Path) -> None:
+    together(module := Classifier(), InfluenceCallback(tmp_path / "log"))
+    for name in ("cut", "missing"):
+        shutil.copytree(tmp_path / "log", tmp_path / name)
+    cut(tmp_path / "cut", 1, lines=1)
+    with pytest.raises(LogCorrupted, match="rank-1/index.jsonl holds 5 steps, but the run ended after 6"):
+        scored(tmp_path / "cut", module)
+    shutil.rmtree(tmp_path / "missing" / "rank-1")
+    with pytest.raises(LogCorrupted, match="holds rank-0, but its run had 2 processes"):
+        scored(tmp_path / "missing", module)
+
+
+def test_a_killed_run_is_read_up_to_where_every_process_came_and_goes_on_from_there(tmp_path: Path) -> None:
+    together(Classifier(), InfluenceCallback(tmp_path))
+    cut(tmp_path, 0, lines=1)  # what says that the run ended
+    cut(tmp_path, 1, lines=2)
+    assert len(LoggedTrajectory(tmp_path)) == N // LOCAL // PROCESSES - 2
+    together(Classifier(), InfluenceCallback(tmp_path, existing="resume"))
+    run = LoggedTrajectory(tmp_path)
+    assert len(run) == 2 * (N // LOCAL // PROCESSES) - 2
+    assert all(len(run.record(t).sample_ids) == PROCESSES * LOCAL for t in range(len(run)))
 
 
 def test_report_of_two_processes(tmp_path: Path) -> None:
