@@ -95,11 +95,7 @@ def report(scores: Path, out: Path = Path("influence.html"), data: LightningData
         data: shows the samples of its train_dataloader.
     """
     _writable("out", out)
-    dataset = None
-    if data is not None:
-        data.setup("fit")
-        dataset = data.train_dataloader().dataset
-    print(f"wrote {InfluenceReport.load(scores).to_html(out, data=dataset)}")
+    print(f"wrote {InfluenceReport.load(scores).to_html(out, data=data)}")
 
 
 def check(

@@ -17,8 +17,10 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
 from modules import Classifier, digits, fit, loader
 from PIL import Image
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from test_report import images, some_report
 from torch.utils.data import DataLoader, IterableDataset, Subset, TensorDataset
 
@@ -370,20 +372,51 @@ def test_numbers_in_print(value: float, text: str) -> None:
     assert signed(value) == text
 
 
-def test_the_callback_writes_the_page_and_logs_it(tmp_path: Path) -> None:
-    from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+class Bare(Logger):
+    """A logger that takes numbers and nothing else."""
 
+    def __init__(self) -> None:
+        super().__init__()
+        self.told: dict[str, float] = {}
+
+    name, version = "bare", 0
+
+    def log_metrics(self, metrics: Any, step: int | None = None) -> None:
+        self.told |= metrics
+
+    def log_hyperparams(self, *_: Any) -> None: ...
+
+
+def test_the_callback_writes_the_page_and_logs_it(tmp_path: Path) -> None:
     x, y = digits(60).tensors
     val = DataLoader(TensorDataset(x[40:], y[40:]), 20)
     influence = InfluenceCallback(tmp_path / "log", record="replay", report=True)
-    loggers = [CSVLogger(tmp_path / "csv"), TensorBoardLogger(tmp_path / "tb")]
-    fit(Classifier(), loader(TensorDataset(x[:40], y[:40]), 8), influence, val=val, logger=loggers, log_every_n_steps=1)
-    assert influence.report is not None and len(influence.report.sample_ids) == 40
+    shared = CSVLogger(tmp_path / "tb")  # in the same directory as TensorBoard's
+    bare, loggers = Bare(), [CSVLogger(tmp_path / "csv"), TensorBoardLogger(tmp_path / "tb"), shared]
+    train = loader(TensorDataset(x[:40], y[:40]), 8)
+    fit(Classifier(), train, influence, val=val, logger=[bare, *loggers], log_every_n_steps=1)
+    report = influence.report
+    assert report is not None and len(report.sample_ids) == 40
     assert (tmp_path / "log" / "report.html").exists()
     assert InfluenceReport.load(tmp_path / "log" / "report.safetensors").scores.shape == (40, 1)
+    assert bare.told["influence/most_harmful"] == pytest.approx(float(report.scores.min()))
     assert "influence/most_harmful" in (tmp_path / "csv/lightning_logs/version_0/metrics.csv").read_text()
-    events = next((tmp_path / "tb").rglob("events*"))
-    assert b"influence/histogram" in events.read_bytes()
+    for folder in (tmp_path / "csv/lightning_logs/version_0", tmp_path / "tb/lightning_logs/version_0"):
+        assert (folder / "report.html").read_text() == (tmp_path / "log" / "report.html").read_text()
+        assert pd.read_csv(folder / "influence.csv").sample_id.tolist() == list(range(40))
+    events = EventAccumulator(str(tmp_path / "tb/lightning_logs/version_0")).Reload()
+    assert set(events.Tags()["images"]) == {"influence/histogram", "influence/over_time"}
+    (table,) = events.Tensors("influence/samples/text_summary")
+    text = table.tensor_proto.string_val[0].decode()
+    rows = re.findall(r"^\| (\d+) \| \S+ \| (\d+) \|", text, re.M)
+    assert [int(up) for up, _ in rows] == report.top(10).sample_id.tolist()
+    assert [int(down) for _, down in rows] == report.bottom(10).sample_id.tolist()
+
+
+def test_a_dry_run_is_reported_too(tmp_path: Path) -> None:
+    influence = InfluenceCallback(tmp_path / "log", record="replay", report=True)
+    fit(Classifier(), loader(digits(8)), influence, val=DataLoader(digits(8), 4), fast_dev_run=True)
+    assert influence.report is not None
 
 
 # -- in a browser -----------------------------------------------------------------------------------------------
