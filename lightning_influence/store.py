@@ -330,7 +330,11 @@ class StoreWriter:
             self._thread.join()
         if not self._index.closed:
             self._end_index()
-        self._lock.close()
+        if not self._lock.closed:
+            fcntl.flock(
+                self._lock, fcntl.LOCK_UN
+            )  # a worker that was forked meanwhile may hold the file open for longer
+            self._lock.close()
         self._raise()
 
     def __enter__(self) -> StoreWriter:
@@ -449,8 +453,8 @@ def _read_index(path: Path) -> list[dict[str, Any]]:
                 break  # torn by a crash while it was written
             if entry is None:
                 raise LogCorrupted(
-                    f"{path}, line {len(entries) + 1}, is not what was written. Restore the log from a copy, or cut the "
-                    "file before that line to read the steps that precede it."
+                    f"{path}, line {len(entries) + 1}, is not what was written. Restore the log from a copy, or, in a "
+                    "log of one process, cut the file before that line to read the steps that precede it."
                 )
             steps += "step" in entry
             entries.append(entry)
@@ -512,7 +516,7 @@ class StoreReader:
         ranks, found = self.manifest["ranks"], _rank_names(self._root)
         if ranks != len(found) or found != _names_of(len(found)):
             raise LogCorrupted(
-                f"{self._root} holds {', '.join(sorted(found)) or 'no ranks'}, but its run had {ranks!r:.20} processes, counted "
+                f"{self._root} holds {', '.join(sorted(found)) or 'no ranks'}, but its manifest says ranks={ranks!r:.20}, counted "
                 "from rank-0. Restore a missing directory from a copy, and move any other elsewhere."
             )
         return len(found)

@@ -142,7 +142,7 @@ def test_a_process_that_is_missing_is_never_a_shorter_answer(tmp_path: Path) -> 
     with pytest.raises(LogCorrupted, match="rank-1/index.jsonl holds 5 steps, but the run ended after 6"):
         scored(tmp_path / "cut", module)
     shutil.rmtree(tmp_path / "missing" / "rank-1")
-    with pytest.raises(LogCorrupted, match="holds rank-0, but its run had 2 processes"):
+    with pytest.raises(LogCorrupted, match="holds rank-0, but its manifest says ranks=2"):
         scored(tmp_path / "missing", module)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 import os
 import random
 import shutil
@@ -108,6 +109,16 @@ def test_two_runs_cannot_write_one_store(tmp_path: Path) -> None:
         StoreWriter(tmp_path / "s", existing="resume")
 
 
+def test_a_worker_that_outlives_the_run_does_not_lock_the_store(tmp_path: Path) -> None:
+    writer = StoreWriter(tmp_path / "s")
+    worker = multiprocessing.get_context("fork").Process(target=time.sleep, args=(60,))
+    worker.start()
+    writer.close()
+    StoreWriter(tmp_path / "s", existing="resume").close()
+    worker.kill()
+    worker.join()
+
+
 def test_steps_of_all_ranks(tmp_path: Path) -> None:
     with StoreWriter(tmp_path / "s", ranks=2) as first, StoreWriter(tmp_path / "s", rank=1, ranks=2) as second:
         first.write_manifest({})
@@ -134,13 +145,13 @@ def write_ranks(path: Path, steps: tuple[int, ...], *, ended: bool = False) -> N
 def test_all_ranks_have_to_be_there_and_no_other(tmp_path: Path) -> None:
     write_ranks(tmp_path / "s", (3, 3, 3))
     shutil.copytree(tmp_path / "s" / "rank-1", tmp_path / "s" / "rank-1 (copy)")
-    with pytest.raises(LogCorrupted, match="rank-1 .copy.*had 3 processes"):
+    with pytest.raises(LogCorrupted, match="rank-1 .copy.*says ranks=3"):
         StoreReader(tmp_path / "s")
     with pytest.raises(LogError, match="holds rank-1 .copy., which a log of 3 processes does not"):
         StoreWriter(tmp_path / "s", ranks=3, existing="resume")
     shutil.rmtree(tmp_path / "s" / "rank-1")
     for _ in range(2):
-        with pytest.raises(LogCorrupted, match="had 3 processes"):
+        with pytest.raises(LogCorrupted, match="says ranks=3"):
             StoreReader(tmp_path / "s")
         shutil.rmtree(tmp_path / "s" / "rank-1 (copy)", ignore_errors=True)
     write(tmp_path / "s", 2, existing="overwrite")
