@@ -11,6 +11,7 @@ from fnmatch import fnmatchcase
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, Literal
+from uuid import uuid4
 
 import lightning as L
 import torch
@@ -61,8 +62,8 @@ class InfluenceCallback(L.Callback):
             depend on each other; refused otherwise.
         report: attribute the run to the validation loss when ``fit`` ends: ``report.html`` and ``report.safetensors`` in
             ``dirpath``, a figure and numbers through the trainer's loggers, and the `report` attribute.
-        existing: what to do where ``dirpath`` already holds a log. A run resumed from a checkpoint that was saved while
-            it recorded to ``dirpath``, or afterwards, goes on with that log in any case.
+        existing: what to do where ``dirpath`` already holds a log. A run resumed from a checkpoint goes on
+            with its own log in any case, also where that was moved to ``dirpath``.
         seed: of the mask.
 
     Raises:
@@ -112,6 +113,7 @@ class InfluenceCallback(L.Callback):
         self.report: InfluenceReport | None = None
         self._recorder: Recorder | None = None
         self._steps: int | None = None  # of the run that the trainer's present state comes from
+        self._run: str | None = None  # by which a log is known wherever it lies; on the process that saves checkpoints
         self._resume_at: int | None = None
 
     @property
@@ -120,12 +122,23 @@ class InfluenceCallback(L.Callback):
 
     def state_dict(self) -> dict[str, Any]:
         if self._recorder is None:
-            return {"steps": self._steps}
+            return {"steps": self._steps, "run": self._run}
         self._recorder.writer.flush()  # a checkpoint never knows of more steps than the log
-        return {"steps": len(self._recorder.writer)}
+        return {"steps": len(self._recorder.writer), "run": self._run}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self._steps = self._resume_at = state_dict["steps"]
+        self._run = state_dict.get("run")
+
+    def on_load_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
+        states, run = checkpoint["callbacks"], _run_of(self.dirpath)
+        if self.state_key in states or run is None:
+            return
+        own = [state for state in states.values() if isinstance(state, dict) and state.get("run") == run]
+        if own:  # of a log that was moved, whose state lies under its former place
+            self.load_state_dict(own[0])
+        elif self.existing == "resume":
+            raise _not_its_log(self.dirpath)
 
     # -- start and end of fit ---------------------------------------------------------------------------
 
@@ -175,6 +188,10 @@ class InfluenceCallback(L.Callback):
         existing = self.existing if resume_at is None else "resume"
         if existing == "resume":
             _refuse_another_run(self.dirpath, manifest | {"ranks": ranks.size})
+        recorded = _run_of(self.dirpath) if existing == "resume" else None
+        if resume_at is not None and recorded not in (None, self._run):  # another run has overwritten the checkpoint's
+            raise _not_its_log(self.dirpath)
+        self._run = recorded or uuid4().hex
         writer = undo.enter_context(StoreWriter(self.dirpath, rank=ranks.rank, ranks=ranks.size, existing=existing))
         # without a checkpoint, up to where every process came
         steps = min(ranks.gather(len(writer))) if resume_at is None else resume_at
@@ -182,7 +199,7 @@ class InfluenceCallback(L.Callback):
             writer.truncate(steps)
         ranks.wait()  # first the one whose part says that the log is whole; and until all have seen what was there
         if ranks.rank == 0:
-            writer.write_manifest(manifest)
+            writer.write_manifest(manifest | {"run": self._run})
         else:
             writer.truncate(steps)
         return writer
@@ -288,6 +305,18 @@ class InfluenceCallback(L.Callback):
             "precision": str(trainer.precision),
             "versions": _versions(),
         }
+
+
+def _run_of(log: Path) -> str | None:
+    """By which the log that a directory holds is known; None where it holds none."""
+    return StoreReader(log).manifest.get("run") if (log / MANIFEST).exists() else None
+
+
+def _not_its_log(log: Path) -> ConfigurationError:
+    return ConfigurationError(
+        f"the checkpoint is not of the run whose log is {log}, so the log cannot go on from it; give the dirpath of the "
+        "checkpoint's own log, or another directory."
+    )
 
 
 def _refuse_another_run(log: Path, manifest: dict[str, Any]) -> None:

@@ -36,6 +36,7 @@ _MANIFEST_KINDS: dict[str, type] = {
     "optimizer": str,
     "precision": str,
     "record": str,
+    "run": str,
     "shapes": dict,
     "update": str,
 }

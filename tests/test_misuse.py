@@ -116,6 +116,15 @@ misuse("an optimizer that is not Adam, AdamW or SGD")(
 )
 misuse("a second run into the same directory")(lambda here: (here.record(), here.record()))
 misuse("going on with other settings")(lambda here: (here.record(), here.record(existing="resume", compression="full")))
+misuse("going on from another run's checkpoint")(
+    lambda here: (
+        fit(Classifier(), loader(TRAIN), InfluenceCallback(here.path / "new")).save_checkpoint(here.path / "ckpt"),
+        here.record(existing="overwrite"),
+        L.Trainer(callbacks=[InfluenceCallback(here.path / "new")], max_epochs=2, accelerator="cpu", logger=False).fit(
+            Classifier(), loader(TRAIN), ckpt_path=here.path / "ckpt"
+        ),
+    )
+)
 misuse("a report without validation data")(lambda here: here.record(report=True))
 misuse("a report without validation batches")(
     lambda here: fit(

@@ -16,7 +16,7 @@ from modules import Classifier, digits, fit, loader
 from torch.utils.data import BatchSampler, DataLoader
 
 from lightning_influence import InfluenceCallback
-from lightning_influence.errors import ConfigurationError, LogCorrupted
+from lightning_influence.errors import ConfigurationError, LogCorrupted, LogError
 from lightning_influence.log import LoggedTrajectory
 from lightning_influence.replay_log import LoggedPlan
 from lightning_influence.store import StoreReader
@@ -72,7 +72,12 @@ class Interrupts(L.Callback):
 
 
 def train(
-    folder: Path, *callbacks: L.Callback, ckpt_path: Path | None = None, log: Path | None = None, epochs: int = 2
+    folder: Path,
+    *callbacks: L.Callback,
+    ckpt_path: Path | None = None,
+    log: Path | None = None,
+    epochs: int = 2,
+    **options: Any,
 ) -> L.Trainer:
     torch.manual_seed(0)
     module = Classifier(
@@ -86,7 +91,7 @@ def train(
         enable_model_summary=False,
         callbacks=[
             SeedsSteps(),
-            InfluenceCallback(log or folder / "log", record="both", snapshot_every=5),
+            InfluenceCallback(log or folder / "log", record="both", snapshot_every=5, **options),
             ModelCheckpoint(folder, every_n_train_steps=3, save_top_k=-1, filename="{step}"),
             *callbacks,
         ],
@@ -154,6 +159,30 @@ def test_a_log_is_the_same_however_its_place_is_spelt(tmp_path: Path, monkeypatc
         train(tmp_path, Interrupts(7), log=Path("log"))
     train(tmp_path, ckpt_path=tmp_path / "step=6.ckpt", log=tmp_path / "x" / ".." / "log")
     assert len(StoreReader(tmp_path / "log")) == 2 * STEPS
+
+
+@pytest.mark.parametrize("existing", ["error", "overwrite", "resume"])
+def test_a_log_that_was_moved_goes_on(existing: Any, tmp_path: Path) -> None:
+    with pytest.raises(RuntimeError, match="went away"):
+        train(tmp_path, Interrupts(7))
+    (tmp_path / "log").rename(tmp_path / "moved")
+    train(tmp_path, ckpt_path=tmp_path / "step=6.ckpt", log=tmp_path / "moved", existing=existing)
+    assert len(StoreReader(tmp_path / "moved")) == 2 * STEPS
+
+
+def test_a_log_does_not_go_on_from_the_checkpoint_of_another(tmp_path: Path) -> None:
+    train(tmp_path / "a", epochs=1)
+    train(tmp_path / "b", epochs=1)
+    with pytest.raises(ConfigurationError, match="not of the run whose log is .*b/log"):
+        train(tmp_path / "b", ckpt_path=tmp_path / "a" / "step=6.ckpt", existing="resume")
+    with pytest.raises(LogError, match="already holds a log of 12 steps"):
+        train(tmp_path / "b", ckpt_path=tmp_path / "a" / "step=6.ckpt")
+    assert len(StoreReader(tmp_path / "b" / "log")) == STEPS
+    (tmp_path / "a" / "step=6.ckpt").rename(tmp_path / "of a.ckpt")
+    train(tmp_path / "a", epochs=1, existing="overwrite")
+    with pytest.raises(ConfigurationError, match="not of the run whose log is .*a/log"):
+        train(tmp_path / "a", ckpt_path=tmp_path / "of a.ckpt")
+    assert len(StoreReader(tmp_path / "a" / "log")) == STEPS
 
 
 def test_a_resume_that_fails_leaves_nothing_behind(tmp_path: Path) -> None:
