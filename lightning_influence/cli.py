@@ -7,10 +7,10 @@ together with ``--model`` and ``--data``.
 
 from __future__ import annotations
 
+import argparse
 import copy
 import json
 import sys
-from argparse import ArgumentParser as Plain
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -255,7 +255,7 @@ def _given(
     assert model is not None and data is not None and checkpoint is not None
     try:
         model.load_state_dict(_weights(checkpoint))
-    except RuntimeError as error:
+    except (AttributeError, RuntimeError) as error:  # names that are no text, values that do not fit
         raise InfluenceError(
             f"{checkpoint} does not fit {type(model).__name__}; give the model the arguments it was trained with. {error}"
         ) from error
@@ -325,7 +325,7 @@ def _parser(arguments: Sequence[str]) -> type[Any]:
     from jsonargparse import ArgumentParser, get_loader
 
     # a file's init args belong to the class that the command line names, before or after it
-    scan = Plain(add_help=False, allow_abbrev=False)
+    scan = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     for name in ("model", "data"):
         scan.add_argument(f"--{name}", f"--{name}.class_path", dest=name, nargs="?")
     classes = vars(scan.parse_known_args(arguments)[0])

@@ -56,6 +56,8 @@ class Plots:
         Raises:
             ConfigurationError: the samples are not images, or not those of the report.
         """
+        if k < 1:
+            raise ConfigurationError(f"k={k}; give 1 or more samples of each end.")
         render, samples = show or default_render(), training_samples(data, self._report.sample_ids)
         if samples is None:
             raise ConfigurationError(

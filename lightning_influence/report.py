@@ -66,7 +66,12 @@ class Rows:
 
         Returns:
             ``(n_bins,)`` each: the first step of a bin, what helped (positive) and what harmed (negative), per step.
+
+        Raises:
+            ConfigurationError: fewer than one bin.
         """
+        if bins < 1:
+            raise ConfigurationError(f"bins={bins}; give 1 or more.")
         n = self.n_steps
         bins = min(n, bins)
         first = -(-torch.arange(bins + 1) * n // max(bins, 1))  # rounded up
@@ -199,7 +204,7 @@ class InfluenceReport:
 
     @property
     def plot(self) -> Plots:
-        """Figures: ``report.plot.histogram()``, ``.over_time()``, ``.samples(dataset)``."""
+        """Figures: ``report.plot.histogram()``, ``.over_time()``, ``.samples(dataset)``, ``.proxy_against_truth(...)``."""
         return Plots(self)
 
     def to_html(
@@ -247,10 +252,19 @@ class InfluenceReport:
         return cell(self)
 
     def save(self, path: str | Path) -> None:
-        """Write the report to one safetensors file, which `load` reads."""
+        """Write the report to one safetensors file, which `load` reads.
+
+        Raises:
+            ConfigurationError: `metadata` or `query_ids` hold what JSON cannot.
+        """
         tensors = {name: getattr(self.rows, name).clone(memory_format=torch.contiguous_format) for name in _TENSORS}
-        body = {"metadata": self.metadata, "query_ids": self.query_ids}
-        save_file(tensors, _made(path), {"format": _FORMAT, "report": json.dumps(body)})
+        try:
+            body = json.dumps({"metadata": self.metadata, "query_ids": self.query_ids})
+        except TypeError as error:
+            raise ConfigurationError(
+                f"metadata or query_ids cannot be written: {error}. Let them hold numbers, texts, lists and mappings."
+            ) from error
+        save_file(tensors, _made(path), {"format": _FORMAT, "report": body})
 
     @classmethod
     def load(cls, path: str | Path) -> InfluenceReport:

@@ -79,12 +79,16 @@ def tune_horizon(
         selection: further arguments of `SelectionDataModule`; ``every=1`` unless given.
 
     Raises:
-        ConfigurationError: nothing to compare, or runs shorter than a horizon.
+        ConfigurationError: nothing to compare, runs shorter than a horizon, or numbers below zero.
     """
     if not horizons or not learning_rates:
         raise ConfigurationError("horizons and learning_rates need at least one value each.")
     if max(horizons) >= max_steps:
         raise ConfigurationError(f"horizon {max(horizons)} does not fit into runs of max_steps={max_steps}.")
+    if min(learning_rates) <= 0 or proxies < 0:
+        raise ConfigurationError(
+            f"learning_rates={list(learning_rates)}, proxies={proxies}; learning rates lie above 0, and proxies is 0 or more."
+        )
     settings = {**_QUIET, "max_steps": max_steps, "max_epochs": -1, **(trainer or {})}
     batches, rows = list(held_out), []
     pairs = [(lr, horizon) for lr in learning_rates for horizon in horizons]

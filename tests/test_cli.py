@@ -167,6 +167,7 @@ def test_modules_of_the_current_directory_are_found(tmp_path: Path) -> None:
         (torch.nn.Linear(2, 2), "holds a torch.nn.modules.linear.Linear"),
         ({"state_dict": Net(width=9).state_dict()}, "give the model the arguments it was trained with"),
         ({"state_dict": {}}, "Missing key(s)"),
+        ({"state_dict": {1: torch.ones(1)}}, "does not fit Net"),
     ],
 )
 def test_a_checkpoint_that_cannot_be_used_is_named(
@@ -193,6 +194,8 @@ def test_wrong_use_is_refused_before_the_work(run: Path, capsys: pytest.CaptureF
         (["select", "none", f"--out={run / 'none' / 'kept.txt'}"], "there is no directory"),
         (["select", "none", "--keep=1.5"], "--keep 1.5"),
         (["tune", *known[:1], f"--out={run / 'none' / 't.csv'}"], "there is no directory"),
+        (["tune", *known[:1], f"--out={run / 't.csv'}", "--learning_rates=[-1]"], "learning_rates=[-1.0]"),
+        (["tune", *known[:1], f"--out={run / 't.csv'}", "--proxies=-1"], "proxies=-1"),
         (["check", there, *known, f"--results={run / 'none' / 'r'}"], "there is no directory"),
         (["check", there, *known, "--removals=-3"], "--removals -3; give 3 or more"),
         (["check", there, *known, "--subsets=-3"], "--subsets -3"),

@@ -174,3 +174,14 @@ def test_the_error_proxy_is_drawn_against_the_truth() -> None:
     assert "measured" in axes.get_xlabel() and "predicted" in axes.get_ylabel()
     with pytest.raises(ConfigurationError, match=r"\(5, 2\) predicted and \(5,\) measured"):
         some_report().plot.proxy_against_truth(predicted, measured[:, 0])
+
+
+def test_what_cannot_be_drawn_or_written_is_named(tmp_path: Path) -> None:
+    report = some_report()
+    with pytest.raises(ConfigurationError, match="bins=0"):
+        report.plot.over_time(bins=0)
+    with pytest.raises(ConfigurationError, match="k=0"):
+        report.plot.samples(images(), k=0)
+    report.metadata["loss"] = torch.ones(1)
+    with pytest.raises(ConfigurationError, match="Tensor is not JSON serializable"):
+        report.save(tmp_path / "report.safetensors")
