@@ -395,15 +395,18 @@ def _saved_bytes() -> Iterator[list[int]]:
     """Sizes of the tensors that autograd saves meanwhile. Watching is slow."""
     sizes: dict[int, int] = {}
     found: list[int] = []
+    saved: list[Tensor] = []  # autograd is given positions: a node that held its own output would never be freed
 
-    def pack(tensor: Tensor) -> Tensor:
+    def pack(tensor: Tensor) -> int:
         storage = tensor.untyped_storage()
         sizes[storage.data_ptr()] = storage.nbytes()
-        return tensor
+        saved.append(tensor)
+        return len(saved) - 1
 
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+    with torch.autograd.graph.saved_tensors_hooks(pack, saved.__getitem__):
         yield found
     found.extend(sizes.values())
+    saved.clear()
 
 
 @contextmanager

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import random
 from pathlib import Path
 from typing import Any
@@ -228,3 +229,18 @@ def test_frozen_parameters_are_not_stored(tmp_path: Path) -> None:
         assert list(run.sizes) == ["net.2.weight", "net.2.bias", "net.4.weight", "net.4.bias"]
         assert set(run.plan.snapshot(0).parameters) == set(run.sizes)
     attribute(log, queries=DataLoader(digits(4), 4), model=module)
+
+
+def test_a_replay_that_is_closed_holds_nothing(tmp_path: Path) -> None:
+    """Autograd's graphs are freed with it: a look-ahead makes one replay after another."""
+
+    def batches() -> int:
+        gc.collect()
+        return sum(isinstance(o, Tensor) and o.shape == (7, 64) for o in gc.get_objects())
+
+    module, data = Classifier(), digits(28)
+    fit(module, loader(data, 7), InfluenceCallback(tmp_path / "log", record="replay"))
+    before = batches()
+    for _ in range(3):
+        attribute(tmp_path / "log", queries=[data.tensors], model=module, target="mean", progress=False)
+    assert batches() <= before
