@@ -249,18 +249,18 @@ def overhead(rounds: int = 3) -> None:
     """Milliseconds a step of plain training and of selection inside the step, in turns; the target is read once in ten."""
     images, text = noisy_mnist(0), sentences(31 * 8)
     networks = {
-        "784-256-256-10, batch 64, target 200": (Images, perceptron(784, WIDTH), images.train, 64, images.target),
-        "784-1024-1024-10, batch 256, target 200": (Images, perceptron(784, 1024), images.train, 256, images.target),
-        "GPT-2 4 x 256, batch 8 x 128, target 8 x 128": (Text, gpt2, text, 8, sentences(8)),
+        "784-256-256-10, batch 64, target 200": (Images, perceptron(784, WIDTH), images.train, 64, images.target, 1),
+        "784-1024-1024-10, batch 256, target 200": (Images, perceptron(784, 1024), images.train, 256, images.target, 3),
+        "GPT-2 4 x 256, batch 8 x 128, target 8 x 128": (Text, gpt2, text, 8, sentences(8), 1),
     }
-    variants = {"plain": {"online_selection": False}, "tangent": {}, "finite": {"response": "finite"}}
-    for network, (kind, build, train, batch, target) in networks.items():
+    variants = {"plain": {"online_selection": False}, "selecting": {}}
+    for network, (kind, build, train, batch, target, epochs) in networks.items():
         found: dict[str, list[float]] = {name: [] for name in variants}
         for _ in range(rounds):
             for name, options in variants.items():
                 loader, clock = DataLoader(train, batch, shuffle=True), Clock()
-                data = SelectionDataModule(loader, DataLoader(target, batch * 4), every=1, **options)
-                fit(kind(build, 1e-3, (0.9, 0.999)), data, 1, clock)
+                data = SelectionDataModule(loader, DataLoader(target, len(target)), every=1, **options)
+                fit(kind(build, 1e-3, (0.9, 0.999)), data, epochs, clock)
                 last = (len(clock.at) - 1) // 10 * 10
                 found[name].append((clock.at[last] - clock.at[10]) / (last - 10))
         print(network)

@@ -9,12 +9,14 @@ from typing import Any
 import lightning as L
 from torch import Tensor
 
-from lightning_influence.batches import batch_size, some
+from lightning_influence.batches import batch_size, leaves, some
 from lightning_influence.errors import ConfigurationError
 from lightning_influence.lookahead import target_gradient
 from lightning_influence.random_state import random_state
 from lightning_influence.training_step import parameters_at
 from lightning_influence.trajectory import Vectors
+
+_KEPT_BYTES = 2**26
 
 
 class LiveTarget:
@@ -33,6 +35,7 @@ class LiveTarget:
         self.every = every
         self._reading: _Reading | None = None
         self._parts: Iterator[list[Any]] | None = None
+        self._kept: list[Any] | None = None  # the batches of a small target, which its loader then gives once
 
     def gradient(
         self, module: L.LightningModule, target: Any, select: Callable[[str, Tensor], Tensor], step: int
@@ -62,25 +65,21 @@ class LiveTarget:
         select: Callable[[str, Tensor], Tensor],
         step: int,
     ) -> Vectors:
-        sizes: list[int] = []
-
-        def counted() -> Iterator[Any]:
-            for batch in target:
-                sizes.append(batch_size(batch))
-                yield batch
-
+        seen = _Seen(target if self._kept is None else self._kept)
         with random_state(None):
-            gradient = target_gradient(module, counted(), names, select)
+            gradient = target_gradient(module, seen, names, select)
+        self._kept = seen.kept
         if self.every > 1:
             parameters = {k: p.detach().clone() for k, p in module.named_parameters() if k in gradient}
-            self._reading, self._parts = _Reading(step, gradient, parameters, sum(sizes)), None
+            self._reading, self._parts = _Reading(step, gradient, parameters, seen.n_examples), None
         return gradient
 
     def _next_part(self, target: Iterable[Any]) -> list[Any]:
         assert self._reading is not None
         with random_state(None):
             if self._parts is None:
-                self._parts = _round_and_round(target, -(-self._reading.n_examples // self.every))
+                batches = target if self._kept is None else self._kept
+                self._parts = _round_and_round(batches, -(-self._reading.n_examples // self.every))
                 for _ in range(self._reading.taken):  # a run that is resumed goes on with the part that comes next
                     next(self._parts)
             self._reading.taken += 1
@@ -111,6 +110,26 @@ class _Reading:
     parameters: dict[str, Tensor]
     n_examples: int
     taken: int = 0
+
+
+class _Seen:
+    """Batches as they pass.
+
+    Attributes:
+        n_examples: that have passed.
+        kept: the batches, unless they are too large together.
+    """
+
+    def __init__(self, batches: Iterable[Any]) -> None:
+        self.batches, self.n_examples, self._bytes = batches, 0, 0
+        self.kept: list[Any] | None = []
+
+    def __iter__(self) -> Iterator[Any]:
+        for batch in self.batches:
+            self.n_examples += batch_size(batch)
+            self._bytes += sum(leaf.nbytes for leaf in leaves(batch))
+            self.kept = None if self.kept is None or self._bytes > _KEPT_BYTES else [*self.kept, batch]
+            yield batch
 
 
 def _round_and_round(target: Iterable[Any], size: int) -> Iterator[list[Any]]:

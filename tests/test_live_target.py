@@ -13,6 +13,7 @@ from modules import Classifier, digits
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
+from lightning_influence import live_target
 from lightning_influence.batches import batch_size
 from lightning_influence.errors import ConfigurationError
 from lightning_influence.live_target import LiveTarget, _round_and_round
@@ -104,11 +105,28 @@ def test_parts_hold_every_example_in_turn(sizes: list[int], size: int) -> None:
     assert seen == [i % n for i in range(len(seen))]
 
 
-def test_what_can_be_read_once_is_refused() -> None:
-    def once() -> Iterator[Any]:
-        yield from target()
+@pytest.mark.parametrize("every", [1, 2])
+def test_a_small_target_is_loaded_once_and_a_large_one_again(every: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    module, times = Classifier().double(), 0
 
-    module, live, asked = Classifier().double(), LiveTarget(2), once()
+    class Counted:
+        def __iter__(self) -> Iterator[Any]:
+            nonlocal times
+            times += 1
+            yield from target()
+
+    small, large = LiveTarget(every), LiveTarget(every)
+    found = [small.gradient(module, Counted(), select, step) for step in range(4)]
+    assert times == 1
+    monkeypatch.setattr(live_target, "_KEPT_BYTES", 0)
+    for step in range(4):
+        torch.testing.assert_close(large.gradient(module, Counted(), select, step), found[step], rtol=0, atol=0)
+    assert times == 5
+
+
+def test_what_can_be_read_once_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(live_target, "_KEPT_BYTES", 0)
+    module, live, asked = Classifier().double(), LiveTarget(2), (batch for batch in target())
     live.gradient(module, asked, select, 0)
     with pytest.raises(ConfigurationError, match="the target is a generator, which can be read only once"):
         live.gradient(module, asked, select, 1)
