@@ -50,7 +50,8 @@ class SelectionDataModule(L.LightningDataModule):
         floor: least fraction of a batch that stays whatever the scores.
         refresh_target_every: inside the step, optimizer steps in which the whole target is read once; in between, a part of
             it at a time tells how its gradient moves. A function is read at every step.
-        curvature, optimizer_assumption: as of `attribute`; ``horizon=0`` needs no curvature.
+        curvature: as of `attribute`; ``horizon=0`` needs none.
+        optimizer_assumption: as of `attribute`.
         response: as of `attribute`; first order unless asked, which selects as well at a fraction of the time
             (docs/benchmarks.md).
 

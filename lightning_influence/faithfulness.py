@@ -136,8 +136,9 @@ def check_faithfulness(
 ) -> Faithfulness:
     """Train the recorded run again without some samples, and compare what happens with what was predicted.
 
+    ``log``, ``model`` (as it left ``fit``), ``queries``, ``query_loss`` and ``counterfactual`` are as of `attribute`.
+
     Args:
-        log, model, queries, query_loss, counterfactual: as of `attribute`; ``model`` as it left ``fit``.
         data: the training data of the run: a datamodule, a loader or a dataset.
         make_model: the module at its initialisation; by default taken from the log's first snapshot.
         estimators: `attribute`'s keyword arguments by name.

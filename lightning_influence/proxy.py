@@ -100,13 +100,12 @@ def error_proxy(
     """Predicted error (truth minus score) of first-order scores: `ErrorProxy.total`, which is half the run's second
     variation (method.md section 9) with its elementwise part in closed form.
 
-    Needs no retraining. From a log of gradients the Hessian is the Fisher matrix and the loss's third derivative is
+    The other arguments are as of `attribute`. Needs no retraining. From a log of gradients the Hessian is the Fisher matrix and the loss's third derivative is
     left out; replayed, it is exact.
 
     Args:
         pairs: (sample id, step) pairs, or how many to draw at random.
         lr_factors: multiples of the learning rate at which the same recorded path is looked at.
-        log, queries, model, target, counterfactual, query_loss, data: as of `attribute`.
 
     Raises:
         ConfigurationError: a pair that the run does not hold.

@@ -70,7 +70,8 @@ def tune_horizon(
 
     Args:
         make_model: the module at its initialisation, given a learning rate; the same initialisation each time.
-        data, target: as of `SelectionDataModule`.
+        data: as of `SelectionDataModule`.
+        target: as of `SelectionDataModule`.
         held_out: batches on which the runs are compared; not those of the target, which selection has seen.
         max_steps: optimizer steps of each run.
         proxies: samples whose `error_proxy` is averaged for each pair, from one more run per learning rate without
