@@ -200,7 +200,7 @@ def test_the_backlog_is_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
 
 
 def test_a_disk_that_fails_is_loud(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    import lightning_influence.store as store
+    import lightning_influence.store.writer as store
 
     write(tmp_path / "s", 2)
     replace = store._replace
@@ -249,7 +249,7 @@ def test_what_is_lost_while_writing_is_loud(loss: str, later: bool, tmp_path: Pa
 
 
 def test_a_disk_that_is_full_at_the_start_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    import lightning_influence.store as store
+    import lightning_influence.store.writer as store
 
     def full(path: Path, data: bytes) -> None:
         raise OSError(28, "No space left on device")
@@ -457,7 +457,8 @@ def test_a_file_that_may_not_be_read_is_named(name: str, tmp_path: Path, monkeyp
         return open(path, mode)
 
     write(tmp_path / "s", 1)
-    monkeypatch.setattr("lightning_influence.store.open", forbidding, raising=False)  # root may read everything
+    for module in ("format", "reader"):  # root may read everything
+        monkeypatch.setattr(f"lightning_influence.store.{module}.open", forbidding, raising=False)
     with pytest.raises(LogError, match=f"cannot be read.*{name}"):
         StoreReader(tmp_path / "s").meta(0)
 

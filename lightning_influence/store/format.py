@@ -1,0 +1,177 @@
+"""What a store consists of on disk: its files, the lines of an index, the bytes of a shard."""
+
+from __future__ import annotations
+
+import json
+import re
+import struct
+import zlib
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import save
+from torch import Tensor
+
+from lightning_influence.errors import LogCorrupted, LogError
+
+FORMAT = "lightning-influence-log"
+VERSION = 1
+MANIFEST = "manifest.json"
+FINAL = "final"
+"""The artifact of the first rank that says that the run ended: every rank has by then written all of its steps."""
+
+INDEX = "index.jsonl"
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,99}")
+MAX_HEADER, MAX_MANIFEST, MAX_LINE = 2**27, 2**26, 2**12
+META, CRC = "meta", "crc32"
+_UNDECODABLE = (  # what JSON, safetensors and torch say of content that a writer never wrote
+    ArithmeticError,
+    AttributeError,
+    LookupError,
+    RecursionError,
+    SafetensorError,
+    TypeError,
+    ValueError,
+)
+
+
+def index_line(entry: dict[str, Any]) -> bytes:
+    """An entry as a line of the index, behind its checksum."""
+    text = json.dumps(entry, separators=(",", ":"), sort_keys=True).encode()
+    return b"%08x %s\n" % (zlib.crc32(text), text)
+
+
+def _parse(line: bytes, steps: int) -> dict[str, Any] | None:
+    """The entry of an index line that follows ``steps`` steps; None where the line is not what was written."""
+    if len(line) < 10 or line[8:9] != b" " or not line.endswith(b"\n"):
+        return None
+    if line[:8] != b"%08x" % zlib.crc32(line[9:-1]):
+        return None
+    try:
+        entry = json.loads(line[9:-1])
+    except (ValueError, RecursionError):
+        return None
+    return entry if _is_entry(entry, steps) else None
+
+
+def _is_entry(entry: Any, steps: int) -> bool:
+    """Whether it says all that is read of it: a checksum alone does not tell a writer from a stranger."""
+    if not isinstance(entry, dict) or not all(isinstance(entry.get(key), int) for key in ("bytes", "header")):
+        return False
+    if not isinstance(entry.get("file"), str) or not NAME.fullmatch(entry["file"]):
+        return False
+    if "step" in entry:
+        return bool(entry["step"] == steps)
+    return isinstance(entry.get("artifact"), str) and isinstance(entry.get("after"), int)
+
+
+def own_path(path: Path) -> Path:
+    """A path in a store, which nothing but a file or a directory of its own may be at.
+
+    Raises:
+        LogCorrupted: a link, a device or a pipe is there.
+    """
+    if path.is_symlink() or (path.exists() and not path.is_file() and not path.is_dir()):
+        raise LogCorrupted(
+            f"{path} is a link or a device, and a log holds files and directories of its own. Put what it leads to in its "
+            "place, if you trust where it came from."
+        )
+    return path
+
+
+@contextmanager
+def decoding(what: Path | str) -> Iterator[None]:
+    """Content whose checksum agrees and which still is not what a writer writes, as an error of the log.
+
+    Raises:
+        LogCorrupted: in the place of what decoding raised.
+    """
+    try:
+        yield
+    except _UNDECODABLE as error:
+        raise LogCorrupted(
+            f"{what} is not what was written: its content makes {error!r:.200}. Restore the log from a copy."
+        ) from error
+
+
+@contextmanager
+def told_as_log_error(what: str) -> Iterator[None]:
+    """What the operating system refuses, as an error of the log."""
+    try:
+        yield
+    except OSError as error:
+        raise LogError(f"{what}: {error}") from error
+
+
+def bytes_of(tensor: Tensor) -> memoryview:
+    """The bytes of a tensor, as they lie in memory."""
+    return tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy().data
+
+
+def step_name(step: int) -> str:
+    """The file of a step, without its suffix."""
+    return f"step-{step:08d}"
+
+
+def serialise(tensors: Mapping[str, Tensor], meta: dict[str, Any]) -> bytes:
+    """A shard: tensors with their checksums, and what is told of them."""
+    tensors = _unshared(tensors)
+    sums = {name: zlib.crc32(bytes_of(tensor)) for name, tensor in tensors.items()}
+    metadata = {META: json.dumps(meta), CRC: json.dumps(sums)}
+    return save(tensors, metadata)
+
+
+def _unshared(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The same tensors, no two in one storage, which safetensors refuses: layers that read the same input share it."""
+    own: dict[str, Tensor] = {}
+    storages = set[int]()
+    for name, tensor in tensors.items():
+        tensor = tensor.detach().contiguous()
+        where = tensor.untyped_storage().data_ptr()
+        own[name] = tensor.clone() if where in storages else tensor
+        storages.add(where)
+    return own
+
+
+def header_size(data: bytes) -> int:
+    """Bytes of a shard's header, its own length included."""
+    (length,) = struct.unpack("<Q", data[:8])
+    return 8 + int(length)
+
+
+def rank_names(root: Path) -> set[str]:
+    """Directories that look like those of ranks."""
+    return {path.name for path in root.glob("rank-*")}
+
+
+def names_of(ranks: int) -> set[str]:
+    """Directories that a store of so many ranks has."""
+    return {f"rank-{rank}" for rank in range(ranks)}
+
+
+def read_index(path: Path) -> list[dict[str, Any]]:
+    """Entries of an index up to its end or its last whole line.
+
+    Raises:
+        LogCorrupted: a line is not what was written.
+        OSError: the file is not there or cannot be read.
+    """
+    entries: list[dict[str, Any]] = []
+    steps = 0
+    with open(own_path(path), "rb") as file:
+        while line := file.readline(MAX_LINE):
+            entry = _parse(line, steps)
+            if entry is None and not line.endswith(b"\n") and len(line) < MAX_LINE:
+                break  # torn by a crash while it was written
+            if entry is None:
+                raise LogCorrupted(
+                    f"{path}, line {len(entries) + 1}, is not what was written. Restore the log from a copy, or, in a "
+                    "log of one process, cut the file before that line to read the steps that precede it."
+                )
+            steps += "step" in entry
+            entries.append(entry)
+    return entries
