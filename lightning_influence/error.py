@@ -22,7 +22,7 @@ from lightning_influence.errors import ConfigurationError, CurvatureUnavailable
 from lightning_influence.optimizers import UPDATES, decay, effective_gradient, finite_response
 from lightning_influence.removal import consumed_change, removal
 from lightning_influence.sweep import Method, Passed, sum_inner, walk_back
-from lightning_influence.trajectory import Hyper, Shares, StepRecord, Trajectory, Vectors
+from lightning_influence.trajectory import Hyper, Shares, StepRecord, Trajectory, Vectors, extrapolation
 
 _ELEMENTS = 2**22  # of one variation of all parameters: samples x coordinates
 
@@ -181,7 +181,7 @@ class _Variation:
         self.trajectory, self.method = trajectory, method
         self.update = UPDATES[trajectory.optimizer]
         self.pairs = pairs
-        self.scales = {k: total / max(kept, 1) for k, (kept, total) in trajectory.sizes.items()}
+        self.scales = extrapolation(trajectory.sizes)
 
     def run(
         self, passed: Mapping[int, Passed], query_curvature: QueryCurvature | None, advanced: Callable[[], object]

@@ -49,9 +49,10 @@ class LiveTarget:
         names = [k for k, p in module.named_parameters() if p.requires_grad]
         if callable(target):
             return target_gradient(module, target, names, select)
+        batches = target if self._kept is None else self._kept
         if self.every == 1 or self._reading is None or (step % self.every == 0 and step != self._reading.step):
-            return self._read(module, target, names, select, step)
-        part = self._next_part(target)
+            return self._read(module, batches, names, select, step)
+        part = self._next_part(batches)
         now = target_gradient(module, part, names, select)
         with parameters_at(module, self._reading.parameters):
             then = target_gradient(module, part, names, select)
@@ -60,12 +61,12 @@ class LiveTarget:
     def _read(
         self,
         module: L.LightningModule,
-        target: Iterable[Any],
+        batches: Iterable[Any],
         names: Sequence[str],
         select: Callable[[str, Tensor], Tensor],
         step: int,
     ) -> Vectors:
-        seen = _Seen(target if self._kept is None else self._kept)
+        seen = _Seen(batches)
         with random_state(None):
             gradient = target_gradient(module, seen, names, select)
         self._kept = seen.kept
@@ -74,11 +75,10 @@ class LiveTarget:
             self._reading, self._parts = _Reading(step, gradient, parameters, seen.n_examples), None
         return gradient
 
-    def _next_part(self, target: Iterable[Any]) -> list[Any]:
+    def _next_part(self, batches: Iterable[Any]) -> list[Any]:
         assert self._reading is not None
         with random_state(None):
             if self._parts is None:
-                batches = target if self._kept is None else self._kept
                 self._parts = _round_and_round(batches, -(-self._reading.n_examples // self.every))
                 for _ in range(self._reading.taken):  # a run that is resumed goes on with the part that comes next
                     next(self._parts)
@@ -128,7 +128,10 @@ class _Seen:
         for batch in self.batches:
             self.n_examples += batch_size(batch)
             self._bytes += sum(leaf.nbytes for leaf in leaves(batch))
-            self.kept = None if self.kept is None or self._bytes > _KEPT_BYTES else [*self.kept, batch]
+            if self._bytes > _KEPT_BYTES:
+                self.kept = None
+            if self.kept is not None:
+                self.kept.append(batch)
             yield batch
 
 

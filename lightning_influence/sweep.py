@@ -31,7 +31,7 @@ from lightning_influence.optimizers import (
     join_adjoints,
 )
 from lightning_influence.removal import ConsumedChange, consumed_change, consumed_gradients, removal
-from lightning_influence.trajectory import Hyper, Shares, StepRecord, Trajectory, Vectors
+from lightning_influence.trajectory import Hyper, Shares, StepRecord, Trajectory, Vectors, extrapolation
 
 RESPONSES = ("finite", "tangent")
 
@@ -176,7 +176,7 @@ class _Walk:
     def __init__(self, trajectory: Trajectory, method: Method, queries: Vectors, memory: int | None = None) -> None:
         self.trajectory, self.method = trajectory, method
         self.update = UPDATES[method.optimizer or trajectory.optimizer]
-        self.scales = {k: total / max(kept, 1) for k, (kept, total) in trajectory.sizes.items()}
+        self.scales = extrapolation(trajectory.sizes)
         self.n_queries = next(iter(queries.values())).shape[0]
         self.adjoints: Adjoints = {k: Adjoint(q) for k, q in queries.items()}
         if memory is None:

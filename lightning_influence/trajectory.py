@@ -122,6 +122,11 @@ class Trajectory(Protocol):
         """
 
 
+def extrapolation(sizes: Mapping[str, tuple[int, int]]) -> dict[str, float]:
+    """All coordinates over kept ones, by parameter: by which inner products over a mask are extrapolated."""
+    return {k: total / max(kept, 1) for k, (kept, total) in sizes.items()}
+
+
 def as_rows(records: Sequence[StepRecord]) -> tuple[list[int], list[int]]:
     """``(sample_id, step)`` of every row of a trajectory, in order of step."""
     pairs = [(int(z), r.index) for r in records for z in r.sample_ids]

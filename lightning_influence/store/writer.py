@@ -203,9 +203,8 @@ class StoreWriter:
         if not self._index.closed:
             self._end_index()
         if not self._lock.closed:
-            fcntl.flock(
-                self._lock, fcntl.LOCK_UN
-            )  # a worker that was forked meanwhile may hold the file open for longer
+            # closing alone would not do: a worker that was forked meanwhile may hold the file open for longer
+            fcntl.flock(self._lock, fcntl.LOCK_UN)
             self._lock.close()
         self._raise()
 
