@@ -29,8 +29,9 @@ from torch.utils.data import BatchSampler, DataLoader
 from workloads import WORKLOADS, digits
 
 from lightning_influence import InfluenceCallback
-from lightning_influence.log import LoggedTrajectory
-from lightning_influence.store import MANIFEST, StoreReader
+from lightning_influence.log.format import MANIFEST
+from lightning_influence.log.reader import StoreReader
+from lightning_influence.log.steps import LoggedTrajectory
 
 EPOCHS, BATCH = 2, 64
 

@@ -17,11 +17,11 @@ from torch.utils.data import DataLoader
 from workloads import Trained, Workload
 
 from lightning_influence import InfluenceCallback, attribute
-from lightning_influence.agreement import compare
-from lightning_influence.batches import to_dtype
-from lightning_influence.queries import query_losses
 from lightning_influence.report import InfluenceReport
-from lightning_influence.retraining import Run, leave_one_out, recorded_run
+from lightning_influence.run.batches import to_dtype
+from lightning_influence.scoring.queries import query_losses
+from lightning_influence.trust.agreement import compare
+from lightning_influence.trust.retraining import Run, leave_one_out, recorded_run
 
 ESTIMATORS: dict[str, dict[str, Any]] = {
     "SGD-influence": {"optimizer_assumption": "sgd", "response": "tangent", "curvature": "fisher"},

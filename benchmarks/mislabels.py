@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from workloads import mnist
 
 from lightning_influence import InfluenceCallback, attribute
-from lightning_influence.log import LoggedTrajectory
+from lightning_influence.log.steps import LoggedTrajectory
 
 
 def flipped(seed: int, wrong: float = 0.1, n: int = 3000) -> tuple[TensorDataset, TensorDataset, Tensor]:

@@ -21,10 +21,10 @@ from torch.utils.data import DataLoader, Subset, TensorDataset
 from workloads import WORKLOADS, Images, mnist
 
 from lightning_influence import InfluenceCallback, attribute
-from lightning_influence.agreement import compare
 from lightning_influence.errors import InfluenceError
-from lightning_influence.queries import query_losses
-from lightning_influence.retraining import Run, leave_one_out, moved_initialisation, recorded_run
+from lightning_influence.scoring.queries import query_losses
+from lightning_influence.trust.agreement import compare
+from lightning_influence.trust.retraining import Run, leave_one_out, moved_initialisation, recorded_run
 
 WORKLOAD = WORKLOADS["mlp"]
 MOVES = (1e-3, 1e-4, 1e-5, 1e-6)

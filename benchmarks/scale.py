@@ -20,12 +20,13 @@ from typing import Any
 import torch
 from measure import show
 
-from lightning_influence.compression import Dense, Keep
-from lightning_influence.log import LAYOUT, MOMENTS_EVERY, LoggedTrajectory, pack_layout, pack_step
-from lightning_influence.optimizers import UPDATES
-from lightning_influence.store import StoreWriter
-from lightning_influence.sweep import Method, sweep
-from lightning_influence.trajectory import StepRecord
+from lightning_influence.core.coordinates import Keep
+from lightning_influence.core.optimizers import UPDATES
+from lightning_influence.core.shares import Dense
+from lightning_influence.core.sweep import Method, sweep
+from lightning_influence.core.trajectory import StepRecord
+from lightning_influence.log.steps import LAYOUT, MOMENTS_EVERY, LoggedTrajectory, pack_layout, pack_step
+from lightning_influence.log.writer import StoreWriter
 
 KEPT, SHAPE, QUERIES = 512, (256, 256), 4
 NAMES = ("first.weight", "second.weight")

@@ -29,7 +29,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from workloads import Images, Text
 
 from lightning_influence import InfluenceCallback, SelectionDataModule, attribute
-from lightning_influence.lookahead import Candidates
+from lightning_influence.selection.lookahead import Candidates
 
 
 @dataclass(frozen=True)

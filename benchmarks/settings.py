@@ -31,8 +31,8 @@ from torch.utils.data import DataLoader, Subset
 from workloads import WORKLOADS, Text, Workload, gpt2, llama
 
 from lightning_influence import InfluenceCallback, check_faithfulness, error_proxy
-from lightning_influence.faithfulness import CEILING
-from lightning_influence.log import LoggedSteps
+from lightning_influence.log.steps import LoggedSteps
+from lightning_influence.trust.faithfulness import CEILING
 
 SETTINGS = {
     "mlp": WORKLOADS["mlp"],

@@ -19,8 +19,8 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Subset, TensorDataset
 
 from lightning_influence import InfluenceCallback, attribute
-from lightning_influence.queries import query_losses
-from lightning_influence.retraining import leave_one_out, recorded_run
+from lightning_influence.scoring.queries import query_losses
+from lightning_influence.trust.retraining import leave_one_out, recorded_run
 
 BEST = "finite response, exact Hessian by replay"
 ESTIMATORS = {

@@ -20,12 +20,12 @@ from lightning import LightningDataModule, LightningModule
 from lightning.pytorch.utilities.parsing import lightning_hasattr, lightning_setattr
 from yaml import YAMLError  # type: ignore[import-untyped]
 
-from lightning_influence.attribution import attribute as attribute_run
 from lightning_influence.errors import ConfigurationError, InfluenceError
-from lightning_influence.faithfulness import check_faithfulness
+from lightning_influence.lightning.tuning import tune_horizon
+from lightning_influence.log.reader import StoreReader
 from lightning_influence.report import InfluenceReport
-from lightning_influence.store import StoreReader
-from lightning_influence.tuning import tune_horizon
+from lightning_influence.scoring.attribution import attribute as attribute_run
+from lightning_influence.trust.faithfulness import check_faithfulness
 
 
 def inspect(log: Path) -> None:

@@ -25,6 +25,16 @@ def split_digits(n_train: int, n_val: int, dtype: torch.dtype = torch.float32) -
     return TensorDataset(*(t[:n_train] for t in whole)), TensorDataset(*(t[n_train:] for t in whole))
 
 
+def two_groups(module: L.LightningModule) -> Any:
+    """Two parameter groups and a cosine schedule."""
+    first, *rest = module.parameters()
+    optimizer = torch.optim.AdamW(
+        [{"params": [first], "lr": 3e-3, "weight_decay": 0.3}, {"params": rest, "lr": 1e-3, "weight_decay": 0.0}]
+    )
+    scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 20)
+    return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+
 class Classifier(L.LightningModule):
     """A GELU network under cross-entropy."""
 

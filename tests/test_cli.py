@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_influence import InfluenceCallback, InfluenceReport, SelectionDataModule, tune_horizon
 from lightning_influence.cli import main
-from lightning_influence.store import StoreWriter
+from lightning_influence.log.writer import StoreWriter
 
 
 class Digits(L.LightningDataModule):

@@ -27,8 +27,10 @@ from lightning_influence import (
     tune_horizon,
 )
 from lightning_influence.cli import main
-from lightning_influence.selection import Soft
-from lightning_influence.store import FINAL, StoreReader, StoreWriter
+from lightning_influence.log.format import FINAL
+from lightning_influence.log.reader import StoreReader
+from lightning_influence.log.writer import StoreWriter
+from lightning_influence.selection.policies import Soft
 
 TABLE = Path(__file__).parent.parent / "docs" / "errors.md"
 ROWS = [

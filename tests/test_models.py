@@ -19,8 +19,8 @@ from torch.utils.data import DataLoader, Dataset
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 from lightning_influence import InfluenceCallback, attribute
-from lightning_influence.batches import example, to_dtype
-from lightning_influence.log import LoggedTrajectory
+from lightning_influence.log.steps import LoggedTrajectory
+from lightning_influence.run.batches import example, to_dtype
 
 STEPS, BATCH, TOKENS = 3, 4, 12
 

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.func import functional_call, grad, hessian, jvp, vmap
 
-from lightning_influence.optimizers import UPDATES, effective_gradient, read_hyper, read_moments, update_name
-from lightning_influence.trajectory import Clip, StepRecord
+from lightning_influence.core.optimizers import UPDATES, effective_gradient
+from lightning_influence.core.trajectory import Clip, StepRecord
+from lightning_influence.run.optimizer import read_hyper, read_moments, update_name
 
 Params = dict[str, Tensor]
 OptimizerFactory = Callable[[list[Tensor]], torch.optim.Optimizer]
@@ -229,3 +231,36 @@ class ToyTrajectory:
 def effective(record: StepRecord, name: str) -> Tensor:
     parameters = record.parameters or {}
     return effective_gradient(record.gradients[name], parameters.get(name), record.hyper[name])
+
+
+SCHEDULE = [[[0, 1, 2, 3]], [[4, 5, 6]], [[7, 8, 9, 10, 11]], [[0, 2, 4, 6]], [[1, 3, 5, 7, 9]]]
+ACCUMULATED = [[[0, 1, 2], [3, 4]], [[5, 6], [7]], [[8, 9, 10], [11, 0]], [[1, 2], [3, 4, 5]]]
+
+
+def adamw(**options: Any) -> OptimizerFactory:
+    options = {"lr": 1e-2, "betas": (0.9, 0.95), "weight_decay": 0.1} | options
+
+    def build(parameters: list[torch.Tensor]) -> torch.optim.Optimizer:
+        half = len(parameters) // 2
+        groups = [
+            {"params": parameters[:half]},
+            {"params": parameters[half:], "lr": options["lr"] / 3, "weight_decay": 0.0},
+        ]
+        return torch.optim.AdamW(groups, **options)
+
+    return build
+
+
+RUNS = {
+    "adamw": Toy(adamw(), SCHEDULE),
+    "adamw, schedule": Toy(adamw(), SCHEDULE, lr_factor=lambda t: (0.2, 1.0, 0.7, 0.4, 0.1)[t]),
+    "adamw, clipped norm": Toy(adamw(), SCHEDULE, clip=Clip("norm", 0.3)),
+    "adamw, some steps clipped": Toy(adamw(), SCHEDULE, clip=Clip("norm", 0.9)),
+    "adamw, clipped value": Toy(adamw(), SCHEDULE, clip=Clip("value", 0.1)),
+    "adamw, accumulated": Toy(adamw(), ACCUMULATED),
+    "adamw, accumulated and clipped": Toy(adamw(), ACCUMULATED, clip=Clip("norm", 0.3)),
+    "adam l2": Toy(lambda p: torch.optim.Adam(p, lr=1e-2, weight_decay=0.1), SCHEDULE),
+    "amsgrad": Toy(lambda p: torch.optim.AdamW(p, lr=1e-2, amsgrad=True), SCHEDULE),
+    "sgd": Toy(lambda p: torch.optim.SGD(p, lr=0.1, weight_decay=0.1), SCHEDULE),
+    "nesterov": Toy(lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9, nesterov=True), SCHEDULE),
+}

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lightning_influence.capture.rules import rule
-from lightning_influence.compression import Dense, Form, Outer
+from lightning_influence.core.shares import Dense, Form, Outer
 
 
 def _patches(x: Tensor, kernel: Sequence[int], stride: Sequence[int], dilation: Sequence[int]) -> Tensor:

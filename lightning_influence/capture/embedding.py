@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from lightning_influence.capture.rules import rule, tokens
-from lightning_influence.compression import Form, Rows
+from lightning_influence.core.shares import Form, Rows
 from lightning_influence.errors import ConfigurationError
 
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.func import functional_call, vjp, vmap
 from torch.utils import _pytree as pytree
 
-from lightning_influence.compression import Dense, Form
+from lightning_influence.core.shares import Dense, Form
 from lightning_influence.errors import ConfigurationError
 
 

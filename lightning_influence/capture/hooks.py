@@ -14,7 +14,7 @@ from torch.utils import _pytree as pytree
 
 from lightning_influence.capture.generic import generic
 from lightning_influence.capture.rules import rule_for
-from lightning_influence.compression import Form, Rows, add, merged
+from lightning_influence.core.shares import Form, Rows, add, merged
 from lightning_influence.errors import ConfigurationError, UncoveredParameter
 
 _BATCH_NORMS = (nn.modules.batchnorm._BatchNorm,)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from lightning_influence.capture.rules import rule, tokens
-from lightning_influence.compression import Dense, Form, Outer
+from lightning_influence.core.shares import Dense, Form, Outer
 
 
 @rule(nn.Linear)

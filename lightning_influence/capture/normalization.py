@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lightning_influence.capture.rules import rule, tokens
-from lightning_influence.compression import Dense, Form
+from lightning_influence.core.shares import Dense, Form
 
 
 def _over_tokens(normalised: Tensor, output_gradient: Tensor, shape: tuple[int, ...]) -> dict[str, Form]:

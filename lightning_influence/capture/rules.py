@@ -12,7 +12,7 @@ from typing import TypeAlias
 
 from torch import Tensor, nn
 
-from lightning_influence.compression import Form
+from lightning_influence.core.shares import Form
 
 Rule: TypeAlias = Callable[[nn.Module, Tensor, Tensor], dict[str, Form]]
 

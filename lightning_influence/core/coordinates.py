@@ -1,0 +1,144 @@
+"""Which coordinates of every parameter a log keeps, and in which form (method.md section 7)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from lightning_influence.core.shares import Dense, Form, Outer, Stack, Sum, nbytes, pack
+from lightning_influence.core.trajectory import Shares
+
+COMPRESSIONS = ("auto", "full", "factored", "mask")
+
+_BUDGET = 2**22  # bytes per sample and step that "auto" spends on all parameters together
+# -- what is kept ------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Keep:
+    """Which coordinates of one parameter are kept, and in which form.
+
+    Attributes:
+        kind: ``"full"`` dense rows, ``"factored"`` the form they were captured in, ``"mask"`` a fixed set
+            of coordinates.
+        shape: of the parameter.
+        index: ``(d,)`` int64, ascending flat coordinates under a mask, else None.
+    """
+
+    kind: Literal["full", "factored", "mask"]
+    shape: tuple[int, ...]
+    index: Tensor | None = None
+
+    @property
+    def total(self) -> int:
+        """All coordinates of the parameter."""
+        return math.prod(self.shape)
+
+    @property
+    def size(self) -> int:
+        """Kept coordinates ``d``."""
+        return self.total if self.index is None else len(self.index)
+
+    def select(self, values: Tensor) -> Tensor:
+        """``(..., *shape) -> (..., d)``; a view where everything is kept."""
+        flat = values.reshape(*values.shape[: values.dim() - len(self.shape)], self.total)
+        return flat if self.index is None else flat[..., self.index.to(flat.device)]
+
+    def compress(self, shares: Form) -> Form:
+        """The shares in the form and on the coordinates that are kept."""
+        if self.index is not None:
+            return shares.at(self.index.to(_device(shares)))
+        return Dense(shares.dense()) if self.kind == "full" else shares
+
+
+def plan(
+    shares: Mapping[str, Shares],
+    shapes: Mapping[str, tuple[int, ...]],
+    *,
+    compression: Literal["auto", "full", "factored", "mask"],
+    mask_size: int = 8192,
+    budget: int = _BUDGET,
+    seed: int = 0,
+) -> dict[str, Keep]:
+    """What to keep of every parameter, from the shares of a first step.
+
+    Args:
+        compression: ``"full"`` dense rows; ``"factored"`` the smaller lossless form; ``"mask"`` at most
+            ``mask_size`` coordinates a parameter; ``"auto"`` lossless while all parameters together stay
+            within ``budget`` bytes per sample and step, the most expensive ones masked beyond it.
+    """
+    lossless = {name: _smaller(share, shapes[name]) for name, share in shares.items()}
+    if compression == "full":
+        return {name: Keep("full", shape) for name, shape in shapes.items()}
+    if compression == "factored":
+        return {name: Keep(kind, shapes[name]) for name, (kind, _) in lossless.items()}
+    masked = set(shapes) if compression == "mask" else _beyond(lossless, shapes, mask_size, budget)
+    return {
+        name: _mask(shape, mask_size, shares[name], seed + i)
+        if name in masked and math.prod(shape) > mask_size
+        else Keep(lossless[name][0], shape)
+        for i, (name, shape) in enumerate(shapes.items())
+    }
+
+
+def _smaller(share: Shares, shape: tuple[int, ...]) -> tuple[Literal["full", "factored"], float]:
+    """The smaller lossless form and its bytes per sample."""
+    captured = nbytes(share) / max(share.n_samples, 1)
+    dense = math.prod(shape) * 4
+    return ("factored", captured) if captured < dense else ("full", dense)
+
+
+def _beyond(
+    lossless: Mapping[str, tuple[str, float]], shapes: Mapping[str, tuple[int, ...]], mask_size: int, budget: int
+) -> set[str]:
+    """The parameters to mask, most expensive first, until the rest fits."""
+    masked: set[str] = set()
+    total = sum(size for _, size in lossless.values())
+    for name, (_, size) in sorted(lossless.items(), key=lambda item: -item[1][1]):
+        saved = size - 4 * min(mask_size, math.prod(shapes[name]))
+        if total > budget and saved > 0:
+            masked.add(name)
+            total -= saved
+    return masked
+
+
+def _mask(shape: tuple[int, ...], size: int, share: Shares, seed: int) -> Keep:
+    """A fixed random set of coordinates; for products of factors random rows times random columns, so that
+    capturing costs one small matrix product.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    total = math.prod(shape)
+    if _is_product(share):
+        rows, columns = shape[0], total // shape[0]
+        n_rows = min(rows, max(1, math.isqrt(size), -(-size // columns)))
+        n_columns = min(columns, max(1, size // n_rows))
+        row = torch.randperm(rows, generator=generator)[:n_rows].sort().values
+        column = torch.randperm(columns, generator=generator)[:n_columns].sort().values
+        return Keep("mask", shape, (row[:, None] * columns + column).flatten())
+    return Keep("mask", shape, torch.randperm(total, generator=generator)[:size].sort().values)
+
+
+def _is_product(share: Shares) -> bool:
+    if isinstance(share, (Sum, Stack)):
+        return any(_is_product(part) for part in share.parts)
+    return isinstance(share, Outer)
+
+
+def _device(form: Form) -> torch.device:
+    return next(iter(pack(form)[0].values())).device
+
+
+def pack_keep(keep: Keep) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Tensors and JSON metadata from which `unpack_keep` makes the same decision."""
+    tensors = {} if keep.index is None else {"index": keep.index}
+    return tensors, {"kind": keep.kind, "shape": list(keep.shape)}
+
+
+def unpack_keep(meta: Mapping[str, Any], load: Callable[[str], Tensor]) -> Keep:
+    """The inverse of `pack_keep`."""
+    return Keep(meta["kind"], tuple(meta["shape"]), load("index") if meta["kind"] == "mask" else None)

@@ -1,0 +1,187 @@
+"""What stands for the Hessian of a batch loss in the sweep (method.md section 4)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor
+from torch.func import grad, jvp, vjp, vmap
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.overrides import TorchFunctionMode
+
+from lightning_influence.core.trajectory import Shares, StepRecord, Vectors
+from lightning_influence.errors import CurvatureUnavailable
+
+CURVATURES = ("none", "fisher", "gauss_newton", "hessian")
+
+Loss: TypeAlias = Callable[[dict[str, Tensor]], Tensor]
+"""``loss(parameters) -> scalar``, by parameter name."""
+
+
+def fisher_product(record: StepRecord, shares: Mapping[str, Shares], products: Tensor) -> Vectors:
+    """Empirical Fisher of the batch times vectors, from the products ``(q, n)`` of vectors and shares.
+
+    With ``s_z = kappa_z grad l_z`` the Fisher of the batch loss is ``sum_z s_z s_z^T / kappa_z``, which
+    for a mean over ``n`` is method.md's ``n C S``.
+    """
+    kappa = record.loss_weights.to(products)
+    weights = torch.where(kappa > 0, products / torch.where(kappa > 0, kappa, 1.0), 0.0)
+    return {name: share.combine(weights) for name, share in shares.items()}
+
+
+@dataclass(frozen=True)
+class GradientGraph:
+    """A gradient that can be differentiated again: evaluated once, it serves any number of Hessian products.
+
+    Attributes:
+        parameters: the leaves it was taken with respect to.
+        gradients: shaped like them.
+    """
+
+    parameters: dict[str, Tensor]
+    gradients: dict[str, Tensor]
+
+    def hessian_product(self, vectors: Vectors, *, at_once: int = 8) -> Vectors:
+        """Exact Hessian-vector products ``H v = d <grad loss, v> / d theta``, ``(q, d)`` each.
+
+        Args:
+            vectors: ``(q, d)`` each, flat.
+            at_once: vectors that are carried through the network together.
+        """
+        leaves = list(self.parameters.values())
+        bent = {name: g for name, g in self.gradients.items() if g.requires_grad}  # the others are constant
+        n = len(next(iter(vectors.values())))
+        rows = []
+        for chunk in torch.arange(n).split(at_once):
+            directions = [vectors[name][chunk].view(-1, *g.shape) for name, g in bent.items()]
+            single = len(chunk) == 1
+            rows.append(
+                torch.autograd.grad(
+                    list(bent.values()),
+                    leaves,
+                    [d[0] if single else d for d in directions],
+                    retain_graph=True,
+                    allow_unused=True,
+                    materialize_grads=True,
+                    is_grads_batched=not single,
+                )
+                if bent
+                else [leaf.new_zeros(len(chunk), leaf.numel()) for leaf in leaves]
+            )
+        products = {
+            name: torch.cat([row[i].reshape(-1, leaf.numel()) for row in rows])
+            for i, (name, leaf) in enumerate(self.parameters.items())
+        }
+        return {name: products[name] for name in vectors}
+
+
+def gradient_graph(loss: Loss, parameters: dict[str, Tensor]) -> GradientGraph:
+    """Gradient of a loss, to be differentiated again."""
+    leaves = {name: p.detach().requires_grad_() for name, p in parameters.items()}
+    with differentiable_attention():
+        gradients = torch.autograd.grad(loss(leaves), list(leaves.values()), create_graph=True, materialize_grads=True)
+    return GradientGraph(leaves, dict(zip(leaves, gradients, strict=True)))
+
+
+def third_derivative(loss: Loss, parameters: dict[str, Tensor], vectors: Vectors, *, at_once: int = 8) -> Vectors:
+    """``D3L[v, v] = d2/d eps2 grad loss(theta + eps v)``, ``(q, d)`` each."""
+
+    def product(direction: dict[str, Tensor]) -> dict[str, Tensor]:
+        def slope(values: dict[str, Tensor]) -> dict[str, Tensor]:
+            return jvp(grad(loss), (values,), (direction,))[1]  # type: ignore[no-any-return]
+
+        return jvp(slope, (parameters,), (direction,))[1]  # type: ignore[no-any-return]
+
+    return _for_each(product, parameters, vectors, at_once)
+
+
+def gauss_newton_product(loss: Loss, parameters: dict[str, Tensor], vectors: Vectors, *, at_once: int = 8) -> Vectors:
+    """Exact Gauss-Newton products ``J^T H_out J v``, where the loss is a known functional loss of outputs.
+
+    Raises:
+        CurvatureUnavailable: the loss does not go through one of torch's functional losses.
+    """
+
+    def outputs(values: dict[str, Tensor]) -> Tensor:
+        with _Outputs() as seen:
+            loss(values)
+        return seen.outputs
+
+    def of_outputs(tap: Tensor) -> Tensor:
+        with _Outputs(tap):
+            return loss(parameters)
+
+    def product(direction: dict[str, Tensor]) -> dict[str, Tensor]:
+        logits, moved = jvp(outputs, (parameters,), (direction,))  # type: ignore[misc]  # v -> J v
+        (bent,) = vjp(grad(of_outputs), logits)[1](moved)  # -> H_out J v; H_out is symmetric
+        return vjp(outputs, parameters)[1](bent)[0]  # -> J^T H_out J v
+
+    return _for_each(product, parameters, vectors, at_once)
+
+
+def _for_each(
+    product: Callable[[dict[str, Tensor]], dict[str, Tensor]],
+    parameters: dict[str, Tensor],
+    vectors: Vectors,
+    at_once: int,
+) -> Vectors:
+    directions = {name: v.reshape(len(v), *parameters[name].shape) for name, v in vectors.items()}
+    n = len(next(iter(directions.values())))
+    with differentiable_attention():
+        if n == 1:
+            products = {name: p[None] for name, p in product({k: d[0] for k, d in directions.items()}).items()}
+        else:
+            products = vmap(product, randomness="same", chunk_size=at_once)(directions)
+    return {name: p.detach().reshape(n, -1) for name, p in products.items()}
+
+
+def differentiable_attention() -> AbstractContextManager[Any]:
+    """Fused attention kernels can be differentiated once; the plain one any number of times."""
+    return sdpa_kernel(SDPBackend.MATH)
+
+
+_LOSSES = {
+    torch.nn.functional.cross_entropy,
+    torch.nn.functional.nll_loss,
+    torch.nn.functional.mse_loss,
+    torch.nn.functional.l1_loss,
+    torch.nn.functional.huber_loss,
+    torch.nn.functional.smooth_l1_loss,
+    torch.nn.functional.binary_cross_entropy,
+    torch.nn.functional.binary_cross_entropy_with_logits,
+    torch.nn.functional.kl_div,
+    torch.nn.functional.gaussian_nll_loss,
+    torch.nn.functional.poisson_nll_loss,
+}
+
+
+class _Outputs(TorchFunctionMode):
+    """Finds what a loss function is first called with; puts ``tap`` in its place where given."""
+
+    def __init__(self, tap: Tensor | None = None) -> None:
+        super().__init__()
+        self._tap, self._seen, self._found = tap, False, None
+
+    @property
+    def outputs(self) -> Tensor:
+        if self._found is None:
+            raise CurvatureUnavailable(
+                "curvature='gauss_newton' needs to know where the model's output ends and the loss begins, and the training "
+                "step calls none of torch.nn.functional's losses; use curvature='hessian'."
+            )
+        return self._found
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func in _LOSSES and not self._seen:
+            self._seen = True
+            self._found = args[0] if args else kwargs["input"]
+            if self._tap is not None and args:
+                args = (self._tap, *args[1:])
+            elif self._tap is not None:
+                kwargs = kwargs | {"input": self._tap}
+        return func(*args, **kwargs)

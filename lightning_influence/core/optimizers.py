@@ -1,0 +1,156 @@
+"""An optimizer's step as one pure elementwise function; its Jacobian, adjoint and finite response.
+
+Each update rule is written once (method.md section 2). Everything else follows from that function,
+by differentiating it or by calling it on changed inputs. Because the maps are elementwise, their
+Jacobians are a handful of diagonals, shared by all queries.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import TypeAlias
+
+import torch
+from torch import Tensor
+
+from lightning_influence.core.trajectory import Hyper
+
+Moments: TypeAlias = tuple[Tensor, ...]
+
+
+@dataclass(frozen=True)
+class Update:
+    """An elementwise update rule.
+
+    Attributes:
+        moments: names of the moments in ``torch.optim.Optimizer.state``, in order.
+        apply: ``(moments, gradient, hyper) -> (change of the parameter, new moments)``. The gradient
+            is the effective one (`effective_gradient`); decoupled weight decay is not part of it.
+    """
+
+    moments: tuple[str, ...]
+    apply: Callable[[Moments, Tensor, Hyper], tuple[Tensor, Moments]]
+
+
+def _safe_sqrt(x: Tensor) -> Tensor:
+    """Square root whose derivative at 0 is 0: where ``v = 0`` also ``m = 0``, and nothing moves."""
+    return x.clamp(min=torch.finfo(x.dtype).tiny).sqrt()
+
+
+def _adam_moments(moments: Moments, gradient: Tensor, hyper: Hyper) -> Moments:
+    m, v = moments
+    return torch.lerp(m, gradient, 1 - hyper["beta1"]), torch.lerp(v, gradient**2, 1 - hyper["beta2"])
+
+
+def _adam_change(m: Tensor, v: Tensor, hyper: Hyper) -> Tensor:
+    # the bias corrections are gathered into two numbers, and the division fused with what scales it: this is the
+    # innermost loop of the finite response
+    correction1 = 1 - hyper["beta1"] ** hyper["step"]
+    correction2 = math.sqrt(1 - hyper["beta2"] ** hyper["step"])
+    scale = -hyper["lr"] * correction2 / correction1
+    return torch.addcdiv(m.new_zeros(()), m, _safe_sqrt(v) + correction2 * hyper["eps"], value=scale)
+
+
+def _adam(moments: Moments, gradient: Tensor, hyper: Hyper) -> tuple[Tensor, Moments]:
+    m, v = _adam_moments(moments, gradient, hyper)
+    return _adam_change(m, v, hyper), (m, v)
+
+
+def _amsgrad(moments: Moments, gradient: Tensor, hyper: Hyper) -> tuple[Tensor, Moments]:
+    m, v = _adam_moments(moments[:2], gradient, hyper)
+    largest = torch.maximum(moments[2], v)
+    return _adam_change(m, largest, hyper), (m, v, largest)
+
+
+def _sgd(moments: Moments, gradient: Tensor, hyper: Hyper) -> tuple[Tensor, Moments]:
+    return -hyper["lr"] * gradient, ()
+
+
+def _momentum_sgd(moments: Moments, gradient: Tensor, hyper: Hyper) -> tuple[Tensor, Moments]:
+    (buffer,) = moments
+    dampening = hyper["dampening"] if hyper["step"] > 1 else 0.0  # torch starts the buffer at the gradient
+    buffer = hyper["momentum"] * buffer + (1 - dampening) * gradient
+    direction = gradient + hyper["momentum"] * buffer if hyper["nesterov"] else buffer
+    return -hyper["lr"] * direction, (buffer,)
+
+
+UPDATES: dict[str, Update] = {
+    "adam": Update(("exp_avg", "exp_avg_sq"), _adam),
+    "amsgrad": Update(("exp_avg", "exp_avg_sq", "max_exp_avg_sq"), _amsgrad),
+    "sgd": Update((), _sgd),
+    "momentum_sgd": Update(("momentum_buffer",), _momentum_sgd),
+}
+"""The known update rules. AdamW is ``adam`` with ``decoupled`` weight decay."""
+
+
+def decay(hyper: Hyper) -> float:
+    """Factor that decoupled weight decay applies to the parameter itself."""
+    return 1 - hyper["lr"] * hyper["weight_decay"] if hyper["decoupled"] else 1.0
+
+
+def coupling(hyper: Hyper) -> float:
+    """Coefficient of the parameter in the effective gradient: coupled weight decay (L2)."""
+    return 0.0 if hyper["decoupled"] else hyper["weight_decay"]
+
+
+def effective_gradient(gradient: Tensor, parameter: Tensor | None, hyper: Hyper) -> Tensor:
+    """The gradient that enters the moments: sign of ``maximize``, coupled weight decay added."""
+    signed = -gradient if hyper["maximize"] else gradient
+    if coupling(hyper) == 0.0:
+        return signed
+    if parameter is None:
+        raise ValueError("coupled weight decay needs the parameter; the step record holds none")
+    return signed + coupling(hyper) * parameter
+
+
+def step(update: Update, parameter: Tensor, moments: Moments, gradient: Tensor, hyper: Hyper) -> tuple[Tensor, Moments]:
+    """One optimizer step (method.md section 2): new parameter and moments, shapes as given.
+
+    Args:
+        gradient: the gradient that the optimizer consumes, after clipping.
+    """
+    change, moments = update.apply(moments, effective_gradient(gradient, parameter, hyper), hyper)
+    return decay(hyper) * parameter + change, moments
+
+
+@dataclass(frozen=True)
+class RecordedStep:
+    """A recorded step of one parameter, or of several joined, where `adjoint` and `finite_response` start from.
+
+    Attributes:
+        gradient: ``(d,)`` the effective gradient (`effective_gradient`).
+        moments: ``(d,)`` each, before the step.
+    """
+
+    update: Update
+    moments: Moments
+    gradient: Tensor
+    hyper: Hyper
+
+    def to(self, dtype: torch.dtype) -> RecordedStep:
+        """The same in another precision."""
+        if self.gradient.dtype == dtype:
+            return self
+        moments = tuple(m.to(dtype) for m in self.moments)
+        return RecordedStep(self.update, moments, self.gradient.to(dtype), self.hyper)
+
+    def at(self, coordinates: slice) -> RecordedStep:
+        """Some of the coordinates."""
+        moments = tuple(m[coordinates] for m in self.moments)
+        return RecordedStep(self.update, moments, self.gradient[coordinates], self.hyper)
+
+    @cached_property
+    def taken(self) -> tuple[Tensor, Moments]:
+        """Change of the parameter and moments after the step, as recorded."""
+        return self.update.apply(self.moments, self.gradient, self.hyper)
+
+
+def join(steps: Sequence[RecordedStep]) -> RecordedStep:
+    """The same step of several parameters that share their hyperparameters, end to end."""
+    if len(steps) == 1:
+        return steps[0]
+    moments = tuple(torch.cat(parts) for parts in zip(*(s.moments for s in steps), strict=True))
+    return replace(steps[0], moments=moments, gradient=torch.cat([s.gradient for s in steps]))

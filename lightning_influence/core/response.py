@@ -1,0 +1,47 @@
+"""The optimizer's exact response to a finite change of one step's gradient (method.md section 5)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from lightning_influence.core.optimizers import Moments, RecordedStep
+
+
+def finite_response(
+    window: Sequence[RecordedStep],
+    after: Sequence[Tensor],
+    closing: Moments,
+    change: Tensor,
+) -> Tensor:
+    """Exact response of the queries to a finite change of one step's gradient (method.md section 5).
+
+    The elementwise step runs forward through the window on the changed and on the recorded moments,
+    with the recorded gradients; the difference of the parameter updates is contracted with the
+    adjoint, and what is left in the moments at the end of the window with theirs.
+
+    Args:
+        window: the recorded step and the up to ``memory_window`` steps that follow.
+        after: ``(q, d)``, the adjoint of the parameter after each step of the window.
+        closing: ``(q, d)`` each, the adjoint of the moments after the last step of the window; empty for zero.
+        change: ``(n, d)``, change of the gradient consumed in the first step, one row a sample.
+
+    Returns:
+        ``(q, n)``, the predicted changes of the queries, in the precision of ``change``.
+    """
+    first = window[0].to(change.dtype)
+    if first.hyper["maximize"]:
+        change = -change
+    response = torch.zeros(after[0].shape[0], change.shape[0], dtype=change.dtype, device=change.device)
+    changed = first.moments
+    for position, (step, weight) in enumerate(zip(window, after, strict=True)):
+        recorded = step.to(change.dtype)
+        gradient = recorded.gradient + change if position == 0 else recorded.gradient
+        delta, changed = recorded.update.apply(changed, gradient, recorded.hyper)
+        base_delta, base = recorded.taken
+        response += weight.to(change) @ (delta - base_delta).T
+    for weight, new, old in zip(closing, changed, base, strict=bool(closing)):
+        response += weight.to(change) @ (new - old).T
+    return response

@@ -1,0 +1,280 @@
+"""What is kept of per-sample gradients, and the contractions each form supports.
+
+Forms (all are `trajectory.Shares`): `Dense` rows, `Outer` products of layer inputs and output gradients,
+sparse `Rows` of an embedding, `Sum` over several uses of a parameter, `Stack` over micro-batches.
+`Keep` says which coordinates of a parameter a log holds; `plan` chooses it (method.md section 7).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lightning_influence.core.trajectory import Shares
+
+_GATHER_ELEMENTS = 2**24  # of a block of gathered factors
+
+
+@dataclass(frozen=True)
+class Dense:
+    """Rows ``(n, d)``."""
+
+    values: Tensor
+
+    @property
+    def n_samples(self) -> int:
+        return self.values.shape[0]
+
+    @property
+    def n_coordinates(self) -> int:
+        return self.values.shape[1]
+
+    def inner(self, vectors: Tensor) -> Tensor:
+        return vectors @ self.values.to(vectors).T
+
+    def combine(self, weights: Tensor) -> Tensor:
+        return weights @ self.values.to(weights)
+
+    def dense(self, samples: slice = slice(None)) -> Tensor:
+        return self.values[samples]
+
+    def scaled(self, factor: float) -> Dense:
+        return Dense(self.values * factor)
+
+    def at(self, coordinates: Tensor) -> Dense:
+        return Dense(self.values[:, coordinates])
+
+
+@dataclass(frozen=True)
+class Outer:
+    """``sum_t left_t right_t^T`` for ``left (n, t, r)`` and ``right (n, t, c)``, flattened to ``(n, r c)``."""
+
+    left: Tensor
+    right: Tensor
+
+    @property
+    def n_samples(self) -> int:
+        return self.left.shape[0]
+
+    @property
+    def n_coordinates(self) -> int:
+        return self.left.shape[2] * self.right.shape[2]
+
+    def inner(self, vectors: Tensor) -> Tensor:
+        left, right = self.left.to(vectors), self.right.to(vectors)
+        matrices = vectors.unflatten(1, (left.shape[2], right.shape[2]))
+        return torch.stack([((left @ m) * right).sum((1, 2)) for m in matrices])
+
+    def combine(self, weights: Tensor) -> Tensor:
+        used = (weights != 0).any(0)
+        if 2 * int(used.sum()) < self.n_samples:  # a product as large as the samples that take part in it
+            return Outer(self.left[used], self.right[used]).combine(weights[:, used])
+        left, right = self.left.to(weights).flatten(0, 1), self.right.to(weights).flatten(0, 1)
+        total = weights.new_empty(len(weights), left.shape[1], right.shape[1])
+        for matrix, weight in zip(total, weights.repeat_interleave(self.left.shape[1], 1), strict=True):
+            torch.mm((weight[:, None] * left).T, right, out=matrix)
+        return total.flatten(1)
+
+    def dense(self, samples: slice = slice(None)) -> Tensor:
+        return (self.left[samples].mT @ self.right[samples]).flatten(1)
+
+    def scaled(self, factor: float) -> Outer:
+        return Outer(self.left * factor, self.right)
+
+    def at(self, coordinates: Tensor) -> Dense:
+        rows, columns = coordinates // self.right.shape[2], coordinates % self.right.shape[2]
+        unique_rows, row_of = rows.unique(return_inverse=True)
+        unique_columns, column_of = columns.unique(return_inverse=True)
+        if len(unique_rows) * len(unique_columns) <= 4 * len(coordinates):
+            # a block of rows x columns: one small matrix product a sample
+            block = self.left[..., unique_rows].mT @ self.right[..., unique_columns]
+            return Dense(block[:, row_of, column_of])
+        size = max(1, _GATHER_ELEMENTS // max(self.left.shape[0] * self.left.shape[1], 1))
+        parts = zip(rows.split(size), columns.split(size), strict=True)
+        return Dense(torch.cat([(self.left[..., r] * self.right[..., c]).sum(1) for r, c in parts], 1))
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Sparse rows of a matrix of ``n_rows``: ``values (n, t, e)`` added at row ``rows (n, t)``."""
+
+    rows: Tensor
+    values: Tensor
+    n_rows: int
+
+    @property
+    def n_samples(self) -> int:
+        return self.rows.shape[0]
+
+    @property
+    def n_coordinates(self) -> int:
+        return self.n_rows * self.values.shape[2]
+
+    def inner(self, vectors: Tensor) -> Tensor:
+        tables = vectors.unflatten(1, (self.n_rows, self.values.shape[2]))
+        values = self.values.to(vectors)
+        return torch.stack([(table[self.rows] * values).sum((1, 2)) for table in tables])
+
+    def combine(self, weights: Tensor) -> Tensor:
+        values, index = self.values.to(weights), self.rows.flatten()
+        total = weights.new_zeros(weights.shape[0], self.n_rows, self.values.shape[2])
+        for table, weight in zip(total, weights, strict=True):
+            table.index_add_(0, index, (weight[:, None, None] * values).flatten(0, 1))
+        return total.flatten(1)
+
+    def dense(self, samples: slice = slice(None)) -> Tensor:
+        rows, values = self.rows[samples], self.values[samples]
+        total = values.new_zeros(len(rows), self.n_rows, values.shape[2])
+        index = rows[..., None].expand_as(values)
+        return total.scatter_add_(1, index, values).flatten(1)
+
+    def scaled(self, factor: float) -> Rows:
+        return Rows(self.rows, self.values * factor, self.n_rows)
+
+    def at(self, coordinates: Tensor) -> Dense:
+        rows, columns = coordinates // self.values.shape[2], coordinates % self.values.shape[2]
+        position = torch.full((self.n_rows,), -1, dtype=torch.int64, device=rows.device)
+        unique_rows, row_of = rows.unique(return_inverse=True)
+        position[unique_rows] = torch.arange(len(unique_rows), device=rows.device)
+        where = position[self.rows]
+        kept = self.values * (where >= 0)[..., None]
+        table = kept.new_zeros(self.n_samples, len(unique_rows), self.values.shape[2])
+        table.scatter_add_(1, where.clamp(min=0)[..., None].expand_as(kept), kept)
+        return Dense(table[:, row_of, columns])
+
+
+@dataclass(frozen=True)
+class Sum:
+    """The sum of several forms of the same samples: a parameter used more than once."""
+
+    parts: Sequence[Form]
+
+    @property
+    def n_samples(self) -> int:
+        return self.parts[0].n_samples
+
+    @property
+    def n_coordinates(self) -> int:
+        return self.parts[0].n_coordinates
+
+    def inner(self, vectors: Tensor) -> Tensor:
+        return torch.stack([part.inner(vectors) for part in self.parts]).sum(0)
+
+    def combine(self, weights: Tensor) -> Tensor:
+        return torch.stack([part.combine(weights) for part in self.parts]).sum(0)
+
+    def dense(self, samples: slice = slice(None)) -> Tensor:
+        return torch.stack([part.dense(samples) for part in self.parts]).sum(0)
+
+    def scaled(self, factor: float) -> Sum:
+        return Sum([part.scaled(factor) for part in self.parts])
+
+    def at(self, coordinates: Tensor) -> Dense:
+        return Dense(torch.stack([part.at(coordinates).values for part in self.parts]).sum(0))
+
+
+@dataclass(frozen=True)
+class Stack:
+    """Forms of different samples, one after the other: the micro-batches of a step, or its ranks."""
+
+    parts: Sequence[Form]
+
+    @property
+    def n_samples(self) -> int:
+        return sum(part.n_samples for part in self.parts)
+
+    @property
+    def n_coordinates(self) -> int:
+        return self.parts[0].n_coordinates
+
+    def inner(self, vectors: Tensor) -> Tensor:
+        return torch.cat([part.inner(vectors) for part in self.parts], 1)
+
+    def combine(self, weights: Tensor) -> Tensor:
+        sizes = [part.n_samples for part in self.parts]
+        pairs = zip(self.parts, weights.split(sizes, 1), strict=True)
+        return torch.stack([part.combine(w) for part, w in pairs]).sum(0)
+
+    def dense(self, samples: slice = slice(None)) -> Tensor:
+        start, stop, _ = samples.indices(self.n_samples)
+        blocks, offset = [], 0
+        for part in self.parts:
+            here = slice(max(start - offset, 0), max(min(stop - offset, part.n_samples), 0))
+            if here.start < here.stop:
+                blocks.append(part.dense(here))
+            offset += part.n_samples
+        return torch.cat(blocks) if blocks else self.parts[0].dense(slice(0, 0))
+
+    def scaled(self, factor: float) -> Stack:
+        return Stack([part.scaled(factor) for part in self.parts])
+
+    def at(self, coordinates: Tensor) -> Dense:
+        return Dense(torch.cat([part.at(coordinates).values for part in self.parts]))
+
+
+Form = Dense | Outer | Rows | Sum | Stack
+
+
+def add(first: Form, second: Form) -> Form:
+    """The sum of two uses of one parameter; two products are one with more tokens."""
+    if isinstance(first, Outer) and isinstance(second, Outer):
+        return Outer(torch.cat([first.left, second.left], 1), torch.cat([first.right, second.right], 1))
+    if isinstance(first, Dense) and isinstance(second, Dense):
+        return Dense(first.values + second.values)
+    return Sum([*(first.parts if isinstance(first, Sum) else [first]), second])
+
+
+def merged(form: Form, n: int) -> Form:
+    """The form of ``n`` samples whose tokens were captured as items of their own, batch first."""
+    if isinstance(form, Dense):
+        return Dense(form.values.unflatten(0, (n, -1)).sum(1))
+    if isinstance(form, Outer):
+        left, right = (x.unflatten(0, (n, -1)).flatten(1, 2) for x in (form.left, form.right))
+        return Outer(left, right)
+    if isinstance(form, Rows):
+        rows, values = form.rows.unflatten(0, (n, -1)), form.values.unflatten(0, (n, -1))
+        return Rows(rows.flatten(1), values.flatten(1, 2), form.n_rows)
+    raise TypeError(f"{type(form).__name__} is not what a rule returns")
+
+
+# -- as named tensors ----------------------------------------------------------------------------------
+
+_FIELDS: dict[str, tuple[type[Any], tuple[str, ...]]] = {
+    "dense": (Dense, ("values",)),
+    "outer": (Outer, ("left", "right")),
+    "rows": (Rows, ("rows", "values")),
+}
+
+
+def pack(shares: Shares) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Tensors and JSON metadata from which `unpack` makes the same form."""
+    if isinstance(shares, (Sum, Stack)):
+        parts = [pack(part) for part in shares.parts]
+        tensors = {f"{i}/{key}": t for i, (part, _) in enumerate(parts) for key, t in part.items()}
+        return tensors, {"form": type(shares).__name__.lower(), "parts": [meta for _, meta in parts]}
+    for form, (kind, fields) in _FIELDS.items():
+        if isinstance(shares, kind):
+            extra = {"n_rows": shares.n_rows} if isinstance(shares, Rows) else {}
+            return {field: getattr(shares, field) for field in fields}, {"form": form, **extra}
+    raise TypeError(f"{type(shares).__name__} is not a form of per-sample gradients")
+
+
+def unpack(meta: Mapping[str, Any], load: Callable[[str], Tensor]) -> Form:
+    """The inverse of `pack`; ``load`` gives a tensor by its name."""
+    form = meta["form"]
+    if form in ("sum", "stack"):
+        parts = [unpack(part, lambda key, i=i: load(f"{i}/{key}")) for i, part in enumerate(meta["parts"])]  # type: ignore[misc]
+        return Sum(parts) if form == "sum" else Stack(parts)
+    kind, fields = _FIELDS[form]
+    extra = {"n_rows": int(meta["n_rows"])} if form == "rows" else {}
+    result: Form = kind(*(load(field) for field in fields), **extra)
+    return result
+
+
+def nbytes(shares: Shares) -> int:
+    """Memory that a form takes."""
+    return sum(t.numel() * t.element_size() for t in pack(shares)[0].values())

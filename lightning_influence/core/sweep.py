@@ -1,0 +1,283 @@
+"""The backward sweep: from the gradient of the queries to a score for every (sample, step).
+
+One walk serves post-hoc attribution (a whole run), look-ahead selection (a short roll-out) and the
+SGD baseline (another update rule). Its cost is linear in the number of steps (method.md section 3).
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal, TypeAlias
+
+import torch
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from lightning_influence.core.adjoint import Adjoint, adjoint, gradient_adjoint, join_adjoints
+from lightning_influence.core.clipping import clip_adjoint
+from lightning_influence.core.curvature import CURVATURES, fisher_product
+from lightning_influence.core.optimizers import UPDATES, Moments, RecordedStep, effective_gradient, join
+from lightning_influence.core.removal import ConsumedChange, consumed_change, consumed_gradients, removal
+from lightning_influence.core.response import finite_response
+from lightning_influence.core.trajectory import Hyper, Shares, StepRecord, Trajectory, Vectors, extrapolation
+from lightning_influence.errors import ConfigurationError
+
+RESPONSES = ("finite", "tangent")
+
+_CHUNK_ELEMENTS = 2**15  # of one dense block of per-sample gradients: what a processor's cache holds
+_JOINED_COORDINATES = 2**14  # of a parameter that is joined with others
+
+
+@dataclass(frozen=True)
+class RowScores:
+    """Scores of every (sample, step) row, in order of step.
+
+    Attributes:
+        sample_ids, steps: ``(n_rows,)`` int64.
+        scores: ``(n_rows, q)``, predicted query loss without the sample minus with it.
+        tangent: ``(n_rows, q)``, the same to first order in the change of the gradient.
+    """
+
+    sample_ids: Tensor
+    steps: Tensor
+    scores: Tensor
+    tangent: Tensor
+
+
+@dataclass(frozen=True)
+class Method:
+    """Which estimator a sweep evaluates (method.md sections 3 to 6)."""
+
+    curvature: Literal["none", "fisher", "gauss_newton", "hessian"] = "fisher"
+    response: Literal["finite", "tangent"] = "finite"
+    memory_window: int = 8
+    counterfactual: Literal["drop", "zero"] = "drop"
+    optimizer: Literal["sgd"] | None = None
+    """None: the optimizer that trained; ``"sgd"``: the assumption that the paper refutes."""
+
+    def __post_init__(self) -> None:
+        for name, value, known in (
+            ("curvature", self.curvature, CURVATURES),
+            ("response", self.response, RESPONSES),
+            ("optimizer_assumption", self.optimizer, (None, "sgd")),
+        ):
+            if value not in known:
+                raise ConfigurationError(f"{name}={value!r}; choose one of {', '.join(map(str, known))}")
+        if self.memory_window < 0:
+            raise ConfigurationError(f"memory_window={self.memory_window}; it counts steps and cannot be negative")
+
+
+Adjoints = dict[str, Adjoint]
+Block: TypeAlias = tuple[str, ...]
+
+
+def sweep(
+    trajectory: Trajectory,
+    queries: Vectors,
+    method: Method = Method(),
+    *,
+    scored: range | None = None,
+    progress: bool = True,
+) -> RowScores:
+    """Walk a trajectory backwards and score every sample of every step.
+
+    Args:
+        trajectory: the run.
+        queries: ``(q, d)`` each, gradients of the queries at the parameters after the last step, on
+            the kept coordinates (`Trajectory.select`).
+        scored: the steps to score; all by default. The walk ends at the first of them.
+        progress: show a bar where the walk takes longer than two seconds.
+    """
+    scored = range(len(trajectory)) if scored is None else scored
+    walk = _Walk(trajectory, method, queries)
+    blocks = []
+    last = min(scored, default=len(trajectory))
+    for index in tqdm(
+        range(len(trajectory) - 1, last - 1, -1),
+        desc="backward sweep",
+        unit="step",
+        delay=2,
+        disable=not progress,
+    ):
+        block = walk.back(index, score=index in scored, last=index == last)
+        if block is not None:
+            blocks.append(block)
+    return _concatenate(blocks[::-1], walk.n_queries)
+
+
+def _concatenate(blocks: list[RowScores], n_queries: int) -> RowScores:
+    if not blocks:
+        ids, scores = torch.zeros(0, dtype=torch.int64), torch.zeros(0, n_queries)
+        return RowScores(ids, ids, scores, scores)
+    fields = ("sample_ids", "steps", "scores", "tangent")
+    return RowScores(*(torch.cat([getattr(b, f) for b in blocks]) for f in fields))
+
+
+@dataclass
+class Passed:
+    """What is kept of a step that the walk has passed.
+
+    Attributes:
+        recorded: the step itself, by parameter.
+        after: adjoint of the optimizer state after the step.
+        gradient: ``(q, d)`` each, adjoint of the batch gradient before clipping.
+    """
+
+    recorded: dict[str, RecordedStep]
+    after: Adjoints
+    gradient: Vectors
+    _joined: dict[Block, tuple[RecordedStep, Adjoint]] = field(default_factory=dict)
+
+    def of(self, block: Block) -> tuple[RecordedStep, Adjoint]:
+        """Step and adjoint of a block of parameters, end to end."""
+        if block not in self._joined:
+            step = join([self.recorded[name] for name in block])
+            self._joined[block] = step, join_adjoints([self.after[name] for name in block])
+        return self._joined[block]
+
+
+def blocks_of(steps: Sequence[Mapping[str, RecordedStep]]) -> list[Block]:
+    """Parameters that can go through the elementwise algebra end to end: they took the same steps with the
+    same hyperparameters. Only small ones are joined; large ones would be copied for nothing.
+    """
+    alike: dict[Any, list[str]] = {}
+    blocks: list[Block] = []
+    for name, recorded in steps[0].items():
+        if len(recorded.gradient) > _JOINED_COORDINATES:
+            blocks.append((name,))
+        else:
+            key = tuple(tuple(s[name].hyper.items()) if name in s else None for s in steps)
+            alike.setdefault(key, []).append(name)
+    return blocks + [tuple(names) for names in alike.values()]
+
+
+def walk_back(trajectory: Trajectory, queries: Vectors, method: Method) -> dict[int, Passed]:
+    """The adjoints of every step, without scores; memory grows with the number of steps."""
+    walk = _Walk(trajectory, method, queries, memory=len(trajectory))
+    for index in range(len(trajectory) - 1, -1, -1):
+        walk.back(index, score=False)
+    return dict(enumerate(walk.passed))
+
+
+class _Walk:
+    """The adjoint state of a sweep, moved back one step at a time."""
+
+    def __init__(self, trajectory: Trajectory, method: Method, queries: Vectors, memory: int | None = None) -> None:
+        self.trajectory, self.method = trajectory, method
+        self.update = UPDATES[method.optimizer or trajectory.optimizer]
+        self.scales = extrapolation(trajectory.sizes)
+        self.n_queries = next(iter(queries.values())).shape[0]
+        self.adjoints: Adjoints = {k: Adjoint(q) for k, q in queries.items()}
+        if memory is None:
+            window = method.memory_window if self.update.moments else 0
+            memory = window + 1 if method.response == "finite" else 0
+        self.passed: deque[Passed] = deque(maxlen=memory)  # newest first: steps t, t+1, ...
+
+    def back(self, index: int, *, score: bool, last: bool = False) -> RowScores | None:
+        """Move from after step ``index`` to before it, unless it is the last; the step's scores where asked for."""
+        record, shares = self.trajectory.record(index), self.trajectory.shares(index)
+        # a parameter without a gradient was skipped by the optimizer: its adjoint stays as it is
+        passed = Passed(self._recorded(record), self.adjoints, {})
+        before, pulled = ({}, _pull_gradient(passed)) if last else _pull(passed)
+        passed.gradient = clip_adjoint(record.clip, record.gradients, pulled, self.scales)
+        self.passed.appendleft(passed)
+        products = torch.zeros(self.n_queries, len(record.sample_ids))
+        if score or self.method.curvature == "fisher":
+            products = sum_inner(shares, passed.gradient)
+        rows = self._score(record, shares, products) if score else None
+        if last:
+            return rows
+        bent = self._curvature(record, shares, passed.gradient, products)
+        self.adjoints = {
+            **self.adjoints,
+            **{k: replace(a, parameter=a.parameter + bent[k]) if k in bent else a for k, a in before.items()},
+        }
+        return rows
+
+    def _recorded(self, record: StepRecord) -> dict[str, RecordedStep]:
+        if self.method.optimizer == "sgd":  # theta' = theta - lr g, nothing else
+            plain = {"weight_decay": 0.0, "decoupled": 1.0}
+            hyper: dict[str, Hyper] = {k: {**h, **plain} for k, h in record.hyper.items()}
+            moments: dict[str, Moments] = dict.fromkeys(record.gradients, ())
+        else:
+            hyper, moments = dict(record.hyper), record.moments
+        consumed, parameters = consumed_gradients(record), record.parameters or {}
+        return {
+            k: RecordedStep(self.update, moments[k], effective_gradient(g, parameters.get(k), hyper[k]), hyper[k])
+            for k, g in consumed.items()
+        }
+
+    def _score(self, record: StepRecord, shares: Mapping[str, Shares], products: Tensor) -> RowScores:
+        removed = removal(record, self.method.counterfactual)
+        tangent = removed.inner(products)
+        scores = tangent
+        if self.method.response == "finite":
+            chunks = {k: sample_chunks(s.n_samples, s.n_coordinates) for k, s in shares.items()}
+            consumed = consumed_change(removed, record, shares, self.scales, chunks)
+            scores = torch.zeros_like(tangent)
+            for block in blocks_of([p.recorded for p in self.passed]):
+                scores += self._finite(record, shares, consumed, block)
+        steps = torch.full_like(record.sample_ids, record.index)
+        return RowScores(record.sample_ids.cpu(), steps.cpu(), scores.T.cpu(), tangent.T.cpu())
+
+    def _finite(
+        self, record: StepRecord, shares: Mapping[str, Shares], consumed: ConsumedChange, block: Block
+    ) -> Tensor:
+        """Finite response ``(q, n)`` of a block of parameters, over the window of the newest passed step."""
+        here = [name for name in block if name in shares]
+        scores = torch.zeros(self.n_queries, len(record.sample_ids))
+        if not here:
+            return scores
+        passed = [p.of(tuple(here)) for p in self.passed if here[0] in p.recorded]
+        window, after = [step for step, _ in passed], [a.parameter for _, a in passed]
+        closing = passed[-1][1].moments
+        size = sum(shares[name].n_coordinates for name in here)
+        totals = {k: consumed.removal.totals(shares[k], record.gradients[k]) for k in here}
+        for samples in sample_chunks(len(record.sample_ids), size):
+            change = torch.cat([consumed.change(record.gradients[k], shares[k], samples, totals[k]) for k in here], 1)
+            scores[:, samples] = finite_response(window, after, closing, change).to(scores)
+        return scores
+
+    def _curvature(
+        self, record: StepRecord, shares: Mapping[str, Shares], vectors: Vectors, products: Tensor
+    ) -> Vectors:
+        """Curvature of the batch loss times the gradient adjoints, ``(q, d)`` each (method.md section 4)."""
+        if self.method.curvature == "none":
+            return {}
+        if self.method.curvature == "fisher":
+            return fisher_product(record, shares, products)
+        return self.trajectory.curvature_product(record.index, self.method.curvature, vectors)
+
+
+def sum_inner(shares: Mapping[str, Shares], vectors: Vectors) -> Tensor:
+    """Inner products ``(q, n)`` of vectors and per-sample shares over all parameters."""
+    return torch.stack([share.inner(vectors[name]) for name, share in shares.items()]).sum(0)
+
+
+def _pull(passed: Passed) -> tuple[Adjoints, Vectors]:
+    """The adjoint before a step, and that of its consumed gradient, by parameter."""
+    before, gradients = Adjoints(), Vectors()
+    for block in blocks_of([passed.recorded]):
+        adjoints, gradient = adjoint(*passed.of(block))
+        sizes = [len(passed.recorded[name].gradient) for name in block]
+        parts = zip(adjoints.parameter.split(sizes, 1), *(m.split(sizes, 1) for m in adjoints.moments), strict=True)
+        before |= {name: Adjoint(parameter, tuple(rest)) for name, (parameter, *rest) in zip(block, parts, strict=True)}
+        gradients |= dict(zip(block, gradient.split(sizes, 1), strict=True))
+    return before, gradients
+
+
+def _pull_gradient(passed: Passed) -> Vectors:
+    """The adjoint of a step's consumed gradient alone, by parameter."""
+    gradients: Vectors = {}
+    for block in blocks_of([passed.recorded]):
+        sizes = [len(passed.recorded[name].gradient) for name in block]
+        gradients |= dict(zip(block, gradient_adjoint(*passed.of(block)).split(sizes, 1), strict=True))
+    return gradients
+
+
+def sample_chunks(n_samples: int, n_coordinates: int) -> list[slice]:
+    """Slices of the samples whose dense shares stay within a bounded block."""
+    size = max(1, _CHUNK_ELEMENTS // max(n_coordinates, 1))
+    return [slice(i, i + size) for i in range(0, n_samples, size)]

@@ -1,0 +1,119 @@
+"""Horizon and learning rate belong together: both are swept on short runs (method.md section 8)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import lightning as L
+import pandas as pd
+from matplotlib.figure import Figure
+from tqdm.auto import tqdm
+
+from lightning_influence.errors import ConfigurationError
+from lightning_influence.lightning.callback import InfluenceCallback
+from lightning_influence.lightning.datamodule import SelectionDataModule
+from lightning_influence.log.steps import LoggedSteps
+from lightning_influence.report.plots import heat_map
+from lightning_influence.scoring.queries import query_losses
+from lightning_influence.trust.error_proxy import error_proxy
+
+_QUIET: dict[str, Any] = {
+    "logger": False,
+    "enable_checkpointing": False,
+    "enable_model_summary": False,
+    "enable_progress_bar": False,
+}
+
+
+@dataclass(frozen=True)
+class Tuning:
+    """Target losses after short runs.
+
+    Attributes:
+        table: one row per run: ``horizon``, ``lr``, ``loss`` on the held-out examples, ``kept``, and where it was asked
+            for ``proxy``, the predicted error of first-order scores over that horizon relative to the scores.
+    """
+
+    table: pd.DataFrame
+
+    @property
+    def best(self) -> tuple[int, float]:
+        """The horizon and learning rate of the lowest loss."""
+        row = self.table.loc[self.table.loss.idxmin()]
+        return int(row.horizon), float(row.lr)
+
+    def plot(self) -> Figure:
+        """Losses over horizon and learning rate."""
+        grid = self.table.pivot(index="horizon", columns="lr", values="loss")
+        labels = {"xlabel": "learning rate", "ylabel": "horizon", "title": "held-out loss"}
+        return heat_map(grid.values.tolist(), list(grid.index), list(grid.columns), **labels)
+
+
+def tune_horizon(
+    make_model: Callable[[float], L.LightningModule],
+    data: Any,
+    target: Any,
+    held_out: Iterable[Any],
+    *,
+    horizons: Sequence[int] = (0, 1, 4),
+    learning_rates: Sequence[float] = (1e-4, 1e-3),
+    max_steps: int = 100,
+    proxies: int = 0,
+    trainer: dict[str, Any] | None = None,
+    progress: bool = True,
+    **selection: Any,
+) -> Tuning:
+    """Short runs with online selection for every pair of horizon and learning rate.
+
+    Args:
+        make_model: the module at its initialisation, given a learning rate; the same initialisation each time.
+        data: as of `SelectionDataModule`.
+        target: as of `SelectionDataModule`.
+        held_out: batches on which the runs are compared; not those of the target, which selection has seen.
+        max_steps: optimizer steps of each run.
+        proxies: samples whose `error_proxy` is averaged for each pair, from one more run per learning rate without
+            selection; 0 for none.
+        trainer: further arguments of ``lightning.Trainer``.
+        selection: further arguments of `SelectionDataModule`; ``every=1`` unless given.
+
+    Raises:
+        ConfigurationError: nothing to compare, runs shorter than a horizon, or numbers below zero.
+    """
+    if not horizons or not learning_rates:
+        raise ConfigurationError("horizons and learning_rates need at least one value each.")
+    if max(horizons) >= max_steps:
+        raise ConfigurationError(f"horizon {max(horizons)} does not fit into runs of max_steps={max_steps}.")
+    if min(learning_rates) <= 0 or proxies < 0:
+        raise ConfigurationError(
+            f"learning_rates={list(learning_rates)}, proxies={proxies}; learning rates lie above 0, and proxies is 0 or more."
+        )
+    settings = {**_QUIET, "max_steps": max_steps, "max_epochs": -1, **(trainer or {})}
+    batches, rows = list(held_out), []
+    pairs = [(lr, horizon) for lr in learning_rates for horizon in horizons]
+    errors = {
+        lr: _errors(make_model(lr), data, target, horizons, proxies, settings) for lr in learning_rates if proxies
+    }
+    for lr, horizon in tqdm(pairs, desc="short runs", unit="run", delay=2, disable=not progress):
+        module = make_model(lr)
+        selected = SelectionDataModule(data, target, horizon=horizon, **{"every": 1, **selection})
+        L.Trainer(**settings).fit(module, selected)
+        loss = float(query_losses(module, batches).mean())
+        row = {"horizon": horizon, "lr": lr, "loss": loss, "kept": selected.selection_report.kept}
+        rows.append(row | ({"proxy": errors[lr][horizon]} if proxies else {}))
+    return Tuning(pd.DataFrame(rows))
+
+
+def _errors(
+    module: L.LightningModule, data: Any, target: Any, horizons: Sequence[int], n: int, settings: dict[str, Any]
+) -> dict[int, float]:
+    """Predicted relative error by horizon, at the end of a run without selection."""
+    with TemporaryDirectory() as log:
+        callback = InfluenceCallback(log, record="replay", store_batches=True, existing="overwrite")
+        L.Trainer(**settings, callbacks=[callback]).fit(module, SelectionDataModule(data, online_selection=False))
+        steps = LoggedSteps(log)
+        pairs = [(int(z), t) for h in horizons for t in [len(steps) - 1 - h] for z in steps.record(t).sample_ids[:n]]
+        found = error_proxy(log, queries=target, model=module, pairs=pairs, progress=False)
+    return dict(found.curve()[1.0])

@@ -1,0 +1,228 @@
+"""Reading a store: one tensor at a time, each held against its checksum."""
+
+from __future__ import annotations
+
+import json
+import os
+import zlib
+from pathlib import Path
+from typing import Any
+
+from safetensors import safe_open
+from torch import Tensor
+
+from lightning_influence.errors import LogCorrupted, LogError
+from lightning_influence.log.format import (
+    CRC,
+    FINAL,
+    FORMAT,
+    INDEX,
+    MANIFEST,
+    MAX_HEADER,
+    MAX_MANIFEST,
+    META,
+    VERSION,
+    bytes_of,
+    decoding,
+    header_size,
+    names_of,
+    own_path,
+    rank_names,
+    read_index,
+    told_as_log_error,
+)
+
+
+def _read_whole(path: Path) -> bytes:
+    """A small file's bytes.
+
+    Raises:
+        ValueError: it is not small.
+    """
+    with open(path, "rb") as file:
+        data = file.read(MAX_MANIFEST + 1)
+    if len(data) > MAX_MANIFEST:
+        raise ValueError(f"it has more than {MAX_MANIFEST} bytes")
+    return data
+
+
+class _Manifest(dict[str, Any]):
+    """What the log is of; a key that it lacks is a fault of the file, whoever asks for it."""
+
+    def __init__(self, content: dict[str, Any], path: Path) -> None:
+        super().__init__(content)
+        self._path = path
+
+    def __missing__(self, key: str) -> Any:
+        raise LogCorrupted(f"{self._path} does not say {key!r}, as a manifest does; restore it from a copy.")
+
+
+class StoreReader:
+    """Random access to a store, one tensor at a time.
+
+    Raises:
+        LogError: no directory, not a store, one of a newer format, or one that cannot be read.
+        LogCorrupted: bytes that differ from those written; also raised by every method that reads.
+    """
+
+    def __init__(self, dirpath: str | Path) -> None:
+        self._root = Path(dirpath)
+        with told_as_log_error(f"the log {self._root} cannot be read"):
+            self.manifest: dict[str, Any] = self._read_manifest()
+            self.ranks = self._count_ranks()
+            self._ranks = [_Part(self._root / f"rank-{rank}") for rank in range(self.ranks)]
+        self._refuse_short_ranks()
+
+    def _read_manifest(self) -> _Manifest:
+        if not self._root.is_dir():
+            raise LogError(f"{self._root}: no such directory; give the dirpath of an InfluenceCallback.")
+        path = own_path(self._root / MANIFEST)
+        if not path.exists():
+            raise LogError(
+                f"{self._root} is not a log (it has no {MANIFEST}); give the dirpath of an InfluenceCallback."
+            )
+        try:
+            body = json.loads(_read_whole(path))
+            claimed = body.pop("crc32")
+            if body["format"] != FORMAT or claimed != zlib.crc32(json.dumps(body, sort_keys=True).encode()):
+                raise ValueError("its checksum does not agree")
+            if not isinstance(body["version"], int) or not isinstance(body["content"], dict):
+                raise ValueError("its version or its content is of another type")
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+            raise LogCorrupted(f"{path} is not what was written ({error}); restore it from a copy.") from error
+        if body["version"] > VERSION:
+            raise LogError(
+                f"{self._root} has format version {body['version']}; upgrade lightning_influence to read it."
+            )
+        return _Manifest(body["content"], path)
+
+    def _count_ranks(self) -> int:
+        """The number of ranks that the manifest says, all of which are there and no other."""
+        ranks, found = self.manifest["ranks"], rank_names(self._root)
+        if ranks != len(found) or found != names_of(len(found)):
+            raise LogCorrupted(
+                f"{self._root} holds {', '.join(sorted(found)) or 'no ranks'}, but its manifest says ranks={ranks!r:.20}, counted "
+                "from rank-0. Restore a missing directory from a copy, and move any other elsewhere."
+            )
+        return len(found)
+
+    def _refuse_short_ranks(self) -> None:
+        """A run that was killed leaves ranks of different lengths; one that ended leaves them whole."""
+        end = self._ranks[0].artifacts[FINAL]["after"] if self.ranks and FINAL in self._ranks[0].artifacts else 0
+        for rank, part in enumerate(self._ranks):
+            if len(part.steps) < end:
+                raise LogCorrupted(
+                    f"{self._root / f'rank-{rank}' / INDEX} holds {len(part.steps)} steps, but the run ended after {end}. "
+                    "Restore the log from a copy."
+                )
+
+    def __len__(self) -> int:
+        """Steps complete on all ranks."""
+        return min((len(part.steps) for part in self._ranks), default=0)
+
+    def meta(self, step: int, rank: int = 0) -> dict[str, Any]:
+        """JSON metadata of a step."""
+        return self._ranks[rank].open(self._step(step, rank)).meta
+
+    def names(self, step: int, rank: int = 0) -> list[str]:
+        """Names of a step's tensors."""
+        return list(self._ranks[rank].open(self._step(step, rank)).sums)
+
+    def tensor(self, step: int, name: str, rank: int = 0) -> Tensor:
+        """One tensor of a step, verified."""
+        return self._ranks[rank].open(self._step(step, rank)).tensor(name)
+
+    def artifacts(self, rank: int = 0) -> list[str]:
+        """Names of the artifacts."""
+        return list(self._ranks[rank].artifacts) if self._ranks else []
+
+    def artifact_meta(self, name: str, rank: int = 0) -> dict[str, Any]:
+        """JSON metadata of an artifact."""
+        return self._ranks[rank].open(self._artifact(name, rank)).meta
+
+    def artifact_names(self, name: str, rank: int = 0) -> list[str]:
+        """Names of an artifact's tensors."""
+        return list(self._ranks[rank].open(self._artifact(name, rank)).sums)
+
+    def artifact(self, name: str, tensor: str, rank: int = 0) -> Tensor:
+        """One tensor of an artifact, verified."""
+        return self._ranks[rank].open(self._artifact(name, rank)).tensor(tensor)
+
+    def _step(self, step: int, rank: int) -> dict[str, Any]:
+        if not 0 <= step < len(self):
+            raise IndexError(f"step {step} of a log of {len(self)} steps")
+        return self._ranks[rank].steps[step]
+
+    def _artifact(self, name: str, rank: int) -> dict[str, Any]:
+        if name not in self._ranks[rank].artifacts:
+            raise LogError(
+                f"{self._root} holds no artifact {name!r}; it holds {', '.join(self.artifacts(rank)) or 'none'}."
+            )
+        return self._ranks[rank].artifacts[name]
+
+
+class _Part:
+    """One rank's entries; keeps the shard that was read last open."""
+
+    def __init__(self, directory: Path) -> None:
+        self._directory = directory
+        try:
+            entries = read_index(own_path(directory) / INDEX)
+        except FileNotFoundError as error:
+            raise LogCorrupted(f"{directory} has no {INDEX}; restore the log from a copy.") from error
+        self.steps = [entry for entry in entries if "step" in entry]
+        self.artifacts = {entry["artifact"]: entry for entry in entries if "artifact" in entry}
+        self._last: _Shard | None = None
+
+    def open(self, entry: dict[str, Any]) -> _Shard:
+        if self._last is None or self._last.entry is not entry:
+            self._last = _Shard(self._directory / entry["file"], entry)
+        return self._last
+
+
+class _Shard:
+    """One safetensors file whose header has been verified."""
+
+    def __init__(self, path: Path, entry: dict[str, Any]) -> None:
+        self.path, self.entry = path, entry
+        try:
+            header = self._header()
+        except FileNotFoundError as error:
+            raise self._corrupted("it is not there") from error
+        except OSError as error:
+            raise LogError(f"{path} cannot be read: {error}") from error
+        with decoding(path):
+            metadata = json.loads(header[8:])["__metadata__"]
+            self.meta: dict[str, Any] = json.loads(metadata[META])
+            self.sums: dict[str, int] = json.loads(metadata[CRC])
+            self._file = safe_open(path, framework="pt")
+        if not isinstance(self.meta, dict) or not isinstance(self.sums, dict):
+            raise self._corrupted("its header does not say what a step's does")
+
+    def _header(self) -> bytes:
+        """The header's bytes, verified."""
+        with open(own_path(self.path), "rb") as file:
+            size = os.fstat(file.fileno()).st_size
+            if size != self.entry["bytes"]:
+                raise self._corrupted(f"it has {size} bytes instead of {self.entry['bytes']}")
+            start = file.read(8)
+            length = header_size(start) if len(start) == 8 else 0
+            if not 8 < length <= min(MAX_HEADER, size):
+                raise self._corrupted("its header has an impossible length")
+            header = start + file.read(length - 8)
+        if zlib.crc32(header) != self.entry["header"]:
+            raise self._corrupted("its header's checksum does not agree")
+        return header
+
+    def tensor(self, name: str) -> Tensor:
+        if name not in self.sums:
+            raise LogError(f"{self.path} holds no tensor {name!r}.")
+        with decoding(self.path):
+            tensor: Tensor = self._file.get_tensor(name)
+            found = zlib.crc32(bytes_of(tensor))
+        if found != self.sums[name]:
+            raise self._corrupted(f"the checksum of {name!r} does not agree")
+        return tensor
+
+    def _corrupted(self, reason: str) -> LogCorrupted:
+        return LogCorrupted(f"{self.path} is not what was written: {reason}. Restore the log from a copy.")

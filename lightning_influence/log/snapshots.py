@@ -1,0 +1,91 @@
+"""What a log holds so that its run can be run again: written during training, read as a `replay.Plan`.
+
+In a step's shard: ``random/<m>/<generator>`` before each micro-batch's training step, and either the batch,
+``batch/<m>/<leaf>``, or ``fetch/<m>/<generator>``, the random state when its samples were fetched, and
+``fingerprint/<m>`` of what came. Every few steps an artifact ``snapshot-<step>``: ``parameter/<name>``, ``moment/<k>/<name>``, ``buffer/<name>``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lightning_influence.core.optimizers import UPDATES
+from lightning_influence.errors import ConfigurationError
+from lightning_influence.run.batches import fingerprint, leaves, pack_batch
+from lightning_influence.run.optimizer import read_moments
+from lightning_influence.run.random_state import read_random_state
+
+SNAPSHOT = "snapshot-"
+_SMALL = 2**20  # bytes of a batch that is stored unasked
+Packed = tuple[dict[str, Tensor], dict[str, Any]]
+
+
+# -- writing -----------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class ReplaySettings:
+    """What is written for replay.
+
+    Attributes:
+        snapshot_every: steps between snapshots.
+        store_batches: None stores batches that are small.
+    """
+
+    snapshot_every: int
+    store_batches: bool | None = None
+
+
+def pack_micro_batch(
+    number: int, batch: Any, batch_idx: int, fetched: Mapping[str, Tensor] | None, settings: ReplaySettings
+) -> Packed:
+    """What a micro-batch needs to be run again, read just before its training step.
+
+    Args:
+        fetched: random state when its samples were fetched in this process; None if it is not known.
+
+    Raises:
+        ConfigurationError: a batch that has to be stored and cannot be.
+    """
+    tensors = {f"random/{number}/{k}": v for k, v in read_random_state().items()}
+    meta: dict[str, Any] = {"batch_idx": batch_idx}
+    size = sum(t.numel() * t.element_size() for t in leaves(batch))
+    if settings.store_batches or (settings.store_batches is None and (size <= _SMALL or fetched is None)):
+        try:
+            parts, meta["structure"] = pack_batch(batch)
+        except TypeError as error:
+            raise ConfigurationError(
+                f"{error} cannot be stored for replay; collate into dicts, lists and tuples of tensors, or say "
+                "store_batches=False and give attribute(..., data=...)."
+            ) from error
+        tensors |= {f"batch/{number}/{key}": t.to("cpu", copy=True) for key, t in parts.items()}
+    elif fetched is not None:
+        tensors[f"fingerprint/{number}"] = fingerprint(batch)
+        tensors |= {f"fetch/{number}/{k}": v for k, v in fetched.items()}
+    return tensors, meta
+
+
+def pack_snapshot(module: torch.nn.Module, optimizer: torch.optim.Optimizer, update_name: str) -> Packed:
+    """Trained parameters, their moments, and buffers, before a step."""
+    tensors: dict[str, Tensor] = {}
+    for name, p in module.named_parameters():
+        if p.requires_grad:
+            tensors[f"parameter/{name}"] = _copy(p)
+            moments = read_moments(optimizer.state.get(p, {}), UPDATES[update_name], p)
+            tensors |= {f"moment/{i}/{name}": _copy(m) for i, m in enumerate(moments)}
+    tensors |= {f"buffer/{name}": _copy(b) for name, b in module.named_buffers()}
+    return tensors, {}
+
+
+def snapshot_name(step: int) -> str:
+    """Name of the artifact that holds the state before a step."""
+    return f"{SNAPSHOT}{step:08d}"
+
+
+def _copy(tensor: Tensor) -> Tensor:
+    return tensor.detach().to("cpu", copy=True)

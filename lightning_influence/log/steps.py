@@ -1,0 +1,324 @@
+"""The trajectory log: what is written of each step, and a logged run as a `Trajectory`.
+
+`store` knows how tensors lie on disk; this module knows what they mean. Tensor names in a step's shard:
+``sample_ids``, ``loss_weights``, ``micro_batches``, ``gradient/<parameter>``, ``moment/<k>/<parameter>`` (every few
+steps; in between they follow from the gradients), ``parameter/<parameter>`` (coupled weight decay only) and
+``share/<parameter>/<part>``.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lightning_influence.core.coordinates import Keep, pack_keep, unpack_keep
+from lightning_influence.core.optimizers import UPDATES, Moments, coupling, effective_gradient
+from lightning_influence.core.removal import consumed_gradients
+from lightning_influence.core.shares import Form, Stack, pack, unpack
+from lightning_influence.core.trajectory import Clip, Hyper, Shares, StepRecord, Vectors
+from lightning_influence.errors import CurvatureUnavailable, LogError
+from lightning_influence.log.format import FINAL as FINAL
+from lightning_influence.log.format import decoding
+from lightning_influence.log.reader import StoreReader
+
+LAYOUT = "layout"
+MOMENTS_EVERY = 8  # steps
+
+_MANIFEST_KINDS: dict[str, type] = {
+    "coverage": dict,
+    "excluded": list,
+    "frozen_batch_norm": bool,
+    "module": str,
+    "optimizer": str,
+    "precision": str,
+    "record": str,
+    "run": str,
+    "shapes": dict,
+    "update": str,
+}
+_CLIP_RULES = ("none", "norm", "value")
+
+Packed = tuple[dict[str, Tensor], dict[str, Any]]
+
+
+def pack_step(record: StepRecord, shares: Mapping[str, Shares], *, state: bool) -> Packed:
+    """Tensors and metadata of one step, as `LoggedTrajectory` reads them back.
+
+    Args:
+        state: also gradients, moments and hyperparameters, which are the same on every rank.
+    """
+    tensors = {
+        "sample_ids": record.sample_ids,
+        "loss_weights": record.loss_weights,
+        "micro_batches": record.micro_batches,
+    }
+    forms = {}
+    for name, share in shares.items():
+        parts, forms[name] = pack(share)
+        tensors |= {f"share/{name}/{key}": value.cpu() for key, value in parts.items()}
+    meta: dict[str, Any] = {"shares": forms, "averaged": record.averaged}
+    if state:
+        tensors |= _pack_state(record)
+        meta |= {"clip": asdict(record.clip), **_pack_hyper(record.hyper)}
+    return tensors, meta
+
+
+def _pack_state(record: StepRecord) -> dict[str, Tensor]:
+    tensors = {f"gradient/{name}": g for name, g in record.gradients.items()}
+    for name, moments in record.moments.items():
+        tensors |= {f"moment/{i}/{name}": moment for i, moment in enumerate(moments)}
+    for name, parameter in (record.parameters or {}).items():
+        if coupling(record.hyper[name]):
+            tensors[f"parameter/{name}"] = parameter
+    return tensors
+
+
+def _pack_hyper(hyper: Mapping[str, Hyper]) -> dict[str, Any]:
+    """Hyperparameters, each distinct set written once."""
+    distinct: list[dict[str, float]] = []
+    of = {}
+    for name, values in hyper.items():
+        if dict(values) not in distinct:
+            distinct.append(dict(values))
+        of[name] = distinct.index(dict(values))
+    return {"hyper": distinct, "hyper_of": of}
+
+
+def pack_layout(keeps: Mapping[str, Keep], optimizer: str) -> Packed:
+    """The artifact that says which coordinates of which parameters a log holds."""
+    tensors: dict[str, Tensor] = {}
+    forms: dict[str, Any] = {}
+    for name, keep in keeps.items():
+        parts, forms[name] = pack_keep(keep)
+        tensors |= {f"{name}/{key}": value for key, value in parts.items()}
+    return tensors, {"parameters": forms, "optimizer": optimizer}
+
+
+def checksum(parameter: Tensor) -> int:
+    """CRC32 of a parameter's bytes, by which a log knows the model it ended with."""
+    return zlib.crc32(parameter.detach().cpu().contiguous().view(torch.uint8).numpy().data)
+
+
+class LoggedSteps:
+    """The steps of a log: everything of them except per-sample gradients.
+
+    Raises:
+        LogError: not a log, or a log without a complete step.
+        LogCorrupted: what it holds is not what a recorder writes; also raised by every method that reads.
+    """
+
+    def __init__(self, log: str | Path) -> None:
+        self.reader, self._log = StoreReader(log), log
+        with decoding(f"the manifest of {log}"):
+            _check_manifest(self.reader.manifest)
+            if FINAL in self.reader.artifacts():
+                _check_final(self.reader.artifact_meta(FINAL), self.reader.manifest)
+        if len(self.reader) == 0:
+            raise LogError(
+                f"the log {log} holds no complete step; let the run take at least one optimizer step with "
+                "InfluenceCallback before attributing."
+            )
+        self._records: dict[int, StepRecord] = {}
+
+    def __len__(self) -> int:
+        return len(self.reader)
+
+    def record(self, index: int) -> StepRecord:
+        """The step's record; its moments are empty where the log holds no gradients."""
+        if index not in self._records:
+            start = index // MOMENTS_EVERY * MOMENTS_EVERY
+            steps = range(start, min(start + MOMENTS_EVERY, len(self)))
+            with decoding(f"one of the steps {steps[0]} to {steps[-1]} of {self._log}"):
+                self._records = self._with_moments(steps)
+        return self._records[index]
+
+    def _with_moments(self, steps: range) -> dict[int, StepRecord]:
+        """Consecutive records, their moments read where they are stored and followed from there."""
+        apply = UPDATES[self.reader.manifest["update"]].apply
+        found, now = {}, dict[str, Moments]()
+        for index in steps:
+            record, stored = self._stored(index), set(self.reader.names(index))
+            _check_record(record)
+            now |= {k: m for k in record.gradients if (m := self._moments(index, k, stored)) is not None}
+            found[index] = replace(record, moments={k: now[k] for k in record.gradients})
+            _check_moments(found[index])
+            for k, gradient in consumed_gradients(record).items():
+                effective = effective_gradient(gradient, (record.parameters or {}).get(k), record.hyper[k])
+                now[k] = apply(now[k], effective, record.hyper[k])[1]
+        return found
+
+    def _stored(self, index: int) -> StepRecord:
+        meta = self.reader.meta(index)
+        ids, weights, micro_batches = self._samples(index)
+        hyper = {name: meta["hyper"][i] for name, i in meta["hyper_of"].items()}
+        stored = set(self.reader.names(index))
+        return StepRecord(
+            index=index,
+            sample_ids=ids,
+            loss_weights=weights,
+            micro_batches=micro_batches,
+            gradients={name: self._state(index, f"gradient/{name}") for name in hyper if f"gradient/{name}" in stored},
+            moments={},
+            hyper=hyper,
+            averaged=meta["averaged"],
+            clip=Clip(**meta["clip"]),
+            parameters=self._parameters(index, stored) or None,
+        )
+
+    def _state(self, index: int, name: str) -> Tensor:
+        return self.reader.tensor(index, name)
+
+    def _moments(self, index: int, name: str, stored: set[str]) -> Moments | None:
+        """Those before the step; None where they are not stored."""
+        keys = [f"moment/{i}/{name}" for i in range(len(UPDATES[self.reader.manifest["update"]].moments))]
+        return tuple(self._state(index, key) for key in keys) if stored.issuperset(keys) else None
+
+    def _parameters(self, index: int, stored: set[str]) -> Vectors:
+        prefix = "parameter/"
+        return {key[len(prefix) :]: self._state(index, key) for key in stored if key.startswith(prefix)}
+
+    def _samples(self, index: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Sample ids, loss weights and micro-batch numbers of all ranks, numbers made distinct."""
+        parts, offset = [], 0
+        for rank in range(self.reader.ranks):
+            numbers = self.reader.tensor(index, "micro_batches", rank) + offset
+            offset = int(numbers.max()) + 1 if len(numbers) else offset
+            ids, weights = (self.reader.tensor(index, key, rank) for key in ("sample_ids", "loss_weights"))
+            parts.append((ids, weights, numbers))
+        ids, weights, numbers = (torch.cat(column) for column in zip(*parts, strict=True))
+        return ids, weights, numbers
+
+
+class LoggedTrajectory(LoggedSteps):
+    """A run read back from its log, a `Trajectory`. Needs neither model nor data.
+
+    Args:
+        log: directory written by `InfluenceCallback`.
+
+    Raises:
+        LogError: not a log, a log without a complete step, or one without per-sample gradients.
+    """
+
+    def __init__(self, log: str | Path) -> None:
+        super().__init__(log)
+        if LAYOUT not in self.reader.artifacts():
+            raise LogError(
+                f"the log {log} holds no per-sample gradients, because it was recorded with record='replay'; attribute it "
+                "with its model and data, or record with record='gradients' or 'both'."
+            )
+        with decoding(f"the layout of {log}"):
+            layout = self.reader.artifact_meta(LAYOUT)
+            self.optimizer: str = layout["optimizer"]
+            self.keeps = {
+                name: unpack_keep(form, self._layout_tensor(name)) for name, form in layout["parameters"].items()
+            }
+            self.sizes = {name: (keep.size, keep.total) for name, keep in self.keeps.items()}
+            _check_layout(self.optimizer, self.keeps)
+
+    def _layout_tensor(self, name: str) -> Callable[[str], Tensor]:
+        return lambda key: self.reader.artifact(LAYOUT, f"{name}/{key}")
+
+    def _stored(self, index: int) -> StepRecord:
+        record = super()._stored(index)
+        _expect(all(g.shape == (self.sizes[k][0],) for k, g in record.gradients.items()), "gradients of another size")
+        _expect(record.gradients.keys() <= self.reader.meta(index)["shares"].keys(), "a gradient without its shares")
+        return record
+
+    def shares(self, index: int) -> Mapping[str, Shares]:
+        with decoding(f"step {index} of {self._log}"):
+            return _LazyShares(self.reader, index, self.sizes)
+
+    def select(self, name: str, values: Tensor) -> Tensor:
+        return self.keeps[name].select(values)
+
+    def curvature_product(self, index: int, kind: str, vectors: Vectors) -> Vectors:
+        raise CurvatureUnavailable(
+            f"curvature={kind!r} needs the model and its data at every step, and this log holds gradients only; "
+            "record with InfluenceCallback(record='replay') or use curvature='fisher'."
+        )
+
+
+class _LazyShares(Mapping[str, Shares]):
+    """A step's shares, each parameter read from disk when first asked for."""
+
+    def __init__(self, reader: StoreReader, index: int, sizes: Mapping[str, tuple[int, int]]) -> None:
+        self._reader, self._index, self._sizes = reader, index, sizes
+        self._forms = [reader.meta(index, rank)["shares"] for rank in range(reader.ranks)]
+        self._read: dict[str, Shares] = {}
+
+    def __getitem__(self, name: str) -> Shares:
+        if name not in self._read:
+            of_ranks = [forms[name] for forms in self._forms]
+            with decoding(f"the share of {name} in step {self._index}"):
+                parts = [self._unpack(name, rank, form) for rank, form in enumerate(of_ranks)]
+            self._read[name] = parts[0] if len(parts) == 1 else Stack(parts)
+        return self._read[name]
+
+    def _unpack(self, name: str, rank: int, form: dict[str, Any]) -> Form:
+        share = unpack(form, lambda key: self._reader.tensor(self._index, f"share/{name}/{key}", rank))
+        samples = len(self._reader.tensor(self._index, "sample_ids", rank))
+        _expect((share.n_samples, share.n_coordinates) == (samples, self._sizes[name][0]), "a share of another size")
+        return share
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._forms[0])
+
+    def __len__(self) -> int:
+        return len(self._forms[0])
+
+
+# -- what a recorder never writes -----------------------------------------------------------------------------
+
+
+def _expect(holds: bool, otherwise: str) -> None:
+    if not holds:
+        raise ValueError(otherwise)
+
+
+def _check_manifest(manifest: Mapping[str, Any]) -> None:
+    for key, kind in _MANIFEST_KINDS.items():
+        _expect(key not in manifest or isinstance(manifest[key], kind), f"{key} of another type")
+    _expect(manifest["update"] in UPDATES, "an unknown update")
+    _expect(all(isinstance(pattern, str) for pattern in manifest.get("excluded", [])), "excluded of another type")
+    _expect(all(isinstance(n, int) for n in manifest.get("coverage", {}).values()), "coverage of another type")
+
+
+def _check_final(meta: Mapping[str, Any], manifest: Mapping[str, Any]) -> None:
+    _expect(bool(meta.get("moved")) or meta["checksums"].keys() <= manifest["shapes"].keys(), "an unknown parameter")
+
+
+def _check_layout(optimizer: str, keeps: Mapping[str, Keep]) -> None:
+    _expect(optimizer in UPDATES, "an unknown update")
+    for keep in keeps.values():
+        index = keep.index
+        _expect(all(isinstance(size, int) and size >= 0 for size in keep.shape), "an impossible shape")
+        _expect(
+            index is None
+            or (index.dtype == torch.int64 and index.dim() == 1 and bool(((index >= 0) & (index < keep.total)).all())),
+            "an impossible mask",
+        )
+
+
+def _check_record(record: StepRecord) -> None:
+    columns = (record.sample_ids, record.loss_weights, record.micro_batches)
+    _expect([c.dtype for c in columns] == [torch.int64, torch.float64, torch.int64], "samples of another type")
+    _expect(all(c.shape == (len(record.sample_ids),) for c in columns), "samples of another shape")
+    _expect(all(isinstance(v, float | int) for hyper in record.hyper.values() for v in hyper.values()), "no numbers")
+    _expect(record.clip.rule in _CLIP_RULES, "an unknown clipping rule")
+    _expect(isinstance(record.clip.bound + record.clip.raw_norm, float | int), "a clipping of no numbers")
+    for k, gradient in record.gradients.items():
+        _expect(gradient.dim() == 1 and gradient.is_floating_point(), "a gradient of another type")
+        parameter = (record.parameters or {}).get(k, gradient)
+        _expect(parameter.shape == gradient.shape, "a parameter of another shape")
+
+
+def _check_moments(record: StepRecord) -> None:
+    for k, moments in record.moments.items():
+        shapes = {m.shape for m in moments}
+        _expect(shapes <= {record.gradients[k].shape}, "moments of another shape")

@@ -1,0 +1,300 @@
+"""Writing a store: by a thread of its own, so that training waits for no disk."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import queue
+import shutil
+import threading
+import zlib
+from collections.abc import Mapping
+from contextlib import AbstractContextManager, ExitStack, suppress
+from pathlib import Path
+from typing import IO, Any, Literal
+
+from torch import Tensor
+
+from lightning_influence.errors import LogError
+from lightning_influence.log.format import (
+    FINAL,
+    FORMAT,
+    INDEX,
+    MANIFEST,
+    NAME,
+    VERSION,
+    header_size,
+    index_line,
+    names_of,
+    own_path,
+    rank_names,
+    read_index,
+    serialise,
+    step_name,
+    told_as_log_error,
+)
+from lightning_influence.log.reader import StoreReader
+
+_LOCK = "lock"
+_STOP = object()
+_LOST = (
+    f"its {INDEX} was deleted, replaced or cut while the run wrote to it, so steps are lost. Keep everything else out of "
+    "the directory while a run writes there, and run again."
+)
+
+
+class StoreWriter:
+    """Appends to a store from a background thread whose backlog is bounded.
+
+    Args:
+        dirpath: the store's directory, created where needed.
+        rank, ranks: whose part of the store this is, and of how many; every process writes its own.
+        existing: what to do where the directory already holds a store.
+        max_pending_bytes: backlog at which `append` waits for the disk.
+
+    Raises:
+        LogError: the directory holds a store and ``existing="error"``, cannot be written, or is being
+            written by another run.
+    """
+
+    def __init__(
+        self,
+        dirpath: str | Path,
+        *,
+        rank: int = 0,
+        ranks: int = 1,
+        existing: Literal["error", "overwrite", "resume"] = "error",
+        max_pending_bytes: int = 2**28,
+    ) -> None:
+        self._root, self._rank, self._ranks = Path(dirpath), rank, ranks
+        self._dir = self._root / f"rank-{rank}"
+        with ExitStack() as undo, self._told():
+            self._refuse_existing(existing)
+            own_path(self._dir).mkdir(parents=True, exist_ok=True)
+            self._lock = undo.enter_context(self._locked())
+            if existing == "overwrite":
+                self._clear()
+            self._refuse_other_ranks()
+            index = self._dir / INDEX
+            self._entries = read_index(index) if existing == "resume" and index.exists() else []
+            self._steps = sum("step" in entry for entry in self._entries)
+            self._index = self._begin_index()
+            undo.pop_all()
+        self._limit, self._pending = max_pending_bytes, 0
+        self._room = threading.Condition()
+        self._queue: queue.SimpleQueue[Any] = queue.SimpleQueue()
+        self._error: LogError | None = None
+        self._thread = threading.Thread(target=self._work, name="influence-log", daemon=True)
+        self._thread.start()
+
+    def _told(self) -> AbstractContextManager[None]:
+        return told_as_log_error(f"cannot write a log to {self._root}")
+
+    def _refuse_existing(self, existing: str) -> None:
+        if existing == "error" and (self._root / MANIFEST).exists():
+            raise LogError(
+                f"{self._root} already holds a log of {len(StoreReader(self._root))} steps; choose another directory, or "
+                "say existing='overwrite' or existing='resume'."
+            )
+
+    def _locked(self) -> IO[bytes]:
+        """The file that is locked while a run writes here."""
+        file = open(own_path(self._dir / _LOCK), "ab")
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            file.close()
+            raise LogError(f"{self._root} is being written by another run; choose another directory.") from error
+        return file
+
+    def _clear(self) -> None:
+        if self._rank == 0:
+            (self._root / MANIFEST).unlink(missing_ok=True)
+            for name in rank_names(self._root) - names_of(self._ranks):  # of a run on more processes
+                _remove(self._root / name)
+        for path in self._dir.iterdir():
+            if path.name != _LOCK:
+                _remove(path)
+
+    def _refuse_other_ranks(self) -> None:
+        others = rank_names(self._root) - names_of(self._ranks)
+        if others and self._rank == 0:  # which has removed those that are overwritten; the others do not wait for it
+            raise LogError(
+                f"{self._root} holds {', '.join(sorted(others))}, which a log of {self._ranks} processes does not; "
+                "remove it, or choose another directory."
+            )
+
+    @property
+    def dirpath(self) -> Path:
+        """The store's directory."""
+        return self._root
+
+    def __len__(self) -> int:
+        """Steps appended so far."""
+        return self._steps
+
+    def write_manifest(self, content: dict[str, Any]) -> None:
+        """Write or replace the readable manifest, which also says of how many ranks the store is.
+
+        Raises:
+            LogError: it cannot be written.
+        """
+        body = {"format": FORMAT, "version": VERSION, "content": content | {"ranks": self._ranks}}
+        body["crc32"] = zlib.crc32(json.dumps(body, sort_keys=True).encode())
+        with self._told():
+            _replace(self._root / MANIFEST, json.dumps(body, indent=2).encode())
+
+    def append(self, step: int, tensors: Mapping[str, Tensor], meta: dict[str, Any]) -> None:
+        """Append the next step. The tensors belong to the writer from here on.
+
+        Raises:
+            LogError: not the next step, or an earlier entry could not be written.
+        """
+        if step != self._steps:
+            raise LogError(f"step {step} cannot be appended; the next step of {self._root} is {self._steps}.")
+        self._steps += 1
+        self._submit({"step": step, "file": step_name(step)}, tensors, meta)
+
+    def save(self, name: str, tensors: Mapping[str, Tensor], meta: dict[str, Any]) -> None:
+        """Write a named artifact, replacing one of that name."""
+        if not NAME.fullmatch(f"{name}.safetensors") or name.startswith("step-"):
+            raise LogError(f"{name!r} cannot name an artifact; use letters, digits, '.', '_' and '-'.")
+        self._submit({"artifact": name, "file": name, "after": self._steps}, tensors, meta)
+
+    def truncate(self, steps: int) -> None:
+        """Drop the steps from number ``steps`` on, the artifacts that were written after them, and `FINAL`: a store
+        that is cut goes on.
+
+        Raises:
+            LogError: the store holds fewer steps, or cannot be written.
+        """
+        if steps > self._steps:
+            raise LogError(
+                f"the checkpoint was taken after step {steps}, but the log {self._root} holds only {self._steps} steps; "
+                "resume with the log that belongs to the checkpoint."
+            )
+        self.flush()
+        self._entries = [
+            e
+            for e in self._entries
+            if e.get("step", -1) < steps and e.get("after", -1) <= steps and e.get("artifact") != FINAL
+        ]
+        self._steps = steps
+        self._index.close()
+        with self._told():
+            self._index = self._begin_index()
+
+    def flush(self) -> None:
+        """Wait until everything appended so far is on disk."""
+        with self._room:
+            self._room.wait_for(lambda: self._pending == 0 or self._error is not None)
+        self._raise()
+
+    def close(self) -> None:
+        """Write what is pending and end the thread.
+
+        Raises:
+            LogError: an entry could not be written, or is no longer there.
+        """
+        if self._thread.is_alive():
+            self._queue.put(_STOP)
+            self._thread.join()
+        if not self._index.closed:
+            self._end_index()
+        if not self._lock.closed:
+            # closing alone would not do: a worker that was forked meanwhile may hold the file open for longer
+            fcntl.flock(self._lock, fcntl.LOCK_UN)
+            self._lock.close()
+        self._raise()
+
+    def __enter__(self) -> StoreWriter:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _submit(self, entry: dict[str, Any], tensors: Mapping[str, Tensor], meta: dict[str, Any]) -> None:
+        self._raise()
+        size = sum(t.numel() * t.element_size() for t in tensors.values()) + 1
+        with self._room:
+            self._room.wait_for(lambda: self._pending == 0 or self._pending + size <= self._limit or self._error)
+            self._pending += size
+        self._raise()
+        self._queue.put((entry, tensors, meta, size))
+
+    def _raise(self) -> None:
+        if self._error is not None:
+            raise self._error
+
+    def _work(self) -> None:
+        while (item := self._queue.get()) is not _STOP:
+            entry, tensors, meta, size = item
+            try:
+                if self._error is None:
+                    self._write(entry, tensors, meta)
+            except BaseException as error:
+                self._fail(error)
+            finally:
+                with self._room:
+                    self._pending -= size
+                    self._room.notify_all()
+
+    def _write(self, entry: dict[str, Any], tensors: Mapping[str, Tensor], meta: dict[str, Any]) -> None:
+        self._refuse_lost()
+        data = serialise(tensors, meta)
+        header = data[: header_size(data)]
+        entry |= {"file": f"{entry['file']}.safetensors", "bytes": len(data), "header": zlib.crc32(header)}
+        _replace(self._dir / entry["file"], data)
+        self._written += self._index.write(index_line(entry))
+        self._index.flush()
+        self._entries.append(entry)
+
+    def _fail(self, error: BaseException) -> None:
+        """Keep the first error for whoever calls next."""
+        if self._error is None:
+            why = f"{error}. It can be read up to its last complete step." if self._is_kept() else _LOST
+            self._error = LogError(f"the log {self._root} could not be written: {why}")
+            self._error.__cause__ = error
+
+    def _begin_index(self) -> IO[bytes]:
+        """The index, written anew from the entries and open for more."""
+        data = b"".join(map(index_line, self._entries))
+        _replace(self._dir / INDEX, data)
+        self._written = len(data)
+        return open(self._dir / INDEX, "ab")
+
+    def _end_index(self) -> None:
+        try:
+            self._refuse_lost()
+            self._index.flush()
+        except OSError as error:
+            self._fail(error)
+        with suppress(OSError):  # of the same flush
+            self._index.close()
+
+    def _refuse_lost(self) -> None:
+        if not self._is_kept():
+            raise FileNotFoundError(self._dir / INDEX)
+
+    def _is_kept(self) -> bool:
+        """Whether the index on disk is still the one that is being written: an open file can be written after it was
+        deleted, and nobody would notice.
+        """
+        try:
+            found = os.lstat(self._dir / INDEX)
+        except OSError:
+            return False
+        return os.path.samestat(found, os.fstat(self._index.fileno())) and found.st_size >= self._written
+
+
+def _replace(path: Path, data: bytes) -> None:
+    temporary = path.with_name(f".{path.name}.tmp")
+    temporary.unlink(missing_ok=True)  # of a run that was killed; or a link, which must not be written through
+    with open(temporary, "xb") as file:
+        file.write(data)
+    os.replace(temporary, path)
+
+
+def _remove(path: Path) -> None:
+    shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()

@@ -1,0 +1,142 @@
+"""What a log holds so that its run can be run again: written during training, read as a `replay.Plan`.
+
+In a step's shard: ``random/<m>/<generator>`` before each micro-batch's training step, and either the batch,
+``batch/<m>/<leaf>``, or ``fetch/<m>/<generator>``, the random state when its samples were fetched, and
+``fingerprint/<m>`` of what came. Every few steps an artifact ``snapshot-<step>``: ``parameter/<name>``, ``moment/<k>/<name>``, ``buffer/<name>``.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from lightning import LightningModule
+from torch import Tensor
+
+from lightning_influence.errors import ConfigurationError, CurvatureUnavailable, ReplayDrift
+from lightning_influence.log.format import decoding
+from lightning_influence.log.reader import StoreReader
+from lightning_influence.log.snapshots import SNAPSHOT, snapshot_name
+from lightning_influence.log.steps import LoggedSteps
+from lightning_influence.replay.plan import ReplayMicroBatch, ReplayStep, State
+from lightning_influence.run.batches import fingerprint, unpack_batch
+from lightning_influence.run.data import samples_of
+from lightning_influence.run.random_state import random_state
+
+_SAME = 1e-4  # relative difference of two fingerprints of one batch
+
+# -- reading -----------------------------------------------------------------------------------------------
+
+
+class LoggedPlan:
+    """A logged run as a `replay.Plan`.
+
+    Args:
+        steps: the log.
+        module: whose device and batch hooks the data goes through.
+        data: the training data, where batches were not stored: a `LightningDataModule`, a `DataLoader`, or a
+            dataset whose samples the default collate function takes.
+
+    Raises:
+        CurvatureUnavailable: the log was not recorded for replay.
+    """
+
+    def __init__(self, steps: LoggedSteps, module: LightningModule, data: Any = None) -> None:
+        self._steps, self._reader, self._module = steps, steps.reader, module
+        names = [name for name in self._reader.artifacts() if name.startswith(SNAPSHOT)]
+        with decoding("the name of a snapshot"):
+            self.snapshots = sorted(int(name.removeprefix(SNAPSHOT)) for name in names)
+        if 0 not in self.snapshots:
+            raise CurvatureUnavailable(
+                "this log cannot be replayed, because it was recorded with record='gradients'; record with "
+                "InfluenceCallback(record='replay' or 'both'), or use curvature='fisher'."
+            )
+        self.optimizer = str(self._reader.manifest["update"])
+        self._dataset, self._collate = samples_of(data)
+
+    def __len__(self) -> int:
+        return len(self._reader)
+
+    def step(self, index: int) -> ReplayStep:
+        record = self._steps.record(index)
+        with decoding(f"step {index}"):
+            recorded = [
+                (rank, number, told, int(told["batch_idx"]))
+                for rank in range(self._reader.ranks)
+                for number, told in enumerate(self._reader.meta(index, rank)["micro_batches"])
+            ]
+            positions = [record.micro_batches == position for position in range(len(recorded))]
+            weights = [record.loss_weights[here] for here in positions]
+            factors = [float(w.sum() if record.averaged else w[0]) for w in weights]
+        micro_batches = []
+        for (rank, number, told, batch_idx), here, factor in zip(recorded, positions, factors, strict=True):
+            read = _Read(self._reader, index, rank)
+            batch = self._batch(read, number, told, record.sample_ids[here].tolist())
+            random = read.generators(f"random/{number}/")
+            micro_batches.append(ReplayMicroBatch(batch, batch_idx, factor, int(here.sum()), random))
+        return ReplayStep(
+            micro_batches,
+            record.sample_ids,
+            record.loss_weights,
+            record.micro_batches,
+            record.hyper,
+            record.clip,
+            record.averaged,
+        )
+
+    def snapshot(self, index: int) -> State:
+        artifact, device = snapshot_name(index), self._module.device
+        found: dict[str, dict[str, Tensor]] = {"parameter": {}, "buffer": {}}
+        moments: dict[str, dict[int, Tensor]] = {}
+        with decoding(f"the snapshot before step {index}"):
+            for name in self._reader.artifact_names(artifact):
+                kind, rest = name.split("/", 1)
+                tensor = self._reader.artifact(artifact, name).to(device)
+                if kind == "moment":
+                    order, parameter = rest.split("/", 1)
+                    moments.setdefault(parameter, {})[int(order)] = tensor
+                else:
+                    found[kind][rest] = tensor
+        ordered = {k: tuple(moments.get(k, {})[i] for i in sorted(moments.get(k, {}))) for k in found["parameter"]}
+        return State(found["parameter"], ordered, found["buffer"])
+
+    def _batch(self, read: _Read, number: int, told: dict[str, Any], ids: list[int]) -> Any:
+        module = self._module
+        if "structure" in told:
+            with decoding(f"a batch of step {read.index}"):
+                batch = unpack_batch(told["structure"], lambda key: read.tensor(f"batch/{number}/{key}"))
+            return module.transfer_batch_to_device(batch, module.device, 0)
+        if self._dataset is None:
+            raise ConfigurationError(
+                "the log holds sample ids but not the batches; give attribute(..., data=...) the training data, or record "
+                "with InfluenceCallback(store_batches=True)."
+            )
+        with random_state(read.generators(f"fetch/{number}/") or None):
+            batch = self._collate([self._dataset[i] for i in ids])
+        batch = module.on_before_batch_transfer(batch, 0)
+        batch = module.on_after_batch_transfer(module.transfer_batch_to_device(batch, module.device, 0), 0)
+        recorded, found = read.tensor(f"fingerprint/{number}"), fingerprint(batch)
+        if recorded.shape != found.shape or not torch.allclose(found, recorded, rtol=_SAME, atol=_SAME):
+            raise ReplayDrift(
+                f"step {read.index}: data gives another batch for samples {ids[:4]}... than the run saw. Give the same "
+                "data, transforms and collate function; augmentation in loader workers cannot be repeated, so record that "
+                "with InfluenceCallback(store_batches=True)."
+            )
+        return batch
+
+
+@dataclass(frozen=True)
+class _Read:
+    """One process's part of a step."""
+
+    reader: StoreReader
+    index: int
+    rank: int
+
+    def tensor(self, name: str) -> Tensor:
+        return self.reader.tensor(self.index, name, self.rank)
+
+    def generators(self, prefix: str) -> dict[str, Tensor]:
+        names = [name for name in self.reader.names(self.index, self.rank) if name.startswith(prefix)]
+        return {name.removeprefix(prefix): self.tensor(name) for name in names}

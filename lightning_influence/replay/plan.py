@@ -1,0 +1,73 @@
+"""What a run consumed at each step, and its state at some of them: all that a replay needs besides the module."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from torch import Tensor
+
+from lightning_influence.core.optimizers import Moments
+from lightning_influence.core.trajectory import Clip, Hyper
+
+
+@dataclass(frozen=True)
+class State:
+    """A module and its optimizer before a step: trained parameters, their moments, and buffers, in their shapes."""
+
+    parameters: dict[str, Tensor]
+    moments: dict[str, Moments]
+    buffers: dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class ReplayMicroBatch:
+    """One forward and backward pass.
+
+    Attributes:
+        factor: of its loss in the step's loss.
+        n_samples: in the batch.
+        random: the generators' states before its training step; None to leave them.
+    """
+
+    batch: Any
+    batch_idx: int
+    factor: float
+    n_samples: int
+    random: Mapping[str, Tensor] | None = None
+
+
+@dataclass(frozen=True)
+class ReplayStep:
+    """What one optimizer step consumed; the fields of `StepRecord` that do not follow from running it.
+
+    Attributes:
+        clip: its ``raw_norm`` is the recorded one, against which the replay is checked; 0 if unknown.
+    """
+
+    micro_batches: Sequence[ReplayMicroBatch]
+    sample_ids: Tensor
+    loss_weights: Tensor
+    numbers: Tensor
+    hyper: Mapping[str, Hyper]
+    clip: Clip
+    averaged: bool
+
+
+class Plan(Protocol):
+    """What a run consumed, and its state at some of its steps."""
+
+    optimizer: str
+
+    @property
+    def snapshots(self) -> Sequence[int]:
+        """Steps before which the state is known, ascending, the first of them 0; the number of steps may be the last."""
+
+    def __len__(self) -> int: ...
+
+    def step(self, index: int) -> ReplayStep:
+        """What a step consumed."""
+
+    def snapshot(self, index: int) -> State:
+        """The state before a step of `snapshots`."""

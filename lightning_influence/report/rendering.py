@@ -1,0 +1,261 @@
+"""A training sample as a person would recognise it: an image, a text, or a few named numbers."""
+
+from __future__ import annotations
+
+import base64
+import html
+import io
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, TypeAlias
+
+import numpy as np
+import pandas as pd
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import IterableDataset, Subset, TensorDataset
+
+from lightning_influence.errors import ConfigurationError, LogError
+from lightning_influence.run.data import samples_of
+
+Shown: TypeAlias = "str | Image.Image | Tensor | np.ndarray | Mapping[str, Any]"
+Render: TypeAlias = "Callable[[Any], Shown]"
+"""``render(sample) -> text | image | image tensor or array | mapping``, which becomes a small table."""
+
+_CHARACTERS = 600  # of a text that is shown
+_VALUES = 12  # of a table that are shown
+_SIDE = 192  # longest side of an image that is shown
+_CRISP = 64  # an image up to this side keeps its pixels when it is enlarged
+_INPUTS = ("input_ids", "image", "img", "pixel_values", "text", "x")
+_LABELS = ("label", "labels", "target", "y")
+_CHANNELS = (1, 3, 4)
+_PNG = ("1", "I", "I;16", "L", "LA", "P", "RGB", "RGBA")
+
+
+def indexed(data: Any) -> tuple[Any, int | None]:
+    """What gives sample ``i`` as ``[i]``, and how many there are where that is known.
+
+    Args:
+        data: a dataset, or a loader or datamodule, whose training dataset it is then; a table (`pandas.DataFrame`) gives
+            its rows. An iterable dataset has no indices: None.
+
+    Raises:
+        ConfigurationError: something else without indices.
+    """
+    try:
+        dataset = samples_of(data)[0]
+    except LogError as error:
+        raise ConfigurationError(str(error)) from error
+    if dataset is None or isinstance(dataset, IterableDataset):
+        return None, None
+    known = hasattr(dataset, "__len__") and not isinstance(dataset, Mapping)  # a mapping's keys may be any ids
+    return dataset.iloc if isinstance(dataset, pd.DataFrame) else dataset, len(dataset) if known else None
+
+
+def training_samples(data: Any, sample_ids: Tensor) -> Any:
+    """What gives the samples of a report, whose ids ascend; None where they cannot be read.
+
+    Raises:
+        ConfigurationError: `data` holds too few, or has no indices.
+    """
+    samples, n = indexed(data)
+    if n is not None and len(sample_ids) and int(sample_ids[-1]) >= n:
+        raise ConfigurationError(
+            f"data has {n} samples, but sample {int(sample_ids[-1])} is in the report; give the training dataset of the run."
+        )
+    return samples
+
+
+def default_render(tokenizer: Any = None) -> Render:
+    """Images from image-like tensors, text from token ids where a tokenizer is given, otherwise the first values.
+
+    A sample may be a tensor, an array, a text, a PIL image, a tuple whose first entry is the input and whose second is
+    the label, or a mapping; a mapping without an input of a usual name, in itself or deeper, is a table row.
+    """
+
+    def render(sample: Any) -> Shown:
+        content = _content(sample)
+        if isinstance(content, (str, Image.Image, Mapping)):
+            return content
+        values = _tensor(content)
+        if values is None:
+            return str(content)
+        if _is_image(values):
+            return values
+        ids = values.squeeze(0) if values.dim() == 2 else values  # a tokenizer may have returned (1, L)
+        if tokenizer is not None and ids.dim() == 1 and not (ids.is_floating_point() or ids.is_complex()):
+            return str(tokenizer.decode(ids.tolist()))
+        return {str(i): v for i, v in enumerate(values.flatten().tolist())}
+
+    return render
+
+
+def label_of(sample: Any) -> str:
+    """The label that comes with a sample, or nothing."""
+    label = sample[1] if isinstance(sample, (tuple, list)) and len(sample) > 1 else None
+    if isinstance(sample, (Mapping, pd.Series)):
+        label = next((sample[k] for k in _LABELS if k in sample), None)
+    if isinstance(label, (Tensor, np.ndarray, np.generic)):
+        return str(label.item()) if math.prod(label.shape) == 1 else ""
+    return (
+        "" if label is None or (isinstance(label, (Sequence, Mapping)) and not isinstance(label, str)) else str(label)
+    )
+
+
+def labels_of(data: Any) -> list[str] | None:
+    """The labels of a whole dataset where they are at hand without reading its samples; None otherwise.
+
+    They are in a `TensorDataset`, in an attribute ``targets`` as torchvision's datasets have it, and in a `Subset` of
+    these.
+    """
+    if isinstance(data, Subset):
+        whole = labels_of(data.dataset)
+        return None if whole is None else [whole[i] for i in data.indices]
+    known = data.tensors[1] if isinstance(data, TensorDataset) and len(data.tensors) > 1 else None
+    known = getattr(data, "targets", None) if known is None else known
+    if known is None or not hasattr(known, "__len__") or isinstance(known, Mapping) or len(known) != len(data):
+        return None
+    values = known.tolist() if isinstance(known, (Tensor, np.ndarray)) else list(known)
+    return None if any(isinstance(v, (list, Tensor)) for v in values) else [str(v) for v in values]
+
+
+def as_html(shown: Shown) -> str:
+    """What `Render` gave, as a piece of a page that needs no other file.
+
+    Raises:
+        TypeError: it gave something else.
+    """
+    if isinstance(shown, str):
+        return f"<pre>{html.escape(_cut(shown, _CHARACTERS))}</pre>"
+    if isinstance(shown, Mapping):
+        return _table(shown)
+    if isinstance(shown, (Tensor, np.ndarray)):
+        shown = as_image(shown)
+    if not isinstance(shown, Image.Image):
+        raise TypeError(
+            f"render returned {type(shown).__name__}; it has to return text, a PIL image, an image tensor or a mapping"
+        )
+    return _image(shown)
+
+
+def as_image(image: Tensor | np.ndarray) -> Image.Image:
+    """An image tensor or array: bytes and numbers in [0, 1] as they are, others stretched.
+
+    Args:
+        image: ``(h, w)``, ``(c, h, w)`` or ``(h, w, c)`` of 1, 3 or 4 channels, the last being red, green, blue and alpha.
+
+    Raises:
+        TypeError: another shape, or values that are no numbers.
+    """
+    values = _tensor(image)
+    if values is None or values.is_complex() or not (values.dim() == 2 or _channels_first(values) is not None):
+        raise TypeError(
+            f"render returned an image of shape {tuple(image.shape)} and {image.dtype}; an image has the shape (h, w), "
+            "(c, h, w) or (h, w, c) with 1, 3 or 4 channels"
+        )
+    values = values.detach().cpu()
+    if values.dtype != torch.uint8:
+        values = values.float().nan_to_num()
+        low, high = float(values.min()), float(values.max())
+        if low < 0 or high > 1:
+            values = (values - low) / max(high - low, 1e-12)
+        values = (values * 255).round().to(torch.uint8)
+    if _channels_first(values):
+        values = values.permute(1, 2, 0)
+    return Image.fromarray(values.squeeze(-1).numpy() if values.dim() == 3 else values.numpy())
+
+
+def _content(sample: Any) -> Any:
+    """The input of a sample."""
+    if isinstance(sample, pd.Series):
+        sample = sample.to_dict()
+    if isinstance(sample, Mapping):
+        values = _flat(sample)
+        inputs = (name for wanted in _INPUTS for name in values if _last(name) == wanted)
+        key = next((name for name in inputs if not isinstance(values[name], (int, float, type(None)))), None)
+        return values[key] if key is not None else {k: v for k, v in values.items() if _last(k) not in _LABELS}
+    return _content(sample[0]) if isinstance(sample, (tuple, list)) and sample and not _numbers(sample) else sample
+
+
+def _flat(values: Mapping[Any, Any], under: str = "") -> dict[str, Any]:
+    """Nested mappings as one, with names like ``inputs.image``."""
+    flat: dict[str, Any] = {}
+    for name, value in values.items():
+        flat |= _flat(value, f"{under}{name}.") if isinstance(value, Mapping) else {f"{under}{name}": value}
+    return flat
+
+
+def _last(name: str) -> str:
+    return name.rpartition(".")[2]
+
+
+def _tensor(content: Any) -> Tensor | None:
+    """Numbers of any container as a tensor; None where it holds something else."""
+    if isinstance(content, Tensor):
+        return content.to_dense()
+    values = np.asarray(content) if _numbers(content) else content
+    if not isinstance(values, np.ndarray) or values.dtype.kind not in "biuf":
+        return None
+    # in the order and the bytes that torch takes
+    return torch.from_numpy(values.astype(values.dtype.newbyteorder("="), order="C"))
+
+
+def _numbers(content: Any) -> bool:
+    return isinstance(content, (list, tuple)) and len(content) > 2 and all(isinstance(v, (int, float)) for v in content)
+
+
+def _is_image(tensor: Tensor) -> bool:
+    if tensor.is_complex():
+        return False
+    first = _channels_first(tensor)
+    sides = (
+        tensor.shape if tensor.dim() == 2 else () if first is None else tensor.shape[1:] if first else tensor.shape[:2]
+    )
+    return len(sides) == 2 and min(sides) > 3
+
+
+def _channels_first(tensor: Tensor) -> bool | None:
+    """Whether the channels of ``(c, h, w)`` or ``(h, w, c)`` come first; None where there are none."""
+    if tensor.dim() != 3:
+        return None
+    first, last = tensor.shape[0], tensor.shape[2]
+    if first in _CHANNELS and (last not in _CHANNELS or first <= last):
+        return True
+    return False if last in _CHANNELS else None
+
+
+def _table(nested: Mapping[str, Any]) -> str:
+    values = _flat(nested)
+    rows = "".join(
+        f"<tr><th>{html.escape(name)}</th><td>{html.escape(_value(value))}</td></tr>"
+        for name, value in list(values.items())[:_VALUES]
+    )
+    more = len(values) - _VALUES
+    return f'<table class="features"><tbody>{rows}</tbody></table>' + (
+        f'<p class="meta">and {more} more</p>' if more > 0 else ""
+    )
+
+
+def _value(value: Any) -> str:
+    if isinstance(value, (Tensor, np.ndarray, np.generic)):
+        value = value.item() if math.prod(value.shape) == 1 else f"shape {tuple(value.shape)}"
+    return f"{value:.4g}" if isinstance(value, float) else _cut(str(value), 80)
+
+
+def _cut(text: str, length: int) -> str:
+    return text if len(text) <= length else text[:length] + "…"
+
+
+def _image(image: Image.Image) -> str:
+    """Small ones exactly, larger ones as a thumbnail; inline in both cases."""
+    crisp = max(image.size) <= _CRISP
+    kind = "PNG" if crisp else "WEBP"
+    if not crisp or image.mode not in _PNG:
+        image = image.convert("RGBA" if "A" in image.getbands() else "RGB")
+    if not crisp:
+        image.thumbnail((_SIDE, _SIDE))
+    buffer = io.BytesIO()
+    image.save(buffer, kind)
+    data = base64.b64encode(buffer.getvalue()).decode()
+    return f'<img alt="" class="{"crisp" if crisp else "photo"}" src="data:image/{kind.lower()};base64,{data}">'

@@ -1,0 +1,64 @@
+"""What a Lightning trainer says of a run: its optimizer, clipping, loss scaling and schedules."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import lightning as L
+import torch
+
+from lightning_influence.core.trajectory import Clip
+from lightning_influence.errors import ConfigurationError
+
+
+def only_optimizer(trainer: L.Trainer) -> torch.optim.Optimizer:
+    """The run's optimizer.
+
+    Raises:
+        ConfigurationError: there are several.
+    """
+    if len(trainer.optimizers) != 1:
+        raise ConfigurationError(
+            f"configure_optimizers gave {len(trainer.optimizers)} optimizers; influence follows one. Put all parameters "
+            "into groups of a single optimizer."
+        )
+    return trainer.optimizers[0]
+
+
+def clip_of(trainer: L.Trainer) -> Clip:
+    """Rule and bound of the trainer's gradient clipping."""
+    if not trainer.gradient_clip_val:
+        return Clip()
+    by_value = trainer.gradient_clip_algorithm == "value"
+    return Clip("value" if by_value else "norm", float(trainer.gradient_clip_val))
+
+
+def loss_scaler(trainer: L.Trainer) -> Any:
+    """The gradient scaler of half-precision training, or None."""
+    return getattr(trainer.precision_plugin, "scaler", None)
+
+
+@contextmanager
+def schedules_as_they_were(trainer: L.Trainer) -> Iterator[list[Any]]:
+    """The schedulers that step with the optimizer; they and what they set are as before afterwards."""
+    optimizer = only_optimizer(trainer)
+    stepped = [c.scheduler for c in trainer.lr_scheduler_configs if c.interval == "step" and not c.reduce_on_plateau]
+    states = [copy.deepcopy(scheduler.state_dict()) for scheduler in stepped]
+    groups = [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
+    # a scheduler counts the optimizer's steps to warn of a wrong order, and here it steps alone
+    counted = optimizer.__dict__.get("_opt_called")
+    object.__setattr__(optimizer, "_opt_called", True)
+    try:
+        yield stepped
+    finally:
+        for scheduler, state in zip(stepped, states, strict=True):
+            scheduler.load_state_dict(state)
+        for group, values in zip(optimizer.param_groups, groups, strict=True):
+            group.update(values)
+        if counted is None:
+            object.__delattr__(optimizer, "_opt_called")
+        else:
+            object.__setattr__(optimizer, "_opt_called", counted)

@@ -1,0 +1,1 @@
+"""From a log and queries to scores."""

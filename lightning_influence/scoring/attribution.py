@@ -1,0 +1,244 @@
+"""The public verb: from a log and queries to a report."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from lightning import Fabric, LightningModule
+from torch import Tensor
+
+from lightning_influence.core.optimizers import UPDATES
+from lightning_influence.core.sweep import Method, RowScores, sweep
+from lightning_influence.core.trajectory import Trajectory, Vectors
+from lightning_influence.errors import ConfigurationError, LogError
+from lightning_influence.log.reader import StoreReader
+from lightning_influence.log.steps import FINAL, LoggedSteps, LoggedTrajectory, checksum
+from lightning_influence.replay.logged_plan import LoggedPlan
+from lightning_influence.replay.trajectory import ReplayTrajectory
+from lightning_influence.report import InfluenceReport
+from lightning_influence.scoring.queries import QueryLoss, Target, query_gradients
+
+
+def attribute(
+    log: str | Path,
+    *,
+    queries: Iterable[Any],
+    model: LightningModule,
+    target: Target = None,
+    curvature: Literal["auto", "none", "fisher", "gauss_newton", "hessian"] = "auto",
+    response: Literal["finite", "tangent"] = "finite",
+    memory_window: int = 8,
+    counterfactual: Literal["drop", "zero"] = "drop",
+    optimizer_assumption: Literal["sgd"] | None = None,
+    query_loss: QueryLoss | None = None,
+    data: Any = None,
+    max_memory: int = 2**32,
+    fabric: Fabric | None = None,
+    progress: bool = True,
+) -> InfluenceReport:
+    """Which training samples helped or hurt: the predicted effect of removing each on every query loss.
+
+    A positive score means that without the sample the query loss would be higher: the sample helps.
+
+    Args:
+        log: directory written by `InfluenceCallback`.
+        queries: batches of queries, such as a validation loader.
+        model: the module with the parameters at the end of the logged run.
+        target: None for one column per query, ``"mean"`` or weights ``(n_queries,)`` for a single
+            column at the cost of one.
+        curvature: what stands for the Hessian (method.md section 4). ``"auto"`` takes the best the
+            log allows: ``"hessian"`` where it can be replayed, ``"fisher"`` otherwise.
+        response: ``"finite"`` evaluates the optimizer's response to the removal exactly, ``"tangent"`` is
+            the paper's first-order score (method.md section 5).
+        memory_window: steps for which the optimizer's memory of a removal is followed exactly.
+        counterfactual: ``"drop"``, a batch of one sample fewer; ``"zero"``, the same denominator.
+        optimizer_assumption: ``"sgd"`` for the SGD-influence baseline from the same log.
+        query_loss: ``query_loss(model, batch) -> (batch,)``; by default the module's own loss on each
+            example (`queries.query_losses`).
+        data: where replay finds the training samples again.
+        max_memory: bytes that the adjoints of the queries may take; more queries go through the run in turns.
+        fabric: a launched `lightning.Fabric`, over whose processes the queries are spread; each process gets the
+            whole report.
+
+    Raises:
+        LogError: not a log, an empty one, or one of another model.
+        ConfigurationError: queries that the model cannot take, or an unknown choice.
+        CurvatureUnavailable: the log does not hold what the curvature needs.
+    """
+    if isinstance(target, str) and target != "mean":
+        raise ConfigurationError(f"target={target!r}; give 'mean', weights (n_queries,), or None for each query.")
+    with open_trajectory(log, model, curvature, data, progress=progress) as trajectory:
+        method = Method(
+            curvature=_resolved(curvature, trajectory),
+            response=response,
+            memory_window=memory_window,
+            counterfactual=counterfactual,
+            optimizer=optimizer_assumption,
+        )
+        names = list(trajectory.sizes)
+        gradients = query_gradients(
+            model, queries, names, trajectory.select, target=target, query_loss=query_loss, progress=progress
+        )
+        rows = _swept(trajectory, gradients, method, max_memory, fabric, progress)
+        metadata = _metadata(StoreReader(log).manifest, trajectory, method, target)
+    return InfluenceReport.from_rows(
+        rows.sample_ids,
+        rows.steps,
+        rows.scores,
+        tangent=rows.tangent,
+        query_ids=None if target is None else ["mean" if isinstance(target, str) else "target"],
+        metadata=metadata,
+    )
+
+
+def _swept(
+    trajectory: Trajectory, gradients: Vectors, method: Method, max_memory: int, fabric: Fabric | None, progress: bool
+) -> RowScores:
+    """The sweep of all queries: in turns where memory is short, and each process its part."""
+    n = len(next(iter(gradients.values())))
+    own = torch.arange(n)
+    if fabric is not None:
+        if n < fabric.world_size:
+            raise ConfigurationError(f"{n} queries cannot be spread over {fabric.world_size} processes; use fewer.")
+        own = own.tensor_split(fabric.world_size)[fabric.global_rank]
+    kept = len(UPDATES[trajectory.optimizer].moments) + 1
+    steps = method.memory_window + 2 if method.response == "finite" else 2  # each holds its own adjoints
+    per_query = 4 * kept * steps * sum(d for d, _ in trajectory.sizes.values())
+    parts = [
+        sweep(trajectory, {k: g[chunk] for k, g in gradients.items()}, method, progress=progress)
+        for chunk in own.split(max(1, max_memory // per_query))
+    ]
+    rows = replace(
+        parts[0], **{name: torch.cat([getattr(p, name) for p in parts], 1) for name in ("scores", "tangent")}
+    )
+    return rows if fabric is None else _gathered(rows, fabric, n)
+
+
+def _gathered(rows: RowScores, fabric: Fabric, n_queries: int) -> RowScores:
+    """The columns of all processes, which hold ``n_queries`` in parts of nearly the same size."""
+    widest = -(-n_queries // fabric.world_size)
+    sizes = [len(part) for part in torch.arange(n_queries).tensor_split(fabric.world_size)]
+
+    def gather(columns: Tensor) -> Tensor:
+        padded = torch.nn.functional.pad(columns, (0, widest - columns.shape[1])).to(fabric.device)
+        gathered = fabric.all_gather(padded)
+        assert isinstance(gathered, Tensor)
+        every = gathered.cpu().reshape(fabric.world_size, *padded.shape)
+        return torch.cat([part[:, :size] for part, size in zip(every, sizes, strict=True)], 1)
+
+    return replace(rows, scores=gather(rows.scores), tangent=gather(rows.tangent))
+
+
+@contextmanager
+def open_trajectory(
+    log: str | Path, model: LightningModule, curvature: str = "auto", data: Any = None, *, progress: bool = True
+) -> Iterator[LoggedTrajectory | ReplayTrajectory]:
+    """The run of a log, read back or, where the curvature asks for it and the log allows it, replayed.
+
+    Args and errors as of `attribute`. While a replay is open the model's parameters move.
+    """
+    steps = LoggedSteps(log)
+    manifest = steps.reader.manifest
+    replayable = manifest["record"] != "gradients"
+    _check_model(steps, model)
+    if (
+        curvature in ("hessian", "gauss_newton")
+        or manifest["record"] == "replay"
+        or (curvature == "auto" and replayable)
+    ):
+        with ReplayTrajectory(
+            model,
+            LoggedPlan(steps, model, data),
+            exclude=manifest["excluded"],
+            frozen_batch_norm=manifest["frozen_batch_norm"],
+            autocast=_autocast(manifest["precision"], model),
+            exact=curvature in ("auto", "hessian"),
+            progress=progress,
+        ) as replayed:
+            yield replayed
+    else:
+        yield LoggedTrajectory(log)
+
+
+def _resolved(
+    curvature: Literal["auto", "none", "fisher", "gauss_newton", "hessian"],
+    trajectory: LoggedTrajectory | ReplayTrajectory,
+) -> Literal["none", "fisher", "gauss_newton", "hessian"]:
+    if curvature != "auto":
+        return curvature
+    return "hessian" if isinstance(trajectory, ReplayTrajectory) else "fisher"
+
+
+def _autocast(precision: str, model: LightningModule) -> Callable[[], AbstractContextManager[Any]]:
+    dtypes = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}
+    if precision not in dtypes:
+        return nullcontext
+    return lambda: torch.autocast(model.device.type, dtypes[precision])
+
+
+def _check_model(steps: LoggedSteps, model: LightningModule) -> None:
+    """Refuse a log of another model; warn where the parameters are not those the run ended with."""
+    if not isinstance(model, LightningModule):
+        raise ConfigurationError(f"model is a {type(model).__name__}; give the LightningModule that was trained.")
+    parameters = dict(model.named_parameters())
+    for name, shape in steps.reader.manifest["shapes"].items():
+        if name not in parameters or list(parameters[name].shape) != shape:
+            found = "no such parameter" if name not in parameters else f"shape {list(parameters[name].shape)}"
+            raise LogError(
+                f"this is the log of another model: it records {name} of shape {shape}, and the {type(model).__name__} given "
+                f"has {found}. Give the module that was trained with this log."
+            )
+    if FINAL not in steps.reader.artifacts():
+        warnings.warn(
+            f"the logged run did not finish; scores hold for its {len(steps)} complete steps and the model given.",
+            stacklevel=5,
+        )
+        return
+    meta = steps.reader.artifact_meta(FINAL)
+    if meta.get("moved"):
+        warnings.warn(
+            "the parameters were changed after the last optimizer step of the logged run, by weight averaging for example. "
+            "Scores take the model given for the run's last parameters; for exact ones, train without that callback.",
+            stacklevel=5,
+        )
+        return
+    final = meta["checksums"]
+    changed = [name for name, value in final.items() if checksum(parameters[name]) != value]
+    if changed:
+        warnings.warn(
+            f"{len(changed)} parameters ({changed[0]}, ...) differ from those at the end of the logged run, and scores are "
+            "about the run's last parameters. Give the module as it left fit, or load its last checkpoint.",
+            stacklevel=5,
+        )
+
+
+def _metadata(
+    manifest: dict[str, Any], trajectory: LoggedTrajectory | ReplayTrajectory, method: Method, target: Target
+) -> dict[str, Any]:
+    kept = sum(d for d, _ in trajectory.sizes.values())
+    found = {
+        "coverage": {
+            "fraction": kept / max(manifest["coverage"]["trained"], 1),
+            "kept": kept,
+            **manifest["coverage"],
+            "parameters": {name: kept / total for name, (kept, total) in trajectory.sizes.items()},
+            "excluded": manifest["excluded"],
+        },
+        "curvature": method.curvature,
+        "response": method.response,
+        "memory_window": method.memory_window,
+        "counterfactual": method.counterfactual,
+        "optimizer": manifest["optimizer"],
+        "optimizer_assumption": method.optimizer,
+        "target": target if target is None or isinstance(target, str) else "weighted sum",
+        "steps": len(trajectory),
+    }
+    if isinstance(trajectory, ReplayTrajectory):
+        found["replay_drift"] = {str(step): drift for step, drift in trajectory.drift.items()}
+    return found | {key: manifest[key] for key in ("module", "record", "compression", "precision", "versions")}

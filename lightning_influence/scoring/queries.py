@@ -1,0 +1,237 @@
+"""The questions asked of a run: query losses at its final parameters, and their gradients."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any, Literal, TypeAlias
+
+import torch
+from lightning import LightningModule
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from lightning_influence.core.curvature import GradientGraph, differentiable_attention
+from lightning_influence.core.trajectory import Vectors
+from lightning_influence.errors import ConfigurationError
+from lightning_influence.run.batches import batch_size, example
+from lightning_influence.run.training_step import loss_of, parameters_at, quiet
+
+QueryLoss: TypeAlias = Callable[[LightningModule, Any], Tensor]
+"""``query_loss(model, batch) -> (batch,)``, one loss per example."""
+
+Target: TypeAlias = "Literal['mean'] | Sequence[float] | Tensor | None"
+"""None: one column per query. ``"mean"`` or weights ``(n_queries,)``: one column, at the cost of one."""
+
+
+def query_losses(model: LightningModule, queries: Iterable[Any], query_loss: QueryLoss | None = None) -> Tensor:
+    """Loss of every query, ``(n_queries,)``.
+
+    The default loss of an example is the module's own: what ``training_step`` returns for a batch that
+    holds this example alone, in evaluation mode, with logging off.
+    """
+    with _asked(model), torch.no_grad():
+        return torch.cat([_losses(model, batch, query_loss) for batch in _batches(model, queries)])
+
+
+def query_gradients(
+    model: LightningModule,
+    queries: Iterable[Any],
+    names: Sequence[str],
+    select: Callable[[str, Tensor], Tensor],
+    *,
+    target: Target = None,
+    query_loss: QueryLoss | None = None,
+    progress: bool = True,
+) -> Vectors:
+    """Gradients of the query losses, ``(n_queries, d)`` each, or of their target, ``(1, d)``.
+
+    Args:
+        queries: batches as the module's ``training_step`` takes them, or as ``query_loss`` does.
+        names: parameters to differentiate by.
+        select: ``(name, values (..., *shape)) -> (..., d)``, the coordinates to keep.
+        target: `Target`.
+
+    Raises:
+        ConfigurationError: no queries, a batch that the module cannot take, weights of another number.
+    """
+    with _asked(model):
+        parameters = dict(model.named_parameters())
+        chosen = {name: parameters[name] for name in names}
+        bar = tqdm(_batches(model, queries), desc="query gradients", unit="batch", delay=2, disable=not progress)
+        if target is None:
+            rows = [row for batch in bar for row in _each_gradient(model, batch, chosen, select, query_loss)]
+        else:
+            rows = [_target_gradient(model, bar, chosen, select, target, query_loss)]
+    if not rows:
+        raise ConfigurationError("queries holds no batch; give a loader with at least one example.")
+    return {name: torch.stack([row[name] for row in rows]) for name in names}
+
+
+def query_curvature(
+    model: LightningModule,
+    queries: Iterable[Any],
+    names: Sequence[str],
+    *,
+    target: Target = None,
+    query_loss: QueryLoss | None = None,
+) -> Callable[[Vectors], Tensor]:
+    """Second derivatives of the query losses along directions, at the model's present parameters.
+
+    Returns:
+        A function from ``(k, d)`` per parameter to ``(k, n_queries)``, or ``(k, 1)`` for ``target="mean"``.
+
+    Raises:
+        ConfigurationError: a weighted target.
+    """
+    if target not in (None, "mean"):
+        raise ConfigurationError("the curvature of a weighted target is not offered; use target='mean' or None.")
+    parameters = {name: p.detach().clone() for name, p in model.named_parameters() if name in names}
+    batches = list(_batches(model, queries))
+
+    def along(directions: Vectors) -> Tensor:
+        columns = []
+        with _asked(model), differentiable_attention():
+            for graph in _gradient_graphs(model, batches, parameters, query_loss):
+                here = {k: directions[k].to(graph.parameters[k]) for k in names}
+                products = graph.hessian_product(here)
+                columns.append(torch.stack([(products[k] * here[k]).sum(1) for k in names]).sum(0))
+        each = torch.stack(columns, 1)
+        return each.mean(1, keepdim=True) if target == "mean" else each
+
+    return along
+
+
+def _gradient_graphs(
+    model: LightningModule, batches: Iterable[Any], parameters: dict[str, Tensor], query_loss: QueryLoss | None
+) -> Iterator[GradientGraph]:
+    own = dict(model.named_parameters())
+    leaves: dict[str, Tensor] = {k: own[k] for k in parameters}
+    with parameters_at(model, parameters):
+        for batch in batches:
+            for i in range(batch_size(batch)):
+                one = example(batch, i)
+                loss = _losses(model, one, query_loss).sum()
+                found = torch.autograd.grad(loss, list(leaves.values()), create_graph=True, materialize_grads=True)
+                yield GradientGraph(leaves, dict(zip(leaves, found, strict=True)))
+
+
+def _each_gradient(
+    model: LightningModule,
+    batch: Any,
+    parameters: Mapping[str, Tensor],
+    select: Callable[[str, Tensor], Tensor],
+    query_loss: QueryLoss | None,
+) -> Iterator[Vectors]:
+    if query_loss is None:
+        for i in range(batch_size(batch)):
+            loss = _module_loss(model, example(batch, i))
+            yield _kept(_gradient(loss, parameters), select)
+    else:
+        losses = _called(query_loss, model, batch)
+        for i, loss in enumerate(losses):
+            yield _kept(_gradient(loss, parameters, keep_graph=i + 1 < len(losses)), select)
+
+
+def _target_gradient(
+    model: LightningModule,
+    batches: Iterable[Any],
+    parameters: Mapping[str, Tensor],
+    select: Callable[[str, Tensor], Tensor],
+    target: Target,
+    query_loss: QueryLoss | None,
+) -> Vectors:
+    total = {name: torch.zeros_like(p) for name, p in parameters.items()}
+    weights = None if isinstance(target, str) else torch.as_tensor(target, dtype=torch.float64)
+    seen = 0
+    for batch in batches:
+        n = batch_size(batch)
+        if weights is None and query_loss is None:
+            loss = n * _module_loss(model, batch)
+        else:
+            losses = _losses(model, batch, query_loss)
+            here = torch.ones(n) if weights is None else weights[seen : seen + n]
+            if len(here) != len(losses):
+                raise ConfigurationError(
+                    f"target has {0 if weights is None else len(weights)} weights, but queries holds more examples."
+                )
+            loss = (here.to(losses) * losses).sum()
+        for name, gradient in _gradient(loss, parameters).items():
+            total[name] += gradient
+        seen += n
+    if seen == 0:
+        raise ConfigurationError("queries holds no batch; give a loader with at least one example.")
+    if weights is not None and seen != len(weights):
+        raise ConfigurationError(f"target has {len(weights)} weights, but queries holds {seen} examples.")
+    scale = 1 / seen if weights is None else 1.0
+    return _kept({name: scale * gradient for name, gradient in total.items()}, select)
+
+
+def _losses(model: LightningModule, batch: Any, query_loss: QueryLoss | None) -> Tensor:
+    if query_loss is not None:
+        return _called(query_loss, model, batch)
+    return torch.stack([_module_loss(model, example(batch, i)) for i in range(batch_size(batch))])
+
+
+def _module_loss(model: LightningModule, batch: Any) -> Tensor:
+    try:
+        output = model.training_step(batch, 0)
+    except (RuntimeError, TypeError, ValueError, KeyError, IndexError, AttributeError) as error:
+        raise ConfigurationError(
+            f"{type(model).__name__}.training_step cannot take a batch of the queries ({_shape(batch)}): {error}. Give "
+            "queries whose batches look like the training batches, or query_loss(model, batch) -> (batch,)."
+        ) from error
+    return loss_of(output)
+
+
+def _called(query_loss: QueryLoss, model: LightningModule, batch: Any) -> Tensor:
+    losses = query_loss(model, batch)
+    n = batch_size(batch)
+    if not isinstance(losses, Tensor) or losses.shape != (n,):
+        shape = tuple(losses.shape) if isinstance(losses, Tensor) else type(losses).__name__
+        raise ConfigurationError(f"query_loss returned {shape}; it has to return one loss per example, ({n},).")
+    return losses
+
+
+def _gradient(loss: Tensor, parameters: Mapping[str, Tensor], *, keep_graph: bool = False) -> Vectors:
+    gradients = torch.autograd.grad(loss, list(parameters.values()), allow_unused=True, retain_graph=keep_graph)
+    return {
+        name: torch.zeros_like(p) if g is None else g
+        for (name, p), g in zip(parameters.items(), gradients, strict=True)
+    }
+
+
+def _kept(gradients: Vectors, select: Callable[[str, Tensor], Tensor]) -> Vectors:
+    return {name: select(name, g if g.dtype == torch.float64 else g.float()) for name, g in gradients.items()}
+
+
+def _batches(model: LightningModule, queries: Iterable[Any]) -> Iterator[Any]:
+    for batch in queries:
+        yield model.transfer_batch_to_device(batch, model.device, 0)
+
+
+@contextmanager
+def _asked(model: LightningModule) -> Iterator[None]:
+    """Evaluation mode, gradients on, logging off; everything as it was afterwards."""
+    training = {module: module.training for module in model.modules()}
+    trained = {p: p.requires_grad for p in model.parameters()}
+    model.eval()
+    model.requires_grad_(True)
+    try:
+        with quiet(model), torch.enable_grad():
+            yield
+    finally:
+        for module, mode in training.items():
+            module.training = mode
+        for p, flag in trained.items():
+            p.requires_grad_(flag)
+
+
+def _shape(batch: Any) -> str:
+    if isinstance(batch, Tensor):
+        return f"{str(batch.dtype).removeprefix('torch.')} {tuple(batch.shape)}"
+    if isinstance(batch, Mapping):
+        return "{" + ", ".join(f"{k}: {_shape(v)}" for k, v in batch.items()) + "}"
+    if isinstance(batch, (list, tuple)):
+        return "(" + ", ".join(_shape(v) for v in batch) + ")"
+    return type(batch).__name__

@@ -1,0 +1,49 @@
+"""What selection decided, in the order of the decisions."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pandas as pd
+import torch
+from torch import Tensor
+
+
+@dataclass
+class SelectionReport:
+    """What was decided, in the order of the decisions.
+
+    Attributes:
+        rows: optimizer step at which it was decided, sample ids, scores and weights of each decision.
+    """
+
+    rows: list[tuple[int, Tensor, Tensor, Tensor]] = field(default_factory=list)
+
+    def add(self, step: int, sample_ids: Tensor, scores: Tensor, weights: Tensor) -> None:
+        """Note a decision; ``(n,)`` each."""
+        self.rows.append((step, sample_ids.cpu(), scores.detach().float().cpu(), weights.float().cpu()))
+
+    @classmethod
+    def merged(cls, parts: Sequence[SelectionReport]) -> SelectionReport:
+        """The decisions of several processes, in the order of their steps."""
+        return cls(sorted((row for part in parts for row in part.rows), key=lambda row: row[0]))
+
+    @property
+    def kept(self) -> float:
+        """Mean weight over all decisions; NaN before the first."""
+        return float(torch.cat([w for *_, w in self.rows]).mean()) if self.rows else float("nan")
+
+    def to_pandas(self) -> pd.DataFrame:
+        """One row per decision: ``step``, ``sample_id``, ``score``, ``weight`` (0: removed)."""
+        parts = [
+            pd.DataFrame({"step": step, "sample_id": ids.numpy(), "score": scores.numpy(), "weight": weights.numpy()})
+            for step, ids, scores, weights in self.rows
+        ]
+        columns = ["step", "sample_id", "score", "weight"]
+        return pd.concat(parts, ignore_index=True) if parts else pd.DataFrame(columns=columns)
+
+    def to_csv(self, path: str | Path) -> None:
+        """Write `to_pandas` as CSV."""
+        self.to_pandas().to_csv(path, index=False)

@@ -1,0 +1,181 @@
+"""A training loader whose batches are chosen just before they are needed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+from itertools import islice
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from lightning_influence.run.random_state import random_state
+from lightning_influence.run.ranks import Ranks
+from lightning_influence.run.sample_ids import RecordedBatchSampler
+from lightning_influence.selection.lookahead import Candidates
+
+if TYPE_CHECKING:
+    from lightning_influence.lightning.datamodule import SelectionDataModule
+
+
+@dataclass
+class _Epoch:
+    """Where an epoch stands; batches are lists of indices into the dataset.
+
+    Attributes:
+        size: samples of a full batch.
+        seed: of the random numbers that loader workers draw.
+        drawn: batches to be decided about.
+        further: passes over the data that follow, where they are drawn beforehand.
+        waiting: kept samples that do not yet fill a batch.
+        kept: batches to be delivered.
+        delivered: number of batches that were.
+    """
+
+    size: int
+    seed: int
+    drawn: list[list[int]]
+    further: list[list[list[int]]]
+    waiting: list[int] = field(default_factory=list)
+    kept: list[list[int]] = field(default_factory=list)
+    delivered: int = 0
+
+
+class SelectingLoader:
+    """The loader that Lightning trains from while samples are selected in rounds.
+
+    Its length is known, so Lightning fetches nothing ahead and every round sees the run where it stands. Several
+    processes deal out among them the batches that the first one draws, and each selects on its own; they have
+    equally many batches, so none waits for another. A run that is resumed inside an epoch goes on with what was decided.
+    """
+
+    def __init__(self, selection: SelectionDataModule, loader: DataLoader[Any], ranks: Ranks) -> None:
+        self.selection, self.loader, self.ranks = selection, loader, ranks
+        self.dataset, self.num_workers, self.collate_fn = loader.dataset, loader.num_workers, loader.collate_fn
+        self._due: list[list[int]] = []  # batches that are being delivered
+        self.batch_sampler = RecordedBatchSampler(self._due)  # where `SampleIds` listens
+        self._epoch: _Epoch | None = None
+        self._resumed: _Epoch | None = None
+
+    def __len__(self) -> int:
+        return -(-len(self.loader) // self.ranks.size)
+
+    def __iter__(self) -> Iterator[Any]:
+        epoch, self._resumed = self._resumed or self._begin(), None
+        self._epoch, self._seeds = epoch, torch.Generator().manual_seed(epoch.seed)
+        while epoch.delivered < len(self) and (epoch.kept or epoch.drawn):
+            if not epoch.kept:
+                self._decide(epoch)
+            self._due[:] = epoch.kept[: len(self) - epoch.delivered]
+            for batch in self._fetch(self.batch_sampler):
+                epoch.kept.pop(0)
+                epoch.delivered += 1
+                yield batch
+
+    def state_dict(self) -> dict[str, Any]:
+        """Where each process stands in its epoch, and the random numbers by which the next ones are drawn."""
+        inside = self._epoch is not None and self._epoch.delivered < len(self)
+        epoch = asdict(self._epoch) if self._epoch is not None and inside else None
+        generator = self.loader.generator
+        return {"epochs": self.ranks.gather(epoch), "generator": None if generator is None else generator.get_state()}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on from a `state_dict`; with another number of processes, from the beginning of the epoch."""
+        epochs = state_dict["epochs"]
+        epoch = epochs[self.ranks.rank] if len(epochs) == self.ranks.size else None
+        self._resumed = None if epoch is None else _Epoch(**epoch)
+        if self.loader.generator is not None and state_dict["generator"] is not None:
+            self.loader.generator.set_state(state_dict["generator"])
+
+    def _begin(self) -> _Epoch:
+        # random numbers are drawn as the loader itself draws them, so that the order of the data is the same
+        seed = torch.empty((), dtype=torch.int64).random_(generator=self.loader.generator)
+        passes = [self._draw()]
+        if self.ranks.size > 1 and passes[0]:
+            # processes need further passes at different times, so all that may be needed are agreed on beforehand
+            passes += [self._draw() for _ in range(self._most_passes(len(passes[0][0])) - 1)]
+        first, *further = [self._own(drawn) for drawn in self.ranks.first(passes)]
+        return _Epoch(len(first[0]) if first else 0, int(seed), first, further)
+
+    def _own(self, drawn: list[list[int]]) -> list[list[int]]:
+        """This process's batches among those that were drawn."""
+        padded = drawn + drawn[: -len(drawn) % self.ranks.size]
+        return padded[self.ranks.rank :: self.ranks.size]
+
+    def _decide(self, epoch: _Epoch) -> None:
+        """One selection round."""
+        length = self._round(len(epoch.drawn))
+        kept = self._select(epoch.drawn, length)
+        epoch.drawn = epoch.drawn[length:]
+        if self.selection.rebatch:
+            epoch.waiting += [z for batch in kept for z in batch]
+            size = epoch.size
+            kept = [epoch.waiting[i : i + size] for i in range(0, len(epoch.waiting) - size + 1, size)]
+            epoch.waiting = epoch.waiting[len(kept) * size :]
+            epoch.drawn = epoch.drawn or (epoch.further.pop(0) if self.ranks.size > 1 else self._draw())
+        epoch.kept = kept
+
+    def _most_passes(self, size: int) -> int:
+        """Passes that fill the epoch even if every batch keeps no more than its floor."""
+        if not self.selection.rebatch:
+            return 1
+        return 2 + -(-size // max(1, round(self.selection.floor * size)))
+
+    def _draw(self) -> list[list[int]]:
+        sampler = self.loader.batch_sampler
+        assert sampler is not None
+        # workers run past the end of a sampler, which draws random numbers there; without them nobody does
+        batches = sampler if self.loader.num_workers else islice(sampler, len(self.loader))
+        return [[int(z) for z in batch] for batch in batches]
+
+    def _round(self, available: int) -> int:
+        """Batches that the next round decides about."""
+        every = self.selection.every
+        trainer = self.selection.trainer
+        assert trainer is not None
+        return available if every == "epoch" else min(available, int(every) * trainer.accumulate_grad_batches)
+
+    def _select(self, drawn: list[list[int]], length: int) -> list[list[int]]:
+        """The first ``length`` batches without what the policy removes."""
+        selection, trainer = self.selection, self.selection.trainer
+        assert trainer is not None
+        ahead = drawn[: length + selection.horizon * trainer.accumulate_grad_batches]
+        sample_ids = torch.tensor([z for batch in drawn[:length] for z in batch])
+        batches = torch.tensor([i for i, batch in enumerate(drawn[:length]) for _ in batch])
+        left = torch.ones(len(sample_ids), dtype=torch.bool)
+        scores = torch.zeros(len(sample_ids))
+        for policy in selection.portions:
+            kept = [sample_ids[left & (batches == i)].tolist() for i in range(length)]
+            scores[left] = self._scores([*kept, *ahead[length:]], length).to(scores)
+            left = selection.decide(policy, scores, sample_ids, batches, left) > 0
+        selection.note(trainer, sample_ids, scores, left.float())
+        return [sample_ids[left & (batches == i)].tolist() for i in range(length)]
+
+    def _scores(self, batches: list[list[int]], length: int) -> Tensor:
+        trainer = self.selection.trainer
+        assert trainer is not None
+        per_step = trainer.accumulate_grad_batches
+        found: Iterable[Any] = [None] * len(batches)  # a report needs no batches
+        with random_state(None):
+            if self.selection._offline is None:
+                found = [trainer.strategy.batch_to_device(batch, dataloader_idx=0) for batch in self._fetch(batches)]
+            candidates = [Candidates(b, torch.tensor(ids)) for b, ids in zip(found, batches, strict=True)]
+            steps = [candidates[i : i + per_step] for i in range(0, len(candidates), per_step)]
+            return torch.cat(self.selection.round_scores(steps, -(-length // per_step)))
+
+    def _fetch(self, batches: Sequence[list[int]] | RecordedBatchSampler) -> Iterable[Any]:
+        """The collated batches, by the wrapped loader's own workers and collate function."""
+        loader = self.loader
+        workers = min(loader.num_workers, len(batches))
+        return DataLoader(
+            loader.dataset,
+            batch_sampler=batches,
+            num_workers=workers,
+            collate_fn=loader.collate_fn,
+            pin_memory=loader.pin_memory,
+            worker_init_fn=loader.worker_init_fn,
+            generator=self._seeds,
+            multiprocessing_context=loader.multiprocessing_context if workers else None,
+        )

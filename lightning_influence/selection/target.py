@@ -1,0 +1,155 @@
+"""The gradient of the target at every step of a run, at a fraction of the cost of reading the target at every step."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import lightning as L
+from torch import Tensor
+
+from lightning_influence.core.trajectory import Vectors
+from lightning_influence.errors import ConfigurationError
+from lightning_influence.run.batches import batch_size, leaves, some
+from lightning_influence.run.random_state import random_state
+from lightning_influence.run.training_step import parameters_at
+from lightning_influence.selection.lookahead import target_gradient
+
+_KEPT_BYTES = 2**26
+
+
+class LiveTarget:
+    """Gradient of the target loss at parameters that move.
+
+    The whole target is read once in ``every`` steps. Whenever it is needed in between, the next part of it tells how far
+    its gradient has moved since, which is a control variate, as in SVRG (Johnson and Zhang 2013):
+
+        grad f(theta)  ~  grad f(theta_r) + grad f_part(theta) - grad f_part(theta_r)
+
+    A gradient that is merely kept lets selection push in one direction until the next reading; at a learning rate of 1e-3
+    that selects worse than chance (docs/benchmarks.md).
+    """
+
+    def __init__(self, every: int) -> None:
+        self.every = every
+        self._reading: _Reading | None = None
+        self._parts: Iterator[list[Any]] | None = None
+        self._kept: list[Any] | None = None  # the batches of a small target, which its loader then gives once
+
+    def gradient(
+        self, module: L.LightningModule, target: Any, select: Callable[[str, Tensor], Tensor], step: int
+    ) -> Vectors:
+        """At the module's present parameters, ``(1, d)`` for each that is trained.
+
+        Args:
+            target: batches of target examples, read as said; a function of the module has no parts and is read every time.
+            step: the optimizer step that is about to be taken.
+        """
+        names = [k for k, p in module.named_parameters() if p.requires_grad]
+        if callable(target):
+            return target_gradient(module, target, names, select)
+        batches = target if self._kept is None else self._kept
+        if self.every == 1 or self._reading is None or (step % self.every == 0 and step != self._reading.step):
+            return self._read(module, batches, names, select, step)
+        part = self._next_part(batches)
+        now = target_gradient(module, part, names, select)
+        with parameters_at(module, self._reading.parameters):
+            then = target_gradient(module, part, names, select)
+        return {k: self._reading.gradient[k].to(now[k]) + now[k] - then[k] for k in names}
+
+    def _read(
+        self,
+        module: L.LightningModule,
+        batches: Iterable[Any],
+        names: Sequence[str],
+        select: Callable[[str, Tensor], Tensor],
+        step: int,
+    ) -> Vectors:
+        seen = _Seen(batches)
+        with random_state(None):
+            gradient = target_gradient(module, seen, names, select)
+        self._kept = seen.kept
+        if self.every > 1:
+            parameters = {k: p.detach().clone() for k, p in module.named_parameters() if k in gradient}
+            self._reading, self._parts = _Reading(step, gradient, parameters, seen.n_examples), None
+        return gradient
+
+    def _next_part(self, batches: Iterable[Any]) -> list[Any]:
+        assert self._reading is not None
+        with random_state(None):
+            if self._parts is None:
+                self._parts = _round_and_round(batches, -(-self._reading.n_examples // self.every))
+                for _ in range(self._reading.taken):  # a run that is resumed goes on with the part that comes next
+                    next(self._parts)
+            self._reading.taken += 1
+            return next(self._parts)
+
+    def state_dict(self) -> dict[str, Any] | None:
+        """What a run that is resumed needs, to go on as if it had not been interrupted."""
+        return None if self._reading is None else asdict(self._reading)
+
+    def load_state_dict(self, state: dict[str, Any] | None) -> None:
+        """Go on from a `state_dict`."""
+        self._reading, self._parts = None if state is None else _Reading(**state), None
+
+
+@dataclass
+class _Reading:
+    """The target as it was last read whole.
+
+    Attributes:
+        step: of the run, at which it was read.
+        gradient, parameters: there.
+        n_examples: of the target.
+        taken: parts that were read since.
+    """
+
+    step: int
+    gradient: Vectors
+    parameters: dict[str, Tensor]
+    n_examples: int
+    taken: int = 0
+
+
+class _Seen:
+    """Batches as they pass.
+
+    Attributes:
+        n_examples: that have passed.
+        kept: the batches, unless they are too large together.
+    """
+
+    def __init__(self, batches: Iterable[Any]) -> None:
+        self.batches, self.n_examples, self._bytes = batches, 0, 0
+        self.kept: list[Any] | None = []
+
+    def __iter__(self) -> Iterator[Any]:
+        for batch in self.batches:
+            self.n_examples += batch_size(batch)
+            self._bytes += sum(leaf.nbytes for leaf in leaves(batch))
+            if self._bytes > _KEPT_BYTES:
+                self.kept = None
+            if self.kept is not None:
+                self.kept.append(batch)
+            yield batch
+
+
+def _round_and_round(target: Iterable[Any], size: int) -> Iterator[list[Any]]:
+    """Lists of batches with ``size`` examples together, in pass after pass over the target."""
+    part, n = list[Any](), 0
+    while True:
+        batches = iter(target)
+        if batches is target:
+            raise ConfigurationError(
+                f"the target is a {type(target).__name__}, which can be read only once; give a loader or a list of batches."
+            )
+        for batch in batches:
+            start = 0
+            while start < batch_size(batch):
+                part.append(some(batch, slice(start, start + size - n)))
+                here = batch_size(part[-1])
+                start, n = start + here, n + here
+                if n == size:
+                    yield part
+                    part, n = [], 0

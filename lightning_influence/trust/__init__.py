@@ -1,0 +1,1 @@
+"""How far a score can be trusted: real retraining, agreement with it, and the predicted error."""

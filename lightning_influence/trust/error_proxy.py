@@ -1,0 +1,152 @@
+"""The public verb of the error proxy: how far off the scores of a run are, predicted without retraining."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, cast
+
+import pandas as pd
+import torch
+from lightning import LightningModule
+from matplotlib.figure import Figure
+
+from lightning_influence.core.second_variation import ErrorProxy, scaled_learning_rate, second_variation
+from lightning_influence.core.trajectory import Trajectory
+from lightning_influence.errors import ConfigurationError
+from lightning_influence.replay.trajectory import ReplayTrajectory
+from lightning_influence.report.plots import lines
+from lightning_influence.scoring.attribution import open_trajectory
+from lightning_influence.scoring.queries import QueryLoss, query_curvature, query_gradients
+
+
+@dataclass(frozen=True)
+class PredictedErrors:
+    """Error proxies of chosen (sample, step) pairs, at the run's learning rate and at multiples of it.
+
+    Attributes:
+        proxies: by factor of the learning rate.
+        curvature: ``"fisher"`` drops the third derivative of the loss.
+        n_steps: of the run; a pair's horizon is the number of steps after its own.
+    """
+
+    proxies: dict[float, ErrorProxy]
+    curvature: str
+    n_steps: int
+
+    def to_pandas(self) -> pd.DataFrame:
+        """One row per pair, query and factor: the first-order score, its predicted error and the error's parts, and the
+        second variation with its own.
+        """
+        tables = []
+        for factor, proxy in self.proxies.items():
+            k, q = proxy.tangent.shape
+            columns: dict[str, Any] = {
+                "lr_factor": factor,
+                "sample_id": proxy.sample_ids.repeat_interleave(q),
+                "step": proxy.steps.repeat_interleave(q),
+                "horizon": self.n_steps - 1 - proxy.steps.repeat_interleave(q),
+                "query": torch.arange(q).repeat(k),
+            }
+            parts = {
+                "tangent": proxy.tangent,
+                "error": proxy.total,
+                "of_optimizer": proxy.finite,
+                "of_curvature": proxy.curvature,
+            }
+            parts |= {
+                "corrected": proxy.corrected,
+                "second_order": proxy.second_order,
+                "of_step": proxy.step,
+                "of_memory": proxy.memory,
+            }
+            tables.append(pd.DataFrame(columns | {name: part.flatten().numpy() for name, part in parts.items()}))
+        return pd.concat(tables, ignore_index=True)
+
+    def relative(self) -> pd.Series:
+        """Size of the predicted error relative to the scores, ``||error|| / ||tangent||``, by factor."""
+        sizes = {f: float(p.total.norm() / p.tangent.norm().clamp(min=1e-300)) for f, p in self.proxies.items()}
+        return pd.Series(sizes, name="relative error").rename_axis("lr_factor")
+
+    def curve(self) -> pd.DataFrame:
+        """`relative` over the horizon: one row per horizon of a pair, one column per factor of the learning rate."""
+        squares = self.to_pandas()[["lr_factor", "horizon", "error", "tangent"]]
+        squares[["error", "tangent"]] **= 2
+        sums = squares.groupby(["horizon", "lr_factor"]).sum()
+        relative = (sums.error / sums.tangent.clip(lower=1e-300)) ** 0.5
+        return cast(pd.DataFrame, relative.unstack("lr_factor"))
+
+    def plot(self) -> Figure:
+        """The `curve`."""
+        return lines(self.curve(), xlabel="horizon (steps)", ylabel="predicted error / score", yscale="log")
+
+
+def error_proxy(
+    log: str | Path,
+    *,
+    queries: Iterable[Any],
+    model: LightningModule,
+    pairs: int | Sequence[tuple[int, int]] = 16,
+    target: Literal["mean"] | None = "mean",
+    curvature: Literal["auto", "fisher", "hessian"] = "auto",
+    counterfactual: Literal["drop", "zero"] = "drop",
+    lr_factors: Sequence[float] = (1.0,),
+    query_loss: QueryLoss | None = None,
+    data: Any = None,
+    seed: int = 0,
+    progress: bool = True,
+) -> PredictedErrors:
+    """Predicted error (truth minus score) of first-order scores: `ErrorProxy.total`, which is half the run's second
+    variation (method.md section 9) with its elementwise part in closed form.
+
+    The other arguments are as of `attribute`. Needs no retraining. From a log of gradients the Hessian is the Fisher matrix and the loss's third derivative is
+    left out; replayed, it is exact.
+
+    Args:
+        pairs: (sample id, step) pairs, or how many to draw at random.
+        lr_factors: multiples of the learning rate at which the same recorded path is looked at.
+
+    Raises:
+        ConfigurationError: a pair that the run does not hold.
+        CurvatureUnavailable: the log does not hold what the curvature needs.
+    """
+    if curvature not in ("auto", "fisher", "hessian"):
+        raise ConfigurationError(f"curvature={curvature!r}; choose one of auto, fisher, hessian")
+    queries = list(queries)
+    with open_trajectory(log, model, curvature, data, progress=progress) as run:
+        exact = isinstance(run, ReplayTrajectory) and curvature != "fisher"
+        names = list(run.sizes)
+        options = {"target": target, "query_loss": query_loss}
+        gradients = query_gradients(model, queries, names, run.select, progress=progress, **options)  # type: ignore[arg-type]
+        bent = query_curvature(model, queries, names, **options) if exact else None  # type: ignore[arg-type]
+        chosen = _drawn(run, pairs, seed) if isinstance(pairs, int) else list(pairs)
+        if not chosen:
+            raise ConfigurationError("pairs is empty; give at least one (sample id, step).")
+        proxies = {
+            factor: second_variation(
+                run if factor == 1.0 else scaled_learning_rate(run, factor),
+                gradients,
+                chosen,
+                curvature="hessian" if exact else "fisher",
+                counterfactual=counterfactual,
+                query_curvature=bent,
+                progress=progress,
+            )
+            for factor in lr_factors
+        }
+        return PredictedErrors(proxies, "hessian" if exact else "fisher", len(run))
+
+
+def _drawn(run: Trajectory, n: int, seed: int) -> list[tuple[int, int]]:
+    """Random pairs, in order of step; all of them where there are no more."""
+    if n < 1:
+        raise ConfigurationError(f"pairs={n}; give at least 1, or a list of (sample id, step).")
+    generator = torch.Generator().manual_seed(seed)
+    found = set[tuple[int, int]]()
+    for step in torch.randint(len(run), (100 * n,), generator=generator).tolist():
+        ids = run.record(step).sample_ids
+        found.add((int(ids[torch.randint(len(ids), (1,), generator=generator)]), step))
+        if len(found) == n:
+            break
+    return sorted(found, key=lambda pair: (pair[1], pair[0]))

@@ -1,0 +1,350 @@
+"""How far the scores of one's own run can be trusted: measured by really training again (method.md sections 9, 10)."""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import pandas as pd
+import torch
+from lightning import LightningModule
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from lightning_influence.errors import ConfigurationError
+from lightning_influence.log.steps import LoggedSteps
+from lightning_influence.replay.logged_plan import LoggedPlan
+from lightning_influence.report import InfluenceReport
+from lightning_influence.run.batches import to_dtype
+from lightning_influence.run.data import samples_of
+from lightning_influence.scoring.attribution import attribute
+from lightning_influence.scoring.queries import QueryLoss, query_losses
+from lightning_influence.trust.agreement import Agreement, compare, sums_over
+from lightning_influence.trust.retraining import Removal, Run, each_effect, moved_initialisation, recorded_run, retrain
+
+CEILING = "ceiling"
+"""The row of the truth measured again: what any estimator can reach."""
+
+ESTIMATORS: dict[str, dict[str, Any]] = {
+    "SGD assumed": {"optimizer_assumption": "sgd", "response": "tangent"},
+    "first order": {"response": "tangent"},
+    "finite": {"response": "finite"},
+}
+"""What is checked by default; keyword arguments of `attribute`. ``"finite"`` is its default."""
+
+
+@dataclass(frozen=True)
+class Faithfulness:
+    """Agreement of scores with retraining.
+
+    Attributes:
+        single: by estimator, over removals of one sample; under `CEILING` that of the truth with itself.
+        subsets: the same over removals of random subsets, whose Spearman correlation is the LDS; empty if none.
+        truth: ``(n_removals, n_queries)``, single removals first.
+        scores: predictions of the same, by estimator.
+        removals: in the order of the rows.
+        levels: measured size of the config, algorithm and system errors (method.md section 9).
+    """
+
+    single: Mapping[str, Agreement]
+    subsets: Mapping[str, Agreement]
+    truth: Tensor
+    scores: Mapping[str, Tensor]
+    removals: Sequence[Removal]
+    levels: Mapping[str, float]
+
+    def to_pandas(self) -> pd.DataFrame:
+        """One row per estimator: each statistic with its confidence interval."""
+        rows = []
+        for name, agreement in self.single.items():
+            row: dict[str, Any] = {"estimator": name}
+            for statistic in ("spearman", "pearson", "relative_error"):
+                estimate = getattr(agreement, statistic)
+                row |= {statistic: estimate.value, f"{statistic}_low": estimate.low, f"{statistic}_high": estimate.high}
+            if name in self.subsets:
+                lds = self.subsets[name].spearman
+                row |= {"lds": lds.value, "lds_low": lds.low, "lds_high": lds.high}
+            rows.append(row)
+        return pd.DataFrame(rows)
+
+    @property
+    def conclusion(self) -> str:
+        """What may and may not be concluded, in words."""
+        best = max((n for n in self.single if n != CEILING), key=lambda n: self.single[n].spearman.value)
+        found, told = self.single[best], []
+        spearman = found.spearman
+        if spearman.low > 0.9:
+            told.append(
+                f"Scores of '{best}' rank removals as retraining does ({spearman}); their order can be relied on."
+            )
+        elif spearman.low > 0.5:
+            told.append(
+                f"Scores of '{best}' rank removals roughly as retraining does ({spearman}); rely on extremes only."
+            )
+        else:
+            told.append(f"Scores of '{best}' do not reliably rank removals ({spearman}); do not act on single scores.")
+        if found.relative_error.value < 0.2:
+            told.append("Their size can be read as a change of the loss.")
+        else:
+            told.append(
+                f"Their size is off by {found.relative_error.value:.0%} and should not be read as a change of the loss."
+            )
+        ceiling = self.single.get(CEILING)
+        if ceiling is not None and ceiling.spearman.value < 0.9:
+            told.append(
+                f"The effect itself is reproducible only to {ceiling.spearman} from a slightly moved initialisation: what "
+                "agrees better knows this one run, not the samples, and single removals mean little in it."
+            )
+        return " ".join(told)
+
+    @property
+    def trust(self) -> dict[str, Any]:
+        """What a report's page says of trust: ``report.metadata |= check.trust``."""
+        found: dict[str, Any] = {"errors": dict(self.levels), "conclusion": self.conclusion}
+        return found | ({"ceiling": str(self.single[CEILING].spearman)} if CEILING in self.single else {})
+
+    def __str__(self) -> str:
+        table = self.to_pandas().round(3).to_string(index=False)
+        levels = ", ".join(f"{name} {value:.2g}" for name, value in self.levels.items())
+        return f"{table}\nrelative sizes of error: {levels}\n{self.conclusion}"
+
+
+def check_faithfulness(
+    log: str | Path,
+    *,
+    model: LightningModule,
+    data: Any,
+    queries: Iterable[Any],
+    make_model: Callable[[], LightningModule] | None = None,
+    estimators: Mapping[str, Mapping[str, Any]] = ESTIMATORS,
+    removals: int | Sequence[int] = 30,
+    subsets: int = 0,
+    subset_size: float = 0.1,
+    counterfactual: Literal["drop", "zero"] = "drop",
+    target: Literal["mean"] | None = None,
+    query_loss: QueryLoss | None = None,
+    ceiling: bool = True,
+    dtype: torch.dtype | None = torch.float64,
+    results: str | Path | None = None,
+    workers: int = 0,
+    seed: int = 0,
+    progress: bool = True,
+) -> Faithfulness:
+    """Train the recorded run again without some samples, and compare what happens with what was predicted.
+
+    ``log``, ``model`` (as it left ``fit``), ``queries``, ``query_loss`` and ``counterfactual`` are as of `attribute`.
+
+    Args:
+        data: the training data of the run: a datamodule, a loader or a dataset.
+        make_model: the module at its initialisation; by default taken from the log's first snapshot.
+        estimators: `attribute`'s keyword arguments by name.
+        removals: sample ids to remove, or how many to draw.
+        subsets: how many random subsets of ``subset_size`` of the samples to remove besides, for the linear
+            datamodeling score.
+        target: None compares per query, ``"mean"`` their mean.
+        ceiling: measure the truth once more from a slightly moved initialisation, and with other random numbers where
+            the module draws any.
+        dtype: of retraining; None for the run's own.
+        results: a file in which finished retrainings are kept, so that an interrupted check goes on with it; that of
+            another run, other queries or another counterfactual is refused.
+        workers: processes that retrain side by side (`retraining.each_effect`).
+
+    Raises:
+        ConfigurationError: no initialisation, samples that the run did not use, too few removals, no estimator, or
+            ``results`` of another check.
+    """
+    if not estimators:
+        raise ConfigurationError("estimators is empty; name at least one, as in faithfulness.ESTIMATORS.")
+    queries = list(queries)
+    reports = {
+        name: attribute(
+            log, queries=queries, model=model, data=data, target=target, query_loss=query_loss,
+            counterfactual=counterfactual, progress=progress, **options,
+        )
+        for name, options in estimators.items()
+    }  # fmt: skip
+    dataset, collate = samples_of(data)
+    initial = make_model or _initialisation(log, model)
+    run = recorded_run(log, initial, dataset, collate=collate, dtype=dtype, seed=seed)
+    used = next(iter(reports.values())).sample_ids
+    asked = _removals(used, removals, subsets, subset_size, seed)
+    truth_queries = queries if dtype is None else [to_dtype(batch, dtype) for batch in queries]
+
+    def losses(module: LightningModule) -> Tensor:
+        each = query_losses(module, truth_queries, query_loss)
+        return each.mean()[None] if target == "mean" else each
+
+    baseline = losses(retrain(run))
+    subject = {"baseline": baseline.tolist(), "counterfactual": counterfactual, "target": target, "dtype": str(dtype)}
+    effects = _Effects(
+        run, asked, losses, counterfactual, workers, progress, None if results is None else Path(results)
+    )
+    effects.open(subject)
+    truth = effects.measure("retraining")
+    scores = {name: _predicted(report.scores, report.sample_ids, asked) for name, report in reports.items()}
+    measured = dict(scores)
+    if ceiling:
+        measured[CEILING] = replace(effects, run=moved_initialisation(replace(run, seed=seed + 1))).measure(CEILING)
+    n = len(asked) - subsets
+    return Faithfulness(
+        {name: compare(found[:n], truth[:n]) for name, found in measured.items()},
+        {name: compare(found[n:], truth[n:]) for name, found in measured.items()} if subsets else {},
+        truth,
+        scores,
+        asked,
+        _levels(reports, baseline, losses, model),
+    )
+
+
+@dataclass(frozen=True)
+class _Effects:
+    """Measures removals, keeping what is done in a file: a line that says of what, and one per retraining."""
+
+    run: Run
+    removals: Sequence[Removal]
+    losses: Callable[[LightningModule], Tensor]
+    counterfactual: Literal["drop", "zero"]
+    workers: int
+    progress: bool
+    results: Path | None
+
+    def open(self, subject: Mapping[str, Any]) -> None:
+        """Begin the file, or refuse one that is about something else."""
+        if self.results is None:
+            return
+        self.results.parent.mkdir(parents=True, exist_ok=True)
+        lines = _lines(self.results)
+        if not lines:
+            self._keep({"of": subject})
+        elif not _same(lines[0].get("of"), subject):
+            raise ConfigurationError(
+                f"results={str(self.results)!r} holds the retrainings of another check ({_told(lines[0].get('of'))}; here "
+                f"{_told(subject)}). Give another file, or delete it."
+            )
+
+    def measure(self, what: str) -> Tensor:
+        lines = [] if self.results is None else _lines(self.results)[1:]
+        done = {line["removal"]: line["effect"] for line in lines if line["what"] == what}
+        waiting = [r for r in self.removals if _key(r) not in done]
+        each = each_effect(self.run, waiting, self.losses, counterfactual=self.counterfactual, workers=self.workers)
+        if waiting:
+            for number, effect in tqdm(each, what, len(waiting), unit="run", delay=2, disable=not self.progress):
+                key = _key(waiting[number])
+                done[key] = effect.tolist()
+                self._keep({"what": what, "removal": key, "effect": done[key]})
+        return torch.tensor([done[_key(r)] for r in self.removals], dtype=torch.float64)
+
+    def _keep(self, line: Mapping[str, Any]) -> None:
+        if self.results is None:
+            return
+        with open(self.results, "a+b") as file:
+            if file.tell():  # where an earlier check was interrupted, its last line may be without an end
+                file.seek(-1, os.SEEK_END)
+                cut = file.read(1) != b"\n"
+                file.write(b"\n" if cut else b"")
+            file.write(json.dumps(line).encode() + b"\n")
+
+
+def _key(removal: Removal) -> str:
+    return json.dumps(sorted(removal) if isinstance(removal, frozenset) else removal)
+
+
+def _lines(path: Path) -> list[dict[str, Any]]:
+    """The complete lines of a file of results."""
+    found = []
+    for line in path.read_text().splitlines() if path.exists() else []:
+        try:
+            told = json.loads(line)
+        except json.JSONDecodeError:
+            continue  # the line at which an earlier check was interrupted
+        if isinstance(told, dict):
+            found.append(told)
+    return found
+
+
+def _same(before: Any, now: Mapping[str, Any]) -> bool:
+    """Whether results are those of the same check: the losses of the run trained again tell runs and queries apart."""
+    if not isinstance(before, dict) or any(before.get(k) != v for k, v in now.items() if k != "baseline"):
+        return False
+    losses, expected = torch.tensor(before["baseline"]), torch.tensor(now["baseline"])
+    return losses.shape == expected.shape and torch.allclose(losses, expected, rtol=1e-5, atol=0)
+
+
+def _told(subject: Any) -> str:
+    if not isinstance(subject, dict):
+        return "it does not say of what"
+    mean = sum(subject["baseline"]) / len(subject["baseline"])
+    rest = ", ".join(f"{k}={v!r}" for k, v in subject.items() if k != "baseline")
+    return f"{len(subject['baseline'])} losses of mean {mean:.6g}, {rest}"
+
+
+def _initialisation(log: str | Path, model: LightningModule) -> Callable[[], LightningModule]:
+    """The module at the run's first snapshot."""
+    steps = LoggedSteps(log)
+    if steps.reader.manifest["record"] == "gradients":
+        raise ConfigurationError(
+            "this log does not hold the run's initialisation; give make_model=, a function that returns the module as it "
+            "was before training, or record with InfluenceCallback(record='replay')."
+        )
+    first = LoggedPlan(steps, model).snapshot(0)
+
+    def make() -> LightningModule:
+        twin = copy.deepcopy(model)
+        twin.load_state_dict({**first.parameters, **first.buffers}, strict=False)
+        return twin
+
+    return make
+
+
+def _removals(used: Tensor, singles: int | Sequence[int], subsets: int, size: float, seed: int) -> list[Removal]:
+    generator = torch.Generator().manual_seed(seed)
+    if isinstance(singles, int):
+        order = torch.randperm(len(used), generator=generator)
+        chosen = used[order[: max(singles, 0)]].sort().values.tolist()
+    else:
+        chosen = list(singles)
+        unknown = sorted(set(chosen) - set(used.tolist()))
+        if unknown:
+            raise ConfigurationError(f"sample {unknown[0]} was not used in the run; choose from report.sample_ids.")
+    if not 0 < size < 1:
+        raise ConfigurationError(
+            f"a subset of {size:g} of the samples cannot be removed; give a fraction between 0 and 1."
+        )
+    for what, n in (("removals", len(chosen)), ("subsets", subsets)):
+        if n < 3 and (what == "removals" or n):
+            raise ConfigurationError(f"{n} {what} are too few for a correlation; give at least 3.")
+    n = max(1, round(size * len(used)))
+    drawn = [used[torch.randperm(len(used), generator=generator)[:n]].tolist() for _ in range(subsets)]
+    return [*chosen, *(frozenset(subset) for subset in drawn)]
+
+
+def _predicted(scores: Tensor, sample_ids: Tensor, removals: Sequence[Removal]) -> Tensor:
+    sets = [r if isinstance(r, frozenset) else frozenset([r]) for r in removals]
+    return sums_over(scores, sample_ids, sets)  # type: ignore[arg-type]
+
+
+def _levels(
+    reports: Mapping[str, InfluenceReport],
+    baseline: Tensor,
+    losses: Callable[[LightningModule], Tensor],
+    model: LightningModule,
+) -> dict[str, float]:
+    """Sizes of the three levels of error, relative to the scores, as far as the estimators asked for show them."""
+    found = {}
+    settings = ("response", "curvature")
+    for assumed in (r for r in reports.values() if r.metadata["optimizer_assumption"]):
+        for matched in (r for r in reports.values() if not r.metadata["optimizer_assumption"]):
+            if all(assumed.metadata[k] == matched.metadata[k] for k in settings):
+                found["config"] = float((assumed.scores - matched.scores).norm() / matched.scores.norm())
+    for report in reports.values():
+        if report.metadata["response"] == "finite" and not report.metadata["optimizer_assumption"]:
+            found["algorithm"] = float(report.nonlinearity.norm() / report.scores.norm())
+    twin = copy.deepcopy(model)
+    ended = losses(twin.to(torch.float64) if baseline.dtype == torch.float64 else twin)
+    found["system"] = float((baseline - ended).abs().max() / ended.abs().max())
+    return found

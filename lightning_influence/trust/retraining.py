@@ -1,0 +1,394 @@
+"""The same run again without some of its samples: the ground truth of attribution (method.md section 10).
+
+A plain loop over the recorded batches, hyperparameters and clipping, with the module's own training step
+and optimizer. It shares no formula with the estimators it judges.
+"""
+
+from __future__ import annotations
+
+import copy
+import multiprocessing
+import sys
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal, TypeAlias
+
+import torch
+from lightning import LightningModule
+from torch import Tensor
+from torch.utils.data import Dataset, default_collate
+from tqdm.auto import tqdm
+
+from lightning_influence.core.trajectory import Clip, Hyper
+from lightning_influence.errors import ConfigurationError, InfluenceError
+from lightning_influence.log.steps import LoggedSteps
+from lightning_influence.run.batches import leaves, to_dtype
+from lightning_influence.run.training_step import loss_of, quiet
+
+_CHECKPOINT_BYTES = 2**28
+_BATCH_BYTES = 2**29  # of collated batches kept from one rerun to the next
+
+Counterfactual: TypeAlias = Literal["drop", "zero"]
+
+Removal: TypeAlias = "int | tuple[int, int] | frozenset[int]"
+"""A sample, removed wherever it was used; (sample, step), removed from that step only; a set of samples."""
+
+Losses: TypeAlias = Callable[[LightningModule], Tensor]
+"""``module -> (n_queries,)``."""
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """One forward and backward pass of a run.
+
+    Attributes:
+        sample_ids: indices into the training dataset.
+        weights: of the samples in the mean over the micro-batch; they sum to ``factor``.
+        factor: of the micro-batch's loss in the step, 1 over the number of accumulated ones.
+    """
+
+    sample_ids: tuple[int, ...]
+    weights: tuple[float, ...]
+    factor: float
+
+
+@dataclass(frozen=True)
+class Step:
+    """One optimizer step: its micro-batches, clipping, and the hyperparameters of every parameter."""
+
+    micro_batches: tuple[MicroBatch, ...]
+    clip: Clip
+    hyper: Mapping[str, Hyper]
+
+    def holds(self, samples: Collection[int]) -> bool:
+        """Whether any of the samples is in the step."""
+        return any(not set(samples).isdisjoint(m.sample_ids) for m in self.micro_batches)
+
+
+@dataclass(frozen=True)
+class Run:
+    """Everything that decides a training run; the same `Run` always ends at the same parameters.
+
+    Of the module's hooks only those of batch transfer take part; a run whose other hooks change the
+    training is not reproduced (`faithfulness.check_faithfulness` measures whether it is).
+
+    Attributes:
+        make_module: the module at its initialisation, new at every call, on the device to train on.
+        dataset: indexable by sample id.
+        steps: in order.
+        collate: samples to a batch.
+        dtype: None for the module's own; ``torch.float64`` where effects come near float32 resolution.
+        seed: reseeds the random numbers of every training step, for modules with dropout.
+        averaged: whether the training loss is a mean over its samples.
+    """
+
+    make_module: Callable[[], LightningModule]
+    dataset: Dataset[Any]
+    steps: Sequence[Step]
+    collate: Callable[[list[Any]], Any] = default_collate
+    dtype: torch.dtype | None = None
+    seed: int | None = None
+    averaged: bool = True
+
+
+def recorded_run(
+    log: str | Path, make_module: Callable[[], LightningModule], dataset: Dataset[Any], **options: Any
+) -> Run:
+    """The run that a log recorded: its batches, learning rates and clipping.
+
+    Args:
+        options: further fields of `Run`.
+    """
+    trajectory = LoggedSteps(log)
+    steps = [_recorded_step(trajectory, index) for index in range(len(trajectory))]
+    return Run(make_module, dataset, steps, averaged=trajectory.record(0).averaged, **options)
+
+
+def _recorded_step(trajectory: LoggedSteps, index: int) -> Step:
+    record = trajectory.record(index)
+    micro_batches = []
+    for number in record.micro_batches.unique():
+        here = record.micro_batches == number
+        weights = record.loss_weights[here]
+        factor = float(weights.sum()) if record.averaged else float(weights[0])
+        micro_batches.append(MicroBatch(tuple(record.sample_ids[here].tolist()), tuple(weights.tolist()), factor))
+    return Step(tuple(micro_batches), record.clip, record.hyper)
+
+
+def retrain(
+    run: Run,
+    without: Collection[int] = (),
+    *,
+    at_step: int | None = None,
+    counterfactual: Counterfactual = "drop",
+) -> LightningModule:
+    """Train again without some samples, and return the module at its last parameters.
+
+    Args:
+        without: sample ids to remove.
+        at_step: the only step they are removed from; None for every batch that holds them.
+        counterfactual: ``"drop"`` averages over the remaining samples, ``"zero"`` keeps the denominator. A
+            micro-batch left empty has no gradient, and the optimizer steps nonetheless.
+    """
+    return _Retraining(run, counterfactual).without(frozenset(without), at_step)
+
+
+def leave_one_out(
+    run: Run,
+    removals: Sequence[Removal],
+    query_losses: Losses,
+    *,
+    counterfactual: Counterfactual = "drop",
+    workers: int = 0,
+    progress: bool = True,
+) -> Tensor:
+    """What really happens to the queries at each removal, ``f(without z) - f``: ``(n_removals, n_queries)``, float64.
+
+    Args and errors as of `each_effect`.
+    """
+    found: dict[int, Tensor] = {}
+    each = each_effect(run, removals, query_losses, counterfactual=counterfactual, workers=workers)
+    for number, effect in tqdm(each, "retraining", len(removals), unit="run", delay=2, disable=not progress):
+        found[number] = effect
+    return torch.stack([found[number] for number in range(len(removals))])
+
+
+def each_effect(
+    run: Run,
+    removals: Sequence[Removal],
+    query_losses: Losses,
+    *,
+    counterfactual: Counterfactual = "drop",
+    workers: int = 0,
+) -> Iterator[tuple[int, Tensor]]:
+    """The number of each removal and its effect ``(n_queries,)``, as they are ready.
+
+    Each removal starts from the baseline run just before the sample is first seen; the result is bitwise
+    that of a whole `retrain`.
+
+    Args:
+        query_losses: such as `queries.query_losses` with a loader.
+        workers: processes of one thread each, besides this one; 0 to retrain in this process. They are forked, so
+            nothing has to be picklable.
+
+    Raises:
+        ConfigurationError: workers where processes cannot be forked safely.
+        InfluenceError: a worker died.
+    """
+    if workers == 0:
+        retraining = _Retraining(run, counterfactual, checkpoints=True)
+        baseline = query_losses(retraining.baseline).double().cpu()
+        for number, removal in enumerate(removals):
+            yield number, query_losses(retraining.removing(removal)).double().cpu() - baseline
+        return
+    _check_fork()
+    with _one_thread():  # as the workers have, so that they differ from the baseline by the removal alone
+        retraining = _Retraining(run, counterfactual, checkpoints=True)
+        baseline = query_losses(retraining.baseline).double().cpu()
+    context = multiprocessing.get_context("fork")
+    with ProcessPoolExecutor(workers, context, _start_worker, (retraining, removals, query_losses)) as pool:
+        numbers = {pool.submit(_work, number): number for number in range(len(removals))}
+        try:
+            for future in as_completed(numbers):
+                yield numbers[future], torch.tensor(future.result(), dtype=torch.float64) - baseline
+        except BrokenProcessPool as error:
+            raise InfluenceError(
+                f"one of {workers} retraining workers died, most likely out of memory; use fewer."
+            ) from error
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+
+def moved_initialisation(run: Run, scale: float = 1e-3, seed: int = 0) -> Run:
+    """The same run from an initialisation moved by ``scale`` times each parameter's root mean square: how well
+    the truth it gives agrees with that of the run itself is the ceiling of method.md section 9.
+    """
+
+    def make_module() -> LightningModule:
+        module = run.make_module()
+        generator = torch.Generator().manual_seed(seed)
+        with torch.no_grad():
+            for p in module.parameters():
+                size = p.square().mean().sqrt()
+                noise = torch.randn(p.shape, generator=generator, dtype=torch.float64).to(p)
+                p.add_(scale * size * noise)
+        return module
+
+    return replace(run, make_module=make_module)
+
+
+class _Retraining:
+    """Reruns of one run, started from checkpoints of its baseline where asked for."""
+
+    def __init__(self, run: Run, counterfactual: Counterfactual, *, checkpoints: bool = False) -> None:
+        if counterfactual not in ("drop", "zero"):
+            raise ConfigurationError(f"counterfactual={counterfactual!r}; choose one of drop, zero")
+        self.run, self.counterfactual = run, counterfactual
+        self._batches: dict[tuple[int, ...], Any] = {}
+        self._batch_bytes = 0
+        self._checkpoints: dict[int, tuple[dict[str, Any], dict[str, Any]]] = {}
+        if checkpoints:
+            module, optimizer = self._start()
+            size = sum(t.numel() * t.element_size() for t in module.state_dict().values()) * 3
+            stride = max(1, len(run.steps) * size // _CHECKPOINT_BYTES)
+            self.baseline = self._go(module, optimizer, checkpoint_every=stride)
+
+    def removing(self, removal: Removal) -> LightningModule:
+        if isinstance(removal, tuple):
+            sample, step = removal
+            consumed = 0 <= step < len(self.run.steps) and self.run.steps[step].holds({sample})
+            if not consumed:
+                raise ConfigurationError(
+                    f"step {step} of {len(self.run.steps)} did not consume sample {sample}, so it cannot be removed there; "
+                    "choose pairs from a report's rows."
+                )
+            return self.without(frozenset({sample}), step)
+        return self.without(frozenset({removal} if isinstance(removal, int) else removal), None)
+
+    def without(self, removed: frozenset[int], at_step: int | None) -> LightningModule:
+        steps = self.run.steps
+        first = next((i for i, step in enumerate(steps) if step.holds(removed)), len(steps))
+        first = first if at_step is None else at_step
+        start = max((step for step in self._checkpoints if step <= first), default=0)
+        module, optimizer = self._start()
+        if start in self._checkpoints:
+            state, optimizer_state = copy.deepcopy(self._checkpoints[start])
+            module.load_state_dict(state)
+            optimizer.load_state_dict(optimizer_state)
+        return self._go(module, optimizer, start, removed, at_step)
+
+    def _start(self) -> tuple[LightningModule, torch.optim.Optimizer]:
+        module = self.run.make_module()
+        if self.run.dtype is not None:
+            module.to(self.run.dtype)
+        module.train()
+        return module, _only_optimizer(module.configure_optimizers())
+
+    def _go(
+        self,
+        module: LightningModule,
+        optimizer: torch.optim.Optimizer,
+        start: int = 0,
+        removed: frozenset[int] = frozenset(),
+        at_step: int | None = None,
+        checkpoint_every: int | None = None,
+    ) -> LightningModule:
+        names: dict[Tensor, str] = {p: name for name, p in module.named_parameters()}
+        generators = [module.device] if module.device.type == "cuda" else []
+        with quiet(module), torch.random.fork_rng(generators), torch.enable_grad():
+            for index in range(start, len(self.run.steps)):
+                if checkpoint_every is not None and index % checkpoint_every == 0:
+                    self._checkpoints[index] = copy.deepcopy((module.state_dict(), optimizer.state_dict()))
+                step = self.run.steps[index]
+                gone = removed if at_step in (None, index) else frozenset[int]()
+                optimizer.zero_grad()
+                for number, micro_batch in enumerate(step.micro_batches):
+                    if self.run.seed is not None:
+                        torch.manual_seed(hash((self.run.seed, index, number)) % 2**63)
+                    self._backward(module, micro_batch, gone, number)
+                _finish_step(optimizer, step, names)
+        optimizer.zero_grad()
+        return module
+
+    def _backward(self, module: LightningModule, micro_batch: MicroBatch, gone: frozenset[int], number: int) -> None:
+        kept = tuple(z for z in micro_batch.sample_ids if z not in gone)
+        if not kept:
+            for p in module.parameters():
+                if p.requires_grad and p.grad is None:
+                    p.grad = torch.zeros_like(p)
+            return
+        factor = micro_batch.factor
+        if self.run.averaged and self.counterfactual == "zero" and len(kept) < len(micro_batch.sample_ids):
+            factor = sum(w for z, w in zip(micro_batch.sample_ids, micro_batch.weights, strict=True) if z not in gone)
+        loss = loss_of(module.training_step(self._batch(module, micro_batch, kept), number))
+        (loss / (1 / factor)).backward()  # Lightning divides by the number of micro-batches: bitwise the same
+
+    def _batch(self, module: LightningModule, micro_batch: MicroBatch, kept: tuple[int, ...]) -> Any:
+        """The collated batch; those that are whole are collated once, while they fit."""
+        if kept in self._batches:
+            return self._batches[kept]
+        batch = self.run.collate([self.run.dataset[z] for z in kept])
+        batch = module.on_before_batch_transfer(batch, 0)
+        batch = module.on_after_batch_transfer(module.transfer_batch_to_device(batch, module.device, 0), 0)
+        if self.run.dtype is not None:
+            batch = to_dtype(batch, self.run.dtype)
+        if len(kept) == len(micro_batch.sample_ids) and self._batch_bytes <= _BATCH_BYTES:
+            self._batches[kept] = batch
+            self._batch_bytes += sum(t.numel() * t.element_size() for t in leaves(batch))
+        return batch
+
+
+def _finish_step(optimizer: torch.optim.Optimizer, step: Step, names: Mapping[Tensor, str]) -> None:
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    if step.clip.rule == "norm":
+        torch.nn.utils.clip_grad_norm_(parameters, step.clip.bound)
+    elif step.clip.rule == "value":
+        torch.nn.utils.clip_grad_value_(parameters, step.clip.bound)
+    for group in optimizer.param_groups:
+        recorded = next((step.hyper[names[p]] for p in group["params"] if names[p] in step.hyper), None)
+        if recorded is not None:
+            _schedule(group, recorded)
+    optimizer.step()
+
+
+def _schedule(group: dict[str, Any], hyper: Hyper) -> None:
+    """Give a parameter group the hyperparameters that the run's schedulers and callbacks had set."""
+    group["lr"], group["weight_decay"] = hyper["lr"], hyper["weight_decay"]
+    if "betas" in group:
+        group["betas"] = (hyper["beta1"], hyper["beta2"])
+    if "momentum" in group:
+        group["momentum"] = hyper["momentum"]
+
+
+def _only_optimizer(configured: Any) -> torch.optim.Optimizer:
+    """The optimizer in any of the forms that ``configure_optimizers`` may return."""
+    if isinstance(configured, torch.optim.Optimizer):
+        return configured
+    if isinstance(configured, dict):
+        return _only_optimizer(configured["optimizer"])
+    if isinstance(configured, (list, tuple)) and configured:
+        first = configured[0]
+        inner = first if isinstance(first, (list, tuple)) else [first]
+        if len(inner) == 1:
+            return _only_optimizer(inner[0])
+    raise ConfigurationError(f"configure_optimizers returned {configured!r}; retraining follows a single optimizer.")
+
+
+# -- worker processes ----------------------------------------------------------------------------------------
+
+_job: tuple[_Retraining, Sequence[Removal], Losses]
+"""In a worker: what it was forked with."""
+
+
+def _start_worker(retraining: _Retraining, removals: Sequence[Removal], query_losses: Losses) -> None:
+    global _job
+    torch.set_num_threads(1)
+    _job = retraining, removals, query_losses
+
+
+def _work(number: int) -> list[float]:
+    retraining, removals, query_losses = _job
+    return query_losses(retraining.removing(removals[number])).double().tolist()
+
+
+def _check_fork() -> None:
+    if sys.platform != "linux" or torch.cuda.is_available():
+        why = "a GPU is in use" if torch.cuda.is_available() else f"this is {sys.platform}"
+        raise ConfigurationError(
+            f"workers fork this process, which is not safe because {why}; retrain with workers=0"
+            + (", or hide the GPU with CUDA_VISIBLE_DEVICES=''." if torch.cuda.is_available() else ".")
+        )
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)

@@ -1,0 +1,258 @@
+"""Two processes give the scores of one that saw the same global batches."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import pandas as pd
+import pytest
+import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
+from modules import Classifier, fit, split_digits
+from torch.utils.data import DataLoader, DistributedSampler, Sampler
+
+from lightning_influence import InfluenceCallback, InfluenceReport, SelectionDataModule, attribute
+from lightning_influence.errors import ConfigurationError, LogCorrupted
+from lightning_influence.log.steps import LoggedTrajectory
+
+N, LOCAL, PROCESSES = 96, 8, 2
+TRAIN, QUERIES = split_digits(N, 6)
+
+
+@pytest.fixture(autouse=True)
+def _unseeded(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Lightning's distributed sampler takes its seed from here, where a test before has set it."""
+    monkeypatch.delenv("PL_GLOBAL_SEED", raising=False)
+
+
+class Dealt(Sampler[list[int]]):
+    """The micro-batches that two processes see, one after the other, as Lightning deals them out."""
+
+    def __iter__(self) -> Iterator[list[int]]:
+        shares = [list(DistributedSampler(TRAIN, PROCESSES, rank, shuffle=True)) for rank in range(PROCESSES)]
+        for start in range(0, len(shares[0]), LOCAL):
+            yield from (share[start : start + LOCAL] for share in shares)
+
+    def __len__(self) -> int:
+        return N // LOCAL
+
+
+def together(module: L.LightningModule, *callbacks: L.Callback, batch_size: int = LOCAL, **options: Any) -> None:
+    """Train on two processes, which average their gradients."""
+    data = DataLoader(TRAIN, batch_size)
+    fit(module, data, *callbacks, strategy="ddp_fork", devices=PROCESSES, **options)
+
+
+def alone(module: L.LightningModule, *callbacks: L.Callback, accumulate: int = 1, **options: Any) -> None:
+    """Train on one process, whose micro-batches are what the processes would see."""
+    data = DataLoader(TRAIN, batch_sampler=Dealt())
+    fit(module, data, *callbacks, **options | {"accumulate_grad_batches": PROCESSES * accumulate})
+
+
+def scored(log: Path, module: L.LightningModule, **options: Any) -> InfluenceReport:
+    return attribute(log, queries=DataLoader(QUERIES, 6), model=module, progress=False, **options)
+
+
+def aligned(report: InfluenceReport) -> torch.Tensor:
+    return report.scores[report.sample_ids.argsort()]
+
+
+CASES: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "clipped": {"gradient_clip_val": 0.5},
+    "accumulated": {"accumulate_grad_batches": 2},
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("response", ["tangent", "finite"])
+def test_two_processes_score_as_one(case: str, response: str, tmp_path: Path) -> None:
+    modules = {"two": Classifier(), "one": Classifier()}
+    accumulate = CASES[case].get("accumulate_grad_batches", 1)
+    for name, train in (("two", together), ("one", partial(alone, accumulate=accumulate))):
+        callback = InfluenceCallback(tmp_path / name, record="both", compression="full", snapshot_every=3)
+        train(modules[name], callback, **CASES[case])
+    assert LoggedTrajectory(tmp_path / "two").reader.ranks == PROCESSES
+    for curvature in ("fisher", "hessian"):
+        two, one = (
+            scored(tmp_path / name, modules[name], curvature=curvature, response=response) for name in ("two", "one")
+        )
+        torch.testing.assert_close(aligned(two), aligned(one), rtol=1e-5, atol=1e-5 * float(one.scores.abs().max()))
+
+
+@pytest.mark.parametrize("compression", ["auto", "factored", "mask"])
+def test_shards_merge_into_the_averaged_gradient(compression: Any, tmp_path: Path) -> None:
+    callback = InfluenceCallback(tmp_path, compression=compression, mask_size=50)
+    together(Classifier(), callback, accumulate_grad_batches=2)
+    run = LoggedTrajectory(tmp_path)
+    seen = torch.cat([run.record(t).sample_ids for t in range(len(run))])
+    assert sorted(seen.tolist()) == list(range(N))
+    for t in range(len(run)):
+        record = run.record(t)
+        assert len(record.micro_batches.unique()) == 2 * PROCESSES
+        assert float(record.loss_weights.sum()) == pytest.approx(1.0)
+        for k, share in run.shares(t).items():
+            total = share.combine(torch.ones(1, share.n_samples))[0]
+            torch.testing.assert_close(total, record.gradients[k], rtol=1e-4, atol=1e-6)
+
+
+def test_recording_leaves_training_as_it_was(tmp_path: Path) -> None:
+    recorded, plain = Classifier(), Classifier()
+    together(recorded, InfluenceCallback(tmp_path, record="both"))
+    together(plain)
+    assert all(torch.equal(p, q) for p, q in zip(recorded.parameters(), plain.parameters(), strict=True))
+
+
+def test_a_log_of_more_processes_is_overwritten_whole(tmp_path: Path) -> None:
+    together(Classifier(), InfluenceCallback(tmp_path))
+    fit(Classifier(), DataLoader(TRAIN, 8), InfluenceCallback(tmp_path, existing="overwrite"))
+    run = LoggedTrajectory(tmp_path)
+    assert run.reader.ranks == 1
+    assert len(run) == N // 8
+
+
+def test_an_existing_log_stops_every_process(tmp_path: Path) -> None:
+    fit(Classifier(), DataLoader(TRAIN, 8), InfluenceCallback(tmp_path))
+    with pytest.raises(Exception, match="already holds a log of 12 steps"):
+        together(Classifier(), InfluenceCallback(tmp_path))
+
+
+def test_a_resumed_log_keeps_its_processes(tmp_path: Path) -> None:
+    fit(Classifier(), DataLoader(TRAIN, 8), InfluenceCallback(tmp_path))
+    with pytest.raises(Exception, match="recorded with ranks=1 and cannot go on with 2"):
+        together(Classifier(), InfluenceCallback(tmp_path, existing="resume"))
+
+
+def cut(log: Path, rank: int, *, lines: int) -> None:
+    index = log / f"rank-{rank}" / "index.jsonl"
+    index.write_bytes(b"".join(index.read_bytes().splitlines(keepends=True)[:-lines]))
+
+
+def test_a_process_that_is_missing_is_never_a_shorter_answer(tmp_path: Path) -> None:
+    together(module := Classifier(), InfluenceCallback(tmp_path / "log"))
+    for name in ("cut", "missing"):
+        shutil.copytree(tmp_path / "log", tmp_path / name)
+    cut(tmp_path / "cut", 1, lines=1)
+    with pytest.raises(LogCorrupted, match="rank-1/index.jsonl holds 5 steps, but the run ended after 6"):
+        scored(tmp_path / "cut", module)
+    shutil.rmtree(tmp_path / "missing" / "rank-1")
+    with pytest.raises(LogCorrupted, match="holds rank-0, but its manifest says ranks=2"):
+        scored(tmp_path / "missing", module)
+
+
+def test_a_killed_run_is_read_up_to_where_every_process_came_and_goes_on_from_there(tmp_path: Path) -> None:
+    together(Classifier(), InfluenceCallback(tmp_path))
+    cut(tmp_path, 0, lines=1)  # what says that the run ended
+    cut(tmp_path, 1, lines=2)
+    assert len(LoggedTrajectory(tmp_path)) == N // LOCAL // PROCESSES - 2
+    together(Classifier(), InfluenceCallback(tmp_path, existing="resume"))
+    run = LoggedTrajectory(tmp_path)
+    assert len(run) == 2 * (N // LOCAL // PROCESSES) - 2
+    assert all(len(run.record(t).sample_ids) == PROCESSES * LOCAL for t in range(len(run)))
+
+
+def test_report_of_two_processes(tmp_path: Path) -> None:
+    loaders = DataLoader(TRAIN, LOCAL), DataLoader(QUERIES, 6)
+    callback = InfluenceCallback(tmp_path, report=True)
+    fit(Classifier(), loaders[0], callback, val=loaders[1], strategy="ddp_fork", devices=PROCESSES)
+    report = InfluenceReport.load(tmp_path / "report.safetensors")
+    assert sorted(report.sample_ids.tolist()) == list(range(N))
+    assert (tmp_path / "report.html").exists()
+
+
+@pytest.mark.parametrize("strategy", [ModelParallelStrategy, FSDPStrategy])
+def test_sharded_strategies_are_refused(strategy: Any, tmp_path: Path) -> None:
+    trainer = L.Trainer(accelerator="cpu", devices=1, logger=False)
+    trainer._accelerator_connector.strategy = strategy()  # by its name it is accepted beside a GPU only
+    with pytest.raises(ConfigurationError, match=f"{strategy.__name__}, which shards"):
+        InfluenceCallback(tmp_path).setup(trainer, Classifier(), "fit")
+
+
+# -- selection ---------------------------------------------------------------------------------------------
+
+
+class Selects(SelectionDataModule):
+    """Leaves what it decided in a file, which a forked process takes with it."""
+
+    def __init__(self, decisions: Path, loader: Any, **options: Any) -> None:
+        super().__init__(loader, DataLoader(QUERIES, 6), refresh_target_every=2, **options)
+        self.decisions = decisions
+
+    def teardown(self, stage: str) -> None:
+        super().teardown(stage)
+        if self.trainer.is_global_zero:
+            self.selection_report.to_csv(self.decisions)
+
+
+class Counts(L.Callback):
+    """Batches and samples that a process trained on."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.sizes = folder, list[int]()
+
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        self.sizes.append(len(batch[0]))
+
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        state = {"sizes": self.sizes, "end": [p.detach() for p in pl_module.parameters()]}
+        torch.save(state, self.folder / f"rank-{trainer.global_rank}.pt")
+
+
+@pytest.mark.parametrize("options", [{}, {"rescore": 2}, {"keep": "positive", "response": "finite"}], ids=str)
+@pytest.mark.parametrize("clip", [None, 0.3])
+def test_selection_inside_the_step_is_that_of_one_process(
+    options: dict[str, Any], clip: float | None, tmp_path: Path
+) -> None:
+    modules, tables = {}, {}
+    for name in ("two", "one"):
+        loader = DataLoader(TRAIN, LOCAL) if name == "two" else DataLoader(TRAIN, batch_sampler=Dealt())
+        data = Selects(tmp_path / name, loader, every=1, **options)
+        settings = (
+            {"strategy": "ddp_fork", "devices": PROCESSES} if name == "two" else {"accumulate_grad_batches": PROCESSES}
+        )
+        modules[name] = Classifier()
+        fit(modules[name], data, gradient_clip_val=clip, **settings)
+        tables[name] = pd.read_csv(tmp_path / name).sort_values(["step", "sample_id"]).reset_index(drop=True)
+    pd.testing.assert_frame_equal(tables["two"], tables["one"], rtol=1e-3, atol=1e-6)
+    assert 0 < (tables["two"].weight == 0).sum() < N
+    torch.testing.assert_close(modules["two"].state_dict(), modules["one"].state_dict(), rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"horizon": 2, "every": 3},
+        {"keep": 0.5, "rebatch": True, "every": 2},
+        {"keep": "positive", "rebatch": True, "per": "round"},
+    ],
+    ids=str,
+)
+def test_each_process_selects_on_its_shard_and_none_waits(options: dict[str, Any], tmp_path: Path) -> None:
+    data = Selects(tmp_path / "decisions", DataLoader(TRAIN, LOCAL, shuffle=True), **options)
+    fit(Classifier(), data, Counts(tmp_path), strategy="ddp_fork", devices=PROCESSES)
+    first, second = (torch.load(tmp_path / f"rank-{rank}.pt") for rank in range(PROCESSES))
+    assert len(first["sizes"]) == len(second["sizes"]) == N // LOCAL // PROCESSES
+    assert all(torch.equal(p, q) for p, q in zip(first["end"], second["end"], strict=True))
+    table = pd.read_csv(tmp_path / "decisions")
+    assert sorted(table.sample_id.unique()) == list(range(N))
+    if options.get("rebatch"):
+        assert {*first["sizes"], *second["sizes"]} == {LOCAL}
+    else:
+        assert sum(first["sizes"]) + sum(second["sizes"]) == (table.weight > 0).sum()
+
+
+def test_a_checkpoint_of_two_processes_holds_the_decisions_of_both(tmp_path: Path) -> None:
+    data = Selects(tmp_path / "decisions", DataLoader(TRAIN, LOCAL), every=1)
+    checkpoint = ModelCheckpoint(tmp_path, filename="last", save_on_train_epoch_end=True)
+    fit(Classifier(), data, checkpoint, strategy="ddp_fork", devices=PROCESSES, enable_checkpointing=True)
+    state = torch.load(tmp_path / "last.ckpt", weights_only=False)["Selects"]
+    seen = [torch.cat([ids for _, ids, _, _ in rows]).tolist() for rows in state["decisions"]]
+    assert sorted(seen[0] + seen[1]) == list(range(N))
