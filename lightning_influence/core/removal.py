@@ -1,7 +1,7 @@
 """What a batch gradient becomes when one of its samples is removed (method.md section 6).
 
-Removal is linear in the shares before clipping: ``e_z = shared_z * G + own_z * s_z``, with ``s_z`` the
-sample's share and ``G`` the sum of the shares that were averaged with it.
+Removal is linear in the shares before clipping: ``e_z = sum_b shared_zb G_b + sum_i own_i s_i``, with ``s_i`` the shares
+of the sample and ``G_b`` the gradient of each micro-batch ``b``.
 """
 
 from __future__ import annotations
@@ -22,39 +22,55 @@ COUNTERFACTUALS = ("drop", "zero")
 
 @dataclass(frozen=True)
 class Removal:
-    """The change ``e_z`` of the batch gradient before clipping, for every sample of a step.
+    """The change ``e_z`` of the batch gradient before clipping, for every sample ``z`` of a step.
+
+    A sample leaves as a whole: where a step holds it several times, all its rows are removed together.
 
     Attributes:
-        shared: ``(n,)``, coefficient of the micro-batch gradient.
-        own: ``(n,)``, coefficient of the sample's own share.
+        sample_ids: ``(u,)``, the samples that are removed, each once, in the order of the step.
+        shared: ``(u, n_micro_batches)``, coefficients of the micro-batch gradients.
+        own: ``(n,)``, coefficient of every share in the change that it takes part in.
+        owner: ``(n,)`` int64, position in ``sample_ids`` of the sample that each share belongs to.
         members: ``(n, n_micro_batches)``, one-hot.
     """
 
+    sample_ids: Tensor
     shared: Tensor
     own: Tensor
+    owner: Tensor
     members: Tensor
 
+    def __len__(self) -> int:
+        return len(self.sample_ids)
+
     def inner(self, products: Tensor) -> Tensor:
-        """``<A, e_z>`` ``(q, n)`` from ``<A, s_z>`` ``(q, n)``."""
+        """``<A, e_z>`` ``(q, u)`` from ``<A, s>`` ``(q, n)`` of every share."""
         members, shared, own = (x.to(products) for x in (self.members, self.shared, self.own))
-        return shared * (products @ members @ members.T) + own * products
+        changes = products @ members @ shared.T
+        return changes.index_add_(1, self.owner.to(products.device), own * products)
 
     def totals(self, shares: Shares, like: Tensor) -> Tensor:
         """Sums of the shares of each micro-batch, ``(n_micro_batches, d)``."""
         return shares.combine(self.members.T.to(like)).to(like)
 
     def change(self, shares: Shares, samples: slice, totals: Tensor) -> Tensor:
-        """``e_z`` of some samples, ``(n', d)``, in the dtype and on the device of ``totals``."""
-        rows = shares.dense(samples).to(totals)
-        shared = (self.shared[:, None] * self.members)[samples].to(totals)
-        return torch.addmm(self.own[samples, None].to(totals) * rows, shared, totals)
+        """``e_z`` of some samples, ``(u', d)``, in the dtype and on the device of ``totals``."""
+        shared = self.shared[samples].to(totals)
+        if len(self) == len(self.own):  # each sample has one share
+            own = self.own[samples, None].to(totals) * shares.dense(samples).to(totals)
+        else:
+            removed = torch.arange(len(self), device=self.owner.device)[samples]
+            own = shares.combine(((self.owner == removed[:, None]) * self.own).to(totals)).to(totals)
+        return torch.addmm(own, shared, totals)
 
 
 def removal(record: StepRecord, counterfactual: Literal["drop", "zero"]) -> Removal:
     """Removal of each sample of a step.
 
-    ``drop`` leaves the mean over one sample fewer; ``zero`` keeps the denominator. Under a sum the
-    two are the same. A sample that was alone in its micro-batch takes that loss with it in both.
+    For a mean with weights ``w`` (total ``W``, gradient ``G``), ``drop`` gives ``(w_z G - W s_z) / (W - w_z)`` in every
+    micro-batch that holds the sample, and ``zero`` keeps the denominator: ``-s_z``. Under a sum the two are the same. A
+    sample that was alone in its micro-batch takes the whole loss of that micro-batch with it in both. Where the
+    changes were measured, the shares are the changes themselves.
 
     Raises:
         ConfigurationError: unknown counterfactual.
@@ -64,15 +80,33 @@ def removal(record: StepRecord, counterfactual: Literal["drop", "zero"]) -> Remo
     weights = record.loss_weights.double()
     _, numbers = torch.unique(record.micro_batches, return_inverse=True)
     members = torch.nn.functional.one_hot(numbers).double()
-    total = (weights @ members) @ members.T
-    rest = total - weights
-    alone = members.sum(0) @ members.T == 1
+    sample_ids, owner = _in_order(record.sample_ids)
+    nothing = weights.new_zeros(len(sample_ids), members.shape[1])
+    if record.measured:
+        return Removal(sample_ids, nothing, torch.ones_like(weights), owner, members)
     if counterfactual == "zero" or not record.averaged:
-        return Removal(torch.zeros_like(weights), -torch.ones_like(weights), members)
+        return Removal(sample_ids, nothing, -torch.ones_like(weights), owner, members)
+    # by sample and micro-batch: the weight that leaves, and what is left
+    leaves = nothing.index_add(0, owner, weights[:, None] * members)
+    total = weights @ members
+    rest = total - leaves
+    rows = nothing.index_add(0, owner, members)
+    alone = (rows == members.sum(0)) | (rest <= 1e-12 * total)
     rest = torch.where(alone, 1.0, rest)
-    shared = torch.where(alone, 0.0, weights / rest)
-    own = torch.where(alone, -1.0, -total / rest)
-    return Removal(shared, own, members)
+    shared = torch.where(alone, 0.0, leaves / rest)
+    own = torch.where(alone, -1.0, -total / rest)[owner, numbers]
+    return Removal(sample_ids, shared, own, owner, members)
+
+
+def _in_order(sample_ids: Tensor) -> tuple[Tensor, Tensor]:
+    """Each sample once, in the order of first appearance, and the position of every row's sample among them."""
+    _, owner, counts = torch.unique(sample_ids, return_inverse=True, return_counts=True)
+    if len(counts) == len(sample_ids):
+        return sample_ids, torch.arange(len(sample_ids), device=sample_ids.device)
+    first = torch.full((len(counts),), len(sample_ids), device=sample_ids.device)
+    first = first.scatter_reduce(0, owner, torch.arange(len(sample_ids), device=sample_ids.device), "amin")
+    order = first.argsort()
+    return sample_ids[first[order]], order.argsort()[owner]
 
 
 @dataclass(frozen=True)
@@ -110,8 +144,7 @@ def consumed_change(
     parameters; ``scales`` extrapolates masked ones, ``chunks`` bounds the memory.
     """
     clip = record.clip
-    n = len(record.sample_ids)
-    squared = torch.full((n,), clip.raw_norm**2, dtype=torch.float64)
+    squared = torch.full((len(removed),), clip.raw_norm**2, dtype=torch.float64)
     if clip.rule == "norm":
         for name, share in shares.items():
             gradient = record.gradients[name].double()

@@ -222,7 +222,8 @@ class _Variation:
         """What the removals of the pairs of a step do to its gradient, before and after clipping."""
         if not here.any():
             return _Removed(dict.fromkeys(record.gradients), {})
-        ids = record.sample_ids.tolist()
+        removed, shares = removal(record, self.method.counterfactual), self.trajectory.shares(record.index)
+        ids = removed.sample_ids.tolist()
         samples = [z for z, t in self.pairs if t == record.index]
         missing = [z for z in samples if z not in ids]
         if missing:
@@ -230,7 +231,6 @@ class _Variation:
                 f"step {record.index} did not consume sample {missing[0]}; choose pairs from the report's rows."
             )
         positions = [ids.index(z) for z in samples]
-        removed, shares = removal(record, self.method.counterfactual), self.trajectory.shares(record.index)
         whole = {k: [slice(None)] for k in shares}
         change = consumed_change(removed, record, shares, self.scales, whole)
         gradients = {k: g.double() for k, g in record.gradients.items()}

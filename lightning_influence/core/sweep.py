@@ -45,6 +45,11 @@ class RowScores:
     scores: Tensor
     tangent: Tensor
 
+    def of(self, sample_ids: Tensor) -> Tensor:
+        """Scores ``(n, q)`` of the samples of a single step, one row for each time that the step holds them."""
+        row = {z: i for i, z in enumerate(self.sample_ids.tolist())}
+        return self.scores[[row[z] for z in sample_ids.tolist()]]
+
 
 @dataclass(frozen=True)
 class Method:
@@ -214,28 +219,29 @@ class _Walk:
         tangent = removed.inner(products)
         scores = tangent
         if self.method.response == "finite":
-            chunks = {k: sample_chunks(s.n_samples, s.n_coordinates) for k, s in shares.items()}
+            chunks = {k: sample_chunks(len(removed), s.n_coordinates) for k, s in shares.items()}
             consumed = consumed_change(removed, record, shares, self.scales, chunks)
             scores = torch.zeros_like(tangent)
             for block in blocks_of([p.recorded for p in self.passed]):
                 scores += self._finite(record, shares, consumed, block)
-        steps = torch.full_like(record.sample_ids, record.index)
-        return RowScores(record.sample_ids.cpu(), steps.cpu(), scores.T.cpu(), tangent.T.cpu())
+        steps = torch.full_like(removed.sample_ids, record.index)
+        return RowScores(removed.sample_ids.cpu(), steps.cpu(), scores.T.cpu(), tangent.T.cpu())
 
     def _finite(
         self, record: StepRecord, shares: Mapping[str, Shares], consumed: ConsumedChange, block: Block
     ) -> Tensor:
         """Finite response ``(q, n)`` of a block of parameters, over the window of the newest passed step."""
         here = [name for name in block if name in shares]
-        scores = torch.zeros(self.n_queries, len(record.sample_ids))
+        removed = consumed.removal
+        scores = torch.zeros(self.n_queries, len(removed))
         if not here:
             return scores
         passed = [p.of(tuple(here)) for p in self.passed if here[0] in p.recorded]
         window, after = [step for step, _ in passed], [a.parameter for _, a in passed]
         closing = passed[-1][1].moments
         size = sum(shares[name].n_coordinates for name in here)
-        totals = {k: consumed.removal.totals(shares[k], record.gradients[k]) for k in here}
-        for samples in sample_chunks(len(record.sample_ids), size):
+        totals = {k: removed.totals(shares[k], record.gradients[k]) for k in here}
+        for samples in sample_chunks(len(removed), size):
             change = torch.cat([consumed.change(record.gradients[k], shares[k], samples, totals[k]) for k in here], 1)
             scores[:, samples] = finite_response(window, after, closing, change).to(scores)
         return scores

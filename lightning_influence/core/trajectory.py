@@ -51,6 +51,8 @@ class StepRecord:
             of accumulated micro-batches and of ranks.
         micro_batches: ``(n,)`` int64, samples averaged together share a number.
         averaged: whether the loss is a mean over its samples (otherwise a sum).
+        measured: whether the shares are the changes of the batch gradient by the removal of each sample (``drop``),
+            found by evaluating the step without it, rather than additive parts of the gradient.
         gradients: ``(d,)`` each, the batch gradient before clipping; a parameter that had none, and was
             skipped by the optimizer, is absent here, in ``moments``, ``hyper`` and the shares.
         moments: ``(d,)`` each, the optimizer's moments before the step, in the order of
@@ -69,6 +71,7 @@ class StepRecord:
     moments: dict[str, tuple[Tensor, ...]]
     hyper: Mapping[str, Hyper]
     averaged: bool = True
+    measured: bool = False
     clip: Clip = field(default_factory=Clip)
     parameters: Vectors | None = None
 

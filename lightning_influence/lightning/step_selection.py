@@ -86,7 +86,8 @@ class StepSelection(L.Callback):
         for policy in self.data.portions:
             left = step.weights > 0
             target = self._target_after(trainer, step)
-            scores[left] = sweep(step, target, self.data.method, progress=False).scores[left, 0].to(scores)
+            rows = sweep(step, target, self.data.method, progress=False)
+            scores[left] = rows.of(step.full.sample_ids[left])[:, 0].to(scores)
             step = step.weighted(self.data.decide(policy, scores, step.full.sample_ids, step.full.micro_batches, left))
         step.write(pl_module)
         self.data.note(trainer, step.full.sample_ids, scores, step.weights)

@@ -110,7 +110,8 @@ def look_ahead(
             run.place(stop)
             gradients = target_gradient(module, target, list(run.sizes), run.select)
             window = Window(run, start, stop)
-            found.append(sweep(window, gradients, method, scored=range(1), progress=False).scores[:, 0])
+            rows = sweep(window, gradients, method, scored=range(1), progress=False)
+            found.append(rows.of(run.record(start).sample_ids)[:, 0])
     return found
 
 
