@@ -5,6 +5,6 @@ rule turns both into the shares of its parameters (method.md section 7).
 """
 
 from lightning_influence.capture import convolution, embedding, linear, normalization  # noqa: F401 (register rules)
-from lightning_influence.capture.hooks import GradientCapture
+from lightning_influence.capture.hooks import GradientCapture, freeze_batch_norm, refuse_batch_norm, refuse_compiled
 
-__all__ = ["GradientCapture"]
+__all__ = ["GradientCapture", "freeze_batch_norm", "refuse_batch_norm", "refuse_compiled"]

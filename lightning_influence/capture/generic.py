@@ -7,6 +7,7 @@ it treats the samples of its first dimension independently and draws no random n
 from __future__ import annotations
 
 from collections.abc import Sequence
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -32,7 +33,8 @@ def generic(
     Raises:
         ConfigurationError: the module cannot be run one sample at a time.
     """
-    parameters = {name: layer.get_parameter(name).detach() for name in names}
+    # by attribute, since a replay puts plain tensors in the place of the parameters
+    parameters = {name: attrgetter(name)(layer).detach() for name in names}
     leaves, structure = pytree.tree_flatten((args, kwargs))
     batched = [isinstance(leaf, Tensor) and leaf.dim() > 0 and len(leaf) == len(delta) for leaf in leaves]
 

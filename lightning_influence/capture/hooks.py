@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from fnmatch import fnmatchcase
 from functools import partial
 from typing import Any
@@ -14,7 +14,7 @@ from torch.utils import _pytree as pytree
 
 from lightning_influence.capture.generic import generic
 from lightning_influence.capture.rules import rule_for
-from lightning_influence.core.shares import Form, Rows, add, merged
+from lightning_influence.core.shares import Dense, Form, Rows, add, merged
 from lightning_influence.errors import ConfigurationError, UncoveredParameter
 
 _BATCH_NORMS = (nn.modules.batchnorm._BatchNorm,)
@@ -28,6 +28,7 @@ class GradientCapture:
     Args:
         exclude: patterns (`fnmatch`) of parameter names to leave out.
         frozen_batch_norm: normalise with running statistics during training; refused otherwise.
+        trained: names of the parameters that the optimizer moves; None for all that require a gradient.
 
     Attributes:
         parameters: the recorded ones, by their names in the module; tied ones once.
@@ -39,8 +40,16 @@ class GradientCapture:
         ConfigurationError: a layer that couples the samples of a batch, or a compiled one.
     """
 
-    def __init__(self, module: nn.Module, *, exclude: Sequence[str] = (), frozen_batch_norm: bool = False) -> None:
-        trained = {name: p for name, p in module.named_parameters() if p.requires_grad}
+    def __init__(
+        self,
+        module: nn.Module,
+        *,
+        exclude: Sequence[str] = (),
+        frozen_batch_norm: bool = False,
+        trained: Collection[str] | None = None,
+    ) -> None:
+        trains = {name: p for name, p in module.named_parameters() if p.requires_grad}
+        trained = trains if trained is None else {name: p for name, p in trains.items() if name in trained}
         excluded = {name for name in trained if any(fnmatchcase(name, pattern) for pattern in exclude)}
         self.parameters = {name: p for name, p in trained.items() if name not in excluded}
         self.excluded_ids = {id(trained[name]) for name in excluded}
@@ -49,8 +58,11 @@ class GradientCapture:
         # by layer, since a functional call puts other tensors in the place of the parameters
         self._own_names = {layer: self._own(layer) for layer in self._layers.values()}
         self.table = [row for path, layer in self._layers.items() for row in self._rows(path, layer)]
-        self._batch_norms = [m for m in module.modules() if isinstance(m, _BATCH_NORMS)]
-        self._refuse(module, frozen_batch_norm)
+        self._module, self._frozen_batch_norm = module, frozen_batch_norm
+        if not frozen_batch_norm:
+            refuse_batch_norm(module)
+        refuse_compiled(module)
+        self._refuse(module)
         self._hooks: list[Any] = []
         self._n: int | None = None
         self._rerunning = False
@@ -89,25 +101,14 @@ class GradientCapture:
             for name in self._own(layer).values()
         ]
 
-    def _refuse(self, module: nn.Module, frozen_batch_norm: bool) -> None:
+    def _refuse(self, module: nn.Module) -> None:
         for path, layer in module.named_modules():
             kind = type(layer).__name__
-            if isinstance(layer, _BATCH_NORMS) and not frozen_batch_norm and layer.training:
-                raise ConfigurationError(
-                    f"{path} ({kind}) normalises with the statistics of the batch, so no sample has a gradient of its own. "
-                    "Use GroupNorm or LayerNorm, put the layer in eval mode, or say frozen_batch_norm=True to train "
-                    "with its running statistics."
-                )
             if isinstance(layer, _BATCH_NORMS) and not layer.track_running_stats:
                 raise ConfigurationError(f"{path} ({kind}) has no running statistics to freeze; use GroupNorm.")
             if getattr(layer, "batch_first", True) is False:
                 raise ConfigurationError(
                     f"{path} ({kind}) takes the batch in its second dimension; build it with batch_first=True."
-                )
-            if hasattr(layer, "_orig_mod") or getattr(layer, "_compiled_call_impl", None) is not None:
-                raise ConfigurationError(
-                    f"{path or 'the module'} ({kind}) is compiled, and a compiled graph calls no hooks. Train it without "
-                    "torch.compile while its gradients are recorded."
                 )
         if "" in self._layers:
             names = ", ".join(self._own(module).values())
@@ -128,8 +129,8 @@ class GradientCapture:
             return
         for layer in dict.fromkeys(self._layers.values()):
             self._hooks.append(layer.register_forward_hook(self._after_forward, with_kwargs=True))
-        for layer in self._batch_norms:
-            self._hooks.append(layer.register_forward_pre_hook(_freeze))
+        if self._frozen_batch_norm:
+            self._hooks += freeze_batch_norm(self._module)
 
     def detach(self) -> None:
         """Remove all hooks."""
@@ -152,8 +153,10 @@ class GradientCapture:
     def _after_forward(self, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
         if self._n is None or self._rerunning or not torch.is_grad_enabled():
             return None
-        output = pytree.tree_map(self._per_sample, output)
-        args, kwargs = pytree.tree_map(lambda x: _detached(self._per_sample(x)), (args, kwargs))
+        lookup = isinstance(layer, nn.Embedding)  # of positions, say
+        if lookup:
+            output = pytree.tree_map(self._per_sample, output)
+        args, kwargs = pytree.tree_map(lambda x: _detached(self._per_sample(x) if lookup else x), (args, kwargs))
         tensors = [leaf for leaf in pytree.tree_leaves(output) if isinstance(leaf, Tensor)]
         for position, tensor in enumerate(tensors):
             if tensor.requires_grad:
@@ -201,12 +204,50 @@ class GradientCapture:
         assert n is not None
         if form.n_samples == n:
             return form
+        if form.n_samples == 1:
+            # one row that all samples share: a term of the loss that no sample brings or takes with it
+            return Dense(form.dense().expand(n, -1) / n)
         if form.n_samples % n:
             raise ConfigurationError(
                 f"a {type(layer).__name__} saw {form.n_samples} items in a batch of {n} samples, so its first dimension is "
                 "not the samples'. Let the batch come first, or exclude its parameters."
             )
         return merged(form, n)
+
+
+def refuse_batch_norm(module: nn.Module) -> None:
+    """Refuse layers that normalise with the statistics of the batch.
+
+    Raises:
+        ConfigurationError: there is one in train mode.
+    """
+    for path, layer in module.named_modules():
+        if isinstance(layer, _BATCH_NORMS) and layer.training:
+            raise ConfigurationError(
+                f"{path} ({type(layer).__name__}) normalises with the statistics of the batch, so no sample has a gradient of "
+                "its own. Use GroupNorm or LayerNorm, put the layer in eval mode, or say frozen_batch_norm=True to train "
+                "with its running statistics."
+            )
+
+
+def refuse_compiled(module: nn.Module) -> None:
+    """Refuse compiled modules, whose graphs call no hooks and cannot be differentiated twice.
+
+    Raises:
+        ConfigurationError: there is one.
+    """
+    for path, layer in module.named_modules():
+        if hasattr(layer, "_orig_mod") or getattr(layer, "_compiled_call_impl", None) is not None:
+            raise ConfigurationError(
+                f"{path or 'the module'} ({type(layer).__name__}) is compiled, and a compiled graph calls no hooks. Train it "
+                "without torch.compile while its gradients are recorded."
+            )
+
+
+def freeze_batch_norm(module: nn.Module) -> list[Any]:
+    """Let every batch normalisation use its running statistics; the handles undo it."""
+    layers = [layer for layer in module.modules() if isinstance(layer, _BATCH_NORMS)]
+    return [layer.register_forward_pre_hook(_freeze) for layer in layers]
 
 
 def _freeze(layer: nn.Module, _: Any) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, TypeAlias
@@ -55,28 +55,33 @@ class GradientGraph:
         leaves = list(self.parameters.values())
         bent = {name: g for name, g in self.gradients.items() if g.requires_grad}  # the others are constant
         n = len(next(iter(vectors.values())))
-        rows = []
-        for chunk in torch.arange(n).split(at_once):
-            directions = [vectors[name][chunk].view(-1, *g.shape) for name, g in bent.items()]
-            single = len(chunk) == 1
-            rows.append(
-                torch.autograd.grad(
-                    list(bent.values()),
-                    leaves,
-                    [d[0] if single else d for d in directions],
-                    retain_graph=True,
-                    allow_unused=True,
-                    materialize_grads=True,
-                    is_grads_batched=not single,
-                )
-                if bent
-                else [leaf.new_zeros(len(chunk), leaf.numel()) for leaf in leaves]
-            )
+        try:
+            rows = [self._pulled(leaves, bent, vectors, chunk) for chunk in torch.arange(n).split(at_once)]
+        except RuntimeError:
+            # some second derivatives (of group normalisation, for one) cannot be vectorised over the vectors
+            rows = [self._pulled(leaves, bent, vectors, chunk) for chunk in torch.arange(n).split(1)]
         products = {
             name: torch.cat([row[i].reshape(-1, leaf.numel()) for row in rows])
             for i, (name, leaf) in enumerate(self.parameters.items())
         }
         return {name: products[name] for name in vectors}
+
+    def _pulled(
+        self, leaves: list[Tensor], bent: dict[str, Tensor], vectors: Vectors, chunk: Tensor
+    ) -> Sequence[Tensor]:
+        if not bent:
+            return [leaf.new_zeros(len(chunk), leaf.numel()) for leaf in leaves]
+        directions = [vectors[name][chunk].view(-1, *g.shape) for name, g in bent.items()]
+        single = len(chunk) == 1
+        return torch.autograd.grad(
+            list(bent.values()),
+            leaves,
+            [d[0] if single else d for d in directions],
+            retain_graph=True,
+            allow_unused=True,
+            materialize_grads=True,
+            is_grads_batched=not single,
+        )
 
 
 def gradient_graph(loss: Loss, parameters: dict[str, Tensor]) -> GradientGraph:

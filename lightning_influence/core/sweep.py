@@ -22,7 +22,7 @@ from lightning_influence.core.optimizers import UPDATES, Moments, RecordedStep, 
 from lightning_influence.core.removal import ConsumedChange, consumed_change, consumed_gradients, removal
 from lightning_influence.core.response import finite_response
 from lightning_influence.core.trajectory import Hyper, Shares, StepRecord, Trajectory, Vectors, extrapolation
-from lightning_influence.errors import ConfigurationError
+from lightning_influence.errors import ConfigurationError, CurvatureUnavailable
 
 RESPONSES = ("finite", "tangent")
 
@@ -253,6 +253,11 @@ class _Walk:
         if self.method.curvature == "none":
             return {}
         if self.method.curvature == "fisher":
+            if record.measured:
+                raise CurvatureUnavailable(
+                    "curvature='fisher' needs per-sample gradients, and in this module the effect of a removal was measured "
+                    "instead, because no rule gives them; use curvature='hessian' or 'none'."
+                )
             return fisher_product(record, shares, products)
         return self.trajectory.curvature_product(record.index, self.method.curvature, vectors)
 

@@ -15,9 +15,10 @@ from uuid import uuid4
 
 import lightning as L
 import torch
+from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch.utils._pytree import tree_flatten
 
-from lightning_influence.capture import GradientCapture
+from lightning_influence.capture import GradientCapture, freeze_batch_norm, refuse_batch_norm
 from lightning_influence.core.coordinates import COMPRESSIONS
 from lightning_influence.errors import ConfigurationError
 from lightning_influence.lightning.loggers import log_report
@@ -26,12 +27,17 @@ from lightning_influence.log.reader import StoreReader
 from lightning_influence.log.recorder import Compression, CompressionName, Recorder
 from lightning_influence.log.snapshots import ReplaySettings
 from lightning_influence.log.writer import StoreWriter
+from lightning_influence.replay.plan import ReplayMicroBatch
+from lightning_influence.replay.witness import witness
 from lightning_influence.report import InfluenceReport
 from lightning_influence.run.optimizer import update_name
+from lightning_influence.run.random_state import read_random_state
 from lightning_influence.run.ranks import Ranks
 from lightning_influence.run.sample_ids import IdSource, SampleIds
 from lightning_influence.run.sample_weights import WeightSource, sample_weights
+from lightning_influence.run.tap import LossTap, tapped
 from lightning_influence.run.trainer import clip_of, loss_scaler, only_optimizer
+from lightning_influence.run.training_step import eval_modes
 from lightning_influence.scoring.attribution import attribute
 
 _PACKAGES = ("lightning-influence", "torch", "lightning", "safetensors", "transformers", "peft")
@@ -115,6 +121,11 @@ class InfluenceCallback(L.Callback):
         self.writes_report = report
         self.report: InfluenceReport | None = None
         self._recorder: Recorder | None = None
+        self._unverified: list[str] | None = None  # the trained parameters, until the first batch has been verified
+        self._tap = ExitStack()  # puts the module's own training step back
+        self._n: int | None = None  # samples of the present batch
+        self._watches = False
+        self._frozen: list[Any] = []  # hooks that freeze batch normalisation
         self._steps: int | None = None  # of the run that the trainer's present state comes from
         self._run: str | None = None  # by which a log is known wherever it lies; on the process that saves checkpoints
         self._resume_at: int | None = None
@@ -154,8 +165,7 @@ class InfluenceCallback(L.Callback):
                 f"{type(pl_module).__name__} uses manual optimization, whose steps the trainer does not see; "
                 "InfluenceCallback needs automatic_optimization=True."
             )
-
-    def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        # before configure_optimizers, which may ask for the number of steps and so have the loader made
         self.sample_ids.listen_to(trainer.strategy)
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -164,15 +174,28 @@ class InfluenceCallback(L.Callback):
         _refuse_patterns(self.exclude, pl_module)
         if self.writes_report:
             _refuse_no_queries(trainer)
+        if not self.frozen_batch_norm:
+            refuse_batch_norm(pl_module)
+        optimized = {id(p) for group in optimizer.param_groups for p in group["params"]}
+        trained = {name for name, p in pl_module.named_parameters() if p.requires_grad and id(p) in optimized}
         capture = None
         if self.record != "replay":
-            capture = GradientCapture(pl_module, exclude=self.exclude, frozen_batch_norm=self.frozen_batch_norm)
+            capture = GradientCapture(
+                pl_module, exclude=self.exclude, frozen_batch_norm=self.frozen_batch_norm, trained=trained
+            )
+            self._unverified = sorted(capture.parameters)
         self.sample_ids.start(trainer.train_dataloader)
         with ExitStack() as undo:
             writer = self._writer(ranks, self._manifest(trainer, pl_module, capture, optimizer), undo)
             if capture is not None:
                 undo.callback(capture.detach)
                 capture.attach()
+            elif self.frozen_batch_norm:
+                self._frozen = freeze_batch_norm(pl_module)
+            if self.sample_weights is None and self.reduction == "mean":
+                self._tap = undo.enter_context(ExitStack())
+                self._tap.enter_context(tapped(pl_module, self._weigh))
+            self._watches = _changes_gradients(trainer, pl_module)
             self._recorder = Recorder(
                 pl_module,
                 optimizer,
@@ -241,6 +264,9 @@ class InfluenceCallback(L.Callback):
     def _close(self, trainer: L.Trainer, *, finished: bool) -> None:
         trainer.strategy.__dict__.pop("process_dataloader", None)
         self.sample_ids.stop()
+        self._tap.close()
+        while self._frozen:
+            self._frozen.pop().remove()
         recorder, self._recorder = self._recorder, None
         if recorder is not None:
             self._steps = len(recorder.writer)
@@ -261,19 +287,74 @@ class InfluenceCallback(L.Callback):
         assert self._recorder is not None
         ids = self.sample_ids.next(batch)
         weights = sample_weights(batch, len(ids), self.sample_weights)
+        self._n = len(ids)
+        moment: dict[str, Any] = {
+            "batch_idx": batch_idx,
+            "epoch": trainer.current_epoch,
+            "global_step": trainer.global_step,
+            "in_eval": eval_modes(pl_module),
+        }
+        if self._unverified is not None:
+            random = read_random_state()
+            self._first = (
+                ReplayMicroBatch(
+                    batch,
+                    batch_idx,
+                    1.0,
+                    len(ids),
+                    random,
+                    trainer.current_epoch,
+                    trainer.global_step,
+                    moment["in_eval"],
+                ),
+                ids,
+            )
         self._recorder.begin(
             ids,
             weights,
             trainer.accumulate_grad_batches,
             batch=batch,
-            batch_idx=batch_idx,
+            moment=moment,
             fetched=self.sample_ids.fetched,
         )
+
+    def _verify(self, trainer: L.Trainer, module: L.LightningModule, weights: torch.Tensor) -> None:
+        """At the first batch: do per-sample gradients say what a removal does?"""
+        trained, self._unverified = self._unverified, None
+        assert trained is not None
+        micro_batch, ids = self._first
+        removals = witness(
+            module,
+            micro_batch,
+            ids,
+            weights / weights.sum() if self.reduction == "mean" else weights / weights[0],
+            trained=trained,
+            averaged=self.reduction == "mean",
+            exclude=self.exclude,
+            frozen_batch_norm=self.frozen_batch_norm,
+            autocast=trainer.precision_plugin.forward_context,
+        )
+        if removals.measuring and removals.not_summed is None:  # otherwise the recorder names the parameter at the step
+            raise ConfigurationError(
+                f"per-sample gradients do not say what removing a sample from this training step does: {removals.reason}. "
+                "Samples see each other, rows are not in the order of the samples, or the loss weighs them by hand. Record with "
+                "record='replay', which measures removals where it has to."
+            )
+
+    def _weigh(self, losses: LossTap) -> None:
+        """The weights of the batch's samples, as the loss that was called has them."""
+        if self._recorder is not None and self._n is not None:
+            weights = losses.sample_weights(self._n)
+            if weights is not None:
+                self._recorder.weigh(weights)
 
     def on_after_backward(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         assert self._recorder is not None
         scaler = loss_scaler(trainer)
-        self._recorder.after_backward(scaler.get_scale() if scaler is not None else 1.0)
+        scale = scaler.get_scale() if scaler is not None else 1.0
+        weights = self._recorder.after_backward(scale, watch=self._watches)
+        if self._unverified is not None and weights is not None:
+            self._verify(trainer, pl_module, weights)
 
     def on_before_optimizer_step(
         self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: torch.optim.Optimizer
@@ -290,8 +371,10 @@ class InfluenceCallback(L.Callback):
         capture: GradientCapture | None,
         optimizer: torch.optim.Optimizer,
     ) -> dict[str, Any]:
-        trained = sum(p.numel() for group in optimizer.param_groups for p in group["params"] if p.requires_grad)
-        recorded = trained if capture is None else sum(p.numel() for p in capture.parameters.values())
+        optimized = {id(p) for group in optimizer.param_groups for p in group["params"]}
+        trained = {k: p for k, p in pl_module.named_parameters() if p.requires_grad and id(p) in optimized}
+        size = sum(p.numel() for p in trained.values())
+        recorded = size if capture is None else sum(p.numel() for p in capture.parameters.values())
         return {
             "module": f"{type(pl_module).__module__}.{type(pl_module).__qualname__}",
             "optimizer": type(optimizer).__name__,
@@ -299,9 +382,9 @@ class InfluenceCallback(L.Callback):
             "record": self.record,
             "frozen_batch_norm": self.frozen_batch_norm,
             "parameters": [] if capture is None else capture.table,
-            "shapes": {k: list(p.shape) for k, p in pl_module.named_parameters() if p.requires_grad},
+            "shapes": {k: list(p.shape) for k, p in pl_module.named_parameters() if k in trained},
             "excluded": list(self.exclude),
-            "coverage": {"trained": trained, "recorded": recorded},
+            "coverage": {"trained": size, "recorded": recorded},
             "compression": self.compression.kind,
             "mask": {"size": self.compression.mask_size, "seed": self.compression.seed},
             "reduction": self.reduction,
@@ -333,6 +416,13 @@ def _refuse_another_run(log: Path, manifest: dict[str, Any]) -> None:
                 f"the log {log} was recorded with {key}={recorded.get(key)!r:.200} and cannot go on with {value!r:.200}; "
                 "resume with the settings it began with, or record to another directory."
             )
+
+
+def _changes_gradients(trainer: L.Trainer, module: L.LightningModule) -> bool:
+    """Whether something may change gradients between the backward pass and the step."""
+    hook = "on_after_backward"
+    others = [c for c in trainer.callbacks if not isinstance(c, InfluenceCallback)]  # type: ignore[attr-defined]
+    return is_overridden(hook, module, L.LightningModule) or any(is_overridden(hook, c, L.Callback) for c in others)
 
 
 def _refuse_patterns(exclude: Sequence[str], module: L.LightningModule) -> None:

@@ -8,7 +8,7 @@ log if and only if the optimizer took it.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
@@ -51,6 +51,16 @@ class _MicroBatch:
     shares: Mapping[str, Form]
 
 
+@dataclass(frozen=True)
+class _Started:
+    """A micro-batch that is being run; ``weights`` are relative."""
+
+    sample_ids: Tensor
+    weights: Tensor
+    accumulated: int
+    replay: Packed | None
+
+
 class Recorder:
     """Writes every optimizer step of a training loop to a log.
 
@@ -83,7 +93,8 @@ class Recorder:
         self._with_moments = _with_moments(writer)  # parameters whose moments the present block of steps holds
         self._micro_batches: list[_MicroBatch] = []
         self._names = {id(p): name for name, p in module.named_parameters()}
-        self._started: tuple[Tensor, Tensor, Packed | None] | None = None
+        self._started: _Started | None = None
+        self._norm: Tensor | None = None  # of the gradient after the last backward pass
         self._pending: tuple[StepRecord, dict[str, Form], list[_MicroBatch]] | None = None
         self._left_by_steps: Tensor | None = None
         self._post_hook = optimizer.register_step_post_hook(lambda *_: self._stepped())
@@ -95,7 +106,7 @@ class Recorder:
         accumulated: int,
         *,
         batch: Any = None,
-        batch_idx: int = 0,
+        moment: Mapping[str, Any] | None = None,
         fetched: Mapping[str, Tensor] | None = None,
     ) -> None:
         """A micro-batch is about to be run.
@@ -104,30 +115,47 @@ class Recorder:
             sample_ids: ``(n,)`` int64.
             weights: ``(n,)``, relative weights of the samples in the loss (tokens, say).
             accumulated: micro-batches by whose number its loss is divided.
-            batch, batch_idx: as the training step gets them.
+            batch: as the training step gets it.
+            moment: as of `snapshots.pack_micro_batch`.
             fetched: random state when its samples were fetched, where that is known.
         """
-        weights = weights.detach().to("cpu", torch.float64)
-        if self.averaged:
-            weights = weights / weights.sum()
-        replay = None
+        packed = None
         if self.replay is not None:
-            replay = pack_micro_batch(len(self._micro_batches), batch, batch_idx, fetched, self.replay)
-        self._started = sample_ids, weights / (accumulated * self.ranks.size), replay
+            packed = pack_micro_batch(len(self._micro_batches), batch, moment or {}, fetched, self.replay)
+        self._started = _Started(sample_ids, weights, accumulated, packed)
         if self.capture is not None:
             self.capture.begin(len(sample_ids))
 
-    def after_backward(self, loss_scale: float = 1.0) -> None:
-        """Collect the micro-batch's shares; ``loss_scale`` is what the loss was multiplied with."""
+    def weigh(self, weights: Tensor) -> None:
+        """The weights of the micro-batch's samples as its loss turned out to have them."""
+        if self._started is not None:
+            self._started = replace(self._started, weights=weights)
+
+    def after_backward(self, loss_scale: float = 1.0, *, watch: bool = False) -> Tensor | None:
+        """Collect the micro-batch's shares.
+
+        Args:
+            loss_scale: what the loss was multiplied with.
+            watch: remember the gradient's norm, since something may change gradients before the step.
+
+        Returns:
+            Coefficients ``(n,)`` of the samples' losses in the step; None where no micro-batch was begun.
+        """
         if self._started is None:
-            return
+            return None
+        self._norm = _total_norm(p.grad for p in self._parameters()) / loss_scale if watch else None
         shares: dict[str, Form] = {}
         if self.capture is not None:
             shares = self.capture.take(1.0 / (loss_scale * self.ranks.size))
         if self.keeps is not None:
             shares = {name: self.keeps[name].compress(share) for name, share in shares.items()}
-        self._micro_batches.append(_MicroBatch(*self._started, shares))
-        self._started = None
+        started, self._started = self._started, None
+        weights = started.weights.detach().to("cpu", torch.float64)
+        if self.averaged:
+            weights = weights / weights.sum()
+        weights = weights / (started.accumulated * self.ranks.size)
+        self._micro_batches.append(_MicroBatch(started.sample_ids, weights, started.replay, shares))
+        return weights
 
     def before_step(self, clip: Clip, *, may_skip: bool = False) -> None:
         """All gradients are there, not yet clipped.
@@ -141,6 +169,8 @@ class Recorder:
             ConfigurationError: shares that do not sum to the gradient, or a gradient nobody recorded.
         """
         micro_batches, self._micro_batches = self._micro_batches, []
+        if not micro_batches:  # every batch was skipped: training_step returned None
+            return
         norm = _total_norm(p.grad for p in self._parameters())
         if not torch.isfinite(norm):
             if may_skip:
@@ -149,6 +179,12 @@ class Recorder:
                 f"step {len(self.writer)}: the gradient's norm is {float(norm)}, so its influence is undefined. The log "
                 "keeps the steps before it. Lower the learning rate, clip the gradient, or look for the loss that "
                 "is not finite with Trainer(detect_anomaly=True)."
+            )
+        if self._norm is not None and float((norm - self._norm).abs()) > _CLIP_TOLERANCE * float(norm):
+            raise ConfigurationError(
+                f"step {len(self.writer)}: the backward pass left a gradient of norm {float(self._norm):.6g}, and the optimizer "
+                f"is about to consume one of norm {float(norm):.6g}: on_after_backward, of the module or of a callback, changes "
+                "gradients, which influence does not follow. Clip through Trainer(gradient_clip_val=...) instead."
             )
         self._refuse_unrecorded()
         shares: dict[str, Form] = {
@@ -189,7 +225,8 @@ class Recorder:
             return
         if self.replay is not None:
             self._snapshot(len(self.writer))
-        checksums = {name: checksum(p) for name, p in self.module.named_parameters() if p.requires_grad}
+        trained = ((self._names.get(id(p)), p) for p in self._parameters() if p.requires_grad)
+        checksums = {name: checksum(p) for name, p in trained if name is not None}
         self.writer.save(FINAL, {}, {"checksums": checksums})
 
     def end_epoch(self) -> None:

@@ -42,18 +42,20 @@ class ReplaySettings:
 
 
 def pack_micro_batch(
-    number: int, batch: Any, batch_idx: int, fetched: Mapping[str, Tensor] | None, settings: ReplaySettings
+    number: int, batch: Any, moment: Mapping[str, Any], fetched: Mapping[str, Tensor] | None, settings: ReplaySettings
 ) -> Packed:
     """What a micro-batch needs to be run again, read just before its training step.
 
     Args:
+        moment: what the training step reads besides its batch, as JSON: ``batch_idx``, ``epoch``, ``global_step`` and the
+            names of the modules that are ``in_eval`` mode.
         fetched: random state when its samples were fetched in this process; None if it is not known.
 
     Raises:
         ConfigurationError: a batch that has to be stored and cannot be.
     """
     tensors = {f"random/{number}/{k}": v for k, v in read_random_state().items()}
-    meta: dict[str, Any] = {"batch_idx": batch_idx}
+    meta: dict[str, Any] = dict(moment)
     size = sum(t.numel() * t.element_size() for t in leaves(batch))
     if settings.store_batches or (settings.store_batches is None and (size <= _SMALL or fetched is None)):
         try:
@@ -73,8 +75,9 @@ def pack_micro_batch(
 def pack_snapshot(module: torch.nn.Module, optimizer: torch.optim.Optimizer, update_name: str) -> Packed:
     """Trained parameters, their moments, and buffers, before a step."""
     tensors: dict[str, Tensor] = {}
+    optimized = {id(p) for group in optimizer.param_groups for p in group["params"]}
     for name, p in module.named_parameters():
-        if p.requires_grad:
+        if p.requires_grad and id(p) in optimized:
             tensors[f"parameter/{name}"] = _copy(p)
             moments = read_moments(optimizer.state.get(p, {}), UPDATES[update_name], p)
             tensors |= {f"moment/{i}/{name}": _copy(m) for i, m in enumerate(moments)}

@@ -102,7 +102,7 @@ def pack_layout(keeps: Mapping[str, Keep], optimizer: str) -> Packed:
 
 def checksum(parameter: Tensor) -> int:
     """CRC32 of a parameter's bytes, by which a log knows the model it ended with."""
-    return zlib.crc32(parameter.detach().cpu().contiguous().view(torch.uint8).numpy().data)
+    return zlib.crc32(parameter.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
 
 
 class LoggedSteps:

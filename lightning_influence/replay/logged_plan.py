@@ -23,6 +23,7 @@ from lightning_influence.replay.plan import ReplayMicroBatch, ReplayStep, State
 from lightning_influence.run.batches import fingerprint, unpack_batch
 from lightning_influence.run.data import samples_of
 from lightning_influence.run.random_state import random_state
+from lightning_influence.run.training_step import prepared
 
 _SAME = 1e-4  # relative difference of two fingerprints of one batch
 
@@ -74,7 +75,9 @@ class LoggedPlan:
             read = _Read(self._reader, index, rank)
             batch = self._batch(read, number, told, record.sample_ids[here].tolist())
             random = read.generators(f"random/{number}/")
-            micro_batches.append(ReplayMicroBatch(batch, batch_idx, factor, int(here.sum()), random))
+            with decoding(f"step {index}"):
+                moment = int(told["epoch"]), int(told["global_step"]), [str(name) for name in told["in_eval"]]
+            micro_batches.append(ReplayMicroBatch(batch, batch_idx, factor, int(here.sum()), random, *moment))
         return ReplayStep(
             micro_batches,
             record.sample_ids,
@@ -114,8 +117,7 @@ class LoggedPlan:
             )
         with random_state(read.generators(f"fetch/{number}/") or None):
             batch = self._collate([self._dataset[i] for i in ids])
-        batch = module.on_before_batch_transfer(batch, 0)
-        batch = module.on_after_batch_transfer(module.transfer_batch_to_device(batch, module.device, 0), 0)
+        batch = prepared(module, batch)
         recorded, found = read.tensor(f"fingerprint/{number}"), fingerprint(batch)
         if recorded.shape != found.shape or not torch.allclose(found, recorded, rtol=_SAME, atol=_SAME):
             raise ReplayDrift(

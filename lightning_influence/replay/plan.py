@@ -29,6 +29,8 @@ class ReplayMicroBatch:
         factor: of its loss in the step's loss.
         n_samples: in the batch.
         random: the generators' states before its training step; None to leave them.
+        epoch, global_step: of the trainer.
+        in_eval: names of the modules that were in eval mode.
     """
 
     batch: Any
@@ -36,6 +38,9 @@ class ReplayMicroBatch:
     factor: float
     n_samples: int
     random: Mapping[str, Tensor] | None = None
+    epoch: int = 0
+    global_step: int = 0
+    in_eval: Sequence[str] = ()
 
 
 @dataclass(frozen=True)

@@ -7,19 +7,19 @@ look-ahead, from the batches to come.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from lightning import LightningModule
-from torch import Tensor, nn
-from torch.func import functional_call
+from torch import Tensor
 from tqdm.auto import tqdm
 
-from lightning_influence.capture import GradientCapture
+from lightning_influence.capture import GradientCapture, freeze_batch_norm, refuse_compiled
 from lightning_influence.core.curvature import (
     GradientGraph,
     differentiable_attention,
@@ -27,13 +27,16 @@ from lightning_influence.core.curvature import (
     third_derivative,
 )
 from lightning_influence.core.optimizers import UPDATES, coupling, step
-from lightning_influence.core.removal import consumed_gradients
-from lightning_influence.core.shares import Form, Stack, nbytes
+from lightning_influence.core.removal import consumed_gradients, removal
+from lightning_influence.core.shares import Dense, Form, Stack, nbytes
 from lightning_influence.core.trajectory import Clip, Shares, StepRecord, Vectors
-from lightning_influence.errors import ReplayDrift
+from lightning_influence.errors import ConfigurationError, ReplayDrift
 from lightning_influence.replay.plan import Plan, ReplayMicroBatch, ReplayStep, State
-from lightning_influence.run.random_state import random_state, write_random_state
-from lightning_influence.run.training_step import loss_of, quiet
+from lightning_influence.replay.removals import Removals
+from lightning_influence.replay.removals import not_the_sum as _not_the_sum
+from lightning_influence.run.batches import without
+from lightning_influence.run.random_state import random_state, read_random_state, write_random_state
+from lightning_influence.run.training_step import at_moment, placed, quiet, set_modes, training_loss
 
 _TOLERANCE = 1e-2  # of a segment's movement
 _NORM_TOLERANCE = 1e-3  # of a gradient's norm
@@ -46,11 +49,15 @@ class _Evaluation:
 
     Attributes:
         graph: None where the run is replayed without second derivatives.
+        measured: whether the shares are changes of the gradient (`StepRecord.measured`).
+        buffers: after the step.
     """
 
     gradients: dict[str, Tensor]
     shares: dict[str, Form]
     graph: GradientGraph | None
+    measured: bool
+    buffers: dict[str, Tensor]
 
 
 @dataclass
@@ -79,9 +86,11 @@ class ReplayTrajectory:
         autocast: makes the context of the run's mixed precision.
         exact: whether exact Hessian products will be asked for.
         at_once: vectors carried through the network together in an exact curvature product.
+        counterfactual: of the removals, where they have to be measured.
         progress: show a bar where replaying a segment takes longer than two seconds.
 
     Attributes:
+        removals: how the changes of the gradient by the removal of a sample are found, and what was verified of it.
         drift: relative distance to each snapshot on arrival, by step (the system error, method.md section 9).
     """
 
@@ -95,15 +104,19 @@ class ReplayTrajectory:
         autocast: Callable[[], AbstractContextManager[Any]] = nullcontext,
         exact: bool = True,
         at_once: int = 8,
+        counterfactual: Literal["drop", "zero"] = "drop",
         progress: bool = True,
     ) -> None:
         self.module, self.plan, self.optimizer = module, plan, plan.optimizer
         self._progress = progress
         self.drift: dict[int, float] = {}
-        self._capture = GradientCapture(module, exclude=exclude, frozen_batch_norm=frozen_batch_norm)
-        self._trained = {k: p for k, p in module.named_parameters() if p.requires_grad}
+        names = plan.snapshot(0).parameters.keys()
+        self._trained = {k: p for k, p in module.named_parameters() if k in names}
         self.sizes = {k: (p.numel(), p.numel()) for k, p in self._trained.items()}
-        self._scope = _Scope(module)
+        refuse_compiled(module)
+        self._frozen_batch_norm, self._counterfactual = frozen_batch_norm, counterfactual
+        self.removals = Removals()
+        self._capture = self._captured(exclude)
         self._autocast, self._exact, self._at_once = autocast, exact, at_once
         self._segment: _Segment | None = None
         self._size: int | None = None
@@ -112,26 +125,32 @@ class ReplayTrajectory:
         self._open = ExitStack()
         self._open.enter_context(_as_it_was(self.module))
         self._open.enter_context(random_state(None))
-        self.module.train()
-        self._capture.attach()
+        if self._frozen_batch_norm:
+            for handle in freeze_batch_norm(self.module):
+                self._open.callback(handle.remove)
         return self
 
     def __exit__(self, *error: Any) -> None:
-        self._capture.detach()
         self._segment = None
         self._open.close()
 
     def __len__(self) -> int:
         return len(self.plan)
 
+    def witness(self) -> Removals:
+        """Verify the removals of the first step, and nothing else."""
+        self._evaluate(self.plan.step(0), self.plan.snapshot(0), measure=False)
+        return self.removals
+
     def place(self, index: int) -> None:
         """Put the module where the run was before a step, or after its last one."""
         segment = self._at(min(index, len(self) - 1))
         state = segment.states[index - segment.start]
-        self._restore(state)
         with torch.no_grad():
             for k, p in self._trained.items():
                 p.copy_(state.parameters[k])
+            for k, b in self.module.named_buffers():
+                b.copy_(state.buffers[k])
 
     def record(self, index: int) -> StepRecord:
         segment = self._at(index)
@@ -152,7 +171,8 @@ class ReplayTrajectory:
         assert graph is not None
         here = {k: v.to(graph.parameters[k]) for k, v in vectors.items()}
         # under the same parameters, because a checkpointed module runs forward once more
-        products = self._under(graph.parameters, lambda: graph.hessian_product(here, at_once=self._at_once))
+        with placed(self.module, graph.parameters | _copies(self._state(index).buffers)):
+            products = graph.hessian_product(here, at_once=self._at_once)
         return {k: products[k].to(v) for k, v in vectors.items()}
 
     def third_derivative(self, index: int, vectors: Vectors) -> Vectors:
@@ -160,32 +180,36 @@ class ReplayTrajectory:
         return self._product(third_derivative, index, vectors)
 
     def _product(self, product: Callable[..., Vectors], index: int, vectors: Vectors) -> Vectors:
-        segment = self._at(index)
-        state = segment.states[index - segment.start]
+        state = self._state(index)
         parameters = {k: state.parameters[k] for k in vectors}
         here = {k: v.to(parameters[k]) for k, v in vectors.items()}
         total = {k: torch.zeros_like(v) for k, v in here.items()}
-        self._restore(state)
         for micro_batch in self.plan.step(index).micro_batches:
-            loss = self._loss_of(micro_batch)
+            loss = self._loss_of(micro_batch, state)
             for k, part in product(loss, parameters, here, at_once=self._at_once).items():
                 total[k] += part
         return {k: total[k].to(vectors[k]) for k in vectors}
 
-    def _loss_of(self, micro_batch: ReplayMicroBatch) -> Callable[[dict[str, Tensor]], Tensor]:
-        return lambda values: self._under(values, lambda: self._loss(micro_batch))
+    def _loss_of(self, micro_batch: ReplayMicroBatch, state: State) -> Callable[[dict[str, Tensor]], Tensor]:
+        def loss(values: dict[str, Tensor]) -> Tensor:
+            with placed(self.module, state.parameters | values | _copies(state.buffers)):
+                return self._loss(micro_batch)
+
+        return loss
 
     def _loss(self, micro_batch: ReplayMicroBatch) -> Tensor:
         """A micro-batch's part in the loss of its step, by the module's own training step."""
+        set_modes(self.module, micro_batch.in_eval)
         if micro_batch.random is not None:
             write_random_state(micro_batch.random)
-        with self._autocast():
-            loss = loss_of(self.module.training_step(micro_batch.batch, micro_batch.batch_idx))
+        with at_moment(self.module, micro_batch.epoch, micro_batch.global_step), self._autocast():
+            self.removals.half |= torch.is_autocast_enabled(self.module.device.type)
+            loss = training_loss(self.module, micro_batch.batch, micro_batch.batch_idx)
         return loss * micro_batch.factor
 
-    def _under(self, parameters: Mapping[str, Tensor], function: Callable[[], Any]) -> Any:
-        """The value of a function with other tensors in the place of the module's parameters."""
-        return functional_call(self._scope, {f"module.{k}": p for k, p in parameters.items()}, (function,))
+    def _state(self, index: int) -> State:
+        segment = self._at(index)
+        return segment.states[index - segment.start]
 
     # -- forward ----------------------------------------------------------------------------------------
 
@@ -208,12 +232,12 @@ class ReplayTrajectory:
             if self._size is None:
                 self._size = self._size_of(planned, state)
             evaluation = self._evaluate(planned, state)
-            record = self._record(index, planned, state, evaluation.gradients)
+            record = self._record(index, planned, state, evaluation)
             if len(segment.evaluations) * self._size <= _CACHE_BYTES:
                 segment.evaluations[index] = evaluation
             segment.states.append(state)
             segment.records.append(record)
-            state = self._next(record, state)
+            state = self._next(record, state, evaluation.buffers)
         segment.states.append(state)
         if stop in self.plan.snapshots:
             self._check_arrival(start, stop, segment.states[0], state)
@@ -234,7 +258,8 @@ class ReplayTrajectory:
             segment.evaluations = {index: found}
         return found
 
-    def _record(self, index: int, planned: ReplayStep, state: State, gradients: Vectors) -> StepRecord:
+    def _record(self, index: int, planned: ReplayStep, state: State, evaluation: _Evaluation) -> StepRecord:
+        gradients = evaluation.gradients
         norm = float(torch.linalg.vector_norm(torch.stack([g.float().norm() for g in gradients.values()])))
         recorded = planned.clip.raw_norm
         if recorded and abs(norm - recorded) > _NORM_TOLERANCE * recorded:
@@ -242,11 +267,16 @@ class ReplayTrajectory:
                 f"step {index}: the replayed gradient has norm {norm:.6g}, the recorded one had {recorded:.6g}. {_CAUSES}"
             )
         own = [k for k in gradients if k in planned.hyper]
+        columns = (planned.sample_ids, planned.loss_weights, planned.numbers)
+        if evaluation.measured:  # one row a sample, whatever it consists of
+            ids = _each_once(planned.sample_ids)
+            columns = (ids, torch.ones(len(ids), dtype=torch.float64), torch.zeros_like(ids))
         return StepRecord(
             index=index,
-            sample_ids=planned.sample_ids,
-            loss_weights=planned.loss_weights,
-            micro_batches=planned.numbers,
+            sample_ids=columns[0],
+            loss_weights=columns[1],
+            micro_batches=columns[2],
+            measured=evaluation.measured,
             gradients={k: gradients[k].flatten() for k in own},
             moments={k: tuple(m.flatten() for m in state.moments[k]) for k in own},
             hyper=planned.hyper,
@@ -255,35 +285,167 @@ class ReplayTrajectory:
             parameters={k: state.parameters[k].flatten() for k in own if coupling(planned.hyper[k])} or None,
         )
 
-    def _evaluate(self, planned: ReplayStep, state: State) -> _Evaluation:
+    def _captured(self, exclude: Sequence[str]) -> GradientCapture | None:
+        """Hooks for the shares; None where the module's removals have to be measured."""
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # of layers that are slow to capture
+                return GradientCapture(
+                    self.module, exclude=exclude, frozen_batch_norm=True, trained=self._trained.keys()
+                )
+        except ConfigurationError as error:
+            self.removals.measure(str(error))
+            return None
+
+    def _evaluate(self, planned: ReplayStep, state: State, *, measure: bool = True) -> _Evaluation:
         """Gradients and shares of a step, by the module's own training step."""
         leaves = {k: p.detach().requires_grad_() for k, p in state.parameters.items()}
-        self._restore(state)
-        parts: list[dict[str, Form]] = []
+        captured: list[dict[str, Form]] = []
+        buffers = [state.buffers]  # before each micro-batch, and after the last
         totals: dict[str, Tensor] = {}
         with differentiable_attention() if self._exact else nullcontext():
             for micro_batch in planned.micro_batches:
-                self._capture.begin(micro_batch.n_samples)
-                found = self._under(leaves, partial(self._gradients, leaves, micro_batch))
-                parts.append(self._capture.take())
-                totals |= {k: totals[k] + g if k in totals else g for k, g in found.items()}
-        shares: dict[str, Form] = {
-            k: parts[0][k] if len(parts) == 1 else Stack([part[k] for part in parts]) for k in parts[0]
-        }
+                gradients, shares, after = self._gradients(leaves, buffers[-1], micro_batch, self._capture)
+                captured += [] if shares is None else [shares]
+                buffers.append(after)
+                totals |= {k: totals[k] + g if k in totals else g for k, g in gradients.items()}
         gradients = {k: g.detach() for k, g in totals.items()}
-        return _Evaluation(
-            gradients,
-            {k: s for k, s in shares.items() if k in gradients},
-            GradientGraph(leaves, totals) if self._exact else None,
-        )
+        forms: dict[str, Form] | None = None
+        if len(captured) == len(planned.micro_batches):
+            forms = {k: _stacked([part[k] for part in captured]) for k in captured[0] if k in gradients}
+            if not self._right(planned, state.parameters, buffers, gradients, forms):
+                forms = None
+        measured = forms is None
+        if forms is None:
+            forms = self._measured(planned, state.parameters, buffers, gradients) if measure else {}
+        graph = GradientGraph(leaves, totals) if self._exact else None
+        return _Evaluation(gradients, forms, graph, measured, buffers[-1])
 
-    def _gradients(self, leaves: dict[str, Tensor], micro_batch: ReplayMicroBatch) -> dict[str, Tensor]:
-        """Those that the micro-batch has: the optimizer skips a parameter without one."""
-        loss = self._loss(micro_batch)
-        found = torch.autograd.grad(loss, list(leaves.values()), create_graph=self._exact, allow_unused=True)
-        return {k: g for k, g in zip(leaves, found, strict=True) if g is not None}
+    def _gradients(
+        self,
+        leaves: dict[str, Tensor],
+        buffers: Mapping[str, Tensor],
+        micro_batch: ReplayMicroBatch,
+        capture: GradientCapture | None,
+        *,
+        exact: bool | None = None,
+    ) -> tuple[dict[str, Tensor], dict[str, Form] | None, dict[str, Tensor]]:
+        """Gradients that a micro-batch has (the optimizer skips a parameter without one), shares, and buffers after it."""
+        shares: dict[str, Form] | None = None
+        with placed(self.module, leaves | _copies(buffers)) as inside:
+            if capture is not None:
+                capture.attach()
+                capture.begin(micro_batch.n_samples)
+            try:
+                loss = self._loss(micro_batch)
+                found = torch.autograd.grad(
+                    loss,
+                    list(leaves.values()),
+                    create_graph=self._exact if exact is None else exact,
+                    allow_unused=True,
+                )
+                shares = None if capture is None else capture.take()
+            except ConfigurationError as error:
+                if capture is None:
+                    raise
+                self.removals.measure(str(error))
+                self._capture = None
+            finally:
+                if capture is not None:
+                    capture.detach()
+        if capture is not None and shares is None:  # once more, without the hooks
+            return self._gradients(leaves, buffers, micro_batch, None, exact=exact)
+        gradients = {k: g for k, g in zip(leaves, found, strict=True) if g is not None}
+        return gradients, shares, {k: inside[k].detach() for k in buffers}
 
-    def _next(self, record: StepRecord, state: State) -> State:
+    # -- removals ---------------------------------------------------------------------------------------
+
+    def _right(
+        self,
+        planned: ReplayStep,
+        parameters: Mapping[str, Tensor],
+        buffers: Sequence[Mapping[str, Tensor]],
+        gradients: Vectors,
+        shares: Mapping[str, Form],
+    ) -> bool:
+        """Whether the shares give the change of the gradient when a sample leaves: their sum at every step, removals of a
+        few samples at the first.
+        """
+        if self.removals.measuring:
+            return False
+        wrong = _not_the_sum(shares, gradients)
+        if wrong is not None:
+            self.removals.not_summed = wrong
+            self.removals.measure(f"the per-sample gradients of {wrong} do not sum to its gradient")
+            return False
+        if self.removals.verified or self.removals.unverifiable:
+            return True
+        if any(_draws(self, planned, parameters, buffers)):
+            self.removals.unverifiable = (
+                "the training step draws random numbers, so a step without a sample is another one"
+            )
+            return True
+        record = StepRecord(0, planned.sample_ids, planned.loss_weights, planned.numbers, {}, {}, {}, planned.averaged)
+        removed = removal(record, self._counterfactual)
+        chosen = sorted({0, len(removed) // 2, len(removed) - 1})
+        measured = self._changes(planned, parameters, buffers, gradients, removed.sample_ids[chosen])
+        totals = {k: removed.totals(s, gradients[k].flatten()) for k, s in shares.items()}
+        for row, position in enumerate(chosen):
+            at = slice(position, position + 1)
+            predicted = {k: removed.change(s, at, totals[k])[0] for k, s in shares.items()}
+            self.removals.compare(predicted, {k: measured[k][row] for k in predicted}, gradients)
+        return not self.removals.measuring
+
+    def _measured(
+        self,
+        planned: ReplayStep,
+        parameters: Mapping[str, Tensor],
+        buffers: Sequence[Mapping[str, Tensor]],
+        gradients: Vectors,
+    ) -> dict[str, Form]:
+        """The change of the gradient by the removal of every sample, each by evaluating the step without it."""
+        changes = self._changes(planned, parameters, buffers, gradients, _each_once(planned.sample_ids))
+        return {k: Dense(rows) for k, rows in changes.items()}
+
+    def _changes(
+        self,
+        planned: ReplayStep,
+        parameters: Mapping[str, Tensor],
+        buffers: Sequence[Mapping[str, Tensor]],
+        gradients: Vectors,
+        samples: Tensor,
+    ) -> Vectors:
+        """``e_z = grad L(B without z) - grad L(B)`` ``(len(samples), d)`` each (method.md section 11)."""
+        leaves = {k: p.detach().requires_grad_() for k, p in parameters.items()}
+        rows: list[Vectors] = []
+        for z in samples.tolist():
+            change = {k: torch.zeros_like(g) for k, g in gradients.items()}
+            for number, micro_batch in enumerate(planned.micro_batches):
+                here = planned.numbers == number
+                own = (planned.sample_ids[here] == z).nonzero()[:, 0]
+                if len(own) == 0:
+                    continue
+                evaluate = partial(self._gradients, leaves, buffers[number], capture=None, exact=False)
+                whole, *_ = evaluate(micro_batch)
+                rest: dict[str, Tensor] = {}
+                if len(own) < micro_batch.n_samples:
+                    factor = micro_batch.factor
+                    if self._counterfactual == "zero" and planned.averaged:
+                        weights = planned.loss_weights[here]
+                        factor *= float(1 - weights[own].sum() / weights.sum())
+                    less = replace(
+                        micro_batch,
+                        batch=without(micro_batch.batch, own),
+                        n_samples=micro_batch.n_samples - len(own),
+                        factor=factor,
+                    )
+                    rest, *_ = evaluate(less)
+                for k, total in change.items():
+                    total += rest.get(k, 0.0) - whole.get(k, 0.0)  # type: ignore[operator]
+            rows.append({k: c.flatten() for k, c in change.items()})
+        return {k: torch.stack([row[k] for row in rows]) for k in gradients}
+
+    def _next(self, record: StepRecord, state: State, buffers: dict[str, Tensor]) -> State:
         """The state after a step, by the pure update in the run's own precision."""
         parameters, moments = dict(state.parameters), dict(state.moments)
         for k, gradient in consumed_gradients(record).items():
@@ -291,7 +453,6 @@ class ReplayTrajectory:
             parameters[k], moments[k] = step(
                 UPDATES[self.optimizer], parameters[k], moments[k], gradient.view(shape), record.hyper[k]
             )
-        buffers = {k: b.detach().clone() for k, b in self.module.named_buffers()}
         return State(parameters, moments, buffers)
 
     def _check_arrival(self, start: int, stop: int, first: State, arrived: State) -> None:
@@ -305,13 +466,6 @@ class ReplayTrajectory:
                 f"the way it went. {_CAUSES}"
             )
 
-    def _restore(self, state: State) -> None:
-        """Put the module's buffers into a state; its parameters are given to every call."""
-        with torch.no_grad():
-            for k, b in self.module.named_buffers():
-                if k in state.buffers:
-                    b.copy_(state.buffers[k])
-
 
 _CAUSES = (
     "Likely causes: other data or another collate function than in the run, random augmentation in loader workers (record "
@@ -319,15 +473,33 @@ _CAUSES = (
 )
 
 
-class _Scope(nn.Module):
-    """Calls a function as a module's forward, so that `functional_call` is in force while it runs."""
+def _draws(
+    run: ReplayTrajectory,
+    planned: ReplayStep,
+    parameters: Mapping[str, Tensor],
+    buffers: Sequence[Mapping[str, Tensor]],
+) -> Iterator[bool]:
+    """Whether the training step of each micro-batch draws random numbers."""
+    for micro_batch, before in zip(planned.micro_batches, buffers[:-1], strict=True):
+        with torch.no_grad(), placed(run.module, {**parameters, **_copies(before)}):
+            run._loss(replace(micro_batch, random=None) if micro_batch.random is None else micro_batch)
+        start = micro_batch.random
+        now = read_random_state()
+        yield start is not None and any(not torch.equal(start[k], now[k]) for k in start if k in now)
 
-    def __init__(self, module: LightningModule) -> None:
-        super().__init__()
-        self.module = module
 
-    def forward(self, function: Callable[[], Any]) -> Any:
-        return function()
+def _copies(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Of their own, since a training step may write to its buffers."""
+    return {k: t.clone() for k, t in tensors.items()}
+
+
+def _stacked(forms: Sequence[Form]) -> Form:
+    return forms[0] if len(forms) == 1 else Stack(forms)
+
+
+def _each_once(sample_ids: Tensor) -> Tensor:
+    """The samples of a step in the order of first appearance."""
+    return torch.tensor(list(dict.fromkeys(sample_ids.tolist())), dtype=torch.int64)
 
 
 @contextmanager

@@ -43,6 +43,18 @@ def some(batch: Any, samples: slice) -> Any:
     return apply_to_collection(batch, Tensor, chosen)
 
 
+def without(batch: Any, rows: Tensor) -> Any:
+    """A batch without some of its samples, ``rows`` ``(k,)`` int64: they leave every tensor whose first dimension is the batch's."""
+    n = batch_size(batch)
+    kept = torch.ones(n, dtype=torch.bool)
+    kept[rows] = False
+
+    def chosen(leaf: Tensor) -> Tensor:
+        return leaf[kept.to(leaf.device)] if leaf.dim() > 0 and leaf.shape[0] == n else leaf
+
+    return apply_to_collection(batch, Tensor, chosen)
+
+
 def example(batch: Any, index: int) -> Any:
     """A batch of one."""
     return some(batch, slice(index, index + 1))

@@ -73,7 +73,7 @@ def attribute(
     """
     if isinstance(target, str) and target != "mean":
         raise ConfigurationError(f"target={target!r}; give 'mean', weights (n_queries,), or None for each query.")
-    with open_trajectory(log, model, curvature, data, progress=progress) as trajectory:
+    with open_trajectory(log, model, curvature, data, counterfactual=counterfactual, progress=progress) as trajectory:
         method = Method(
             curvature=_resolved(curvature, trajectory),
             response=response,
@@ -137,7 +137,13 @@ def _gathered(rows: RowScores, fabric: Fabric, n_queries: int) -> RowScores:
 
 @contextmanager
 def open_trajectory(
-    log: str | Path, model: LightningModule, curvature: str = "auto", data: Any = None, *, progress: bool = True
+    log: str | Path,
+    model: LightningModule,
+    curvature: str = "auto",
+    data: Any = None,
+    *,
+    counterfactual: Literal["drop", "zero"] = "drop",
+    progress: bool = True,
 ) -> Iterator[LoggedTrajectory | ReplayTrajectory]:
     """The run of a log, read back or, where the curvature asks for it and the log allows it, replayed.
 
@@ -159,6 +165,7 @@ def open_trajectory(
             frozen_batch_norm=manifest["frozen_batch_norm"],
             autocast=_autocast(manifest["precision"], model),
             exact=curvature in ("auto", "hessian"),
+            counterfactual=counterfactual,
             progress=progress,
         ) as replayed:
             yield replayed
@@ -240,5 +247,6 @@ def _metadata(
         "steps": len(trajectory),
     }
     if isinstance(trajectory, ReplayTrajectory):
+        found["removals"] = trajectory.removals.to_metadata()
         found["replay_drift"] = {str(step): drift for step, drift in trajectory.drift.items()}
     return found | {key: manifest[key] for key in ("module", "record", "compression", "precision", "versions")}

@@ -15,7 +15,7 @@ from lightning_influence.core.curvature import GradientGraph, differentiable_att
 from lightning_influence.core.trajectory import Vectors
 from lightning_influence.errors import ConfigurationError
 from lightning_influence.run.batches import batch_size, example
-from lightning_influence.run.training_step import loss_of, parameters_at, quiet
+from lightning_influence.run.training_step import parameters_at, prepared, quiet, training_loss
 
 QueryLoss: TypeAlias = Callable[[LightningModule, Any], Tensor]
 """``query_loss(model, batch) -> (batch,)``, one loss per example."""
@@ -175,13 +175,12 @@ def _losses(model: LightningModule, batch: Any, query_loss: QueryLoss | None) ->
 
 def _module_loss(model: LightningModule, batch: Any) -> Tensor:
     try:
-        output = model.training_step(batch, 0)
+        return training_loss(model, batch, 0)
     except (RuntimeError, TypeError, ValueError, KeyError, IndexError, AttributeError) as error:
         raise ConfigurationError(
             f"{type(model).__name__}.training_step cannot take a batch of the queries ({_shape(batch)}): {error}. Give "
             "queries whose batches look like the training batches, or query_loss(model, batch) -> (batch,)."
         ) from error
-    return loss_of(output)
 
 
 def _called(query_loss: QueryLoss, model: LightningModule, batch: Any) -> Tensor:
@@ -207,7 +206,7 @@ def _kept(gradients: Vectors, select: Callable[[str, Tensor], Tensor]) -> Vector
 
 def _batches(model: LightningModule, queries: Iterable[Any]) -> Iterator[Any]:
     for batch in queries:
-        yield model.transfer_batch_to_device(batch, model.device, 0)
+        yield prepared(model, batch)
 
 
 @contextmanager

@@ -27,7 +27,7 @@ from lightning_influence.core.trajectory import Clip, Hyper
 from lightning_influence.errors import ConfigurationError, InfluenceError
 from lightning_influence.log.steps import LoggedSteps
 from lightning_influence.run.batches import leaves, to_dtype
-from lightning_influence.run.training_step import loss_of, quiet
+from lightning_influence.run.training_step import prepared, quiet, training_loss
 
 _CHECKPOINT_BYTES = 2**28
 _BATCH_BYTES = 2**29  # of collated batches kept from one rerun to the next
@@ -304,7 +304,7 @@ class _Retraining:
         factor = micro_batch.factor
         if self.run.averaged and self.counterfactual == "zero" and len(kept) < len(micro_batch.sample_ids):
             factor = sum(w for z, w in zip(micro_batch.sample_ids, micro_batch.weights, strict=True) if z not in gone)
-        loss = loss_of(module.training_step(self._batch(module, micro_batch, kept), number))
+        loss = training_loss(module, self._batch(module, micro_batch, kept), number)
         (loss / (1 / factor)).backward()  # Lightning divides by the number of micro-batches: bitwise the same
 
     def _batch(self, module: LightningModule, micro_batch: MicroBatch, kept: tuple[int, ...]) -> Any:
@@ -312,8 +312,7 @@ class _Retraining:
         if kept in self._batches:
             return self._batches[kept]
         batch = self.run.collate([self.run.dataset[z] for z in kept])
-        batch = module.on_before_batch_transfer(batch, 0)
-        batch = module.on_after_batch_transfer(module.transfer_batch_to_device(batch, module.device, 0), 0)
+        batch = prepared(module, batch)
         if self.run.dtype is not None:
             batch = to_dtype(batch, self.run.dtype)
         if len(kept) == len(micro_batch.sample_ids) and self._batch_bytes <= _BATCH_BYTES:
