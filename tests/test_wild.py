@@ -1,0 +1,175 @@
+"""Modules as people write them, against Lightning itself run again without a sample, in float64."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.data import DataLoader, TensorDataset
+
+from lightning_influence import InfluenceCallback, InfluenceError, attribute
+
+N, BATCH, QUERIES = 20, 5, 4
+
+
+def data() -> tuple[TensorDataset, TensorDataset]:
+    generator = torch.Generator().manual_seed(5)
+    x = torch.randn(N + QUERIES, 6, generator=generator, dtype=torch.float64)
+    y = torch.randint(0, 3, (N + QUERIES,), generator=generator)
+    return TensorDataset(x[:N], y[:N]), TensorDataset(x[N:], y[N:])
+
+
+class Base(L.LightningModule):
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(3)
+        self.build()
+        self.double()
+
+    def build(self) -> None:
+        self.body, self.head = nn.Linear(6, 8), nn.Linear(8, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(F.gelu(self.body(x)))
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        return F.cross_entropy(self(batch[0]), batch[1])
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.AdamW([p for p in self.parameters() if p.requires_grad], lr=1e-3)
+
+
+class Contrastive(Base):
+    """Every sample is told from the others of its batch."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        z = F.normalize(self(batch[0]), dim=1)
+        other = F.normalize(self(batch[0] + 0.1), dim=1)
+        return F.cross_entropy(z @ other.T / 0.5, torch.arange(len(z))) + F.cross_entropy(self(batch[0]), batch[1])
+
+
+class HandWeighted(Base):
+    """A weighted mean made by hand."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        weights = 1.0 + batch[0][:, 0].abs()
+        return (weights * F.cross_entropy(self(batch[0]), batch[1], reduction="none")).sum() / weights.sum()
+
+
+class IgnoredLabels(Base):
+    """Some labels are left out of the mean."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        labels = torch.where(batch[0][:, 1] > 0.8, -1, batch[1])
+        return F.cross_entropy(self(batch[0]), labels, ignore_index=-1)
+
+
+class Bilinear(Base):
+    """A layer without a rule."""
+
+    def build(self) -> None:
+        self.body, self.head = nn.Bilinear(3, 3, 8), nn.Linear(8, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(F.gelu(self.body(x[:, :3], x[:, 3:])))
+
+
+class OwnParameter(Base):
+    """A parameter of the LightningModule itself, without dimensions."""
+
+    def build(self) -> None:
+        super().build()
+        self.temperature = nn.Parameter(torch.tensor(0.7))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) * self.temperature
+
+
+class FrozenPart(Base):
+    """A part in eval mode whose dropout would otherwise be drawn."""
+
+    def build(self) -> None:
+        self.body, self.head = nn.Sequential(nn.Linear(6, 8), nn.Dropout(0.5)), nn.Linear(8, 3)
+
+    def on_train_start(self) -> None:
+        self.body.eval()
+
+
+class BatchAlone(Base):
+    """Lightning's signature without the index of the batch."""
+
+    def training_step(self, batch: Any) -> Tensor:  # type: ignore[override]
+        return F.cross_entropy(self(batch[0]), batch[1])
+
+
+class ByGlobalStep(Base):
+    """A term of the loss that grows with the step."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        return super().training_step(batch, batch_idx) + 0.05 * self.global_step * self.head(batch[0].tile(2)[:, :8]).mean()
+
+
+KINDS = [Base, Contrastive, HandWeighted, IgnoredLabels, Bilinear, OwnParameter, FrozenPart, BatchAlone, ByGlobalStep]
+REFUSED = {Contrastive, HandWeighted, OwnParameter}  # by a log of gradients
+
+
+def trained(kind: type[Base], without: int | None = None, callbacks: Sequence[L.Callback] = ()) -> Base:
+    module, (train, _) = kind(), data()
+    batches = [[i for i in range(start, start + BATCH) if i != without] for start in range(0, N, BATCH)]
+    trainer = L.Trainer(
+        max_epochs=1,
+        accelerator="cpu",
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        precision="64-true",
+        callbacks=list(callbacks),
+    )
+    trainer.fit(module, DataLoader(train, batch_sampler=batches))  # type: ignore[arg-type]
+    return module
+
+
+def losses(module: Base) -> Tensor:
+    x, y = data()[1].tensors
+    module.eval()
+    step = module.training_step
+    alone = isinstance(module, BatchAlone)
+    rows = [(x[i : i + 1], y[i : i + 1]) for i in range(QUERIES)]
+    return torch.stack([(step(row) if alone else step(row, 0)).detach() for row in rows])  # type: ignore[call-arg]
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.__name__)
+@pytest.mark.parametrize("record", ["gradients", "replay"])
+def test_scores_are_those_of_retraining_or_the_run_is_refused(kind: type[Base], record: Any, tmp_path: Path) -> None:
+    plain, (_, queries) = trained(kind), data()
+    callback = InfluenceCallback(tmp_path / "log", record=record)
+    if record == "gradients" and kind in REFUSED:
+        with pytest.raises(InfluenceError, match="replay|exclude"):
+            trained(kind, callbacks=[callback])
+        return
+    module = trained(kind, callbacks=[callback])
+    for p, q in zip(plain.parameters(), module.parameters(), strict=True):
+        assert torch.equal(p, q), "the run ends where it ends without the callback"
+    report = attribute(tmp_path / "log", queries=DataLoader(queries, QUERIES), model=module, progress=False)
+    before = losses(plain).mean()
+    truth = torch.stack([losses(trained(kind, z)).mean() - before for z in range(N)])
+    scores = report.scores.double().mean(1)
+    # Fisher, which a log of gradients has to take, is off by a little; exact curvature is not
+    assert (scores - truth).norm() <= (0.1 if record == "gradients" else 0.03) * truth.norm()
+
+
+def test_a_report_says_how_removals_were_found(tmp_path: Path) -> None:
+    for kind, how in ((Base, "shares"), (Contrastive, "rerun")):
+        log = tmp_path / kind.__name__
+        module = trained(kind, callbacks=[InfluenceCallback(log, record="replay")])
+        report = attribute(log, queries=DataLoader(data()[1], QUERIES), model=module, progress=False)
+        told = report.metadata["removals"]
+        assert told["by"] == how
+        assert (told["verified"] == 3 and told["largest_error"] < 1e-8) if how == "shares" else told["reason"]
