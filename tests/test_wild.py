@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import DataLoader, TensorDataset, default_collate
 
 from lightning_influence import InfluenceCallback, InfluenceError, attribute
 
@@ -112,7 +112,10 @@ class ByGlobalStep(Base):
     """A term of the loss that grows with the step."""
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
-        return super().training_step(batch, batch_idx) + 0.05 * self.global_step * self.head(batch[0].tile(2)[:, :8]).mean()
+        return (
+            super().training_step(batch, batch_idx)
+            + 0.05 * self.global_step * self.head(batch[0].tile(2)[:, :8]).mean()
+        )
 
 
 KINDS = [Base, Contrastive, HandWeighted, IgnoredLabels, Bilinear, OwnParameter, FrozenPart, BatchAlone, ByGlobalStep]
@@ -173,3 +176,23 @@ def test_a_report_says_how_removals_were_found(tmp_path: Path) -> None:
         told = report.metadata["removals"]
         assert told["by"] == how
         assert (told["verified"] == 3 and told["largest_error"] < 1e-8) if how == "shares" else told["reason"]
+
+
+@pytest.mark.parametrize("record", ["gradients", "replay"])
+def test_rows_that_the_collate_function_sorts_are_known_by_content(record: Any, tmp_path: Path) -> None:
+    def collate(samples: list[Any]) -> Any:
+        x, y = default_collate(samples)
+        order = x[:, 0].argsort()
+        return x[order], y[order]
+
+    train, queries = data()
+    reports = []
+    for name, function in (("sorted", collate), ("as drawn", default_collate)):
+        module = Base()
+        loader = DataLoader(train, BATCH, collate_fn=function)
+        callback = InfluenceCallback(tmp_path / name, record=record)
+        L.Trainer(max_epochs=1, accelerator="cpu", logger=False, enable_checkpointing=False, callbacks=[callback]).fit(
+            module, loader
+        )
+        reports.append(attribute(tmp_path / name, queries=DataLoader(queries, QUERIES), model=module, progress=False))
+    torch.testing.assert_close(reports[0].scores, reports[1].scores, rtol=1e-6, atol=1e-12)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import platform
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from fnmatch import fnmatchcase
 from importlib.metadata import PackageNotFoundError, version
@@ -33,11 +33,12 @@ from lightning_influence.report import InfluenceReport
 from lightning_influence.run.optimizer import update_name
 from lightning_influence.run.random_state import read_random_state
 from lightning_influence.run.ranks import Ranks
-from lightning_influence.run.sample_ids import IdSource, SampleIds
+from lightning_influence.run.rows import RowOrder
+from lightning_influence.run.sample_ids import IdSource, SampleIds, is_map_style
 from lightning_influence.run.sample_weights import WeightSource, sample_weights
 from lightning_influence.run.tap import LossTap, tapped
 from lightning_influence.run.trainer import clip_of, loss_scaler, only_optimizer
-from lightning_influence.run.training_step import eval_modes
+from lightning_influence.run.training_step import eval_modes, prepared
 from lightning_influence.scoring.attribution import attribute
 
 _PACKAGES = ("lightning-influence", "torch", "lightning", "safetensors", "transformers", "peft")
@@ -124,6 +125,7 @@ class InfluenceCallback(L.Callback):
         self._unverified: list[str] | None = None  # the trained parameters, until the first batch has been verified
         self._tap = ExitStack()  # puts the module's own training step back
         self._n: int | None = None  # samples of the present batch
+        self._row_order: Callable[[Any, torch.Tensor], torch.Tensor] = lambda _, ids: ids
         self._watches = False
         self._frozen: list[Any] = []  # hooks that freeze batch normalisation
         self._steps: int | None = None  # of the run that the trainer's present state comes from
@@ -196,6 +198,7 @@ class InfluenceCallback(L.Callback):
                 self._tap = undo.enter_context(ExitStack())
                 self._tap.enter_context(tapped(pl_module, self._weigh))
             self._watches = _changes_gradients(trainer, pl_module)
+            self._row_order = self._row_order_of(trainer, pl_module)
             self._recorder = Recorder(
                 pl_module,
                 optimizer,
@@ -207,6 +210,16 @@ class InfluenceCallback(L.Callback):
                 ranks=ranks,
             )
             undo.pop_all()
+
+    def _row_order_of(
+        self, trainer: L.Trainer, module: L.LightningModule
+    ) -> Callable[[Any, torch.Tensor], torch.Tensor]:
+        loader = trainer.train_dataloader
+        if self.sample_ids.source is not None or not is_map_style(loader):
+            return lambda _, ids: ids
+        convert = trainer.precision_plugin.convert_input
+        assert loader is not None
+        return RowOrder(loader.dataset, loader.collate_fn, lambda batch: prepared(module, convert(batch)))
 
     def _writer(self, ranks: Ranks, manifest: dict[str, Any], undo: ExitStack) -> StoreWriter:
         """The log, open for the steps that come; ``undo`` closes it."""
@@ -285,7 +298,7 @@ class InfluenceCallback(L.Callback):
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
     ) -> None:
         assert self._recorder is not None
-        ids = self.sample_ids.next(batch)
+        ids = self._row_order(batch, self.sample_ids.next(batch))
         weights = sample_weights(batch, len(ids), self.sample_weights)
         self._n = len(ids)
         moment: dict[str, Any] = {
