@@ -15,7 +15,6 @@ from uuid import uuid4
 
 import lightning as L
 import torch
-from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch.utils._pytree import tree_flatten
 
 from lightning_influence.capture import GradientCapture, freeze_batch_norm, refuse_batch_norm
@@ -30,6 +29,7 @@ from lightning_influence.log.writer import StoreWriter
 from lightning_influence.replay.plan import ReplayMicroBatch
 from lightning_influence.replay.witness import witness
 from lightning_influence.report import InfluenceReport
+from lightning_influence.run.lightning_names import overrides
 from lightning_influence.run.optimizer import update_name
 from lightning_influence.run.random_state import read_random_state
 from lightning_influence.run.ranks import Ranks
@@ -435,7 +435,7 @@ def _changes_gradients(trainer: L.Trainer, module: L.LightningModule) -> bool:
     """Whether something may change gradients between the backward pass and the step."""
     hook = "on_after_backward"
     others = [c for c in trainer.callbacks if not isinstance(c, InfluenceCallback)]  # type: ignore[attr-defined]
-    return is_overridden(hook, module, L.LightningModule) or any(is_overridden(hook, c, L.Callback) for c in others)
+    return overrides(module, hook) or any(overrides(callback, hook) for callback in others)
 
 
 def _refuse_patterns(exclude: Sequence[str], module: L.LightningModule) -> None:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterable, Sequence
 from typing import Any, Literal
 
 import lightning as L
 import torch
-from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor
 from torch.utils.data import DataLoader
 
@@ -16,6 +16,7 @@ from lightning_influence.errors import ConfigurationError
 from lightning_influence.lightning.callback import InfluenceCallback
 from lightning_influence.lightning.step_selection import StepSelection
 from lightning_influence.report import InfluenceReport
+from lightning_influence.run.lightning_names import is_a, overrides
 from lightning_influence.run.ranks import Ranks
 from lightning_influence.run.sample_ids import is_map_style
 from lightning_influence.selection.decisions import SelectionReport
@@ -82,7 +83,12 @@ class SelectionDataModule(L.LightningDataModule):
         optimizer_assumption: Literal["sgd"] | None = None,
     ) -> None:
         super().__init__()
-        self.data, self.target, self.online_selection = data, target, online_selection
+        # under its other name, Lightning takes only a datamodule that is an instance of its class of that name, too
+        other, own = sys.modules.get("pytorch_lightning"), type(self)
+        if other is not None and not issubclass(own, other.LightningDataModule):
+            self.__class__ = type(own.__name__, (own, other.LightningDataModule), {"__module__": own.__module__})
+        self.data: Any = data
+        self.target, self.online_selection = target, online_selection
         self.horizon, self.every, self.rebatch, self.floor = horizon, every, rebatch, floor
         self.live_target = LiveTarget(refresh_target_every)  # inside the step
         self.selection_report = SelectionReport()
@@ -100,7 +106,7 @@ class SelectionDataModule(L.LightningDataModule):
         )
         self._offline: InfluenceReport | None = None
         for name in _PASSED_ON:  # what is not there is not defined: Lightning then leaves validation, say, out
-            defined = isinstance(data, L.LightningDataModule) and is_overridden(name, data)
+            defined = is_a(data, "LightningDataModule") and overrides(data, name)
             setattr(self, name, getattr(data, name) if defined else None)
 
     @classmethod
@@ -138,11 +144,11 @@ class SelectionDataModule(L.LightningDataModule):
     # -- the wrapped datamodule -------------------------------------------------------------------------
 
     def prepare_data(self) -> None:
-        if isinstance(self.data, L.LightningDataModule):
+        if is_a(self.data, "LightningDataModule"):
             self.data.prepare_data()
 
     def setup(self, stage: str) -> None:
-        if isinstance(self.data, L.LightningDataModule):
+        if is_a(self.data, "LightningDataModule"):
             self.data.trainer = self.trainer
             self.data.setup(stage)
         if stage != "fit" or not self._selects or self.trainer is None:
@@ -157,7 +163,7 @@ class SelectionDataModule(L.LightningDataModule):
             self.trainer.callbacks.append(StepSelection(self))  # type: ignore[attr-defined]
 
     def teardown(self, stage: str) -> None:
-        if isinstance(self.data, L.LightningDataModule):
+        if is_a(self.data, "LightningDataModule"):
             self.data.teardown(stage)
         if self.trainer is not None:
             callbacks = self.trainer.callbacks  # type: ignore[attr-defined]
@@ -167,7 +173,7 @@ class SelectionDataModule(L.LightningDataModule):
                 self.selection_report = SelectionReport.merged(parts)
 
     def train_dataloader(self) -> Any:
-        loader = self.data.train_dataloader() if isinstance(self.data, L.LightningDataModule) else self.data
+        loader = self.data.train_dataloader() if is_a(self.data, "LightningDataModule") else self.data
         if not self._selects:
             return loader
         if not is_map_style(loader):

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from typing import Any
 
-from lightning import LightningDataModule
 from torch.utils.data import DataLoader, default_collate
 
 from lightning_influence.errors import LogError
+from lightning_influence.run.lightning_names import is_a
 
 
 def samples_of(data: Any) -> tuple[Any, Any]:
     """The dataset and the collate function of training data."""
-    if isinstance(data, LightningDataModule):
+    if is_a(data, "LightningDataModule"):
         data.setup("fit")
         data = data.train_dataloader()
     if isinstance(data, DataLoader):

@@ -7,11 +7,11 @@ from typing import Any
 
 import lightning as L
 import torch
-from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 from torch import Tensor
 from torch import distributed as dist
 
 from lightning_influence.errors import ConfigurationError
+from lightning_influence.run.lightning_names import is_a
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ class Ranks:
             ConfigurationError: a strategy under which a process does not hold whole parameters and gradients.
         """
         strategy = trainer.strategy
-        if not isinstance(strategy, (SingleDeviceStrategy, DDPStrategy)):
+        if not is_a(strategy, "SingleDeviceStrategy", "DDPStrategy"):
             raise ConfigurationError(
                 f"the trainer uses {type(strategy).__name__}, which shards parameters or steps in a way that per-sample "
                 "gradients cannot be read from; use strategy='ddp' or one device."

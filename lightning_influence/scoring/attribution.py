@@ -22,6 +22,7 @@ from lightning_influence.log.steps import FINAL, LoggedSteps, LoggedTrajectory, 
 from lightning_influence.replay.logged_plan import LoggedPlan
 from lightning_influence.replay.trajectory import ReplayTrajectory
 from lightning_influence.report import InfluenceReport
+from lightning_influence.run.lightning_names import is_a
 from lightning_influence.scoring.queries import QueryLoss, Target, query_gradients
 
 
@@ -191,7 +192,7 @@ def _autocast(precision: str, model: LightningModule) -> Callable[[], AbstractCo
 
 def _check_model(steps: LoggedSteps, model: LightningModule) -> None:
     """Refuse a log of another model; warn where the parameters are not those the run ended with."""
-    if not isinstance(model, LightningModule):
+    if not is_a(model, "LightningModule"):
         raise ConfigurationError(f"model is a {type(model).__name__}; give the LightningModule that was trained.")
     parameters = dict(model.named_parameters())
     for name, shape in steps.reader.manifest["shapes"].items():
