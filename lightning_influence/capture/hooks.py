@@ -14,7 +14,8 @@ from torch.utils import _pytree as pytree
 
 from lightning_influence.capture.generic import generic
 from lightning_influence.capture.rules import rule_for
-from lightning_influence.core.shares import Dense, Form, Rows, add, merged
+from lightning_influence.capture.shared_rows import SharedRows
+from lightning_influence.core.shares import Form, Rows, add, merged
 from lightning_influence.errors import ConfigurationError, UncoveredParameter
 
 _BATCH_NORMS = (nn.modules.batchnorm._BatchNorm,)
@@ -65,6 +66,7 @@ class GradientCapture:
         self._refuse(module)
         self._hooks: list[Any] = []
         self._n: int | None = None
+        self._shared: SharedRows | None = None
         self._rerunning = False
         self._forms: dict[str, Form] = {}
 
@@ -137,15 +139,26 @@ class GradientCapture:
         while self._hooks:
             self._hooks.pop().remove()
         self._n, self._forms = None, {}
+        self._forget_shared()
 
     def begin(self, n_samples: int) -> None:
         """A micro-batch of ``n_samples`` is about to go forward."""
+        self._forget_shared()
         self._n, self._forms = n_samples, {}
+        if n_samples > 1:
+            self._shared = SharedRows(n_samples)
+            self._shared.__enter__()
+
+    def _forget_shared(self) -> None:
+        if self._shared is not None:
+            self._shared.__exit__(None, None, None)
+            self._shared = None
 
     def take(self, scale: float = 1.0) -> dict[str, Form]:
         """The shares of the micro-batch whose backward has run, times ``scale``; zero where none came."""
         assert self._n is not None, "begin() comes first"
         forms, n, self._forms, self._n = self._forms, self._n, {}, None
+        self._forget_shared()
         missing = {name: p for name, p in self.parameters.items() if name not in forms}
         forms |= {name: _nothing(n, p) for name, p in missing.items()}
         return {name: forms[name].scaled(scale) if scale != 1.0 else forms[name] for name in self.parameters}
@@ -153,22 +166,22 @@ class GradientCapture:
     def _after_forward(self, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
         if self._n is None or self._rerunning or not torch.is_grad_enabled():
             return None
-        lookup = isinstance(layer, nn.Embedding)  # of positions, say
-        if lookup:
-            output = pytree.tree_map(self._per_sample, output)
-        args, kwargs = pytree.tree_map(lambda x: _detached(self._per_sample(x) if lookup else x), (args, kwargs))
+        args, kwargs = pytree.tree_map(_detached, (args, kwargs))
         tensors = [leaf for leaf in pytree.tree_leaves(output) if isinstance(leaf, Tensor)]
         for position, tensor in enumerate(tensors):
             if tensor.requires_grad:
-                _hooked(tensor).register_hook(partial(self._collect, layer, args, kwargs, position, tensor.shape))
-        return output
+                shared = None
+                if self._shared is not None and len(tensor) == 1 and tensor.dim() > 1:
+                    self._shared.follow(tensor)
+                    shared = tensor
+                hook = partial(self._collect, layer, args, kwargs, position, tensor.shape, shared)
+                _hooked(tensor).register_hook(hook)
+        return None
 
     def _per_sample(self, leaf: Any) -> Any:
-        """What is the same for all samples (positions, say) seen once per sample, so that its gradient stays
-        per sample.
-        """
-        shared = isinstance(leaf, Tensor) and leaf.dim() > 1 and leaf.shape[0] == 1 and self._n != 1
-        return leaf.expand(self._n, *leaf.shape[1:]) if shared else leaf
+        """An input that is the same for all samples, once for each."""
+        assert self._n is not None
+        return leaf.expand(self._n, *leaf.shape[1:]) if isinstance(leaf, Tensor) and leaf.shape[:1] == (1,) else leaf
 
     @torch.no_grad()
     def _collect(
@@ -178,12 +191,16 @@ class GradientCapture:
         kwargs: dict[str, Any],
         position: int,
         shape: torch.Size,
+        shared: Tensor | None,
         gradient: Tensor,
     ) -> None:
         if self._n is None:  # a gradient of the gradient
             return
         function, own = rule_for(layer), self._own_names[layer]
         delta = _widened(gradient.detach().reshape(shape))
+        if shared is not None and self._shared is not None:
+            delta = self._shared.gradient_of(shared, delta)
+            args, kwargs = pytree.tree_map(self._per_sample, (args, kwargs))
         if function is not None:
             inputs = args[0] if args else next(iter(kwargs.values()))
             shares = function(layer, _widened(inputs), delta)
@@ -204,9 +221,6 @@ class GradientCapture:
         assert n is not None
         if form.n_samples == n:
             return form
-        if form.n_samples == 1:
-            # one row that all samples share: a term of the loss that no sample brings or takes with it
-            return Dense(form.dense().expand(n, -1) / n)
         if form.n_samples % n:
             raise ConfigurationError(
                 f"a {type(layer).__name__} saw {form.n_samples} items in a batch of {n} samples, so its first dimension is "
