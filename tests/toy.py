@@ -76,15 +76,20 @@ class Toy:
         return torch.nn.functional.cross_entropy(logits, self.query_y, reduction="none")
 
     def batch_loss(
-        self, params: Params, step: int, removed: tuple[int, int] | None = None, eps: float = 0.0, drop: bool = True
+        self,
+        params: Params,
+        step: int,
+        removed: tuple[int, int | None] | None = None,
+        eps: float = 0.0,
+        drop: bool = True,
     ) -> Tensor:
-        """Loss of a step with a share `eps` of sample `removed[0]` taken out of step `removed[1]`."""
+        """Loss of a step with a share `eps` of sample `removed[0]` taken out of step `removed[1]`, of every step for None."""
         total = torch.zeros((), dtype=torch.float64)
         micro_batches = self.schedule[step]
         for indices in micro_batches:
             losses = self.losses(params, indices)
             loss = losses.mean()
-            if removed is not None and removed[1] == step and removed[0] in indices:
+            if removed is not None and removed[1] in (step, None) and removed[0] in indices:
                 keep = torch.tensor([i != removed[0] for i in indices])
                 rest = losses[keep].sum() / (keep.sum() if drop else len(indices))
                 loss = (1 - eps) * loss + eps * rest
@@ -93,7 +98,7 @@ class Toy:
 
     def train(
         self,
-        removed: tuple[int, int] | None = None,
+        removed: tuple[int, int | None] | None = None,
         eps: float = 0.0,
         drop: bool = True,
         until: int | None = None,
@@ -118,8 +123,8 @@ class Toy:
             optimizer.step()
         return {k: p.detach() for k, p in params.items()}
 
-    def true_effect(self, sample: int, step: int, drop: bool = True) -> Tensor:
-        """Brute-force retraining without (sample, step): change of every query loss."""
+    def true_effect(self, sample: int, step: int | None, drop: bool = True) -> Tensor:
+        """Brute-force retraining without (sample, step), or without the sample: change of every query loss."""
         without = self.train((sample, step), 1.0, drop)
         return self.query_losses(without) - self.query_losses(self.train())
 
@@ -173,6 +178,9 @@ class ToyTrajectory:
 
     def record(self, index: int) -> StepRecord:
         return self.records[index]
+
+    def sample_ids(self, index: int) -> Tensor:
+        return self.records[index].sample_ids
 
     def shares(self, index: int) -> Mapping[str, DenseShares]:
         ids, kappa = self.records[index].sample_ids, self.records[index].loss_weights

@@ -53,10 +53,10 @@ class Removal:
         """Sums of the shares of each micro-batch, ``(n_micro_batches, d)``."""
         return shares.combine(self.members.T.to(like)).to(like)
 
-    def change(self, shares: Shares, samples: slice, totals: Tensor) -> Tensor:
-        """``e_z`` of some samples, ``(u', d)``, in the dtype and on the device of ``totals``."""
+    def change(self, shares: Shares, samples: slice | Tensor, totals: Tensor) -> Tensor:
+        """``e_z`` of some samples, by position, ``(u', d)``, in the dtype and on the device of ``totals``."""
         shared = self.shared[samples].to(totals)
-        if len(self) == len(self.own):  # each sample has one share
+        if isinstance(samples, slice) and len(self) == len(self.own):  # each sample has one share
             own = self.own[samples, None].to(totals) * shares.dense(samples).to(totals)
         else:
             removed = torch.arange(len(self), device=self.owner.device)[samples]
@@ -121,7 +121,7 @@ class ConsumedChange:
     clip: Clip
     coefficients: Tensor
 
-    def change(self, gradient: Tensor, shares: Shares, samples: slice, totals: Tensor) -> Tensor:
+    def change(self, gradient: Tensor, shares: Shares, samples: slice | Tensor, totals: Tensor) -> Tensor:
         """Rows ``(n', d)`` for one parameter; ``gradient`` ``(d,)`` before clipping."""
         raw = self.removal.change(shares, samples, totals)
         if self.clip.rule == "none":

@@ -113,6 +113,9 @@ class Trajectory(Protocol):
     def record(self, index: int) -> StepRecord:
         """The step's record. Raises IndexError outside ``range(len(self))``."""
 
+    def sample_ids(self, index: int) -> Tensor:
+        """Samples ``(n,)`` int64 that a step consumed, without its record."""
+
     def shares(self, index: int) -> Mapping[str, Shares]:
         """Per-sample shares of the step by parameter; may load each on access."""
 

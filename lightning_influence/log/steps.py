@@ -138,6 +138,11 @@ class LoggedSteps:
                 self._records = self._with_moments(steps)
         return self._records[index]
 
+    def sample_ids(self, index: int) -> Tensor:
+        """Samples ``(n,)`` that a step consumed."""
+        with decoding(f"step {index} of {self._log}"):
+            return self._samples(index)[0]
+
     def _with_moments(self, steps: range) -> dict[int, StepRecord]:
         """Consecutive records, their moments read where they are stored and followed from there."""
         apply = UPDATES[self.reader.manifest["update"]].apply

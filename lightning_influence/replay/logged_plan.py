@@ -59,6 +59,9 @@ class LoggedPlan:
     def __len__(self) -> int:
         return len(self._reader)
 
+    def sample_ids(self, index: int) -> Tensor:
+        return self._steps.sample_ids(index)
+
     def step(self, index: int) -> ReplayStep:
         record = self._steps.record(index)
         with decoding(f"step {index}"):

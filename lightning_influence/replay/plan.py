@@ -71,6 +71,9 @@ class Plan(Protocol):
 
     def __len__(self) -> int: ...
 
+    def sample_ids(self, index: int) -> Tensor:
+        """Samples ``(n,)`` that a step consumed."""
+
     def step(self, index: int) -> ReplayStep:
         """What a step consumed."""
 

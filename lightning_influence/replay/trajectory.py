@@ -156,6 +156,9 @@ class ReplayTrajectory:
         segment = self._at(index)
         return segment.records[index - segment.start]
 
+    def sample_ids(self, index: int) -> Tensor:
+        return self.plan.sample_ids(index)
+
     def shares(self, index: int) -> Mapping[str, Shares]:
         kept = self.record(index).gradients
         return {k: form for k, form in self._evaluation(index).shares.items() if k in kept}

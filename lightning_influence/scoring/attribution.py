@@ -25,6 +25,8 @@ from lightning_influence.report import InfluenceReport
 from lightning_influence.run.lightning_names import is_a
 from lightning_influence.scoring.queries import QueryLoss, Target, query_gradients
 
+_COLUMNS = ("scores", "tangent", "interaction")  # of rows: one a query
+
 
 def attribute(
     log: str | Path,
@@ -93,6 +95,7 @@ def attribute(
         rows.steps,
         rows.scores,
         tangent=rows.tangent,
+        interaction=rows.interaction if bool(rows.interaction.any()) else None,
         query_ids=None if target is None else ["mean" if isinstance(target, str) else "target"],
         metadata=metadata,
     )
@@ -115,9 +118,7 @@ def _swept(
         sweep(trajectory, {k: g[chunk] for k, g in gradients.items()}, method, progress=progress)
         for chunk in own.split(max(1, max_memory // per_query))
     ]
-    rows = replace(
-        parts[0], **{name: torch.cat([getattr(p, name) for p in parts], 1) for name in ("scores", "tangent")}
-    )
+    rows = replace(parts[0], **{name: torch.cat([getattr(p, name) for p in parts], 1) for name in _COLUMNS})
     return rows if fabric is None else _gathered(rows, fabric, n)
 
 
@@ -133,7 +134,7 @@ def _gathered(rows: RowScores, fabric: Fabric, n_queries: int) -> RowScores:
         every = gathered.cpu().reshape(fabric.world_size, *padded.shape)
         return torch.cat([part[:, :size] for part, size in zip(every, sizes, strict=True)], 1)
 
-    return replace(rows, scores=gather(rows.scores), tangent=gather(rows.tangent))
+    return replace(rows, **{name: gather(getattr(rows, name)) for name in _COLUMNS})
 
 
 @contextmanager

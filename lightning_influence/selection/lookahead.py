@@ -85,6 +85,9 @@ class Rollout:
     def __len__(self) -> int:
         return len(self._steps)
 
+    def sample_ids(self, index: int) -> Tensor:
+        return self._steps[index].sample_ids
+
     def step(self, index: int) -> ReplayStep:
         return self._steps[index]
 
@@ -159,6 +162,9 @@ class Window:
 
     def record(self, index: int) -> StepRecord:
         return replace(self._trajectory.record(self._start + index), index=index)
+
+    def sample_ids(self, index: int) -> Tensor:
+        return self._trajectory.sample_ids(self._start + index)
 
     def shares(self, index: int) -> Mapping[str, Shares]:
         return self._trajectory.shares(self._start + index)
