@@ -7,6 +7,7 @@ import math
 import platform
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
+from dataclasses import asdict
 from fnmatch import fnmatchcase
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -38,7 +39,7 @@ from lightning_influence.run.sample_ids import IdSource, SampleIds, is_map_style
 from lightning_influence.run.sample_weights import WeightSource, sample_weights
 from lightning_influence.run.tap import LossTap, tapped
 from lightning_influence.run.trainer import clip_of, loss_scaler, only_optimizer
-from lightning_influence.run.training_step import eval_modes, prepared
+from lightning_influence.run.training_step import Moment, prepared
 from lightning_influence.scoring.attribution import attribute
 
 _PACKAGES = ("lightning-influence", "torch", "lightning", "safetensors", "transformers", "peft")
@@ -301,33 +302,15 @@ class InfluenceCallback(L.Callback):
         ids = self._row_order(batch, self.sample_ids.next(batch))
         weights = sample_weights(batch, len(ids), self.sample_weights)
         self._n = len(ids)
-        moment: dict[str, Any] = {
-            "batch_idx": batch_idx,
-            "epoch": trainer.current_epoch,
-            "global_step": trainer.global_step,
-            "in_eval": eval_modes(pl_module),
-        }
+        moment = Moment.now(trainer, pl_module, batch_idx)
         if self._unverified is not None:
-            random = read_random_state()
-            self._first = (
-                ReplayMicroBatch(
-                    batch,
-                    batch_idx,
-                    1.0,
-                    len(ids),
-                    random,
-                    trainer.current_epoch,
-                    trainer.global_step,
-                    moment["in_eval"],
-                ),
-                ids,
-            )
+            self._first = ReplayMicroBatch(batch, moment, 1.0, len(ids), read_random_state()), ids
         self._recorder.begin(
             ids,
             weights,
             trainer.accumulate_grad_batches,
             batch=batch,
-            moment=moment,
+            moment=asdict(moment),
             fetched=self.sample_ids.fetched,
         )
 

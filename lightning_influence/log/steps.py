@@ -26,6 +26,7 @@ from lightning_influence.errors import CurvatureUnavailable, LogError
 from lightning_influence.log.format import FINAL as FINAL
 from lightning_influence.log.format import decoding
 from lightning_influence.log.reader import StoreReader
+from lightning_influence.run.training_step import Moment
 
 LAYOUT = "layout"
 MOMENTS_EVERY = 8  # steps
@@ -137,6 +138,17 @@ class LoggedSteps:
             with decoding(f"one of the steps {steps[0]} to {steps[-1]} of {self._log}"):
                 self._records = self._with_moments(steps)
         return self._records[index]
+
+    def moments_of(self, index: int) -> list[Moment | None]:
+        """What the training step of each micro-batch read besides its batch, over all ranks; None where nothing was noted."""
+        with decoding(f"step {index} of {self._log}"):
+            record = self._stored(index)
+            noted = [m for rank in range(self.reader.ranks) for m in self.reader.meta(index, rank)["micro_batches"]]
+            moments = [
+                Moment(int(m["batch_idx"]), int(m["epoch"]), int(m["global_step"]), tuple(map(str, m["in_eval"])))
+                for m in noted
+            ]
+        return [*moments] or [None] * len(record.micro_batches.unique())
 
     def sample_ids(self, index: int) -> Tensor:
         """Samples ``(n,)`` that a step consumed."""

@@ -202,12 +202,12 @@ class ReplayTrajectory:
 
     def _loss(self, micro_batch: ReplayMicroBatch) -> Tensor:
         """A micro-batch's part in the loss of its step, by the module's own training step."""
-        set_modes(self.module, micro_batch.in_eval)
+        set_modes(self.module, micro_batch.moment.in_eval)
         if micro_batch.random is not None:
             write_random_state(micro_batch.random)
-        with at_moment(self.module, micro_batch.epoch, micro_batch.global_step), self._autocast():
+        with at_moment(self.module, micro_batch.moment), self._autocast():
             self.removals.half |= torch.is_autocast_enabled(self.module.device.type)
-            loss = training_loss(self.module, micro_batch.batch, micro_batch.batch_idx)
+            loss = training_loss(self.module, micro_batch.batch, micro_batch.moment.batch_idx)
         return loss * micro_batch.factor
 
     def _state(self, index: int) -> State:

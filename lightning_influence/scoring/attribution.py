@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -22,8 +22,9 @@ from lightning_influence.log.steps import FINAL, LoggedSteps, LoggedTrajectory, 
 from lightning_influence.replay.logged_plan import LoggedPlan
 from lightning_influence.replay.trajectory import ReplayTrajectory
 from lightning_influence.report import InfluenceReport
+from lightning_influence.run.data import TrainingData
 from lightning_influence.run.lightning_names import is_a
-from lightning_influence.scoring.queries import QueryLoss, Target, query_gradients
+from lightning_influence.scoring.queries import Queries, QueryLoss, Target, query_gradients
 
 _COLUMNS = ("scores", "tangent", "interaction")  # of rows: one a query
 
@@ -31,7 +32,7 @@ _COLUMNS = ("scores", "tangent", "interaction")  # of rows: one a query
 def attribute(
     log: str | Path,
     *,
-    queries: Iterable[Any],
+    queries: Any,
     model: LightningModule,
     target: Target = None,
     curvature: Literal["auto", "none", "fisher", "gauss_newton", "hessian"] = "auto",
@@ -51,7 +52,8 @@ def attribute(
 
     Args:
         log: directory written by `InfluenceCallback`.
-        queries: batches of queries, such as a validation loader.
+        queries: a validation loader or a list of batches; also a datamodule (its validation loader), a dataset, or a method
+            without arguments that gives one of them.
         model: the module with the parameters at the end of the logged run.
         target: None for one column per query, ``"mean"`` or weights ``(n_queries,)`` for a single
             column at the cost of one.
@@ -76,6 +78,7 @@ def attribute(
     """
     if isinstance(target, str) and target != "mean":
         raise ConfigurationError(f"target={target!r}; give 'mean', weights (n_queries,), or None for each query.")
+    data = TrainingData.of(data)
     with open_trajectory(log, model, curvature, data, counterfactual=counterfactual, progress=progress) as trajectory:
         method = Method(
             curvature=_resolved(curvature, trajectory),
@@ -85,11 +88,18 @@ def attribute(
             optimizer=optimizer_assumption,
         )
         names = list(trajectory.sizes)
+        manifest = StoreReader(log).manifest
         gradients = query_gradients(
-            model, queries, names, trajectory.select, target=target, query_loss=query_loss, progress=progress
+            model,
+            Queries.of(queries, data=data, precision=str(manifest["precision"])),
+            names,
+            trajectory.select,
+            target=target,
+            query_loss=query_loss,
+            progress=progress,
         )
         rows = _swept(trajectory, gradients, method, max_memory, fabric, progress)
-        metadata = _metadata(StoreReader(log).manifest, trajectory, method, target)
+        metadata = _metadata(manifest, trajectory, method, target)
     return InfluenceReport.from_rows(
         rows.sample_ids,
         rows.steps,

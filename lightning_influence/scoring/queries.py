@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
 import torch
 from lightning import LightningModule
 from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, IterableDataset
 from tqdm.auto import tqdm
 
 from lightning_influence.core.curvature import GradientGraph, differentiable_attention
 from lightning_influence.core.trajectory import Vectors
 from lightning_influence.errors import ConfigurationError
-from lightning_influence.run.batches import batch_size, example
+from lightning_influence.run.batches import batch_size, example, to_dtype
+from lightning_influence.run.data import TrainingData
+from lightning_influence.run.lightning_names import is_a
+from lightning_influence.run.tap import LossTap
 from lightning_influence.run.training_step import parameters_at, prepared, quiet, training_loss
 
 QueryLoss: TypeAlias = Callable[[LightningModule, Any], Tensor]
@@ -24,7 +30,74 @@ Target: TypeAlias = "Literal['mean'] | Sequence[float] | Tensor | None"
 """None: one column per query. ``"mean"`` or weights ``(n_queries,)``: one column, at the cost of one."""
 
 
-def query_losses(model: LightningModule, queries: Iterable[Any], query_loss: QueryLoss | None = None) -> Tensor:
+_QUERIES_A_BATCH = 32  # of a dataset that is collated here
+
+
+class Queries:
+    """Batches of queries, from any of the forms in which people hold them.
+
+    Args:
+        source: a loader or a list of batches, a datamodule (its validation loader), a dataset (collated by default), or a
+            method without arguments that gives one of them.
+        data: the training data; where it is a datamodule, its hooks prepare the queries, too.
+        precision: of the trainer, to which queries are converted as training batches were.
+
+    Raises:
+        ConfigurationError: none of these.
+    """
+
+    def __init__(self, source: Any, *, data: Any = None, precision: str | None = None) -> None:
+        data = data.datamodule if isinstance(data, TrainingData) else data
+        self._datamodule = next((d for d in (source, data) if is_a(d, "LightningDataModule")), None)
+        self._precision = precision
+        self._batches = _batches_of(source)
+
+    @classmethod
+    def of(cls, source: Any, *, data: Any = None, precision: str | None = None) -> Queries:
+        """From any of those forms, or queries as they are."""
+        return source if isinstance(source, Queries) else cls(source, data=data, precision=precision)
+
+    def prepared(self, model: LightningModule) -> Iterator[Any]:
+        """Each batch as the module's training step takes it."""
+        for batch in self._batches:
+            yield prepared(model, batch, datamodule=self._datamodule, precision=self._precision)
+
+    def held(self) -> Queries:
+        """The same with its batches in memory, so that they can be read again and are the same each time."""
+        self._batches = list(self._batches)
+        return self
+
+    def to_dtype(self, dtype: torch.dtype) -> Queries:
+        """The same in another precision."""
+        other = copy.copy(self)
+        other._batches = [to_dtype(batch, dtype) for batch in self._batches]
+        return other
+
+
+def _batches_of(source: Any) -> Iterable[Any]:
+    if is_a(source, "LightningDataModule"):
+        source.setup("fit")
+        return _batches_of(source.val_dataloader())
+    if isinstance(source, (str, bytes, Path)):
+        raise ConfigurationError(f"queries={str(source)!r:.80}; give a loader, a list of batches, or a datamodule.")
+    if isinstance(source, (Tensor, Mapping)) or (isinstance(source, tuple) and source):
+        raise ConfigurationError(
+            f"queries is a single batch ({_shape(source):.200}); wrap it in a list: queries=[batch]."
+        )
+    if isinstance(source, Dataset) and not isinstance(source, IterableDataset):
+        return DataLoader(source, batch_size=_QUERIES_A_BATCH)
+    if not isinstance(source, Iterable) and callable(source):
+        return _batches_of(source())
+    if not isinstance(source, Iterable):
+        raise ConfigurationError(
+            f"queries is a {type(source).__name__}; give a loader, a list of batches, a dataset or a datamodule."
+        )
+    return source
+
+
+def query_losses(
+    model: LightningModule, queries: Queries | Iterable[Any], query_loss: QueryLoss | None = None
+) -> Tensor:
     """Loss of every query, ``(n_queries,)``.
 
     The default loss of an example is the module's own: what ``training_step`` returns for a batch that
@@ -36,7 +109,7 @@ def query_losses(model: LightningModule, queries: Iterable[Any], query_loss: Que
 
 def query_gradients(
     model: LightningModule,
-    queries: Iterable[Any],
+    queries: Queries | Iterable[Any],
     names: Sequence[str],
     select: Callable[[str, Tensor], Tensor],
     *,
@@ -70,7 +143,7 @@ def query_gradients(
 
 def query_curvature(
     model: LightningModule,
-    queries: Iterable[Any],
+    queries: Queries | Iterable[Any],
     names: Sequence[str],
     *,
     target: Target = None,
@@ -144,10 +217,17 @@ def _target_gradient(
     total = {name: torch.zeros_like(p) for name, p in parameters.items()}
     weights = None if isinstance(target, str) else torch.as_tensor(target, dtype=torch.float64)
     seen = 0
+    alike: bool | None = None  # whether the loss of a batch is the mean of its examples' own losses
     for batch in batches:
         n = batch_size(batch)
-        if weights is None and query_loss is None:
-            loss = n * _module_loss(model, batch)
+        together = weights is None and query_loss is None and alike is not False
+        if together:
+            mean, equal = _mean_loss(model, batch)
+            if alike is None:
+                alike = _same_mean(mean, _losses(model, batch, None).mean())
+            together = alike and equal
+        if together:
+            loss = n * mean
         else:
             losses = _losses(model, batch, query_loss)
             here = torch.ones(n) if weights is None else weights[seen : seen + n]
@@ -165,6 +245,19 @@ def _target_gradient(
         raise ConfigurationError(f"target has {len(weights)} weights, but queries holds {seen} examples.")
     scale = 1 / seen if weights is None else 1.0
     return _kept({name: scale * gradient for name, gradient in total.items()}, select)
+
+
+def _mean_loss(model: LightningModule, batch: Any) -> tuple[Tensor, bool]:
+    """Loss of a batch, and whether its examples are known to count alike in it."""
+    with LossTap() as tap:
+        loss = _module_loss(model, batch)
+    weights = tap.sample_weights(batch_size(batch))
+    return loss, weights is not None and bool((weights == weights[0]).all())
+
+
+def _same_mean(mean: Tensor, of_examples: Tensor) -> bool:
+    tolerance = 1e-4 if mean.dtype != torch.float64 else 1e-9
+    return bool((mean - of_examples).abs() <= tolerance * of_examples.abs().clamp(min=1e-12))
 
 
 def _losses(model: LightningModule, batch: Any, query_loss: QueryLoss | None) -> Tensor:
@@ -204,9 +297,8 @@ def _kept(gradients: Vectors, select: Callable[[str, Tensor], Tensor]) -> Vector
     return {name: select(name, g if g.dtype == torch.float64 else g.float()) for name, g in gradients.items()}
 
 
-def _batches(model: LightningModule, queries: Iterable[Any]) -> Iterator[Any]:
-    for batch in queries:
-        yield prepared(model, batch)
+def _batches(model: LightningModule, queries: Queries | Iterable[Any]) -> Iterator[Any]:
+    return Queries.of(queries).prepared(model)
 
 
 @contextmanager
