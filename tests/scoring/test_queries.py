@@ -86,10 +86,7 @@ def test_hooks_of_a_datamodule_prepare_queries_and_retraining(tmp_path: Path) ->
         tmp_path / "log", model=module, data=data, queries=data, removals=6, target="mean", dtype=None, progress=False
     )
     assert data.set_up <= before + 2  # once for the training data, once for the queries
-    best = (
-        check.single["AdamW-influence, finite, Hessian"] if "AdamW-influence, finite, Hessian" in check.single else None
-    )
-    assert max(a.spearman.value for a in check.single.values()) > 0.9 or best is not None
+    assert max(agreement.spearman.value for agreement in check.single.values()) > 0.9
 
 
 class _Prepared(TrainingData):
@@ -112,7 +109,7 @@ def test_queries_are_converted_as_the_trainer_converts_batches(precision: Any, t
 
 class Weighted(Classifier):
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
-        return F.cross_entropy(self.net(batch[0]), batch[1], weight=torch.arange(1.0, 11.0))
+        return F.cross_entropy(self.net(batch[0]), batch[1], weight=torch.arange(1.0, 11.0).to(batch[0]))
 
 
 class Summed(Classifier):
@@ -166,5 +163,5 @@ def test_training_data_of_another_length_is_named(tmp_path: Path) -> None:
     module = Classifier()
     callback = InfluenceCallback(tmp_path / "log", record="replay", store_batches=False)
     fit(module, DataLoader(digits(24), 8), callback)
-    with pytest.raises(ConfigurationError, match="the training data has 10 samples, the log has sample"):
+    with pytest.raises(ConfigurationError, match="the training data has 10 samples, and the log has sample"):
         attribute(tmp_path / "log", queries=DataLoader(digits(4), 4), model=module, data=digits(10))
