@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
 import torch
@@ -40,10 +40,13 @@ class GradientGraph:
     Attributes:
         parameters: the leaves it was taken with respect to.
         gradients: shaped like them.
+        stopped: leaves of the same values on which the gradient depends along paths that the loss stops; empty where
+            there are none, or where they are not followed.
     """
 
     parameters: dict[str, Tensor]
     gradients: dict[str, Tensor]
+    stopped: dict[str, Tensor] = field(default_factory=dict)
 
     def hessian_product(self, vectors: Vectors, *, at_once: int = 8) -> Vectors:
         """Exact Hessian-vector products ``H v = d <grad loss, v> / d theta``, ``(q, d)`` each.
@@ -52,18 +55,24 @@ class GradientGraph:
             vectors: ``(q, d)`` each, flat.
             at_once: vectors that are carried through the network together.
         """
-        leaves = list(self.parameters.values())
+        leaves = [*self.parameters.values(), *self.stopped.values()]
         bent = {name: g for name, g in self.gradients.items() if g.requires_grad}  # the others are constant
         n = len(next(iter(vectors.values())))
         try:
             rows = [self._pulled(leaves, bent, vectors, chunk) for chunk in torch.arange(n).split(at_once)]
         except RuntimeError:
             # some second derivatives (of group normalisation, for one) cannot be vectorised over the vectors
-            rows = [self._pulled(leaves, bent, vectors, chunk) for chunk in torch.arange(n).split(1)]
-        products = {
-            name: torch.cat([row[i].reshape(-1, leaf.numel()) for row in rows])
-            for i, (name, leaf) in enumerate(self.parameters.items())
-        }
+            try:
+                rows = [self._pulled(leaves, bent, vectors, chunk) for chunk in torch.arange(n).split(1)]
+            except RuntimeError as error:
+                raise CurvatureUnavailable(
+                    f"the training step cannot be differentiated twice ({error}); use curvature='none', 'gauss_newton' where "
+                    "the operation lies before the loss, or 'fisher' with a log of gradients."
+                ) from error
+        columns = [torch.cat([row[i].reshape(-1, leaf.numel()) for row in rows]) for i, leaf in enumerate(leaves)]
+        products = dict(zip(self.parameters, columns, strict=False))
+        for name, column in zip(self.stopped, columns[len(self.parameters) :], strict=True):
+            products[name] = products[name] + column
         return {name: products[name] for name in vectors}
 
     def _pulled(

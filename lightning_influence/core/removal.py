@@ -78,8 +78,8 @@ def removal(record: StepRecord, counterfactual: Literal["drop", "zero"]) -> Remo
     if counterfactual not in COUNTERFACTUALS:
         raise ConfigurationError(f"counterfactual={counterfactual!r}; choose one of {', '.join(COUNTERFACTUALS)}")
     weights = record.loss_weights.double()
-    _, numbers = torch.unique(record.micro_batches, return_inverse=True)
-    members = torch.nn.functional.one_hot(numbers).double()
+    known, numbers = torch.unique(record.micro_batches, return_inverse=True)
+    members = torch.nn.functional.one_hot(numbers, max(len(known), 1)).double()
     sample_ids, owner = _in_order(record.sample_ids)
     nothing = weights.new_zeros(len(sample_ids), members.shape[1])
     if record.measured:

@@ -19,7 +19,8 @@ from lightning_influence.log.steps import LoggedSteps
 from lightning_influence.replay.trajectory import ReplayTrajectory
 from lightning_influence.report.plots import lines
 from lightning_influence.scoring.attribution import open_trajectory
-from lightning_influence.scoring.queries import Queries, QueryLoss, query_curvature, query_gradients
+from lightning_influence.scoring.queries import Queries, query_curvature, query_gradients
+from lightning_influence.scoring.query_loss import QueryLoss
 
 
 @dataclass(frozen=True)

@@ -24,7 +24,8 @@ from lightning_influence.report import InfluenceReport
 from lightning_influence.run.data import TrainingData
 from lightning_influence.run.training_step import prepared
 from lightning_influence.scoring.attribution import attribute
-from lightning_influence.scoring.queries import Queries, QueryLoss, query_losses
+from lightning_influence.scoring.queries import Queries, query_losses
+from lightning_influence.scoring.query_loss import QueryLoss
 from lightning_influence.trust.agreement import Agreement, compare, sums_over
 from lightning_influence.trust.retraining import Removal, Run, each_effect, moved_initialisation, recorded_run, retrain
 
