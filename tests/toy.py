@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.func import functional_call, grad, hessian, jvp, vmap
 
-from lightning_influence.core.optimizers import UPDATES, effective_gradient
+from lightning_influence.core.optimizers import UPDATES, Update, effective_gradient
 from lightning_influence.core.trajectory import Clip, StepRecord
 from lightning_influence.run.optimizer import read_hyper, read_moments, update_name
 
@@ -264,3 +264,32 @@ RUNS = {
     "sgd": Toy(lambda p: torch.optim.SGD(p, lr=0.1, weight_decay=0.1), SCHEDULE),
     "nesterov": Toy(lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9, nesterov=True), SCHEDULE),
 }
+
+OPTIMIZERS: dict[str, OptimizerFactory] = {
+    "adamw": lambda p: torch.optim.AdamW(p, lr=1e-2, betas=(0.9, 0.95), weight_decay=0.1),
+    "adamw_fused": lambda p: torch.optim.AdamW(p, lr=1e-2, weight_decay=0.1, fused=True),
+    "adamw_foreach": lambda p: torch.optim.AdamW(p, lr=1e-2, weight_decay=0.1, foreach=True),
+    "adamw_maximize": lambda p: torch.optim.AdamW(p, lr=1e-2, weight_decay=0.1, maximize=True),
+    "adam": lambda p: torch.optim.Adam(p, lr=1e-2),
+    "adam_l2": lambda p: torch.optim.Adam(p, lr=1e-2, weight_decay=0.1),
+    "adam_l2_maximize": lambda p: torch.optim.Adam(p, lr=1e-2, weight_decay=0.1, maximize=True),
+    "adam_decoupled": lambda p: torch.optim.Adam(p, lr=1e-2, weight_decay=0.1, decoupled_weight_decay=True),
+    "amsgrad": lambda p: torch.optim.AdamW(p, lr=1e-2, amsgrad=True),
+    "adam_amsgrad_l2": lambda p: torch.optim.Adam(p, lr=1e-2, amsgrad=True, weight_decay=0.1),
+    "sgd": lambda p: torch.optim.SGD(p, lr=1e-2, weight_decay=0.1),
+    "sgd_maximize": lambda p: torch.optim.SGD(p, lr=1e-2, weight_decay=0.1, maximize=True),
+    "momentum": lambda p: torch.optim.SGD(p, lr=1e-2, momentum=0.9, dampening=0.3, weight_decay=0.1),
+    "nesterov": lambda p: torch.optim.SGD(p, lr=1e-2, momentum=0.9, nesterov=True),
+}
+
+
+def hyper_of(kind: str, step_count: int) -> dict[str, float]:
+    """Hyperparameters of one of `OPTIMIZERS` at a step."""
+    parameter = torch.zeros(1, requires_grad=True)
+    optimizer = OPTIMIZERS[kind]([parameter])
+    return read_hyper(optimizer.param_groups[0], {}, type(optimizer)) | {"step": float(step_count)}
+
+
+def update_of(kind: str) -> Update:
+    """The update rule of one of `OPTIMIZERS`."""
+    return UPDATES[update_name(OPTIMIZERS[kind]([torch.zeros(1, requires_grad=True)]))]

@@ -1,0 +1,77 @@
+"""The adjoint of a step against autograd through the step."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from toy import hyper_of, update_of
+
+from lightning_influence.core.adjoint import Adjoint, adjoint
+from lightning_influence.core.optimizers import UPDATES, RecordedStep, step
+from lightning_influence.core.response import finite_response
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    kind=st.sampled_from(
+        ["adamw", "adamw_maximize", "adam_l2", "adam_l2_maximize", "amsgrad", "momentum", "nesterov", "sgd"]
+    ),
+    count=st.integers(1, 50),
+    seed=st.integers(0, 2**16),
+)
+def test_adjoint_is_the_jacobian_of_the_step(kind: str, count: int, seed: int) -> None:
+    """Against autograd through `step` itself, one scalar at a time, float64."""
+    generator = torch.Generator().manual_seed(seed)
+    hyper = hyper_of(kind, count)
+    update = update_of(kind)
+    d, q = 4, 2
+
+    def draw(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+    theta, gradient = draw(d), draw(d)
+    moments = tuple(draw(d) if i == 0 else draw(d).square() for i in range(len(update.moments)))
+    after = Adjoint(draw(q, d), tuple(draw(q, d) for _ in moments))
+    inputs = (theta, gradient, *moments)
+
+    def contracted(theta, gradient, *moments):  # type: ignore[no-untyped-def]
+        new, new_moments = step(update, theta, moments, gradient, hyper)
+        total = after.parameter @ new
+        for weight, value in zip(after.moments, new_moments, strict=True):
+            total = total + weight @ value
+        return total
+
+    jacobians = torch.autograd.functional.jacobian(contracted, inputs)
+    sign = -1.0 if hyper["maximize"] else 1.0
+    coupled = 0.0 if hyper["decoupled"] else hyper["weight_decay"]
+    recorded = RecordedStep(update, moments, sign * gradient + coupled * theta, hyper)
+    before, a = adjoint(recorded, after)
+    for mine, reference in zip((before.parameter, a, *before.moments), jacobians, strict=True):
+        torch.testing.assert_close(mine, reference, rtol=1e-9, atol=1e-11)
+
+
+@pytest.mark.parametrize("count", [1, 2, 10])
+def test_float32_records_give_the_float64_adjoint(count: int) -> None:
+    """At the first step the derivative is a difference of nearly equal numbers (method.md section 2)."""
+    torch.manual_seed(0)
+    hyper = hyper_of("adamw", count)
+    gradient = torch.randn(1000) * 1e-3
+    m, v = (torch.zeros(1000), torch.zeros(1000)) if count == 1 else (gradient * 0.3, gradient**2 * 0.2)
+    after = Adjoint(torch.randn(1, 1000), (torch.randn(1, 1000) * 1e-3, torch.randn(1, 1000) * 1e-3))
+    single = adjoint(RecordedStep(UPDATES["adam"], (m, v), gradient, hyper), after)[1]
+    after64 = Adjoint(after.parameter.double(), tuple(a.double() for a in after.moments))
+    double = adjoint(RecordedStep(UPDATES["adam"], (m.double(), v.double()), gradient.double(), hyper), after64)[1]
+    assert (single - double).norm() <= 1e-6 * double.norm()
+
+
+def test_silent_coordinates_stay_finite() -> None:
+    """V = 0, m = 0, g = 0: the square root has an infinite derivative there, the step has none in v."""
+    zero = torch.zeros(3)
+    recorded = RecordedStep(UPDATES["adam"], (zero, zero), zero, hyper_of("adamw", 3))
+    before, a = adjoint(recorded, Adjoint(torch.ones(1, 3), (torch.ones(1, 3), torch.ones(1, 3))))
+    assert all(torch.isfinite(x).all() for x in (before.parameter, *before.moments, a))
+    torch.testing.assert_close(before.moments[1], torch.full((1, 3), 0.95))
+    response = finite_response([recorded], [torch.ones(1, 3)], (torch.ones(1, 3), torch.ones(1, 3)), torch.zeros(2, 3))
+    assert torch.equal(response, torch.zeros(1, 2))
