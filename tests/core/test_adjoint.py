@@ -8,8 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from toy import hyper_of, update_of
 
-from lightning_influence.core.adjoint import Adjoint, adjoint
-from lightning_influence.core.optimizers import UPDATES, RecordedStep, step
+from lightning_influence.core.adjoint import Adjoint, adjoint, gradient_adjoint, join_adjoints
+from lightning_influence.core.optimizers import UPDATES, RecordedStep, join, step
 from lightning_influence.core.response import finite_response
 
 
@@ -50,6 +50,7 @@ def test_adjoint_is_the_jacobian_of_the_step(kind: str, count: int, seed: int) -
     before, a = adjoint(recorded, after)
     for mine, reference in zip((before.parameter, a, *before.moments), jacobians, strict=True):
         torch.testing.assert_close(mine, reference, rtol=1e-9, atol=1e-11)
+    assert torch.equal(gradient_adjoint(recorded, after), a)
 
 
 @pytest.mark.parametrize("count", [1, 2, 10])
@@ -75,3 +76,37 @@ def test_silent_coordinates_stay_finite() -> None:
     torch.testing.assert_close(before.moments[1], torch.full((1, 3), 0.95))
     response = finite_response([recorded], [torch.ones(1, 3)], (torch.ones(1, 3), torch.ones(1, 3)), torch.zeros(2, 3))
     assert torch.equal(response, torch.zeros(1, 2))
+
+
+def recorded_step(kind: str, d: int) -> RecordedStep:
+    update = update_of(kind)
+    moments = tuple(torch.randn(d).double() if i == 0 else torch.rand(d).double() for i in range(len(update.moments)))
+    return RecordedStep(update, moments, torch.randn(d).double(), hyper_of(kind, 5))
+
+
+@pytest.mark.parametrize("kind", ["adamw_maximize", "amsgrad", "sgd"])
+@pytest.mark.parametrize("queries", [1, 3])
+@pytest.mark.parametrize("last", [True, False])
+def test_blocks_and_joined_parameters_change_nothing(
+    kind: str, queries: int, last: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each coordinate on its own: those of two parameters end to end, in blocks, are those of each. ``last``: of the last
+    step, after which the queries do not depend on the moments.
+    """
+    steps = [recorded_step(kind, d) for d in (5, 2)]
+    adjoints = [
+        Adjoint(
+            torch.randn(queries, len(s.gradient)).double(),
+            () if last and i == 0 else tuple(torch.randn(queries, len(m)).double() for m in s.moments),
+        )
+        for i, s in enumerate(steps)
+    ]
+    alone = [adjoint(s, a) for s, a in zip(steps, adjoints, strict=True)]
+    for size in (1, 3, 7, 100):
+        monkeypatch.setattr("lightning_influence.core.adjoint._BLOCK", size)
+        before, gradient = adjoint(join(steps), join_adjoints(adjoints))
+        torch.testing.assert_close(gradient, torch.cat([g for _, g in alone], 1))
+        torch.testing.assert_close(before.parameter, torch.cat([b.parameter for b, _ in alone], 1))
+        for mine, *parts in zip(before.moments, *(b.moments for b, _ in alone), strict=True):
+            torch.testing.assert_close(mine, torch.cat(parts, 1))
+        torch.testing.assert_close(gradient_adjoint(join(steps), join_adjoints(adjoints)), gradient)

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lightning_influence.core.shares import Dense, Form, Outer, Rows, Stack, Sum, add, merged, pack, unpack
+from lightning_influence.core.shares import Dense, Form, Outer, Rows, Stack, Sum, add, merged, nbytes, pack, unpack
 
 ROWS, COLUMNS = 5, 3
 
@@ -77,3 +77,49 @@ def test_sums_of_uses(first: str, second: str) -> None:
 def test_merged_tokens(kind: str) -> None:
     form, dense = draw(kind, 12, 2, torch.Generator().manual_seed(0))
     torch.testing.assert_close(merged(form, 4).dense(), dense.unflatten(0, (4, 3)).sum(1))
+
+
+@pytest.mark.parametrize("kind", ["dense", "outer", "rows", "sum", "stack"])
+def test_contractions_are_made_in_the_precision_of_what_is_asked(kind: str) -> None:
+    """A log keeps float32; what it is contracted with may be float64."""
+    form, dense = draw(kind, 4, 2, torch.Generator().manual_seed(0))
+    tensors, meta = pack(form)
+    single = unpack(meta, lambda key: tensors[key].float() if tensors[key].is_floating_point() else tensors[key])
+    assert single.dense().dtype == torch.float32
+    vectors, weights = torch.randn(2, dense.shape[1]).double(), torch.randn(2, len(dense)).double()
+    torch.testing.assert_close(single.inner(vectors), vectors @ dense.T, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(single.combine(weights), weights @ dense, rtol=1e-5, atol=1e-5)
+    assert single.inner(vectors).dtype == single.combine(weights).dtype == torch.float64
+    assert nbytes(single) == sum(t.nbytes for t in pack(single)[0].values())
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    kind=st.sampled_from(["dense", "outer", "rows", "sum", "stack"]),
+    used=st.lists(st.booleans(), min_size=12, max_size=12),
+    seed=st.integers(0, 2**16),
+)
+def test_few_samples_combined_are_those_samples(kind: str, used: list[bool], seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    form, dense = draw(kind, 12 if kind != "stack" else 4, 2, generator)
+    weights = torch.randn(2, 12, generator=generator, dtype=torch.float64) * torch.tensor(used)
+    torch.testing.assert_close(form.combine(weights), weights @ dense)
+
+
+@pytest.mark.parametrize("elements", [1, 8, 2**24])
+def test_scattered_coordinates_of_products(elements: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A diagonal: far fewer coordinates than the block of its rows and columns holds."""
+    monkeypatch.setattr("lightning_influence.core.shares._GATHER_ELEMENTS", elements)
+    form = Outer(torch.randn(3, 2, 9).double(), torch.randn(3, 2, 9).double())
+    index = torch.arange(9) * 10
+    torch.testing.assert_close(form.at(index).values, form.dense()[:, index])
+
+
+def test_what_is_not_a_form_is_refused() -> None:
+    class Lazy:
+        n_samples, n_coordinates = 1, 1
+
+    with pytest.raises(TypeError, match="Lazy is not a form"):
+        pack(Lazy())  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="Sum is not what a rule returns"):
+        merged(Sum([Dense(torch.zeros(2, 1))]), 1)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from scipy.stats import spearmanr
+from torch.func import grad
 from toy import RUNS, SCHEDULE, Toy, ToyTrajectory
 
 from lightning_influence.core.optimizers import UPDATES, step
@@ -43,12 +44,12 @@ def test_finite_reproduces_retraining(name: str, counterfactual: str, lr: float)
 
 def _dense_fisher_scores(run: ToyTrajectory) -> torch.Tensor:
     """The paper's score by brute force: dense Fisher matrices and autograd through every step."""
-    update = UPDATES[run.optimizer]
+    update, toy = UPDATES[run.optimizer], run.toy
     names = list(run.sizes)
     u = {k: (q, *(torch.zeros_like(q) for _ in update.moments)) for k, q in run.query_gradients().items()}
     blocks = []
     for t in reversed(range(len(run))):
-        record, shares = run.record(t), run.shares(t)
+        record = run.record(t)
         pulled, direct = {}, {}
         for k in names:
             inputs = (record.parameters[k], record.gradients[k], *record.moments[k])
@@ -59,21 +60,29 @@ def _dense_fisher_scores(run: ToyTrajectory) -> torch.Tensor:
 
             jacobian = torch.autograd.functional.jacobian(outputs, inputs)
             pulled[k], direct[k] = (jacobian[0], *jacobian[2:]), jacobian[1]
-        rows = torch.cat([shares[k].dense() for k in names], 1)
         a = torch.cat([direct[k] for k in names], 1)
-        n = len(rows)
-        total = rows.sum(0)
-        blocks.append(((total - n * rows) / (n - 1)) @ a.T)
-        fisher = torch.zeros(rows.shape[1], rows.shape[1], dtype=torch.float64)
-        for share in rows:
-            fisher += torch.outer(share * n, share * n) / n
+
+        def batch_gradient(sample=None, t=t):  # type: ignore[no-untyped-def]
+            found = grad(lambda p: toy.batch_loss(p, t, (sample, t), 1.0))(run.thetas[t])
+            return torch.cat([found[k].flatten() for k in names])
+
+        micro_batches = toy.schedule[t]
+        changes = [batch_gradient(z) - batch_gradient() for micro in micro_batches for z in micro]
+        blocks.append(torch.stack(changes) @ a.T)
+        fisher = torch.zeros(a.shape[1], a.shape[1], dtype=torch.float64)
+        for micro in micro_batches:
+            for z in micro:
+                own = grad(toy.sample_loss)(run.thetas[t], toy.x[z], toy.y[z])
+                g = torch.cat([own[k].flatten() for k in names])
+                fisher += torch.outer(g, g) / len(micro) / len(micro_batches)
         bent = dict(zip(names, (a @ fisher).split([run.sizes[k][0] for k in names], 1), strict=True))
         u = {k: (pulled[k][0] + bent[k], *pulled[k][1:]) for k in names}
     return torch.cat(blocks[::-1])
 
 
-def test_fisher_sweep_equals_dense_brute_force() -> None:
-    run = ToyTrajectory(RUNS["adamw"])
+@pytest.mark.parametrize("name", ["adamw", "adamw, accumulated"])
+def test_fisher_sweep_equals_dense_brute_force(name: str) -> None:
+    run = ToyTrajectory(RUNS[name])
     rows = sweep(run, run.query_gradients(), Method("fisher", "tangent"))
     reference = _dense_fisher_scores(run)
     assert (rows.scores - reference).norm() <= 1e-6 * reference.norm()
