@@ -223,17 +223,19 @@ class _Walk:
             consumed = consumed_change(removed, record, shares, self.scales, chunks)
             scores = torch.zeros_like(tangent)
             for block in blocks_of([p.recorded for p in self.passed]):
-                scores += self._finite(record, shares, consumed, block)
+                scores += self._finite(record, shares, consumed, block, scores)
         steps = torch.full_like(removed.sample_ids, record.index)
         return RowScores(removed.sample_ids.cpu(), steps.cpu(), scores.T.cpu(), tangent.T.cpu())
 
     def _finite(
-        self, record: StepRecord, shares: Mapping[str, Shares], consumed: ConsumedChange, block: Block
+        self, record: StepRecord, shares: Mapping[str, Shares], consumed: ConsumedChange, block: Block, like: Tensor
     ) -> Tensor:
-        """Finite response ``(q, n)`` of a block of parameters, over the window of the newest passed step."""
+        """Finite response ``(q, n)`` of a block of parameters, over the window of the newest passed step; in the precision
+        and on the device of ``like``.
+        """
         here = [name for name in block if name in shares]
         removed = consumed.removal
-        scores = torch.zeros(self.n_queries, len(removed))
+        scores = torch.zeros_like(like)
         if not here:
             return scores
         passed = [p.of(tuple(here)) for p in self.passed if here[0] in p.recorded]

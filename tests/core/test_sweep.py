@@ -118,6 +118,19 @@ def test_scored_range_gives_those_rows_alone() -> None:
     assert torch.equal(part.scores, whole.scores[keep]) and torch.equal(part.sample_ids, whole.sample_ids[keep])
 
 
+@pytest.mark.parametrize("name", ["adamw", "amsgrad", "adamw, some steps clipped"])
+def test_finite_scores_of_a_last_step_are_exact(name: str) -> None:
+    """Nothing follows that could bend: the change of the queries' first order is the step's own, to the last digits."""
+    toy = RUNS[name]
+    run, last = ToyTrajectory(toy), len(toy.schedule) - 1
+    rows = sweep(run, run.query_gradients(), Method("none", "finite"), scored=range(last, last + 1))
+    with_it = toy.train()
+    for z, scores in zip(rows.sample_ids.tolist(), rows.scores, strict=True):
+        without = toy.train((z, last), 1.0)
+        truth = sum(q @ (without[k] - with_it[k]).flatten() for k, q in run.query_gradients().items())
+        torch.testing.assert_close(scores, truth, rtol=1e-10, atol=1e-14)
+
+
 def test_chunks_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     run = ToyTrajectory(RUNS["adamw, accumulated and clipped"])
     whole = sweep(run, run.query_gradients()).scores
