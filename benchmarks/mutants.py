@@ -25,6 +25,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+import hypothesis
+import lightning  # noqa: F401  # here and below: loaded once, before the forks
+import pandas  # noqa: F401
+import pytest
+import scipy.stats  # noqa: F401
+
 ROOT = Path(__file__).parent.parent
 CORE = Path("lightning_influence/core")
 
@@ -149,15 +155,14 @@ def _put(parent: ast.AST, field: str, position: int | None, node: ast.AST) -> No
         getattr(parent, field)[position] = node
 
 
-def tests_of(module: str) -> list[str]:
-    """The tests of a module first, then those of the others."""
-    own = f"tests/core/test_{module}.py"
-    return sorted(
-        (str(p.relative_to(ROOT)) for p in (ROOT / "tests/core").glob("test_*.py")), key=lambda p: (p != own, p)
-    )
+def tests_of(module: str) -> list[list[str]]:
+    """The tests of a module, and those of the others, which are run where the first pass."""
+    paths = sorted(str(p.relative_to(ROOT)) for p in (ROOT / "tests/core").glob("test_*.py"))
+    own = [p for p in paths if p == f"tests/core/test_{module}.py"]
+    return [part for part in (own, [p for p in paths if p not in own]) if part]
 
 
-def survives(tests: list[str], copied: Path, limit: float) -> bool:
+def survives(tests: list[list[str]], copied: Path, limit: float) -> bool:
     """Whether all tests pass on the copy; those that do not end in time have noticed."""
     child = os.fork()
     if child == 0:
@@ -167,9 +172,10 @@ def survives(tests: list[str], copied: Path, limit: float) -> bool:
         quiet = os.open(os.devnull, os.O_WRONLY)
         os.dup2(quiet, 1)
         os.dup2(quiet, 2)
-        import pytest
-
-        os._exit(int(pytest.main(["-x", "-q", "-p", "no:cacheprovider", "--hypothesis-seed=0", *tests])))
+        hypothesis.settings.register_profile("found is enough", phases=[hypothesis.Phase.generate], database=None)
+        hypothesis.settings.load_profile("found is enough")
+        arguments = ["-x", "-q", "-p", "no:cacheprovider", "--hypothesis-seed=0"]
+        os._exit(int(any(pytest.main([*arguments, *part]) for part in tests)))
     end = time.monotonic() + limit
     while time.monotonic() < end:
         done, status = os.waitpid(child, os.WNOHANG)
@@ -196,9 +202,6 @@ def main() -> None:
     chosen = sorted(random.Random(options.seed).sample(every, count), key=lambda m: (m.module, m.line))
     print(f"{len(every)} mutants of {len(paths)} modules, {len(chosen)} tried", flush=True)
 
-    import lightning  # noqa: F401  # before the forks
-    import scipy.stats  # noqa: F401
-
     with tempfile.TemporaryDirectory() as folder:
         copied = Path(folder)
         for name in ("lightning_influence", "tests"):
@@ -209,11 +212,12 @@ def main() -> None:
         left = 0
         for mutant in chosen:
             file = copied / CORE / f"{mutant.module}.py"
+            original = file.read_text()
             file.write_text(mutant.source)
             if survives(tests_of(mutant.module), copied, options.limit):
                 left += 1
                 print(f"survives  {mutant}", flush=True)
-            shutil.copy(ROOT / CORE / file.name, file)
+            file.write_text(original)
     print(f"{left} of {len(chosen)} survive")
 
 

@@ -46,14 +46,32 @@ class RowScores:
     tangent: Tensor
 
     def of(self, sample_ids: Tensor) -> Tensor:
-        """Scores ``(n, q)`` of the samples of a single step, one row for each time that the step holds them."""
+        """Scores ``(n, q)`` of the samples of a single step, one row for each time that the step holds them.
+
+        Example:
+            >>> scores = torch.tensor([[0.5], [-0.25]])
+            >>> rows = RowScores(torch.tensor([3, 8]), torch.zeros(2, dtype=torch.int64), scores, scores)
+            >>> rows.of(torch.tensor([8, 3, 8]))
+            tensor([[-0.2500],
+                    [ 0.5000],
+                    [-0.2500]])
+        """
         row = {z: i for i, z in enumerate(self.sample_ids.tolist())}
         return self.scores[[row[z] for z in sample_ids.tolist()]]
 
 
 @dataclass(frozen=True)
 class Method:
-    """Which estimator a sweep evaluates (method.md sections 3 to 6)."""
+    """Which estimator a sweep evaluates (method.md sections 3 to 6).
+
+    Example:
+        >>> Method(curvature="hessian", memory_window=4).response
+        'finite'
+        >>> Method(curvature="kfac")
+        Traceback (most recent call last):
+            ...
+        lightning_influence.errors.ConfigurationError: curvature='kfac'; choose one of none, fisher, gauss_newton, hessian
+    """
 
     curvature: Literal["none", "fisher", "gauss_newton", "hessian"] = "fisher"
     response: Literal["finite", "tangent"] = "finite"
@@ -291,6 +309,11 @@ def _pull_gradient(passed: Passed) -> Vectors:
 
 
 def sample_chunks(n_samples: int, n_coordinates: int) -> list[slice]:
-    """Slices of the samples whose dense shares stay within a bounded block."""
+    """Slices of the samples whose dense shares stay within a bounded block.
+
+    Example:
+        >>> sample_chunks(5, n_coordinates=16_000)
+        [slice(0, 2, None), slice(2, 4, None), slice(4, 6, None)]
+    """
     size = max(1, _CHUNK_ELEMENTS // max(n_coordinates, 1))
     return [slice(i, i + size) for i in range(0, n_samples, size)]

@@ -6,10 +6,12 @@ import pytest
 import torch
 from scipy.stats import spearmanr
 from torch.func import grad
-from toy import RUNS, SCHEDULE, Toy, ToyTrajectory
+from toy import RUNS, SCHEDULE, Toy, ToyTrajectory, hyper_of
 
 from lightning_influence.core.optimizers import UPDATES, step
-from lightning_influence.core.sweep import Method, sweep
+from lightning_influence.core.shares import Dense
+from lightning_influence.core.sweep import Method, sweep, walk_back
+from lightning_influence.core.trajectory import Clip, StepRecord
 from lightning_influence.errors import ConfigurationError
 
 
@@ -131,11 +133,68 @@ def test_finite_scores_of_a_last_step_are_exact(name: str) -> None:
         torch.testing.assert_close(scores, truth, rtol=1e-10, atol=1e-14)
 
 
-def test_chunks_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_chunks_and_parameters_end_to_end_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     run = ToyTrajectory(RUNS["adamw, accumulated and clipped"])
     whole = sweep(run, run.query_gradients()).scores
-    monkeypatch.setattr("lightning_influence.core.sweep._CHUNK_ELEMENTS", 1)
-    torch.testing.assert_close(sweep(run, run.query_gradients()).scores, whole, rtol=1e-10, atol=1e-14)
+    for constant in ("_CHUNK_ELEMENTS", "_JOINED_COORDINATES"):
+        monkeypatch.setattr(f"lightning_influence.core.sweep.{constant}", 1)
+        torch.testing.assert_close(sweep(run, run.query_gradients()).scores, whole, rtol=1e-10, atol=1e-14)
+
+
+class Repeated:
+    """A clipped run of two steps whose parameter ``a`` holds its first three coordinates ``copies`` times, all of them kept or
+    only the first three: what a mask does not see is then exactly what it extrapolates.
+    """
+
+    optimizer = "adam"
+
+    def __init__(self, copies: int, *, masked: bool) -> None:
+        generator = torch.Generator().manual_seed(0)
+        seen = 1 if masked else copies
+        self.sizes = {"a": (3 * seen, 3 * copies), "b": (2, 2)}
+        hyper = hyper_of("adamw", 3)
+        self._shares, self._records = [], []
+        for t in range(2):
+            a, b = (torch.randn(4, d, generator=generator, dtype=torch.float64) / 4 for d in (3, 2))
+            m, v = torch.randn(5, generator=generator).double(), torch.rand(5, generator=generator).double()
+            norm = float(torch.cat([a.sum(0).repeat(copies), b.sum(0)]).norm())
+            shares = {"a": Dense(a.repeat(1, seen)), "b": Dense(b)}
+            self._shares.append(shares)
+            self._records.append(
+                StepRecord(
+                    t,
+                    torch.arange(4),
+                    torch.full((4,), 0.25, dtype=torch.float64),
+                    torch.zeros(4, dtype=torch.int64),
+                    {k: s.values.sum(0) for k, s in shares.items()},
+                    {"a": (m[:3].repeat(seen), v[:3].repeat(seen)), "b": (m[3:], v[3:])},
+                    {"a": hyper, "b": hyper},
+                    clip=Clip("norm", norm / 2, norm),
+                )
+            )
+
+    def __len__(self) -> int:
+        return 2
+
+    def record(self, index: int) -> StepRecord:
+        return self._records[index]
+
+    def shares(self, index: int) -> dict[str, Dense]:
+        return self._shares[index]
+
+
+def test_norms_of_masked_gradients_are_extrapolated() -> None:
+    """Clipping is that of the whole gradient, though a log keeps a part of it."""
+    masked, whole = Repeated(4, masked=True), Repeated(4, masked=False)
+    asked = {"a": torch.randn(2, 3).double(), "b": torch.randn(2, 2).double()}
+    method = Method("none", "finite")
+    first_copy = {"a": torch.nn.functional.pad(asked["a"], (0, 9)), "b": asked["b"]}
+    torch.testing.assert_close(sweep(masked, asked, method).scores, sweep(whole, first_copy, method).scores)
+    every_copy = {"a": asked["a"].repeat(1, 4), "b": asked["b"]}
+    mine, reference = walk_back(masked, asked, method), walk_back(whole, every_copy, method)
+    for t in range(2):
+        for k, size in (("a", 3), ("b", 2)):
+            torch.testing.assert_close(mine[t].gradient[k], reference[t].gradient[k][:, :size])
 
 
 def test_unknown_choices_are_refused() -> None:
