@@ -199,7 +199,7 @@ def main() -> None:
     paths = [p for p in sorted((ROOT / CORE).glob("*.py")) if not options.modules or p.stem in options.modules]
     every = [m for p in paths for m in mutants(p)]
     count = min(options.sample, len(every)) or len(every)
-    chosen = sorted(random.Random(options.seed).sample(every, count), key=lambda m: (m.module, m.line))
+    chosen = random.Random(options.seed).sample(every, count)
     print(f"{len(every)} mutants of {len(paths)} modules, {len(chosen)} tried", flush=True)
 
     with tempfile.TemporaryDirectory() as folder:
@@ -214,9 +214,9 @@ def main() -> None:
             file = copied / CORE / f"{mutant.module}.py"
             original = file.read_text()
             file.write_text(mutant.source)
-            if survives(tests_of(mutant.module), copied, options.limit):
-                left += 1
-                print(f"survives  {mutant}", flush=True)
+            alive = survives(tests_of(mutant.module), copied, options.limit)
+            left += alive
+            print(f"{'survives' if alive else 'killed'}  {mutant}", flush=True)
             file.write_text(original)
     print(f"{left} of {len(chosen)} survive")
 

@@ -83,3 +83,18 @@ def test_a_mask_is_extrapolated(repeats: int) -> None:
     mine = clip_adjoint(clip, gradients, adjoints, {k: float(c) for k, c in copies.items()})
     for k, size in SIZES.items():
         torch.testing.assert_close(mine[k], reference[k][:, :size])
+
+
+@pytest.mark.parametrize("rule", ["none", "norm", "value"])
+def test_float32_gradients_stay_float32_and_take_float64_adjoints(rule: str) -> None:
+    gradients, adjoints = draw(0), draw(1, 2)
+    clip = Clip(rule, 0.5, norm_of(gradients))  # type: ignore[arg-type]
+    coefficient, scales = norm_coefficient(clip, clip.raw_norm), dict.fromkeys(SIZES, 1.0)
+    single = {k: g.float() for k, g in gradients.items()}
+    reference = clip_adjoint(clip, gradients, adjoints, scales)
+    mine = clip_adjoint(clip, single, adjoints, scales)
+    for k, gradient in gradients.items():
+        torch.testing.assert_close(
+            apply_clip(clip, single[k], coefficient), apply_clip(clip, gradient, coefficient).float()
+        )
+        torch.testing.assert_close(mine[k], reference[k], rtol=1e-6, atol=1e-6)
