@@ -148,3 +148,24 @@ def test_fisher_products_weigh_each_sample_as_the_loss_does(kappa: list[float]) 
     shares = dict(zip(parameters, map(Dense, (weights[:, None] * rows).split(sizes, 1)), strict=True))
     products = flat(vectors) @ (weights[:, None] * rows).T
     torch.testing.assert_close(flat(fisher_product(record, shares, products)), flat(vectors) @ fisher)
+
+
+def test_hessian_products_of_what_cannot_be_vectorised() -> None:
+    """Group normalisation has no rule for many second derivatives at once: they are taken one after the other."""
+    net = nn.Sequential(nn.Conv1d(2, 4, 1), nn.GroupNorm(2, 4), nn.GELU(), nn.Flatten(), nn.Linear(12, 3)).double()
+    x, y = torch.randn(2, 2, 3).double(), torch.tensor([0, 2])
+    parameters = {k: p.detach() for k, p in net.named_parameters()}
+
+    def loss(values: dict[str, Tensor]) -> Tensor:
+        return F.cross_entropy(functional_call(net, values, (x,)), y)
+
+    def slope(values: dict[str, Tensor]) -> Tensor:
+        leaves = {k: v.detach().requires_grad_() for k, v in values.items()}
+        return torch.cat([g.flatten() for g in torch.autograd.grad(loss(leaves), list(leaves.values()))])
+
+    vectors = {k: torch.randn(3, p.numel()).double() for k, p in parameters.items()}
+    products = flat(hessian_product(loss, parameters, vectors))
+    for i, product in enumerate(products):
+        v = {k: x[i].reshape(parameters[k].shape) for k, x in vectors.items()}
+        plus, minus = (slope({k: p + e * v[k] for k, p in parameters.items()}) for e in (1e-5, -1e-5))
+        torch.testing.assert_close(product, (plus - minus) / 2e-5, rtol=1e-5, atol=1e-7)

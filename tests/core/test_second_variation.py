@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 from torch.func import grad, jvp
-from toy import RUNS, Toy, ToyTrajectory
+from toy import RUNS, OptimizerFactory, Toy, ToyTrajectory, adamw
 
 from lightning_influence.core.clipping import clip_adjoint
 from lightning_influence.core.optimizers import UPDATES, step
@@ -36,6 +36,8 @@ def pairs_of(name: str) -> list[tuple[int, int]]:
         ("adamw, some steps clipped", "drop"),
         ("adamw, clipped value", "drop"),
         ("adamw, accumulated and clipped", "drop"),
+        ("adamw, maximized and clipped", "drop"),
+        ("adamw, some parameters unused", "drop"),
         ("adam l2", "drop"),
         ("amsgrad", "zero"),
         ("nesterov", "drop"),
@@ -164,19 +166,29 @@ def test_proxy_under_an_assumed_curvature_is_half_the_second_derivative(name: st
         torch.testing.assert_close(proxy.second_order[i], bend / 2, rtol=1e-6, atol=1e-7)
 
 
-def test_scaled_learning_rate_is_that_run_where_the_path_does_not_matter() -> None:
+@pytest.mark.parametrize(
+    "optimizer", [adamw(), adamw(eps=0.1), RUNS["sgd"].optimizer], ids=["adamw", "large eps", "sgd"]
+)
+def test_scaled_learning_rate_is_that_run_where_the_path_does_not_matter(optimizer: OptimizerFactory) -> None:
     """A single step: the recorded path is the scaled run's own."""
     one = [RUNS["adamw"].schedule[0]]
-    run = ToyTrajectory(Toy(RUNS["adamw"].optimizer, one))
-    slow = ToyTrajectory(Toy(RUNS["adamw"].optimizer, one, lr_factor=lambda t: 0.1))
+    run = ToyTrajectory(Toy(optimizer, one))
+    slow = ToyTrajectory(Toy(optimizer, one, lr_factor=lambda t: 0.1))
     queries = run.query_gradients()
-    scaled = second_variation(scaled_learning_rate(run, 0.1), queries, [(1, 0)], curvature="hessian")
-    torch.testing.assert_close(
-        scaled.second_order, second_variation(slow, queries, [(1, 0)], curvature="hessian").second_order
+    scaled, reference, unscaled = (
+        second_variation(r, queries, [(1, 0)], curvature="hessian", query_curvature=run.query_curvature)
+        for r in (scaled_learning_rate(run, 0.1), slow, run)
     )
+    for part in ("second_order", "tangent", "total"):
+        mine, other, before = (getattr(proxy, part) for proxy in (scaled, reference, unscaled))
+        torch.testing.assert_close(mine, other)
+        assert before.norm() < 1e-7 or (mine - before).norm() > 0.5 * before.norm()
 
 
-def test_pairs_do_not_depend_on_each_other_or_their_order() -> None:
+@pytest.mark.parametrize("elements", [1, 100, 2**22])
+def test_pairs_do_not_depend_on_each_other_or_their_order(elements: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nor on how many are carried through the run together."""
+    monkeypatch.setattr("lightning_influence.core.second_variation._ELEMENTS", elements)
     run = ToyTrajectory(RUNS["adamw"])
     together = second_variation(run, run.query_gradients(), PAIRS[::-1], curvature="hessian")
     for i, pair in enumerate(PAIRS[::-1]):

@@ -58,6 +58,7 @@ def test_contractions(kind: str, n: int, t: int, q: int, seed: int, data: st.Dat
     start = data.draw(st.integers(0, len(dense) - 1))
     part = slice(start, data.draw(st.integers(start + 1, len(dense) + 2)))
     torch.testing.assert_close(form.dense(part), dense[part])
+    assert form.dense(slice(start, start)).shape == (0, dense.shape[1])
     torch.testing.assert_close(form.scaled(0.3).dense(), 0.3 * dense)
     index = torch.randperm(dense.shape[1], generator=generator)[: data.draw(st.integers(1, 15))].sort().values
     torch.testing.assert_close(form.at(index).dense(), dense[:, index])

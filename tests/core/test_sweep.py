@@ -118,6 +118,8 @@ def test_scored_range_gives_those_rows_alone() -> None:
     part = sweep(run, run.query_gradients(), scored=range(2, 3))
     keep = whole.steps == 2
     assert torch.equal(part.scores, whole.scores[keep]) and torch.equal(part.sample_ids, whole.sample_ids[keep])
+    none = sweep(run, run.query_gradients(), scored=range(0))
+    assert none.scores.shape == none.tangent.shape == (0, 3) and none.sample_ids.shape == none.steps.shape == (0,)
 
 
 @pytest.mark.parametrize("name", ["adamw", "amsgrad", "adamw, some steps clipped"])
