@@ -6,7 +6,7 @@ import pytest
 import torch
 from toy import OPTIMIZERS
 
-from lightning_influence.core.optimizers import UPDATES, step
+from lightning_influence.core.optimizers import UPDATES, RecordedStep, effective_gradient, step
 from lightning_influence.errors import UnsupportedOptimizer
 from lightning_influence.run.optimizer import read_hyper, read_moments, update_name
 
@@ -43,3 +43,19 @@ def test_unknown_optimizers_are_refused_by_name() -> None:
     )
     with pytest.raises(UnsupportedOptimizer, match="amsgrad"):
         update_name(mixed)
+
+
+def test_coupled_weight_decay_needs_the_parameter() -> None:
+    hyper = {"maximize": False, "decoupled": False, "weight_decay": 0.1}
+    with pytest.raises(ValueError, match="coupled weight decay needs the parameter"):
+        effective_gradient(torch.ones(2), None, hyper)
+    for needless in (hyper | {"decoupled": True}, hyper | {"weight_decay": 0.0}):
+        assert torch.equal(effective_gradient(torch.ones(2), None, needless), torch.ones(2))
+
+
+def test_recorded_steps_in_another_precision() -> None:
+    recorded = RecordedStep(UPDATES["momentum_sgd"], (torch.rand(3),), torch.rand(3), {"lr": 0.1})
+    assert recorded.to(torch.float32) is recorded
+    double = recorded.to(torch.float64)
+    assert torch.equal(double.gradient, recorded.gradient.double())
+    assert torch.equal(double.moments[0], recorded.moments[0].double())

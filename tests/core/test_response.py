@@ -52,3 +52,16 @@ def test_finite_response_of_a_small_change_is_the_tangent() -> None:
     _, a = adjoint(recorded, after)
     response = finite_response([recorded], [after.parameter], after.moments, 1e-6 * direction) / 1e-6
     torch.testing.assert_close(response, a @ direction.T, rtol=1e-4, atol=1e-7)
+
+
+def test_a_float32_record_answers_in_the_precision_of_the_change() -> None:
+    hyper, d = hyper_of("adamw", 2), 50
+    m, v, g = torch.randn(d), torch.rand(d), torch.randn(d)
+    window = [RecordedStep(UPDATES["adam"], (m, v), g, hyper)]
+    exact = [step_.to(torch.float64) for step_ in window]
+    after, closing = [torch.randn(2, d)], (torch.randn(2, d), torch.randn(2, d))
+    change = 0.1 * torch.randn(4, d, dtype=torch.float64)
+    reference = finite_response(exact, [a.double() for a in after], tuple(c.double() for c in closing), change)
+    torch.testing.assert_close(finite_response(window, after, closing, change), reference, rtol=1e-12, atol=1e-14)
+    single = finite_response(exact, after, closing, change.float())
+    torch.testing.assert_close(single, reference.float(), rtol=1e-4, atol=1e-5)
