@@ -94,7 +94,16 @@ class GradientGraph:
 
 
 def gradient_graph(loss: Loss, parameters: dict[str, Tensor]) -> GradientGraph:
-    """Gradient of a loss, to be differentiated again."""
+    """Gradient of a loss, to be differentiated again.
+
+    Example:
+        >>> graph = gradient_graph(lambda p: (p["weight"] ** 3).sum(), {"weight": torch.tensor([1.0, 2.0])})
+        >>> graph.gradients["weight"].detach()
+        tensor([ 3., 12.])
+        >>> graph.hessian_product({"weight": torch.eye(2)})["weight"]
+        tensor([[ 6.,  0.],
+                [ 0., 12.]])
+    """
     leaves = {name: p.detach().requires_grad_() for name, p in parameters.items()}
     with differentiable_attention():
         gradients = torch.autograd.grad(loss(leaves), list(leaves.values()), create_graph=True, materialize_grads=True)
@@ -102,7 +111,13 @@ def gradient_graph(loss: Loss, parameters: dict[str, Tensor]) -> GradientGraph:
 
 
 def third_derivative(loss: Loss, parameters: dict[str, Tensor], vectors: Vectors, *, at_once: int = 8) -> Vectors:
-    """``D3L[v, v] = d2/d eps2 grad loss(theta + eps v)``, ``(q, d)`` each."""
+    """``D3L[v, v] = d2/d eps2 grad loss(theta + eps v)``, ``(q, d)`` each.
+
+    Example:
+        >>> direction = {"weight": torch.tensor([[1.0, 2.0]])}
+        >>> third_derivative(lambda p: (p["weight"] ** 3).sum(), {"weight": torch.zeros(2)}, direction)
+        {'weight': tensor([[ 6., 24.]])}
+    """
 
     def product(direction: dict[str, Tensor]) -> dict[str, Tensor]:
         def slope(values: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -118,6 +133,13 @@ def gauss_newton_product(loss: Loss, parameters: dict[str, Tensor], vectors: Vec
 
     Raises:
         CurvatureUnavailable: the loss does not go through one of torch's functional losses.
+
+    Example:
+        Of ``(theta^2 - 1)^2`` at 1 the Gauss-Newton matrix is ``2 (2 theta)^2``, without the curvature of ``theta^2``:
+
+        >>> loss = lambda p: torch.nn.functional.mse_loss(p["weight"] ** 2, torch.ones(1))
+        >>> gauss_newton_product(loss, {"weight": torch.ones(1)}, {"weight": torch.ones(1, 1)})
+        {'weight': tensor([[8.]])}
     """
 
     def outputs(values: dict[str, Tensor]) -> Tensor:

@@ -74,6 +74,22 @@ def removal(record: StepRecord, counterfactual: Literal["drop", "zero"]) -> Remo
 
     Raises:
         ConfigurationError: unknown counterfactual.
+
+    Example:
+        A mean over samples with the gradients 1, 2 and 6 has the gradient 3, and 4, 3.5 and 1.5 without one of them:
+
+        >>> from lightning_influence.core.shares import Dense
+        >>> ids, mean, one_batch = torch.tensor([7, 8, 9]), torch.full((3,), 1 / 3), torch.zeros(3, dtype=torch.int64)
+        >>> gradients = {"weight": torch.tensor([3.0])}
+        >>> record = StepRecord(0, ids, mean, one_batch, gradients, moments={}, hyper={})
+        >>> shares = Dense(torch.tensor([[1.0], [2.0], [6.0]]) / 3)
+        >>> removed = removal(record, "drop")
+        >>> removed.change(shares, slice(None), removed.totals(shares, like=gradients["weight"]))
+        tensor([[ 1.0000],
+                [ 0.5000],
+                [-1.5000]])
+        >>> removal(record, "zero").inner(shares.inner(torch.ones(1, 1)))
+        tensor([[-0.3333, -0.6667, -2.0000]])
     """
     if counterfactual not in COUNTERFACTUALS:
         raise ConfigurationError(f"counterfactual={counterfactual!r}; choose one of {', '.join(COUNTERFACTUALS)}")
@@ -156,7 +172,15 @@ def consumed_change(
 
 
 def consumed_gradients(record: StepRecord) -> Vectors:
-    """The gradients ``(d,)`` that the optimizer consumed in a step."""
+    """The gradients ``(d,)`` that the optimizer consumed in a step.
+
+    Example:
+        >>> one = torch.ones(1, dtype=torch.int64)
+        >>> clip = Clip("norm", bound=1.0, raw_norm=5.0)
+        >>> record = StepRecord(0, one, one.double(), one, {"weight": torch.tensor([3.0, 4.0])}, {}, {}, clip=clip)
+        >>> consumed_gradients(record)
+        {'weight': tensor([0.6000, 0.8000])}
+    """
     if record.clip.rule == "none":
         return dict(record.gradients)
     coefficient = norm_coefficient(record.clip, record.clip.raw_norm)

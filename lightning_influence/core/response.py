@@ -33,6 +33,18 @@ def finite_response(
 
     Returns:
         ``(q, n)``, the predicted changes of the queries, in the precision of ``change``.
+
+    Example:
+        Adam's first step depends on the sign of the gradient alone: where a change turns it, the parameter moves by twice
+        the learning rate; where it does not, by nothing.
+
+        >>> from lightning_influence.core.optimizers import UPDATES
+        >>> hyper = {"lr": 0.1, "beta1": 0.9, "beta2": 0.999, "eps": 0.0, "step": 1, "maximize": False}
+        >>> zero = torch.zeros(1)
+        >>> first = RecordedStep(UPDATES["adam"], (zero, zero), torch.tensor([1.0]), hyper)
+        >>> response = finite_response([first], [torch.ones(1, 1)], (), torch.tensor([[-3.0], [2.0]]))
+        >>> response.round(decimals=4).abs()
+        tensor([[0.2000, 0.0000]])
     """
     sign = -1.0 if window[0].hyper["maximize"] else 1.0
     changes = [sign * change, *(None if c is None else sign * c for c in (later or [None] * len(window))[1:])]

@@ -49,14 +49,32 @@ class RowScores:
     interaction: Tensor
 
     def of(self, sample_ids: Tensor) -> Tensor:
-        """Scores ``(n, q)`` of the samples of a single step, one row for each time that the step holds them."""
+        """Scores ``(n, q)`` of the samples of a single step, one row for each time that the step holds them.
+
+        Example:
+            >>> scores = torch.tensor([[0.5], [-0.25]])
+            >>> rows = RowScores(torch.tensor([3, 8]), torch.zeros(2, dtype=torch.int64), scores, scores, 0 * scores)
+            >>> rows.of(torch.tensor([8, 3, 8]))
+            tensor([[-0.2500],
+                    [ 0.5000],
+                    [-0.2500]])
+        """
         row = {z: i for i, z in enumerate(self.sample_ids.tolist())}
         return self.scores[[row[z] for z in sample_ids.tolist()]]
 
 
 @dataclass(frozen=True)
 class Method:
-    """Which estimator a sweep evaluates (method.md sections 3 to 6)."""
+    """Which estimator a sweep evaluates (method.md sections 3 to 6).
+
+    Example:
+        >>> Method(curvature="hessian", memory_window=4).response
+        'finite'
+        >>> Method(curvature="kfac")
+        Traceback (most recent call last):
+            ...
+        lightning_influence.errors.ConfigurationError: curvature='kfac'; choose one of none, fisher, gauss_newton, hessian
+    """
 
     curvature: Literal["none", "fisher", "gauss_newton", "hessian"] = "fisher"
     response: Literal["finite", "tangent"] = "finite"
@@ -256,18 +274,20 @@ class _Walk:
             scores = torch.zeros_like(tangent)
             again = self._again(removed.sample_ids)
             for block in blocks_of([p.recorded for p in self.passed]):
-                scores += self._finite(own, block)
+                scores += self._finite(own, block, scores)
                 if len(again):
-                    interaction[:, again] += self._together(own, block, again)
+                    interaction[:, again] += self._together(own, block, again, scores)
             if self._earlier(record.index, removed.sample_ids):
                 self.passed[0].removals = own
         steps = torch.full_like(removed.sample_ids, record.index)
         return RowScores(removed.sample_ids.cpu(), steps.cpu(), *(x.T.cpu() for x in (scores, tangent, interaction)))
 
-    def _finite(self, own: StepRemovals, block: Block) -> Tensor:
-        """Finite response ``(q, u)`` of a block of parameters, over the window of the newest passed step."""
+    def _finite(self, own: StepRemovals, block: Block, like: Tensor) -> Tensor:
+        """Finite response ``(q, u)`` of a block of parameters, over the window of the newest passed step; in the precision
+        and on the device of ``like``.
+        """
         removed = own.consumed.removal
-        scores = torch.zeros(self.n_queries, len(removed))
+        scores = torch.zeros_like(like)
         names = [name for name in block if name in own.shares]
         if not names:
             return scores
@@ -279,9 +299,9 @@ class _Walk:
             scores[:, samples] = finite_response(window, after, closing, torch.cat(parts, 1)).to(scores)
         return scores
 
-    def _together(self, own: StepRemovals, block: Block, again: Tensor) -> Tensor:
+    def _together(self, own: StepRemovals, block: Block, again: Tensor, like: Tensor) -> Tensor:
         """What the later removals of some samples, by position, add to the response ``(q, n)`` to their removal here."""
-        added = torch.zeros(self.n_queries, len(again))
+        added = like.new_zeros(len(like), len(again))
         names = [name for name in block if name in own.shares]
         if not names:
             return added
@@ -355,6 +375,11 @@ def _pull_gradient(passed: Passed) -> Vectors:
 
 
 def sample_chunks(n_samples: int, n_coordinates: int) -> list[slice]:
-    """Slices of the samples whose dense shares stay within a bounded block."""
+    """Slices of the samples whose dense shares stay within a bounded block.
+
+    Example:
+        >>> sample_chunks(5, n_coordinates=16_000)
+        [slice(0, 2, None), slice(2, 4, None), slice(4, 6, None)]
+    """
     size = max(1, _CHUNK_ELEMENTS // max(n_coordinates, 1))
     return [slice(i, i + size) for i in range(0, n_samples, size)]

@@ -129,7 +129,12 @@ class Trajectory(Protocol):
 
 
 def extrapolation(sizes: Mapping[str, tuple[int, int]]) -> dict[str, float]:
-    """All coordinates over kept ones, by parameter: by which inner products over a mask are extrapolated."""
+    """All coordinates over kept ones, by parameter: by which inner products over a mask are extrapolated.
+
+    Example:
+        >>> extrapolation({"weight": (100, 400), "bias": (10, 10)})
+        {'weight': 4.0, 'bias': 1.0}
+    """
     return {k: total / max(kept, 1) for k, (kept, total) in sizes.items()}
 
 
