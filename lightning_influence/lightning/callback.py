@@ -195,9 +195,8 @@ class InfluenceCallback(L.Callback):
                 capture.attach()
             elif self.frozen_batch_norm:
                 self._frozen = freeze_batch_norm(pl_module)
-            if self.sample_weights is None and self.reduction == "mean":
-                self._tap = undo.enter_context(ExitStack())
-                self._tap.enter_context(tapped(pl_module, self._weigh))
+            self._tap = undo.enter_context(ExitStack())
+            self._tap.enter_context(tapped(pl_module, self._weigh))
             self._watches = _changes_gradients(trainer, pl_module)
             self._row_order = self._row_order_of(trainer, pl_module)
             self._recorder = Recorder(
@@ -338,11 +337,13 @@ class InfluenceCallback(L.Callback):
             )
 
     def _weigh(self, losses: LossTap) -> None:
-        """The weights of the batch's samples, as the loss that was called has them."""
-        if self._recorder is not None and self._n is not None:
-            weights = losses.sample_weights(self._n)
-            if weights is not None:
-                self._recorder.weigh(weights)
+        """What the loss that was called says of the batch's samples: their weights in it, and their training dynamics."""
+        if self._recorder is None or self._n is None:
+            return
+        weights = losses.sample_weights(self._n)
+        if weights is not None and self.sample_weights is None and self.reduction == "mean":
+            self._recorder.weigh(weights)
+        self._recorder.observe(losses.dynamics(self._n))
 
     def on_after_backward(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         assert self._recorder is not None
