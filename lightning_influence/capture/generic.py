@@ -1,7 +1,7 @@
-"""Any other module: its own forward, differentiated once per sample.
+"""Any other module: its own forward, where every sample has a copy of the parameters to itself.
 
-Slower than a rule, since the module's forward runs again, but it asks nothing of the module except that
-it treats the samples of its first dimension independently and draws no random numbers.
+The gradient of such a copy is the sample's share. Slower than a rule, since the module's forward runs again, but it asks
+nothing of the module except that it treats the samples of its first dimension independently and draws no random numbers.
 """
 
 from __future__ import annotations
@@ -12,7 +12,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call, vjp, vmap
+from torch.autograd.graph import saved_tensors_hooks
+from torch.func import functional_call, vmap
 from torch.utils import _pytree as pytree
 
 from lightning_influence.core.shares import Dense, Form
@@ -38,28 +39,32 @@ def generic(
     leaves, structure = pytree.tree_flatten((args, kwargs))
     batched = [isinstance(leaf, Tensor) and leaf.dim() > 0 and len(leaf) == len(delta) for leaf in leaves]
 
-    def one(items: list[Tensor], gradient: Tensor) -> dict[str, Tensor]:
+    def one(items: list[Tensor], values: dict[str, Tensor]) -> Tensor:
         queue = iter(items)
         here = [next(queue)[None] if b else leaf for leaf, b in zip(leaves, batched, strict=True)]
         own_args, own_kwargs = pytree.tree_unflatten(here, structure)
-
-        def output(values: dict[str, Tensor]) -> Tensor:
-            found = pytree.tree_leaves(functional_call(layer, values, own_args, own_kwargs))
-            tensor: Tensor = [t for t in found if isinstance(t, Tensor)][position]
-            return tensor
-
-        return vjp(output, parameters)[1](gradient[None])[0]
+        found = pytree.tree_leaves(functional_call(layer, values, own_args, own_kwargs))
+        tensor: Tensor = [t for t in found if isinstance(t, Tensor)][position]
+        return tensor[0]
 
     inputs = [leaf for leaf, b in zip(leaves, batched, strict=True) if b]
+    copies = {k: p.expand(len(delta), *p.shape).clone().requires_grad_() for k, p in parameters.items()}
     try:
-        if isinstance(layer, nn.RNNBase):  # its kernels cannot be vectorised over samples
-            rows = [one([x[i] for x in inputs], delta[i]) for i in range(len(delta))]
-            found = {name: torch.stack([row[name] for row in rows]) for name in names}
-        else:
-            found = vmap(one)(inputs, delta)
+        # whoever watches what the training step saves for its backward pass is not to see this one's
+        with torch.enable_grad(), saved_tensors_hooks(_as_it_is, _as_it_is):
+            if isinstance(layer, nn.RNNBase):  # its kernels cannot be vectorised over samples
+                own = [{k: c[i] for k, c in copies.items()} for i in range(len(delta))]
+                outputs = torch.stack([one([x[i] for x in inputs], own[i]) for i in range(len(delta))])
+            else:
+                outputs = vmap(one)(inputs, copies)
+            found = torch.autograd.grad(outputs, list(copies.values()), delta, allow_unused=True, materialize_grads=True)
     except RuntimeError as error:
         raise ConfigurationError(
             f"{type(layer).__name__} has no rule of its own and cannot be run one sample at a time: {error}. Switch off its "
             "dropout, freeze its parameters, or name them in exclude=."
         ) from error
-    return {name: Dense(rows.flatten(1)) for name, rows in found.items()}
+    return {name: Dense(rows.flatten(1)) for name, rows in zip(copies, found, strict=True)}
+
+
+def _as_it_is(tensor: Tensor) -> Tensor:
+    return tensor
