@@ -57,7 +57,9 @@ def generic(
                 outputs = torch.stack([one([x[i] for x in inputs], own[i]) for i in range(len(delta))])
             else:
                 outputs = vmap(one)(inputs, copies)
-            found = torch.autograd.grad(outputs, list(copies.values()), delta, allow_unused=True, materialize_grads=True)
+            found = torch.autograd.grad(
+                outputs, list(copies.values()), delta, allow_unused=True, materialize_grads=True
+            )
     except RuntimeError as error:
         raise ConfigurationError(
             f"{type(layer).__name__} has no rule of its own and cannot be run one sample at a time: {error}. Switch off its "
