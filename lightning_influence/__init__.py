@@ -6,6 +6,7 @@ from lightning_influence.lightning.datamodule import SelectionDataModule
 from lightning_influence.lightning.tuning import tune_horizon
 from lightning_influence.report import InfluenceReport
 from lightning_influence.scoring.attribution import attribute
+from lightning_influence.trust.dynamics import suspects, training_dynamics
 from lightning_influence.trust.error_proxy import error_proxy
 from lightning_influence.trust.faithfulness import check_faithfulness
 
@@ -19,5 +20,7 @@ __all__ = [
     "attribute",
     "check_faithfulness",
     "error_proxy",
+    "suspects",
+    "training_dynamics",
     "tune_horizon",
 ]

@@ -25,6 +25,7 @@ from lightning_influence.lightning.tuning import tune_horizon
 from lightning_influence.log.reader import StoreReader
 from lightning_influence.report import InfluenceReport
 from lightning_influence.scoring.attribution import attribute as attribute_run
+from lightning_influence.trust.dynamics import suspects as suspects_of
 from lightning_influence.trust.faithfulness import check_faithfulness
 
 
@@ -138,6 +139,25 @@ def check(
         target="mean",
     )
     print(found)
+
+
+def suspects(log: Path, k: int = 20, out: Path | None = None) -> None:
+    """Say which samples of a logged run are likely mislabelled. Example: lightning-influence suspects runs/influence --out suspects.csv.
+
+    Args:
+        log: directory written by InfluenceCallback.
+        k: how many are shown.
+        out: where all of them are written, as CSV.
+    """
+    if k < 1:
+        raise ConfigurationError(f"--k {k}; give 1 or more.")
+    if out is not None:
+        _writable("out", out)
+    found = suspects_of(log)
+    print(f"{len(found)} samples are likely mislabelled\n{found.head(k).to_string(index=False)}")
+    if out is not None:
+        found.to_csv(out, index=False)
+        print(f"wrote {out}")
 
 
 def select(scores: Path, keep: float = 0.8, out: Path = Path("kept.txt")) -> None:
@@ -358,7 +378,7 @@ def main(arguments: list[str] | None = None) -> int:
         return 1
     if (here := str(Path.cwd())) not in sys.path:  # as with python -m, so that the user's own modules are found
         sys.path.insert(0, here)
-    commands: dict[str, Any] = {f.__name__: f for f in (inspect, attribute, report, check, select, tune)}
+    commands: dict[str, Any] = {f.__name__: f for f in (inspect, attribute, report, check, suspects, select, tune)}
     options: dict[str, Any] = {"prog": "lightning-influence", "description": __doc__, "as_positional": True}
     try:
         auto_cli(commands, args=arguments, parser_class=_parser(arguments), **options)

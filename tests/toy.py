@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.func import functional_call, grad, hessian, jvp, vmap
 
-from lightning_influence.core.optimizers import UPDATES, effective_gradient
+from lightning_influence.core.optimizers import UPDATES, Update, effective_gradient
 from lightning_influence.core.trajectory import Clip, StepRecord
 from lightning_influence.run.optimizer import read_hyper, read_moments, update_name
 
@@ -39,13 +39,15 @@ class DenseShares:
 class Toy:
     """A GELU network on random data, a schedule of micro-batches and an optimizer.
 
-    `schedule[t]` is a list of micro-batches, each a list of sample indices.
+    `schedule[t]` is a list of micro-batches, each a list of sample indices. `unused[t]` names parameters that the loss of
+    step `t` does not depend on: they have no gradient there, and the optimizer passes them over.
     """
 
     optimizer: OptimizerFactory
     schedule: list[list[list[int]]]
     clip: Clip = field(default_factory=Clip)
     lr_factor: Callable[[int], float] = lambda t: 1.0
+    unused: Mapping[int, set[str]] = field(default_factory=dict)
     n_samples: int = 12
     n_queries: int = 3
     width: int = 5
@@ -67,6 +69,11 @@ class Toy:
         logits = functional_call(self.net, params, (x[None],))
         return torch.nn.functional.cross_entropy(logits, y[None])
 
+    def used(self, params: Params, step: int) -> Params:
+        """The parameters as the loss of a step sees them."""
+        unused = self.unused.get(step, set())
+        return {k: torch.zeros_like(p) if k in unused else p for k, p in params.items()}
+
     def losses(self, params: Params, indices: list[int]) -> Tensor:
         logits = functional_call(self.net, params, (self.x[indices],))
         return torch.nn.functional.cross_entropy(logits, self.y[indices], reduction="none")
@@ -76,15 +83,20 @@ class Toy:
         return torch.nn.functional.cross_entropy(logits, self.query_y, reduction="none")
 
     def batch_loss(
-        self, params: Params, step: int, removed: tuple[int, int] | None = None, eps: float = 0.0, drop: bool = True
+        self,
+        params: Params,
+        step: int,
+        removed: tuple[int, int | None] | None = None,
+        eps: float = 0.0,
+        drop: bool = True,
     ) -> Tensor:
-        """Loss of a step with a share `eps` of sample `removed[0]` taken out of step `removed[1]`."""
+        """Loss of a step with a share `eps` of sample `removed[0]` taken out of step `removed[1]`, of every step for None."""
         total = torch.zeros((), dtype=torch.float64)
         micro_batches = self.schedule[step]
         for indices in micro_batches:
-            losses = self.losses(params, indices)
+            losses = self.losses(self.used(params, step), indices)
             loss = losses.mean()
-            if removed is not None and removed[1] == step and removed[0] in indices:
+            if removed is not None and removed[1] in (step, None) and removed[0] in indices:
                 keep = torch.tensor([i != removed[0] for i in indices])
                 rest = losses[keep].sum() / (keep.sum() if drop else len(indices))
                 loss = (1 - eps) * loss + eps * rest
@@ -93,7 +105,7 @@ class Toy:
 
     def train(
         self,
-        removed: tuple[int, int] | None = None,
+        removed: tuple[int, int | None] | None = None,
         eps: float = 0.0,
         drop: bool = True,
         until: int | None = None,
@@ -107,9 +119,10 @@ class Toy:
             for group, lr in zip(optimizer.param_groups, initial, strict=True):
                 group["lr"] = lr * self.lr_factor(t)
             loss = self.batch_loss(params, t, removed, eps, drop)
-            for p, g in zip(params.values(), torch.autograd.grad(loss, list(params.values())), strict=True):
+            gradients = torch.autograd.grad(loss, list(params.values()), allow_unused=True)
+            for p, g in zip(params.values(), gradients, strict=True):
                 p.grad = g
-            norm = torch.cat([p.grad.flatten() for p in params.values()]).norm()
+            norm = torch.cat([g.flatten() for g in gradients if g is not None]).norm()
             observe(t, params, optimizer, float(norm))
             if self.clip.rule == "norm":
                 torch.nn.utils.clip_grad_norm_(list(params.values()), self.clip.bound)
@@ -118,8 +131,8 @@ class Toy:
             optimizer.step()
         return {k: p.detach() for k, p in params.items()}
 
-    def true_effect(self, sample: int, step: int, drop: bool = True) -> Tensor:
-        """Brute-force retraining without (sample, step): change of every query loss."""
+    def true_effect(self, sample: int, step: int | None, drop: bool = True) -> Tensor:
+        """Brute-force retraining without (sample, step), or without the sample: change of every query loss."""
         without = self.train((sample, step), 1.0, drop)
         return self.query_losses(without) - self.query_losses(self.train())
 
@@ -147,6 +160,7 @@ class ToyTrajectory:
         groups = {id(p): g for g in optimizer.param_groups for p in g["params"]}
         indices = [i for micro in toy.schedule[t] for i in micro]
         numbers = [m for m, micro in enumerate(toy.schedule[t]) for _ in micro]
+        present = {k: p for k, p in params.items() if p.grad is not None}
         kappa = [1 / (len(micro) * len(toy.schedule[t])) for micro in toy.schedule[t] for _ in micro]
         self.thetas.append({k: p.detach().clone() for k, p in params.items()})
         self.records.append(
@@ -155,13 +169,14 @@ class ToyTrajectory:
                 sample_ids=torch.tensor(indices),
                 loss_weights=torch.tensor(kappa, dtype=torch.float64),
                 micro_batches=torch.tensor(numbers),
-                gradients={k: p.grad.detach().flatten().clone() for k, p in params.items()},
+                gradients={k: p.grad.detach().flatten().clone() for k, p in present.items()},
                 moments={
                     k: tuple(m.flatten().clone() for m in read_moments(optimizer.state.get(p, {}), update, p))
-                    for k, p in params.items()
+                    for k, p in present.items()
                 },
                 hyper={
-                    k: read_hyper(groups[id(p)], optimizer.state.get(p, {}), type(optimizer)) for k, p in params.items()
+                    k: read_hyper(groups[id(p)], optimizer.state.get(p, {}), type(optimizer))
+                    for k, p in present.items()
                 },
                 clip=Clip(toy.clip.rule, toy.clip.bound, norm),
                 parameters={k: p.detach().flatten().clone() for k, p in params.items()},
@@ -174,10 +189,14 @@ class ToyTrajectory:
     def record(self, index: int) -> StepRecord:
         return self.records[index]
 
+    def sample_ids(self, index: int) -> Tensor:
+        return self.records[index].sample_ids
+
     def shares(self, index: int) -> Mapping[str, DenseShares]:
         ids, kappa = self.records[index].sample_ids, self.records[index].loss_weights
-        rows = vmap(grad(self.toy.sample_loss), (None, 0, 0))(self.thetas[index], self.toy.x[ids], self.toy.y[ids])
-        return {k: DenseShares(kappa[:, None] * r.flatten(1)) for k, r in rows.items()}
+        used = self.toy.used(self.thetas[index], index)
+        rows = vmap(grad(self.toy.sample_loss), (None, 0, 0))(used, self.toy.x[ids], self.toy.y[ids])
+        return {k: DenseShares(kappa[:, None] * rows[k].flatten(1)) for k in self.records[index].gradients}
 
     def select(self, name: str, values: Tensor) -> Tensor:
         return values.flatten(-len(self.toy.start[name].shape))
@@ -194,8 +213,10 @@ class ToyTrajectory:
 
     def curvature_product(self, index: int, kind: str, vectors: Params) -> Params:
         assert kind == "hessian"
-        product = torch.cat(list(vectors.values()), 1) @ self.dense_hessian(index).to(next(iter(vectors.values())))
-        return dict(zip(vectors, product.split([v.shape[1] for v in vectors.values()], 1), strict=True))
+        n, like = next(iter(vectors.values())).shape[0], next(iter(vectors.values()))
+        whole = [vectors.get(k, like.new_zeros(n, size)) for k, (size, _) in self.sizes.items()]
+        product = (torch.cat(whole, 1) @ self.dense_hessian(index).to(like)).split([w.shape[1] for w in whole], 1)
+        return {k: p for k, p in zip(self.sizes, product, strict=True) if k in vectors}
 
     def third_derivative(self, index: int, vectors: Params) -> Params:
         names = list(vectors)
@@ -204,7 +225,7 @@ class ToyTrajectory:
             direction = {k: r.reshape(self.toy.start[k].shape) for k, r in zip(names, rows, strict=True)}
 
             def gradient(eps: Tensor, direction: Params = direction) -> Params:
-                moved = {k: self.thetas[index][k] + eps * direction[k] for k in names}
+                moved = self.thetas[index] | {k: self.thetas[index][k] + eps * direction[k] for k in names}
                 return grad(lambda p: self.toy.batch_loss(p, index))(moved)
 
             zero, one = torch.zeros((), dtype=torch.float64), torch.ones((), dtype=torch.float64)
@@ -259,8 +280,41 @@ RUNS = {
     "adamw, clipped value": Toy(adamw(), SCHEDULE, clip=Clip("value", 0.1)),
     "adamw, accumulated": Toy(adamw(), ACCUMULATED),
     "adamw, accumulated and clipped": Toy(adamw(), ACCUMULATED, clip=Clip("norm", 0.3)),
+    "adamw, maximized and clipped": Toy(adamw(maximize=True), SCHEDULE, clip=Clip("norm", 0.9)),
+    "adamw, some parameters unused": Toy(
+        adamw(), SCHEDULE, unused={1: {"0.bias"}, 2: {"2.bias"}, 3: {"2.bias", "0.weight"}}
+    ),
     "adam l2": Toy(lambda p: torch.optim.Adam(p, lr=1e-2, weight_decay=0.1), SCHEDULE),
     "amsgrad": Toy(lambda p: torch.optim.AdamW(p, lr=1e-2, amsgrad=True), SCHEDULE),
     "sgd": Toy(lambda p: torch.optim.SGD(p, lr=0.1, weight_decay=0.1), SCHEDULE),
     "nesterov": Toy(lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9, nesterov=True), SCHEDULE),
 }
+
+OPTIMIZERS: dict[str, OptimizerFactory] = {
+    "adamw": lambda p: torch.optim.AdamW(p, lr=1e-2, betas=(0.9, 0.95), weight_decay=0.1),
+    "adamw_fused": lambda p: torch.optim.AdamW(p, lr=1e-2, weight_decay=0.1, fused=True),
+    "adamw_foreach": lambda p: torch.optim.AdamW(p, lr=1e-2, weight_decay=0.1, foreach=True),
+    "adamw_maximize": lambda p: torch.optim.AdamW(p, lr=1e-2, weight_decay=0.1, maximize=True),
+    "adam": lambda p: torch.optim.Adam(p, lr=1e-2),
+    "adam_l2": lambda p: torch.optim.Adam(p, lr=1e-2, weight_decay=0.1),
+    "adam_l2_maximize": lambda p: torch.optim.Adam(p, lr=1e-2, weight_decay=0.1, maximize=True),
+    "adam_decoupled": lambda p: torch.optim.Adam(p, lr=1e-2, weight_decay=0.1, decoupled_weight_decay=True),
+    "amsgrad": lambda p: torch.optim.AdamW(p, lr=1e-2, amsgrad=True),
+    "adam_amsgrad_l2": lambda p: torch.optim.Adam(p, lr=1e-2, amsgrad=True, weight_decay=0.1),
+    "sgd": lambda p: torch.optim.SGD(p, lr=1e-2, weight_decay=0.1),
+    "sgd_maximize": lambda p: torch.optim.SGD(p, lr=1e-2, weight_decay=0.1, maximize=True),
+    "momentum": lambda p: torch.optim.SGD(p, lr=1e-2, momentum=0.9, dampening=0.3, weight_decay=0.1),
+    "nesterov": lambda p: torch.optim.SGD(p, lr=1e-2, momentum=0.9, nesterov=True),
+}
+
+
+def hyper_of(kind: str, step_count: int) -> dict[str, float]:
+    """Hyperparameters of one of `OPTIMIZERS` at a step."""
+    parameter = torch.zeros(1, requires_grad=True)
+    optimizer = OPTIMIZERS[kind]([parameter])
+    return read_hyper(optimizer.param_groups[0], {}, type(optimizer)) | {"step": float(step_count)}
+
+
+def update_of(kind: str) -> Update:
+    """The update rule of one of `OPTIMIZERS`."""
+    return UPDATES[update_name(OPTIMIZERS[kind]([torch.zeros(1, requires_grad=True)]))]

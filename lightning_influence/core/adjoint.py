@@ -53,6 +53,17 @@ def adjoint(recorded: RecordedStep, after: Adjoint) -> tuple[Adjoint, Tensor]:
 
     Returns:
         The adjoint before the step, with the loss gradient held fixed, and that of the gradient (`gradient_adjoint`).
+
+    Example:
+        Plain SGD with weight decay 0.5, coupled, at a learning rate of 0.1: ``theta' = theta - 0.1 (g + 0.5 theta)``.
+
+        >>> from lightning_influence.core.optimizers import UPDATES
+        >>> hyper = {"lr": 0.1, "weight_decay": 0.5, "decoupled": False, "maximize": False, "step": 5}
+        >>> before, gradient = adjoint(RecordedStep(UPDATES["sgd"], (), torch.ones(2), hyper), Adjoint(torch.ones(1, 2)))
+        >>> before.parameter
+        tensor([[0.9500, 0.9500]])
+        >>> gradient
+        tensor([[-0.1000, -0.1000]])
     """
     hyper = recorded.hyper
     *d_moments, d_gradient = _pulled(recorded, after, moments=True)

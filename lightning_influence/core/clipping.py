@@ -19,6 +19,10 @@ _NORM_EPS = 1e-6  # of torch.nn.utils.clip_grad_norm_
 def norm_coefficient(clip: Clip, norm: Tensor | float) -> Tensor:
     """Factor by which a gradient of the given norm is scaled, elementwise in ``norm``; 1 unless the
     rule is ``"norm"``.
+
+    Example:
+        >>> norm_coefficient(Clip("norm", bound=1.0), torch.tensor([0.5, 4.0]))
+        tensor([1.0000, 0.2500], dtype=torch.float64)
     """
     norm = torch.as_tensor(norm, dtype=torch.float64)
     if clip.rule != "norm":
@@ -27,7 +31,17 @@ def norm_coefficient(clip: Clip, norm: Tensor | float) -> Tensor:
 
 
 def apply_clip(clip: Clip, gradient: Tensor, coefficient: Tensor) -> Tensor:
-    """The consumed gradient of one parameter; ``coefficient`` from `norm_coefficient` broadcasts."""
+    """The consumed gradient of one parameter; ``coefficient`` from `norm_coefficient` broadcasts.
+
+    Example:
+        >>> gradient = torch.tensor([3.0, -4.0])
+        >>> clip = Clip("norm", bound=1.0, raw_norm=5.0)
+        >>> apply_clip(clip, gradient, norm_coefficient(clip, clip.raw_norm))
+        tensor([ 0.6000, -0.8000])
+        >>> clip = Clip("value", bound=1.0)
+        >>> apply_clip(clip, gradient, norm_coefficient(clip, clip.raw_norm))
+        tensor([ 1., -1.])
+    """
     if clip.rule == "value":
         return gradient.clamp(-clip.bound, clip.bound)
     return gradient * coefficient.to(gradient)
@@ -40,6 +54,17 @@ def clip_adjoint(clip: Clip, gradients: Vectors, adjoints: Vectors, scales: Mapp
         gradients: ``(d,)`` each, before clipping.
         adjoints: ``(q, d)`` each, the derivative with respect to the clipped gradient.
         scales: all coordinates over kept ones, by which inner products over a mask are extrapolated.
+
+    Example:
+        A clamped coordinate passes nothing on; a gradient that is scaled to a norm passes nothing on along itself:
+
+        >>> gradients, adjoints = {"weight": torch.tensor([3.0, 0.5])}, {"weight": torch.ones(1, 2)}
+        >>> clip_adjoint(Clip("value", bound=1.0), gradients, adjoints, {"weight": 1.0})["weight"]
+        tensor([[0., 1.]])
+        >>> gradients, along = {"weight": torch.tensor([3.0, 4.0])}, {"weight": torch.tensor([[3.0, 4.0]])}
+        >>> pulled = clip_adjoint(Clip("norm", bound=1.0, raw_norm=5.0), gradients, along, {"weight": 1.0})
+        >>> bool(pulled["weight"].norm() < 1e-5)
+        True
     """
     if clip.rule == "value":
         return {k: a * (gradients[k].abs() <= clip.bound) for k, a in adjoints.items()}

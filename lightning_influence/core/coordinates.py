@@ -28,6 +28,16 @@ class Keep:
             of coordinates.
         shape: of the parameter.
         index: ``(d,)`` int64, ascending flat coordinates under a mask, else None.
+
+    Example:
+        >>> keep = Keep("mask", (2, 3), torch.tensor([0, 4]))
+        >>> keep.size, keep.total
+        (2, 6)
+        >>> keep.select(torch.tensor([[1.0, 2.0, 3.0], [4.0, 5.0, 6.0]]))
+        tensor([1., 5.])
+        >>> keep.compress(Dense(torch.arange(12.0).view(2, 6))).dense()
+        tensor([[ 0.,  4.],
+                [ 6., 10.]])
     """
 
     kind: Literal["full", "factored", "mask"]
@@ -71,6 +81,14 @@ def plan(
         compression: ``"full"`` dense rows; ``"factored"`` the smaller lossless form; ``"mask"`` at most
             ``mask_size`` coordinates a parameter; ``"auto"`` lossless while all parameters together stay
             within ``budget`` bytes per sample and step, the most expensive ones masked beyond it.
+
+    Example:
+        >>> shares = {"weight": Outer(torch.zeros(8, 1, 100), torch.zeros(8, 1, 50)), "bias": Dense(torch.zeros(8, 100))}
+        >>> shapes = {"weight": (100, 50), "bias": (100,)}
+        >>> {name: keep.kind for name, keep in plan(shares, shapes, compression="auto").items()}
+        {'weight': 'factored', 'bias': 'full'}
+        >>> {name: keep.size for name, keep in plan(shares, shapes, compression="mask", mask_size=64).items()}
+        {'weight': 64, 'bias': 64}
     """
     lossless = {name: _smaller(share, shapes[name]) for name, share in shares.items()}
     if compression == "full":

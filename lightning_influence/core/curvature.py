@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
 import torch
@@ -40,10 +40,13 @@ class GradientGraph:
     Attributes:
         parameters: the leaves it was taken with respect to.
         gradients: shaped like them.
+        stopped: leaves of the same values on which the gradient depends along paths that the loss stops; empty where
+            there are none, or where they are not followed.
     """
 
     parameters: dict[str, Tensor]
     gradients: dict[str, Tensor]
+    stopped: dict[str, Tensor] = field(default_factory=dict)
 
     def hessian_product(self, vectors: Vectors, *, at_once: int = 8) -> Vectors:
         """Exact Hessian-vector products ``H v = d <grad loss, v> / d theta``, ``(q, d)`` each.
@@ -52,18 +55,24 @@ class GradientGraph:
             vectors: ``(q, d)`` each, flat.
             at_once: vectors that are carried through the network together.
         """
-        leaves = list(self.parameters.values())
+        leaves = [*self.parameters.values(), *self.stopped.values()]
         bent = {name: g for name, g in self.gradients.items() if g.requires_grad}  # the others are constant
         n = len(next(iter(vectors.values())))
         try:
             rows = [self._pulled(leaves, bent, vectors, chunk) for chunk in torch.arange(n).split(at_once)]
         except RuntimeError:
             # some second derivatives (of group normalisation, for one) cannot be vectorised over the vectors
-            rows = [self._pulled(leaves, bent, vectors, chunk) for chunk in torch.arange(n).split(1)]
-        products = {
-            name: torch.cat([row[i].reshape(-1, leaf.numel()) for row in rows])
-            for i, (name, leaf) in enumerate(self.parameters.items())
-        }
+            try:
+                rows = [self._pulled(leaves, bent, vectors, chunk) for chunk in torch.arange(n).split(1)]
+            except RuntimeError as error:
+                raise CurvatureUnavailable(
+                    f"the training step cannot be differentiated twice ({error}); use curvature='none', 'gauss_newton' where "
+                    "the operation lies before the loss, or 'fisher' with a log of gradients."
+                ) from error
+        columns = [torch.cat([row[i].reshape(-1, leaf.numel()) for row in rows]) for i, leaf in enumerate(leaves)]
+        products = dict(zip(self.parameters, columns, strict=False))
+        for name, column in zip(self.stopped, columns[len(self.parameters) :], strict=True):
+            products[name] = products[name] + column
         return {name: products[name] for name in vectors}
 
     def _pulled(
@@ -85,7 +94,16 @@ class GradientGraph:
 
 
 def gradient_graph(loss: Loss, parameters: dict[str, Tensor]) -> GradientGraph:
-    """Gradient of a loss, to be differentiated again."""
+    """Gradient of a loss, to be differentiated again.
+
+    Example:
+        >>> graph = gradient_graph(lambda p: (p["weight"] ** 3).sum(), {"weight": torch.tensor([1.0, 2.0])})
+        >>> graph.gradients["weight"].detach()
+        tensor([ 3., 12.])
+        >>> graph.hessian_product({"weight": torch.eye(2)})["weight"]
+        tensor([[ 6.,  0.],
+                [ 0., 12.]])
+    """
     leaves = {name: p.detach().requires_grad_() for name, p in parameters.items()}
     with differentiable_attention():
         gradients = torch.autograd.grad(loss(leaves), list(leaves.values()), create_graph=True, materialize_grads=True)
@@ -93,7 +111,13 @@ def gradient_graph(loss: Loss, parameters: dict[str, Tensor]) -> GradientGraph:
 
 
 def third_derivative(loss: Loss, parameters: dict[str, Tensor], vectors: Vectors, *, at_once: int = 8) -> Vectors:
-    """``D3L[v, v] = d2/d eps2 grad loss(theta + eps v)``, ``(q, d)`` each."""
+    """``D3L[v, v] = d2/d eps2 grad loss(theta + eps v)``, ``(q, d)`` each.
+
+    Example:
+        >>> direction = {"weight": torch.tensor([[1.0, 2.0]])}
+        >>> third_derivative(lambda p: (p["weight"] ** 3).sum(), {"weight": torch.zeros(2)}, direction)
+        {'weight': tensor([[ 6., 24.]])}
+    """
 
     def product(direction: dict[str, Tensor]) -> dict[str, Tensor]:
         def slope(values: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -109,6 +133,13 @@ def gauss_newton_product(loss: Loss, parameters: dict[str, Tensor], vectors: Vec
 
     Raises:
         CurvatureUnavailable: the loss does not go through one of torch's functional losses.
+
+    Example:
+        Of ``(theta^2 - 1)^2`` at 1 the Gauss-Newton matrix is ``2 (2 theta)^2``, without the curvature of ``theta^2``:
+
+        >>> loss = lambda p: torch.nn.functional.mse_loss(p["weight"] ** 2, torch.ones(1))
+        >>> gauss_newton_product(loss, {"weight": torch.ones(1)}, {"weight": torch.ones(1, 1)})
+        {'weight': tensor([[8.]])}
     """
 
     def outputs(values: dict[str, Tensor]) -> Tensor:

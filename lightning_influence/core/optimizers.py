@@ -87,17 +87,40 @@ UPDATES: dict[str, Update] = {
 
 
 def decay(hyper: Hyper) -> float:
-    """Factor that decoupled weight decay applies to the parameter itself."""
+    """Factor that decoupled weight decay applies to the parameter itself.
+
+    Example:
+        >>> decay({"lr": 0.1, "weight_decay": 0.5, "decoupled": True})
+        0.95
+        >>> decay({"lr": 0.1, "weight_decay": 0.5, "decoupled": False})
+        1.0
+    """
     return 1 - hyper["lr"] * hyper["weight_decay"] if hyper["decoupled"] else 1.0
 
 
 def coupling(hyper: Hyper) -> float:
-    """Coefficient of the parameter in the effective gradient: coupled weight decay (L2)."""
+    """Coefficient of the parameter in the effective gradient: coupled weight decay (L2).
+
+    Example:
+        >>> coupling({"weight_decay": 0.5, "decoupled": False})
+        0.5
+        >>> coupling({"weight_decay": 0.5, "decoupled": True})
+        0.0
+    """
     return 0.0 if hyper["decoupled"] else hyper["weight_decay"]
 
 
 def effective_gradient(gradient: Tensor, parameter: Tensor | None, hyper: Hyper) -> Tensor:
-    """The gradient that enters the moments: sign of ``maximize``, coupled weight decay added."""
+    """The gradient that enters the moments: sign of ``maximize``, coupled weight decay added.
+
+    Example:
+        >>> hyper = {"maximize": False, "decoupled": False, "weight_decay": 0.5}
+        >>> effective_gradient(torch.tensor([1.0]), torch.tensor([4.0]), hyper)
+        tensor([3.])
+
+    Raises:
+        ValueError: coupled weight decay, and no parameter.
+    """
     signed = -gradient if hyper["maximize"] else gradient
     if coupling(hyper) == 0.0:
         return signed
@@ -111,6 +134,18 @@ def step(update: Update, parameter: Tensor, moments: Moments, gradient: Tensor, 
 
     Args:
         gradient: the gradient that the optimizer consumes, after clipping.
+
+    Example:
+        The first step of AdamW is as long as the learning rate, however large the gradient:
+
+        >>> hyper = {"lr": 0.1, "beta1": 0.9, "beta2": 0.999, "eps": 1e-8, "step": 1}
+        >>> hyper |= {"weight_decay": 0.0, "decoupled": True, "maximize": False}
+        >>> zero = torch.zeros(2)
+        >>> parameter, (m, v) = step(UPDATES["adam"], zero, (zero, zero), torch.tensor([0.5, -20.0]), hyper)
+        >>> parameter
+        tensor([-0.1000,  0.1000])
+        >>> m
+        tensor([ 0.0500, -2.0000])
     """
     change, moments = update.apply(moments, effective_gradient(gradient, parameter, hyper), hyper)
     return decay(hyper) * parameter + change, moments
@@ -149,7 +184,14 @@ class RecordedStep:
 
 
 def join(steps: Sequence[RecordedStep]) -> RecordedStep:
-    """The same step of several parameters that share their hyperparameters, end to end."""
+    """The same step of several parameters that share their hyperparameters, end to end.
+
+    Example:
+        >>> first, second = (RecordedStep(UPDATES["sgd"], (), torch.ones(d), {"lr": 0.5}) for d in (2, 1))
+        >>> change, _ = join([first, second]).taken
+        >>> change
+        tensor([-0.5000, -0.5000, -0.5000])
+    """
     if len(steps) == 1:
         return steps[0]
     moments = tuple(torch.cat(parts) for parts in zip(*(s.moments for s in steps), strict=True))

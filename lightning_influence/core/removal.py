@@ -53,10 +53,10 @@ class Removal:
         """Sums of the shares of each micro-batch, ``(n_micro_batches, d)``."""
         return shares.combine(self.members.T.to(like)).to(like)
 
-    def change(self, shares: Shares, samples: slice, totals: Tensor) -> Tensor:
-        """``e_z`` of some samples, ``(u', d)``, in the dtype and on the device of ``totals``."""
+    def change(self, shares: Shares, samples: slice | Tensor, totals: Tensor) -> Tensor:
+        """``e_z`` of some samples, by position, ``(u', d)``, in the dtype and on the device of ``totals``."""
         shared = self.shared[samples].to(totals)
-        if len(self) == len(self.own):  # each sample has one share
+        if isinstance(samples, slice) and len(self) == len(self.own):  # each sample has one share
             own = self.own[samples, None].to(totals) * shares.dense(samples).to(totals)
         else:
             removed = torch.arange(len(self), device=self.owner.device)[samples]
@@ -74,12 +74,28 @@ def removal(record: StepRecord, counterfactual: Literal["drop", "zero"]) -> Remo
 
     Raises:
         ConfigurationError: unknown counterfactual.
+
+    Example:
+        A mean over samples with the gradients 1, 2 and 6 has the gradient 3, and 4, 3.5 and 1.5 without one of them:
+
+        >>> from lightning_influence.core.shares import Dense
+        >>> ids, mean, one_batch = torch.tensor([7, 8, 9]), torch.full((3,), 1 / 3), torch.zeros(3, dtype=torch.int64)
+        >>> gradients = {"weight": torch.tensor([3.0])}
+        >>> record = StepRecord(0, ids, mean, one_batch, gradients, moments={}, hyper={})
+        >>> shares = Dense(torch.tensor([[1.0], [2.0], [6.0]]) / 3)
+        >>> removed = removal(record, "drop")
+        >>> removed.change(shares, slice(None), removed.totals(shares, like=gradients["weight"]))
+        tensor([[ 1.0000],
+                [ 0.5000],
+                [-1.5000]])
+        >>> removal(record, "zero").inner(shares.inner(torch.ones(1, 1)))
+        tensor([[-0.3333, -0.6667, -2.0000]])
     """
     if counterfactual not in COUNTERFACTUALS:
         raise ConfigurationError(f"counterfactual={counterfactual!r}; choose one of {', '.join(COUNTERFACTUALS)}")
     weights = record.loss_weights.double()
-    _, numbers = torch.unique(record.micro_batches, return_inverse=True)
-    members = torch.nn.functional.one_hot(numbers).double()
+    known, numbers = torch.unique(record.micro_batches, return_inverse=True)
+    members = torch.nn.functional.one_hot(numbers, max(len(known), 1)).double()
     sample_ids, owner = _in_order(record.sample_ids)
     nothing = weights.new_zeros(len(sample_ids), members.shape[1])
     if record.measured:
@@ -121,7 +137,7 @@ class ConsumedChange:
     clip: Clip
     coefficients: Tensor
 
-    def change(self, gradient: Tensor, shares: Shares, samples: slice, totals: Tensor) -> Tensor:
+    def change(self, gradient: Tensor, shares: Shares, samples: slice | Tensor, totals: Tensor) -> Tensor:
         """Rows ``(n', d)`` for one parameter; ``gradient`` ``(d,)`` before clipping."""
         raw = self.removal.change(shares, samples, totals)
         if self.clip.rule == "none":
@@ -156,7 +172,15 @@ def consumed_change(
 
 
 def consumed_gradients(record: StepRecord) -> Vectors:
-    """The gradients ``(d,)`` that the optimizer consumed in a step."""
+    """The gradients ``(d,)`` that the optimizer consumed in a step.
+
+    Example:
+        >>> one = torch.ones(1, dtype=torch.int64)
+        >>> clip = Clip("norm", bound=1.0, raw_norm=5.0)
+        >>> record = StepRecord(0, one, one.double(), one, {"weight": torch.tensor([3.0, 4.0])}, {}, {}, clip=clip)
+        >>> consumed_gradients(record)
+        {'weight': tensor([0.6000, 0.8000])}
+    """
     if record.clip.rule == "none":
         return dict(record.gradients)
     coefficient = norm_coefficient(record.clip, record.clip.raw_norm)

@@ -21,7 +21,15 @@ _GATHER_ELEMENTS = 2**24  # of a block of gathered factors
 
 @dataclass(frozen=True)
 class Dense:
-    """Rows ``(n, d)``."""
+    """Rows ``(n, d)``.
+
+    Example:
+        >>> shares = Dense(torch.tensor([[1.0, 2.0], [3.0, 4.0]]))
+        >>> shares.inner(torch.ones(1, 2))
+        tensor([[3., 7.]])
+        >>> shares.combine(torch.ones(1, 2))
+        tensor([[4., 6.]])
+    """
 
     values: Tensor
 
@@ -51,7 +59,13 @@ class Dense:
 
 @dataclass(frozen=True)
 class Outer:
-    """``sum_t left_t right_t^T`` for ``left (n, t, r)`` and ``right (n, t, c)``, flattened to ``(n, r c)``."""
+    """``sum_t left_t right_t^T`` for ``left (n, t, r)`` and ``right (n, t, c)``, flattened to ``(n, r c)``.
+
+    Example:
+        >>> shares = Outer(left=torch.tensor([[[1.0, 2.0]]]), right=torch.tensor([[[3.0, 4.0, 5.0]]]))
+        >>> shares.dense()
+        tensor([[ 3.,  4.,  5.,  6.,  8., 10.]])
+    """
 
     left: Tensor
     right: Tensor
@@ -100,7 +114,13 @@ class Outer:
 
 @dataclass(frozen=True)
 class Rows:
-    """Sparse rows of a matrix of ``n_rows``: ``values (n, t, e)`` added at row ``rows (n, t)``."""
+    """Sparse rows of a matrix of ``n_rows``: ``values (n, t, e)`` added at row ``rows (n, t)``.
+
+    Example:
+        >>> shares = Rows(torch.tensor([[2, 0, 2]]), torch.tensor([[[1.0], [5.0], [3.0]]]), n_rows=4)
+        >>> shares.dense()
+        tensor([[5., 0., 4., 0.]])
+    """
 
     rows: Tensor
     values: Tensor
@@ -149,7 +169,13 @@ class Rows:
 
 @dataclass(frozen=True)
 class Sum:
-    """The sum of several forms of the same samples: a parameter used more than once."""
+    """The sum of several forms of the same samples: a parameter used more than once.
+
+    Example:
+        >>> Sum([Dense(torch.ones(2, 1)), Dense(torch.tensor([[1.0], [2.0]]))]).dense()
+        tensor([[2.],
+                [3.]])
+    """
 
     parts: Sequence[Form]
 
@@ -179,7 +205,13 @@ class Sum:
 
 @dataclass(frozen=True)
 class Stack:
-    """Forms of different samples, one after the other: the micro-batches of a step, or its ranks."""
+    """Forms of different samples, one after the other: the micro-batches of a step, or its ranks.
+
+    Example:
+        >>> Stack([Dense(torch.ones(1, 2)), Dense(torch.zeros(2, 2))]).dense(slice(0, 2))
+        tensor([[1., 1.],
+                [0., 0.]])
+    """
 
     parts: Sequence[Form]
 
@@ -220,7 +252,15 @@ Form = Dense | Outer | Rows | Sum | Stack
 
 
 def add(first: Form, second: Form) -> Form:
-    """The sum of two uses of one parameter; two products are one with more tokens."""
+    """The sum of two uses of one parameter; two products are one with more tokens.
+
+    Example:
+        >>> use = Outer(left=torch.ones(1, 1, 1), right=torch.ones(1, 1, 2))
+        >>> add(use, use).dense()
+        tensor([[2., 2.]])
+        >>> type(add(use, use)).__name__
+        'Outer'
+    """
     if isinstance(first, Outer) and isinstance(second, Outer):
         return Outer(torch.cat([first.left, second.left], 1), torch.cat([first.right, second.right], 1))
     if isinstance(first, Dense) and isinstance(second, Dense):
@@ -229,7 +269,13 @@ def add(first: Form, second: Form) -> Form:
 
 
 def merged(form: Form, n: int) -> Form:
-    """The form of ``n`` samples whose tokens were captured as items of their own, batch first."""
+    """The form of ``n`` samples whose tokens were captured as items of their own, batch first.
+
+    Example:
+        >>> merged(Dense(torch.tensor([[1.0], [2.0], [3.0], [4.0]])), n=2).dense()
+        tensor([[3.],
+                [7.]])
+    """
     if isinstance(form, Dense):
         return Dense(form.values.unflatten(0, (n, -1)).sum(1))
     if isinstance(form, Outer):
@@ -251,7 +297,17 @@ _FIELDS: dict[str, tuple[type[Any], tuple[str, ...]]] = {
 
 
 def pack(shares: Shares) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Tensors and JSON metadata from which `unpack` makes the same form."""
+    """Tensors and JSON metadata from which `unpack` makes the same form.
+
+    Example:
+        >>> tensors, meta = pack(Sum([Dense(torch.ones(1, 1)), Dense(torch.zeros(1, 1))]))
+        >>> meta
+        {'form': 'sum', 'parts': [{'form': 'dense'}, {'form': 'dense'}]}
+        >>> list(tensors)
+        ['0/values', '1/values']
+        >>> unpack(meta, tensors.__getitem__).dense()
+        tensor([[1.]])
+    """
     if isinstance(shares, (Sum, Stack)):
         parts = [pack(part) for part in shares.parts]
         tensors = {f"{i}/{key}": t for i, (part, _) in enumerate(parts) for key, t in part.items()}
@@ -276,5 +332,10 @@ def unpack(meta: Mapping[str, Any], load: Callable[[str], Tensor]) -> Form:
 
 
 def nbytes(shares: Shares) -> int:
-    """Memory that a form takes."""
+    """Memory that a form takes.
+
+    Example:
+        >>> nbytes(Dense(torch.zeros(2, 5)))
+        40
+    """
     return sum(t.numel() * t.element_size() for t in pack(shares)[0].values())

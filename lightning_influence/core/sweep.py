@@ -38,22 +38,43 @@ class RowScores:
         sample_ids, steps: ``(n_rows,)`` int64.
         scores: ``(n_rows, q)``, predicted query loss without the sample minus with it.
         tangent: ``(n_rows, q)``, the same to first order in the change of the gradient.
+        interaction: ``(n_rows, q)``, what removing the sample from its later steps, too, adds to the row: the optimizer
+            answers to removals that lie within its memory together.
     """
 
     sample_ids: Tensor
     steps: Tensor
     scores: Tensor
     tangent: Tensor
+    interaction: Tensor
 
     def of(self, sample_ids: Tensor) -> Tensor:
-        """Scores ``(n, q)`` of the samples of a single step, one row for each time that the step holds them."""
+        """Scores ``(n, q)`` of the samples of a single step, one row for each time that the step holds them.
+
+        Example:
+            >>> scores = torch.tensor([[0.5], [-0.25]])
+            >>> rows = RowScores(torch.tensor([3, 8]), torch.zeros(2, dtype=torch.int64), scores, scores, 0 * scores)
+            >>> rows.of(torch.tensor([8, 3, 8]))
+            tensor([[-0.2500],
+                    [ 0.5000],
+                    [-0.2500]])
+        """
         row = {z: i for i, z in enumerate(self.sample_ids.tolist())}
         return self.scores[[row[z] for z in sample_ids.tolist()]]
 
 
 @dataclass(frozen=True)
 class Method:
-    """Which estimator a sweep evaluates (method.md sections 3 to 6)."""
+    """Which estimator a sweep evaluates (method.md sections 3 to 6).
+
+    Example:
+        >>> Method(curvature="hessian", memory_window=4).response
+        'finite'
+        >>> Method(curvature="kfac")
+        Traceback (most recent call last):
+            ...
+        lightning_influence.errors.ConfigurationError: curvature='kfac'; choose one of none, fisher, gauss_newton, hessian
+    """
 
     curvature: Literal["none", "fisher", "gauss_newton", "hessian"] = "fisher"
     response: Literal["finite", "tangent"] = "finite"
@@ -115,9 +136,35 @@ def sweep(
 def _concatenate(blocks: list[RowScores], n_queries: int) -> RowScores:
     if not blocks:
         ids, scores = torch.zeros(0, dtype=torch.int64), torch.zeros(0, n_queries)
-        return RowScores(ids, ids, scores, scores)
-    fields = ("sample_ids", "steps", "scores", "tangent")
+        return RowScores(ids, ids, scores, scores, scores)
+    fields = ("sample_ids", "steps", "scores", "tangent", "interaction")
     return RowScores(*(torch.cat([getattr(b, f) for b in blocks]) for f in fields))
+
+
+@dataclass(frozen=True)
+class StepRemovals:
+    """The changes of a step's consumed gradient by the removal of each of its samples."""
+
+    consumed: ConsumedChange
+    gradients: Vectors
+    shares: Mapping[str, Shares]
+
+    def of(self, names: Sequence[str], sample_ids: Tensor) -> Tensor | None:
+        """Changes ``(n, d)`` of some parameters end to end; zero for samples that the step does not hold, None if all."""
+        position = {z: i for i, z in enumerate(self.consumed.removal.sample_ids.tolist())}
+        held = [i for i, z in enumerate(sample_ids.tolist()) if z in position]
+        if not held:
+            return None
+        own = torch.tensor([position[int(sample_ids[i])] for i in held])
+        parts = []
+        for name in names:
+            gradient, share = self.gradients[name], self.shares[name]
+            totals = self.consumed.removal.totals(share, gradient)
+            rows = self.consumed.change(gradient, share, own, totals)
+            parts.append(
+                rows.new_zeros(len(sample_ids), rows.shape[1]).index_copy_(0, torch.tensor(held).to(rows.device), rows)
+            )
+        return torch.cat(parts, 1)
 
 
 @dataclass
@@ -128,11 +175,13 @@ class Passed:
         recorded: the step itself, by parameter.
         after: adjoint of the optimizer state after the step.
         gradient: ``(q, d)`` each, adjoint of the batch gradient before clipping.
+        removals: of its samples, where an earlier step of the window holds one of them, too.
     """
 
     recorded: dict[str, RecordedStep]
     after: Adjoints
     gradient: Vectors
+    removals: StepRemovals | None = None
     _joined: dict[Block, tuple[RecordedStep, Adjoint]] = field(default_factory=dict)
 
     def of(self, block: Block) -> tuple[RecordedStep, Adjoint]:
@@ -217,34 +266,71 @@ class _Walk:
     def _score(self, record: StepRecord, shares: Mapping[str, Shares], products: Tensor) -> RowScores:
         removed = removal(record, self.method.counterfactual)
         tangent = removed.inner(products)
-        scores = tangent
+        scores, interaction = tangent, torch.zeros_like(tangent)
         if self.method.response == "finite":
             chunks = {k: sample_chunks(len(removed), s.n_coordinates) for k, s in shares.items()}
             consumed = consumed_change(removed, record, shares, self.scales, chunks)
+            own = StepRemovals(consumed, record.gradients, shares)
             scores = torch.zeros_like(tangent)
+            again = self._again(removed.sample_ids)
             for block in blocks_of([p.recorded for p in self.passed]):
-                scores += self._finite(record, shares, consumed, block)
+                scores += self._finite(own, block, scores)
+                if len(again):
+                    interaction[:, again] += self._together(own, block, again, scores)
+            if self._earlier(record.index, removed.sample_ids):
+                self.passed[0].removals = own
         steps = torch.full_like(removed.sample_ids, record.index)
-        return RowScores(removed.sample_ids.cpu(), steps.cpu(), scores.T.cpu(), tangent.T.cpu())
+        return RowScores(removed.sample_ids.cpu(), steps.cpu(), *(x.T.cpu() for x in (scores, tangent, interaction)))
 
-    def _finite(
-        self, record: StepRecord, shares: Mapping[str, Shares], consumed: ConsumedChange, block: Block
-    ) -> Tensor:
-        """Finite response ``(q, n)`` of a block of parameters, over the window of the newest passed step."""
-        here = [name for name in block if name in shares]
-        removed = consumed.removal
-        scores = torch.zeros(self.n_queries, len(removed))
-        if not here:
+    def _finite(self, own: StepRemovals, block: Block, like: Tensor) -> Tensor:
+        """Finite response ``(q, u)`` of a block of parameters, over the window of the newest passed step; in the precision
+        and on the device of ``like``.
+        """
+        removed = own.consumed.removal
+        scores = torch.zeros_like(like)
+        names = [name for name in block if name in own.shares]
+        if not names:
             return scores
-        passed = [p.of(tuple(here)) for p in self.passed if here[0] in p.recorded]
-        window, after = [step for step, _ in passed], [a.parameter for _, a in passed]
-        closing = passed[-1][1].moments
-        size = sum(shares[name].n_coordinates for name in here)
-        totals = {k: removed.totals(shares[k], record.gradients[k]) for k in here}
+        window, after, closing, _ = self._window(names)
+        size = sum(own.shares[name].n_coordinates for name in names)
+        totals = {k: removed.totals(own.shares[k], own.gradients[k]) for k in names}
         for samples in sample_chunks(len(removed), size):
-            change = torch.cat([consumed.change(record.gradients[k], shares[k], samples, totals[k]) for k in here], 1)
-            scores[:, samples] = finite_response(window, after, closing, change).to(scores)
+            parts = [own.consumed.change(own.gradients[k], own.shares[k], samples, totals[k]) for k in names]
+            scores[:, samples] = finite_response(window, after, closing, torch.cat(parts, 1)).to(scores)
         return scores
+
+    def _together(self, own: StepRemovals, block: Block, again: Tensor, like: Tensor) -> Tensor:
+        """What the later removals of some samples, by position, add to the response ``(q, n)`` to their removal here."""
+        added = like.new_zeros(len(like), len(again))
+        names = [name for name in block if name in own.shares]
+        if not names:
+            return added
+        window, after, closing, passed = self._window(names)
+        size = sum(own.shares[name].n_coordinates for name in names)
+        for part in sample_chunks(len(again), size):
+            ids = own.consumed.removal.sample_ids[again[part]]
+            change = own.of(names, ids)
+            later = [None if p.removals is None else p.removals.of(names, ids) for p in passed]
+            assert change is not None
+            joint = finite_response(window, after, closing, change, later)
+            added[:, part] = (joint - finite_response(window, after, closing, change)).to(added)
+        return added
+
+    def _window(self, names: Sequence[str]) -> tuple[list[RecordedStep], list[Tensor], Moments, list[Passed]]:
+        """Steps, adjoints of the parameters and closing adjoint of the moments of some parameters, joined."""
+        passed = [p for p in self.passed if names[0] in p.recorded]
+        joined = [p.of(tuple(names)) for p in passed]
+        return [step for step, _ in joined], [a.parameter for _, a in joined], joined[-1][1].moments, passed
+
+    def _again(self, sample_ids: Tensor) -> Tensor:
+        """Positions of the samples that later steps of the window hold, too."""
+        later = [p.removals.consumed.removal.sample_ids for p in list(self.passed)[1:] if p.removals is not None]
+        return torch.isin(sample_ids, torch.cat(later)).nonzero()[:, 0] if later else torch.zeros(0, dtype=torch.int64)
+
+    def _earlier(self, index: int, sample_ids: Tensor) -> bool:
+        """Whether a step in whose window this one lies holds one of the samples."""
+        reach = range(max(0, index + 1 - (self.passed.maxlen or 0)), index)
+        return any(bool(torch.isin(self.trajectory.sample_ids(t), sample_ids).any()) for t in reach)
 
     def _curvature(
         self, record: StepRecord, shares: Mapping[str, Shares], vectors: Vectors, products: Tensor
@@ -289,6 +375,11 @@ def _pull_gradient(passed: Passed) -> Vectors:
 
 
 def sample_chunks(n_samples: int, n_coordinates: int) -> list[slice]:
-    """Slices of the samples whose dense shares stay within a bounded block."""
+    """Slices of the samples whose dense shares stay within a bounded block.
+
+    Example:
+        >>> sample_chunks(5, n_coordinates=16_000)
+        [slice(0, 2, None), slice(2, 4, None), slice(4, 6, None)]
+    """
     size = max(1, _CHUNK_ELEMENTS // max(n_coordinates, 1))
     return [slice(i, i + size) for i in range(0, n_samples, size)]

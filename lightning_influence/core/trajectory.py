@@ -113,6 +113,9 @@ class Trajectory(Protocol):
     def record(self, index: int) -> StepRecord:
         """The step's record. Raises IndexError outside ``range(len(self))``."""
 
+    def sample_ids(self, index: int) -> Tensor:
+        """Samples ``(n,)`` int64 that a step consumed, without its record."""
+
     def shares(self, index: int) -> Mapping[str, Shares]:
         """Per-sample shares of the step by parameter; may load each on access."""
 
@@ -126,7 +129,12 @@ class Trajectory(Protocol):
 
 
 def extrapolation(sizes: Mapping[str, tuple[int, int]]) -> dict[str, float]:
-    """All coordinates over kept ones, by parameter: by which inner products over a mask are extrapolated."""
+    """All coordinates over kept ones, by parameter: by which inner products over a mask are extrapolated.
+
+    Example:
+        >>> extrapolation({"weight": (100, 400), "bias": (10, 10)})
+        {'weight': 4.0, 'bias': 1.0}
+    """
     return {k: total / max(kept, 1) for k, (kept, total) in sizes.items()}
 
 

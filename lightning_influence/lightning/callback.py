@@ -7,6 +7,7 @@ import math
 import platform
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
+from dataclasses import asdict
 from fnmatch import fnmatchcase
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -38,7 +39,7 @@ from lightning_influence.run.sample_ids import IdSource, SampleIds, is_map_style
 from lightning_influence.run.sample_weights import WeightSource, sample_weights
 from lightning_influence.run.tap import LossTap, tapped
 from lightning_influence.run.trainer import clip_of, loss_scaler, only_optimizer
-from lightning_influence.run.training_step import eval_modes, prepared
+from lightning_influence.run.training_step import Moment, prepared
 from lightning_influence.scoring.attribution import attribute
 
 _PACKAGES = ("lightning-influence", "torch", "lightning", "safetensors", "transformers", "peft")
@@ -194,9 +195,8 @@ class InfluenceCallback(L.Callback):
                 capture.attach()
             elif self.frozen_batch_norm:
                 self._frozen = freeze_batch_norm(pl_module)
-            if self.sample_weights is None and self.reduction == "mean":
-                self._tap = undo.enter_context(ExitStack())
-                self._tap.enter_context(tapped(pl_module, self._weigh))
+            self._tap = undo.enter_context(ExitStack())
+            self._tap.enter_context(tapped(pl_module, self._weigh))
             self._watches = _changes_gradients(trainer, pl_module)
             self._row_order = self._row_order_of(trainer, pl_module)
             self._recorder = Recorder(
@@ -301,33 +301,15 @@ class InfluenceCallback(L.Callback):
         ids = self._row_order(batch, self.sample_ids.next(batch))
         weights = sample_weights(batch, len(ids), self.sample_weights)
         self._n = len(ids)
-        moment: dict[str, Any] = {
-            "batch_idx": batch_idx,
-            "epoch": trainer.current_epoch,
-            "global_step": trainer.global_step,
-            "in_eval": eval_modes(pl_module),
-        }
+        moment = Moment.now(trainer, pl_module, batch_idx)
         if self._unverified is not None:
-            random = read_random_state()
-            self._first = (
-                ReplayMicroBatch(
-                    batch,
-                    batch_idx,
-                    1.0,
-                    len(ids),
-                    random,
-                    trainer.current_epoch,
-                    trainer.global_step,
-                    moment["in_eval"],
-                ),
-                ids,
-            )
+            self._first = ReplayMicroBatch(batch, moment, 1.0, len(ids), read_random_state()), ids
         self._recorder.begin(
             ids,
             weights,
             trainer.accumulate_grad_batches,
             batch=batch,
-            moment=moment,
+            moment=asdict(moment),
             fetched=self.sample_ids.fetched,
         )
 
@@ -355,11 +337,13 @@ class InfluenceCallback(L.Callback):
             )
 
     def _weigh(self, losses: LossTap) -> None:
-        """The weights of the batch's samples, as the loss that was called has them."""
-        if self._recorder is not None and self._n is not None:
-            weights = losses.sample_weights(self._n)
-            if weights is not None:
-                self._recorder.weigh(weights)
+        """What the loss that was called says of the batch's samples: their weights in it, and their training dynamics."""
+        if self._recorder is None or self._n is None:
+            return
+        weights = losses.sample_weights(self._n)
+        if weights is not None and self.sample_weights is None and self.reduction == "mean":
+            self._recorder.weigh(weights)
+        self._recorder.observe(losses.dynamics(self._n))
 
     def on_after_backward(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         assert self._recorder is not None

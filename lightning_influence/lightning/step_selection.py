@@ -207,6 +207,9 @@ class LiveStep:
         taken = form.combine((factor * (self.weights - 1))[None].to(whole))[0]
         return taken.add_(whole, alpha=factor)
 
+    def sample_ids(self, index: int) -> Tensor:
+        return self.full.sample_ids
+
     def shares(self, index: int) -> Mapping[str, Shares]:
         factors = self._factors
         return {k: _Weighted(form, factors) for k, form in self.forms.items()}

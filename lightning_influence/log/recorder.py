@@ -23,8 +23,9 @@ from lightning_influence.core.trajectory import Clip, StepRecord
 from lightning_influence.errors import ConfigurationError, InfluenceError
 from lightning_influence.log.reader import StoreReader
 from lightning_influence.log.snapshots import Packed, ReplaySettings, pack_micro_batch, pack_snapshot, snapshot_name
-from lightning_influence.log.steps import FINAL, LAYOUT, MOMENTS_EVERY, checksum, pack_layout, pack_step
+from lightning_influence.log.steps import FINAL, LAYOUT, MOMENTS_EVERY, checksum, pack_dynamics, pack_layout, pack_step
 from lightning_influence.log.writer import StoreWriter
+from lightning_influence.run.losses import Dynamics, joined
 from lightning_influence.run.optimizer import read_hyper, read_moments, update_name
 from lightning_influence.run.ranks import Ranks
 
@@ -49,6 +50,7 @@ class _MicroBatch:
     loss_weights: Tensor
     replay: Packed | None
     shares: Mapping[str, Form]
+    dynamics: Dynamics | None
 
 
 @dataclass(frozen=True)
@@ -59,6 +61,7 @@ class _Started:
     weights: Tensor
     accumulated: int
     replay: Packed | None
+    dynamics: Dynamics | None = None
 
 
 class Recorder:
@@ -131,6 +134,11 @@ class Recorder:
         if self._started is not None:
             self._started = replace(self._started, weights=weights)
 
+    def observe(self, dynamics: Dynamics | None) -> None:
+        """What the micro-batch's loss said of its samples."""
+        if self._started is not None:
+            self._started = replace(self._started, dynamics=dynamics)
+
     def after_backward(self, loss_scale: float = 1.0, *, watch: bool = False) -> Tensor | None:
         """Collect the micro-batch's shares.
 
@@ -154,7 +162,7 @@ class Recorder:
         if self.averaged:
             weights = weights / weights.sum()
         weights = weights / (started.accumulated * self.ranks.size)
-        self._micro_batches.append(_MicroBatch(started.sample_ids, weights, started.replay, shares))
+        self._micro_batches.append(_MicroBatch(started.sample_ids, weights, started.replay, shares, started.dynamics))
         return weights
 
     def before_step(self, clip: Clip, *, may_skip: bool = False) -> None:
@@ -312,6 +320,7 @@ class Recorder:
         (record, shares, micro_batches), self._pending = self._pending, None
         self._check_clip(record.clip, record.index)
         tensors, meta = pack_step(record, shares, state=self.ranks.rank == 0)
+        tensors |= pack_dynamics(joined([m.dynamics for m in micro_batches]))
         replays = [m.replay for m in micro_batches if m.replay is not None]
         for parts, _ in replays:
             tensors |= parts

@@ -2,8 +2,8 @@
 
 `store` knows how tensors lie on disk; this module knows what they mean. Tensor names in a step's shard:
 ``sample_ids``, ``loss_weights``, ``micro_batches``, ``gradient/<parameter>``, ``moment/<k>/<parameter>`` (every few
-steps; in between they follow from the gradients), ``parameter/<parameter>`` (coupled weight decay only) and
-``share/<parameter>/<part>``.
+steps; in between they follow from the gradients), ``parameter/<parameter>`` (coupled weight decay only),
+``share/<parameter>/<part>`` and, where the loss was one over classes, ``dynamics/<column>`` (`losses.Dynamics`).
 """
 
 from __future__ import annotations
@@ -26,6 +26,8 @@ from lightning_influence.errors import CurvatureUnavailable, LogError
 from lightning_influence.log.format import FINAL as FINAL
 from lightning_influence.log.format import decoding
 from lightning_influence.log.reader import StoreReader
+from lightning_influence.run.losses import Dynamics, joined
+from lightning_influence.run.training_step import Moment
 
 LAYOUT = "layout"
 MOMENTS_EVERY = 8  # steps
@@ -90,6 +92,11 @@ def _pack_hyper(hyper: Mapping[str, Hyper]) -> dict[str, Any]:
     return {"hyper": distinct, "hyper_of": of}
 
 
+def pack_dynamics(dynamics: Dynamics | None) -> dict[str, Tensor]:
+    """Tensors of the training dynamics of a step's samples; none where they are not known."""
+    return {} if dynamics is None else {f"dynamics/{name}": t for name, t in dynamics.columns().items()}
+
+
 def pack_layout(keeps: Mapping[str, Keep], optimizer: str) -> Packed:
     """The artifact that says which coordinates of which parameters a log holds."""
     tensors: dict[str, Tensor] = {}
@@ -137,6 +144,38 @@ class LoggedSteps:
             with decoding(f"one of the steps {steps[0]} to {steps[-1]} of {self._log}"):
                 self._records = self._with_moments(steps)
         return self._records[index]
+
+    def moments_of(self, index: int) -> list[Moment | None]:
+        """What the training step of each micro-batch read besides its batch, over all ranks; None where nothing was noted."""
+        with decoding(f"step {index} of {self._log}"):
+            record = self._stored(index)
+            noted = [m for rank in range(self.reader.ranks) for m in self.reader.meta(index, rank)["micro_batches"]]
+            moments = [
+                Moment(int(m["batch_idx"]), int(m["epoch"]), int(m["global_step"]), tuple(map(str, m["in_eval"])))
+                for m in noted
+            ]
+        return [*moments] or [None] * len(record.micro_batches.unique())
+
+    def sample_ids(self, index: int) -> Tensor:
+        """Samples ``(n,)`` that a step consumed."""
+        with decoding(f"step {index} of {self._log}"):
+            return self._samples(index)[0]
+
+    def dynamics(self, index: int) -> tuple[Tensor, Dynamics] | None:
+        """Ids and training dynamics of the step's samples; None where some of them have none."""
+        with decoding(f"step {index} of {self._log}"):
+            parts = [self._dynamics(index, rank) for rank in range(self.reader.ranks)]
+            found = joined(parts)
+            return None if found is None else (self._samples(index)[0], found)
+
+    def _dynamics(self, index: int, rank: int) -> Dynamics | None:
+        prefix, stored = "dynamics/", self.reader.names(index, rank)
+        names = [name for name in stored if name.startswith(prefix)]
+        if not names:
+            return None
+        found = Dynamics(**{name.removeprefix(prefix): self.reader.tensor(index, name, rank) for name in names})
+        _check_dynamics(found, len(self.reader.tensor(index, "sample_ids", rank)))
+        return found
 
     def _with_moments(self, steps: range) -> dict[int, StepRecord]:
         """Consecutive records, their moments read where they are stored and followed from there."""
@@ -316,6 +355,17 @@ def _check_record(record: StepRecord) -> None:
         _expect(gradient.dim() == 1 and gradient.is_floating_point(), "a gradient of another type")
         parameter = (record.parameters or {}).get(k, gradient)
         _expect(parameter.shape == gradient.shape, "a parameter of another shape")
+
+
+def _check_dynamics(dynamics: Dynamics, samples: int) -> None:
+    *columns, classes = dynamics.columns().values()
+    kinds = [torch.float32, torch.float32, torch.float32, torch.int64, torch.int64]
+    _expect([c.dtype for c in columns] == kinds and classes.dtype == torch.float16, "dynamics of another type")
+    _expect(all(c.shape == (samples,) for c in columns), "dynamics of another number of samples")
+    _expect(classes.dim() == 2 and len(classes) == samples, "log-probabilities of another shape")
+    for labels in (dynamics.labels, dynamics.others):
+        _expect(bool((labels >= -1).all()), "an impossible label")
+        _expect(not classes.shape[1] or bool((labels < classes.shape[1]).all()), "a label beyond the classes")
 
 
 def _check_moments(record: StepRecord) -> None:

@@ -21,7 +21,7 @@ from lightning_influence.log.snapshots import SNAPSHOT, snapshot_name
 from lightning_influence.log.steps import LoggedSteps
 from lightning_influence.replay.plan import ReplayMicroBatch, ReplayStep, State
 from lightning_influence.run.batches import fingerprint, unpack_batch
-from lightning_influence.run.data import samples_of
+from lightning_influence.run.data import TrainingData
 from lightning_influence.run.random_state import random_state
 from lightning_influence.run.training_step import prepared
 
@@ -54,16 +54,19 @@ class LoggedPlan:
                 "InfluenceCallback(record='replay' or 'both'), or use curvature='fisher'."
             )
         self.optimizer = str(self._reader.manifest["update"])
-        self._dataset, self._collate = samples_of(data)
+        self._data = TrainingData.of(data)
 
     def __len__(self) -> int:
         return len(self._reader)
+
+    def sample_ids(self, index: int) -> Tensor:
+        return self._steps.sample_ids(index)
 
     def step(self, index: int) -> ReplayStep:
         record = self._steps.record(index)
         with decoding(f"step {index}"):
             recorded = [
-                (rank, number, told, int(told["batch_idx"]))
+                (rank, number, told)
                 for rank in range(self._reader.ranks)
                 for number, told in enumerate(self._reader.meta(index, rank)["micro_batches"])
             ]
@@ -71,13 +74,13 @@ class LoggedPlan:
             weights = [record.loss_weights[here] for here in positions]
             factors = [float(w.sum() if record.averaged else w[0]) for w in weights]
         micro_batches = []
-        for (rank, number, told, batch_idx), here, factor in zip(recorded, positions, factors, strict=True):
+        moments = self._steps.moments_of(index)
+        for (rank, number, told), moment, here, factor in zip(recorded, moments, positions, factors, strict=True):
+            assert moment is not None
             read = _Read(self._reader, index, rank)
             batch = self._batch(read, number, told, record.sample_ids[here].tolist())
             random = read.generators(f"random/{number}/")
-            with decoding(f"step {index}"):
-                moment = int(told["epoch"]), int(told["global_step"]), [str(name) for name in told["in_eval"]]
-            micro_batches.append(ReplayMicroBatch(batch, batch_idx, factor, int(here.sum()), random, *moment))
+            micro_batches.append(ReplayMicroBatch(batch, moment, factor, int(here.sum()), random))
         return ReplayStep(
             micro_batches,
             record.sample_ids,
@@ -110,14 +113,15 @@ class LoggedPlan:
             with decoding(f"a batch of step {read.index}"):
                 batch = unpack_batch(told["structure"], lambda key: read.tensor(f"batch/{number}/{key}"))
             return module.transfer_batch_to_device(batch, module.device, 0)
-        if self._dataset is None:
+        if self._data.dataset is None:
             raise ConfigurationError(
                 "the log holds sample ids but not the batches; give attribute(..., data=...) the training data, or record "
                 "with InfluenceCallback(store_batches=True)."
             )
         with random_state(read.generators(f"fetch/{number}/") or None):
-            batch = self._collate([self._dataset[i] for i in ids])
-        batch = prepared(module, batch)
+            batch = self._data.batch(ids)
+        precision = str(self._reader.manifest["precision"])
+        batch = prepared(module, batch, datamodule=self._data.datamodule, precision=precision)
         recorded, found = read.tensor(f"fingerprint/{number}"), fingerprint(batch)
         if recorded.shape != found.shape or not torch.allclose(found, recorded, rtol=_SAME, atol=_SAME):
             raise ReplayDrift(

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from lightning_influence.core.optimizers import Moments
 from lightning_influence.core.trajectory import Clip, Hyper
+from lightning_influence.run.training_step import Moment
 
 
 @dataclass(frozen=True)
@@ -26,21 +27,17 @@ class ReplayMicroBatch:
     """One forward and backward pass.
 
     Attributes:
+        moment: what the training step reads besides the batch.
         factor: of its loss in the step's loss.
         n_samples: in the batch.
         random: the generators' states before its training step; None to leave them.
-        epoch, global_step: of the trainer.
-        in_eval: names of the modules that were in eval mode.
     """
 
     batch: Any
-    batch_idx: int
+    moment: Moment
     factor: float
     n_samples: int
     random: Mapping[str, Tensor] | None = None
-    epoch: int = 0
-    global_step: int = 0
-    in_eval: Sequence[str] = ()
 
 
 @dataclass(frozen=True)
@@ -70,6 +67,9 @@ class Plan(Protocol):
         """Steps before which the state is known, ascending, the first of them 0; the number of steps may be the last."""
 
     def __len__(self) -> int: ...
+
+    def sample_ids(self, index: int) -> Tensor:
+        """Samples ``(n,)`` that a step consumed."""
 
     def step(self, index: int) -> ReplayStep:
         """What a step consumed."""

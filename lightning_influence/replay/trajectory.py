@@ -7,11 +7,12 @@ look-ahead, from the batches to come.
 
 from __future__ import annotations
 
+import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cached_property, partial
 from typing import Any, Literal
 
 import torch
@@ -34,12 +35,16 @@ from lightning_influence.errors import ConfigurationError, ReplayDrift
 from lightning_influence.replay.plan import Plan, ReplayMicroBatch, ReplayStep, State
 from lightning_influence.replay.removals import Removals
 from lightning_influence.replay.removals import not_the_sum as _not_the_sum
+from lightning_influence.replay.stopped_paths import NotedPaths, OpenPaths, StopWatch
 from lightning_influence.run.batches import without
 from lightning_influence.run.random_state import random_state, read_random_state, write_random_state
 from lightning_influence.run.training_step import at_moment, placed, quiet, set_modes, training_loss
 
 _TOLERANCE = 1e-2  # of a segment's movement
 _NORM_TOLERANCE = 1e-3  # of a gradient's norm
+_SAME = 1e-4  # relative difference of two products that say the same
+_BENT = 0.05  # relative, of the change of a gradient that its second derivative may miss
+_LONG = 10  # seconds of measuring that are announced
 _CACHE_BYTES = 2**30  # of the evaluations of one segment
 
 
@@ -51,13 +56,18 @@ class _Evaluation:
         graph: None where the run is replayed without second derivatives.
         measured: whether the shares are changes of the gradient (`StepRecord.measured`).
         buffers: after the step.
+        form: makes the shares, which are only measured where they are asked for.
     """
 
     gradients: dict[str, Tensor]
-    shares: dict[str, Form]
     graph: GradientGraph | None
     measured: bool
     buffers: dict[str, Tensor]
+    form: Callable[[], dict[str, Form]]
+
+    @cached_property
+    def shares(self) -> dict[str, Form]:
+        return self.form()
 
 
 @dataclass
@@ -87,9 +97,13 @@ class ReplayTrajectory:
         exact: whether exact Hessian products will be asked for.
         at_once: vectors carried through the network together in an exact curvature product.
         counterfactual: of the removals, where they have to be measured.
+        samples: the only ones whose removals are measured; None for all.
+        verify: hold the removals that shares give against evaluations without the sample.
         progress: show a bar where replaying a segment takes longer than two seconds.
 
     Attributes:
+        stopped_paths: whether the gradient depends on the parameters along paths that the loss stops, and whether the
+            curvature follows them; None before the first step.
         removals: how the changes of the gradient by the removal of a sample are found, and what was verified of it.
         drift: relative distance to each snapshot on arrival, by step (the system error, method.md section 9).
     """
@@ -105,6 +119,8 @@ class ReplayTrajectory:
         exact: bool = True,
         at_once: int = 8,
         counterfactual: Literal["drop", "zero"] = "drop",
+        samples: Collection[int] | None = None,
+        verify: bool = True,
         progress: bool = True,
     ) -> None:
         self.module, self.plan, self.optimizer = module, plan, plan.optimizer
@@ -115,7 +131,10 @@ class ReplayTrajectory:
         self.sizes = {k: (p.numel(), p.numel()) for k, p in self._trained.items()}
         refuse_compiled(module)
         self._frozen_batch_norm, self._counterfactual = frozen_batch_norm, counterfactual
-        self.removals = Removals()
+        self._samples = None if samples is None else set(samples)
+        self._announced = False
+        self.stopped_paths: Literal["none", "followed", "not followed"] | None = None
+        self.removals = Removals(unverifiable=None if verify else "verify=False")
         self._capture = self._captured(exclude)
         self._autocast, self._exact, self._at_once = autocast, exact, at_once
         self._segment: _Segment | None = None
@@ -139,7 +158,7 @@ class ReplayTrajectory:
 
     def witness(self) -> Removals:
         """Verify the removals of the first step, and nothing else."""
-        self._evaluate(self.plan.step(0), self.plan.snapshot(0), measure=False)
+        self._evaluate(self.plan.step(0), self.plan.snapshot(0))
         return self.removals
 
     def place(self, index: int) -> None:
@@ -155,6 +174,9 @@ class ReplayTrajectory:
     def record(self, index: int) -> StepRecord:
         segment = self._at(index)
         return segment.records[index - segment.start]
+
+    def sample_ids(self, index: int) -> Tensor:
+        return self.plan.sample_ids(index)
 
     def shares(self, index: int) -> Mapping[str, Shares]:
         kept = self.record(index).gradients
@@ -199,12 +221,12 @@ class ReplayTrajectory:
 
     def _loss(self, micro_batch: ReplayMicroBatch) -> Tensor:
         """A micro-batch's part in the loss of its step, by the module's own training step."""
-        set_modes(self.module, micro_batch.in_eval)
+        set_modes(self.module, micro_batch.moment.in_eval)
         if micro_batch.random is not None:
             write_random_state(micro_batch.random)
-        with at_moment(self.module, micro_batch.epoch, micro_batch.global_step), self._autocast():
+        with at_moment(self.module, micro_batch.moment), self._autocast():
             self.removals.half |= torch.is_autocast_enabled(self.module.device.type)
-            loss = training_loss(self.module, micro_batch.batch, micro_batch.batch_idx)
+            loss = training_loss(self.module, micro_batch.batch, micro_batch.moment.batch_idx)
         return loss * micro_batch.factor
 
     def _state(self, index: int) -> State:
@@ -247,6 +269,9 @@ class ReplayTrajectory:
         """Bytes that it takes to keep a step's evaluation; about the same for every step."""
         with _saved_bytes() as saved:
             evaluation = self._evaluate(planned, state)
+        if evaluation.measured:
+            each = sum(g.numel() * g.element_size() for g in evaluation.gradients.values())
+            return sum(saved) + len(self._asked_of(planned)) * each
         return sum(saved) + sum(nbytes(form) for form in evaluation.shares.values())
 
     def _evaluation(self, index: int) -> _Evaluation:
@@ -269,7 +294,7 @@ class ReplayTrajectory:
         own = [k for k in gradients if k in planned.hyper]
         columns = (planned.sample_ids, planned.loss_weights, planned.numbers)
         if evaluation.measured:  # one row a sample, whatever it consists of
-            ids = _each_once(planned.sample_ids)
+            ids = self._asked_of(planned)
             columns = (ids, torch.ones(len(ids), dtype=torch.float64), torch.zeros_like(ids))
         return StepRecord(
             index=index,
@@ -297,15 +322,18 @@ class ReplayTrajectory:
             self.removals.measure(str(error))
             return None
 
-    def _evaluate(self, planned: ReplayStep, state: State, *, measure: bool = True) -> _Evaluation:
+    def _evaluate(self, planned: ReplayStep, state: State) -> _Evaluation:
         """Gradients and shares of a step, by the module's own training step."""
-        leaves = {k: p.detach().requires_grad_() for k, p in state.parameters.items()}
+        leaves = _leaves(state.parameters)
+        stopped = _leaves(state.parameters) if self._exact and self.stopped_paths == "followed" else {}
         captured: list[dict[str, Form]] = []
         buffers = [state.buffers]  # before each micro-batch, and after the last
         totals: dict[str, Tensor] = {}
         with differentiable_attention() if self._exact else nullcontext():
             for micro_batch in planned.micro_batches:
-                gradients, shares, after = self._gradients(leaves, buffers[-1], micro_batch, self._capture)
+                gradients, shares, after = self._gradients(
+                    leaves, buffers[-1], micro_batch, self._capture, stopped=stopped
+                )
                 captured += [] if shares is None else [shares]
                 buffers.append(after)
                 totals |= {k: totals[k] + g if k in totals else g for k, g in gradients.items()}
@@ -317,9 +345,69 @@ class ReplayTrajectory:
                 forms = None
         measured = forms is None
         if forms is None:
-            forms = self._measured(planned, state.parameters, buffers, gradients) if measure else {}
-        graph = GradientGraph(leaves, totals) if self._exact else None
-        return _Evaluation(gradients, forms, graph, measured, buffers[-1])
+            form = partial(self._measured, planned, state.parameters, buffers, gradients)
+        else:
+            form = partial(dict[str, Form], forms)
+        graph = GradientGraph(leaves, totals, stopped) if self._exact else None
+        if self.stopped_paths is None and graph is not None:
+            stops = self._stops(planned, leaves, buffers)
+            self.stopped_paths = self._stopped_paths(planned, state, buffers, graph) if stops else "none"
+            if self.stopped_paths == "followed":
+                return self._evaluate(planned, state)
+        return _Evaluation(gradients, graph, measured, buffers[-1], form)
+
+    def _stops(self, planned: ReplayStep, leaves: dict[str, Tensor], buffers: Sequence[Mapping[str, Tensor]]) -> bool:
+        """Whether the training step stops a path from a parameter, by ``detach`` or ``no_grad``."""
+        watch = StopWatch()
+        for micro_batch, before in zip(planned.micro_batches, buffers, strict=False):
+            with placed(self.module, leaves | _copies(before)), watch:
+                self._loss(micro_batch)
+        return watch.seen
+
+    def _stopped_paths(
+        self,
+        planned: ReplayStep,
+        state: State,
+        buffers: Sequence[Mapping[str, Tensor]],
+        graph: GradientGraph,
+    ) -> Literal["none", "followed", "not followed"]:
+        """What has to be done about paths that the loss stops: nothing where following them changes no product; otherwise
+        they are followed, if the products are then those of a finite difference.
+        """
+        direction, moved = self._moved_gradient(planned, state, buffers)
+        self.stopped_paths = "followed"
+        followed = self._evaluate(planned, state).graph
+        assert followed is not None
+        plain, whole = (
+            {k: p[0].double() for k, p in g.hessian_product({k: m.flatten()[None] for k, m in moved.items()}).items()}
+            for g in (graph, followed)
+        )
+        if _distance(plain, whole) <= _SAME * _distance(whole, {k: torch.zeros_like(p) for k, p in whole.items()}):
+            return "none"
+        # <u, J v> for u = J v, by a difference of gradients and by the product with the transpose
+        expected = sum(float(m.double().square().sum()) for m in moved.values())
+        found = sum(float((whole[k] * direction[k].flatten()).sum()) for k in whole)
+        return "followed" if abs(found - expected) <= _BENT * expected else "not followed"
+
+    def _moved_gradient(
+        self, planned: ReplayStep, state: State, buffers: Sequence[Mapping[str, Tensor]]
+    ) -> tuple[Vectors, Vectors]:
+        """A random direction of the parameters and the central difference of the gradient along it."""
+        generator = torch.Generator().manual_seed(0)
+        direction = {
+            k: (torch.randn(p.shape, generator=generator).to(p) * p.square().mean().sqrt())
+            for k, p in state.parameters.items()
+        }
+        step = 1e-5 if next(iter(state.parameters.values())).dtype == torch.float64 else 1e-3
+        sides: list[dict[str, Tensor]] = []
+        for sign in (step, -step):
+            leaves = _leaves({k: p + sign * direction[k] for k, p in state.parameters.items()})
+            total: dict[str, Tensor] = {}
+            for micro_batch, before in zip(planned.micro_batches, buffers, strict=False):
+                gradients, *_ = self._gradients(leaves, before, micro_batch, None, exact=False)
+                total |= {k: total[k] + g if k in total else g for k, g in gradients.items()}
+            sides.append(total)
+        return direction, {k: (sides[0][k] - sides[1][k]) / (2 * step) for k in sides[0]}
 
     def _gradients(
         self,
@@ -329,15 +417,29 @@ class ReplayTrajectory:
         capture: GradientCapture | None,
         *,
         exact: bool | None = None,
+        stopped: dict[str, Tensor] | None = None,
     ) -> tuple[dict[str, Tensor], dict[str, Form] | None, dict[str, Tensor]]:
-        """Gradients that a micro-batch has (the optimizer skips a parameter without one), shares, and buffers after it."""
+        """Gradients that a micro-batch has (the optimizer skips a parameter without one), shares, and buffers after it.
+
+        Args:
+            stopped: leaves for the paths that the loss stops (`stopped_paths`), to be followed.
+        """
+        if stopped and capture is not None:  # whose own hooks detach what they keep
+            captured = self._gradients(leaves, buffers, micro_batch, capture, exact=False)
+            followed = self._gradients(leaves, buffers, micro_batch, None, exact=exact, stopped=stopped)
+            return followed[0], captured[1], followed[2]
+        noted = OpenPaths()
+        if stopped:
+            with placed(self.module, stopped | _copies(buffers)), noted:
+                self._loss(micro_batch)
         shares: dict[str, Form] | None = None
         with placed(self.module, leaves | _copies(buffers)) as inside:
             if capture is not None:
                 capture.attach()
                 capture.begin(micro_batch.n_samples)
             try:
-                loss = self._loss(micro_batch)
+                with NotedPaths(noted) if stopped else nullcontext():
+                    loss = self._loss(micro_batch)
                 found = torch.autograd.grad(
                     loss,
                     list(leaves.values()),
@@ -404,8 +506,32 @@ class ReplayTrajectory:
         gradients: Vectors,
     ) -> dict[str, Form]:
         """The change of the gradient by the removal of every sample, each by evaluating the step without it."""
-        changes = self._changes(planned, parameters, buffers, gradients, _each_once(planned.sample_ids))
+        asked = self._asked_of(planned)
+        started = time.perf_counter()
+        changes = self._changes(planned, parameters, buffers, gradients, asked)
+        self._announce((time.perf_counter() - started) / max(len(asked), 1))
         return {k: Dense(rows) for k, rows in changes.items()}
+
+    def _announce(self, seconds: float) -> None:
+        """Say once that removals are measured, and what it will take at ``seconds`` for each."""
+        if self._announced or not self._progress:
+            return
+        self._announced = True
+        n = sum(len(self._asked_of_ids(self.plan.sample_ids(t))) for t in range(len(self)))
+        if n * seconds > _LONG:
+            warnings.warn(
+                f"every removal is measured by running its step without the sample, because {self.removals.reason}: {n} "
+                f"removals, about {n * seconds:.0f} s for one pass over the run. samples= restricts it to the ones of interest.",
+                stacklevel=2,
+            )
+
+    def _asked_of(self, planned: ReplayStep) -> Tensor:
+        return self._asked_of_ids(planned.sample_ids)
+
+    def _asked_of_ids(self, sample_ids: Tensor) -> Tensor:
+        """The samples of a step whose removal is asked for, each once, in order of first appearance."""
+        each = list(dict.fromkeys(sample_ids.tolist()))
+        return torch.tensor([z for z in each if self._samples is None or z in self._samples], dtype=torch.int64)
 
     def _changes(
         self,
@@ -443,6 +569,8 @@ class ReplayTrajectory:
                 for k, total in change.items():
                     total += rest.get(k, 0.0) - whole.get(k, 0.0)  # type: ignore[operator]
             rows.append({k: c.flatten() for k, c in change.items()})
+        if not rows:
+            return {k: g.new_zeros(0, g.numel()) for k, g in gradients.items()}
         return {k: torch.stack([row[k] for row in rows]) for k in gradients}
 
     def _next(self, record: StepRecord, state: State, buffers: dict[str, Tensor]) -> State:
@@ -488,6 +616,10 @@ def _draws(
         yield start is not None and any(not torch.equal(start[k], now[k]) for k in start if k in now)
 
 
+def _leaves(parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {k: p.detach().requires_grad_() for k, p in parameters.items()}
+
+
 def _copies(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Of their own, since a training step may write to its buffers."""
     return {k: t.clone() for k, t in tensors.items()}
@@ -495,11 +627,6 @@ def _copies(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 def _stacked(forms: Sequence[Form]) -> Form:
     return forms[0] if len(forms) == 1 else Stack(forms)
-
-
-def _each_once(sample_ids: Tensor) -> Tensor:
-    """The samples of a step in the order of first appearance."""
-    return torch.tensor(list(dict.fromkeys(sample_ids.tolist())), dtype=torch.int64)
 
 
 @contextmanager

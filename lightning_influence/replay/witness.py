@@ -29,6 +29,9 @@ class _OneStep:
     def __len__(self) -> int:
         return 1
 
+    def sample_ids(self, index: int) -> Tensor:
+        return self._step.sample_ids
+
     def step(self, index: int) -> ReplayStep:
         return self._step
 

@@ -137,6 +137,21 @@ def proxy_against_truth(predicted: Tensor, measured: Tensor) -> Figure:
     return figure
 
 
+def cartography(table: pd.DataFrame) -> Figure:
+    """The map of a dataset (Swayamdipta et al., 2020): what is easy above, what is hard or wrong below, ambiguous to the right.
+
+    Args:
+        table: with columns ``confidence``, ``variability`` and ``correctness``, a row per sample.
+    """
+    figure, axes = _figure()
+    colours = axes.scatter(
+        table.variability, table.confidence, c=table.correctness, s=6, cmap="coolwarm_r", vmin=0, vmax=1
+    )
+    axes.set(xlabel="variability", ylabel="confidence", ylim=(-0.02, 1.02))
+    figure.colorbar(colours, label="correctness")
+    return figure
+
+
 def _figure() -> tuple[Figure, Any]:
     figure = Figure(figsize=(6, 3.4), layout="constrained")
     return figure, figure.subplots()

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.utils.data import IterableDataset, Subset, TensorDataset
 
 from lightning_influence.errors import ConfigurationError, LogError
-from lightning_influence.run.data import samples_of
+from lightning_influence.run.data import TrainingData
 
 Shown: TypeAlias = "str | Image.Image | Tensor | np.ndarray | Mapping[str, Any]"
 Render: TypeAlias = "Callable[[Any], Shown]"
@@ -44,7 +44,7 @@ def indexed(data: Any) -> tuple[Any, int | None]:
         ConfigurationError: something else without indices.
     """
     try:
-        dataset = samples_of(data)[0]
+        dataset = TrainingData.of(data).dataset
     except LogError as error:
         raise ConfigurationError(str(error)) from error
     if dataset is None or isinstance(dataset, IterableDataset):

@@ -21,6 +21,7 @@ from lightning_influence.report.rendering import Render
 
 _FORMAT = "lightning-influence-report/1"
 _TENSORS = ("sample_ids", "steps", "scores", "tangent")
+_INTERACTION = "interaction"
 _MAX_STEPS = 2**40  # more than any run has, and few enough to reckon with
 
 
@@ -37,12 +38,15 @@ class Rows:
         sample_ids, steps: ``(n_rows,)`` int64.
         scores: ``(n_rows, n_queries)``.
         tangent: ``(n_rows, n_queries)``, the score to first order in the change of the gradient.
+        interaction: ``(n_rows, n_queries)``, what removing the sample from its later steps, too, adds to the row; None for
+            nothing.
     """
 
     sample_ids: Tensor
     steps: Tensor
     scores: Tensor
     tangent: Tensor
+    interaction: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.sample_ids)
@@ -103,7 +107,8 @@ class InfluenceReport:
         _validate(rows)
         n_queries = rows.scores.shape[1]
         self.rows = rows
-        self.sample_ids, self.scores = rows.per_sample(rows.scores)
+        whole = rows.scores if rows.interaction is None else rows.scores + rows.interaction
+        self.sample_ids, self.scores = rows.per_sample(whole)
         self.query_ids: list[int | str] = list(range(n_queries)) if query_ids is None else list(query_ids)
         if len(self.query_ids) != n_queries:
             raise ConfigurationError(
@@ -119,11 +124,12 @@ class InfluenceReport:
         scores: Tensor,
         *,
         tangent: Tensor | None = None,
+        interaction: Tensor | None = None,
         query_ids: Sequence[int | str] | None = None,
         metadata: Mapping[str, Any] | None = None,
     ) -> InfluenceReport:
         """A report from the rows of a sweep; see `Rows` for the shapes."""
-        rows = Rows(sample_ids, steps, scores, scores if tangent is None else tangent)
+        rows = Rows(sample_ids, steps, scores, scores if tangent is None else tangent, interaction)
         return cls(rows, query_ids=query_ids, metadata=metadata)
 
     @property
@@ -136,7 +142,7 @@ class InfluenceReport:
         """Finite minus tangent score, ``(n_samples, n_queries)``: how nonlinearly the optimizer answers the
         removal of each sample (method.md section 9).
         """
-        return self.rows.per_sample(self.rows.scores - self.rows.tangent)[1]
+        return self.scores - self.rows.per_sample(self.rows.tangent)[1]
 
     def to_pandas(self) -> pd.DataFrame:
         """One row per sample: ``sample_id``, one score column per query (``score`` where there is one), and the sample's
@@ -257,7 +263,8 @@ class InfluenceReport:
         Raises:
             ConfigurationError: `metadata` or `query_ids` hold what JSON cannot.
         """
-        tensors = {name: getattr(self.rows, name).clone(memory_format=torch.contiguous_format) for name in _TENSORS}
+        held = {name: getattr(self.rows, name) for name in (*_TENSORS, _INTERACTION)}
+        tensors = {k: t.clone(memory_format=torch.contiguous_format) for k, t in held.items() if t is not None}
         try:
             body = json.dumps({"metadata": self.metadata, "query_ids": self.query_ids})
         except TypeError as error:
@@ -279,7 +286,8 @@ class InfluenceReport:
                 if metadata.get("format") != _FORMAT:
                     raise InfluenceError(f"{path} is not a report of this version ({metadata.get('format')}).")
                 body = json.loads(metadata["report"])
-                rows = Rows(*(file.get_tensor(name) for name in _TENSORS))
+                present = [*_TENSORS, *({_INTERACTION} & set(file.keys()))]
+                rows = Rows(**{name: file.get_tensor(name) for name in present})
             return cls(rows, query_ids=body["query_ids"], metadata=body["metadata"])
         except (OSError, SafetensorError, KeyError, TypeError, ValueError, RecursionError, ConfigurationError) as error:
             raise InfluenceError(
@@ -312,6 +320,7 @@ def _validate(rows: Rows) -> None:
         or shapes["steps"] != (n,)
         or shapes["scores"][0] != n
         or shapes["tangent"] != shapes["scores"]
+        or (rows.interaction is not None and rows.interaction.shape != rows.scores.shape)
     ):
         raise ConfigurationError(f"rows of shapes {shapes}; expected (n,), (n,), (n, q) and (n, q).")
     kinds = [getattr(rows, name).is_floating_point() for name in _TENSORS]

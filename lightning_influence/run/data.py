@@ -2,23 +2,61 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from torch.utils.data import DataLoader, default_collate
 
-from lightning_influence.errors import LogError
+from lightning_influence.errors import ConfigurationError, LogError
 from lightning_influence.run.lightning_names import is_a
 
 
-def samples_of(data: Any) -> tuple[Any, Any]:
-    """The dataset and the collate function of training data."""
-    if is_a(data, "LightningDataModule"):
-        data.setup("fit")
-        data = data.train_dataloader()
-    if isinstance(data, DataLoader):
-        return data.dataset, data.collate_fn
-    if data is not None and not hasattr(data, "__getitem__"):
-        raise LogError(
-            f"data={type(data).__name__}; give a LightningDataModule, a DataLoader or a dataset with indices."
-        )
-    return data, default_collate
+@dataclass(frozen=True)
+class TrainingData:
+    """The samples of a run and how they become batches.
+
+    Attributes:
+        dataset: indexable by sample id; None where none was given.
+        collate: samples to a batch.
+        datamodule: whose hooks prepare batches.
+    """
+
+    dataset: Any
+    collate: Callable[[list[Any]], Any] = default_collate
+    datamodule: Any = None
+
+    @classmethod
+    def of(cls, data: Any) -> TrainingData:
+        """From a dataset, a loader or a datamodule, which is set up here and once.
+
+        Raises:
+            LogError: something else without indices.
+        """
+        if isinstance(data, TrainingData):
+            return data
+        datamodule = None
+        if is_a(data, "LightningDataModule"):
+            datamodule = data
+            data.setup("fit")
+            data = data.train_dataloader()
+        if isinstance(data, DataLoader):
+            return cls(data.dataset, data.collate_fn, datamodule)
+        if data is not None and not hasattr(data, "__getitem__"):
+            raise LogError(
+                f"data={type(data).__name__}; give a LightningDataModule, a DataLoader or a dataset with indices."
+            )
+        return cls(data, datamodule=datamodule)
+
+    def batch(self, sample_ids: Sequence[int]) -> Any:
+        """The collated batch of some samples.
+
+        Raises:
+            ConfigurationError: the data has fewer samples.
+        """
+        if hasattr(self.dataset, "__len__") and sample_ids and max(sample_ids) >= len(self.dataset):
+            raise ConfigurationError(
+                f"the training data has {len(self.dataset)} samples, and the log has sample {max(sample_ids)}; give the data "
+                "of the run."
+            )
+        return self.collate([self.dataset[z] for z in sample_ids])

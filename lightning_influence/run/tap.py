@@ -1,76 +1,75 @@
-"""The functional losses that a training step calls, and the weight of every sample in their means."""
+"""The functional losses that a training step calls."""
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import update_wrapper
+from types import FrameType
 from typing import Any
 
-import torch
 from lightning import LightningModule
 from torch import Tensor
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
+from lightning_influence.run.losses import LOSSES, Dynamics, Reduction, SeenLoss, seen
+
 
 class LossTap(TorchFunctionMode):
-    """Sees the losses over classes that are called meanwhile; changes nothing.
+    """Sees the losses that are called meanwhile; changes nothing.
 
     Attributes:
-        weights: of each call, the weight ``(rows,)`` of every row of its targets in the mean, float64.
+        seen: of each call what it says of the samples, in order; None for one whose rows cannot be told apart.
     """
 
     def __init__(self) -> None:
         super().__init__()
-        self.weights: list[Tensor] = []
-        self._inside = False
+        self.seen: list[SeenLoss | None] = []
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        if func in (F.cross_entropy, F.nll_loss) and not self._inside:
-            weights = _row_weights(*args, **kwargs)
-            if weights is not None:
-                self.weights.append(weights)
-            self._inside = True  # a cross-entropy may call the other
-            try:
-                return func(*args, **kwargs)
-            finally:
-                self._inside = False
-        return func(*args, **kwargs)
+        if func is F.l1_loss and (weight := _weight_of_l1_loss()) is not None:
+            kwargs = {"weight": weight, **kwargs}
+        output = func(*args, **kwargs)
+        if func in LOSSES:  # torch takes a mode off while it is asked, so it sees no loss that a loss calls
+            self.seen.append(seen(func, args, kwargs))
+        return output
+
+    @property
+    def single(self) -> SeenLoss | None:
+        """The loss, where just one was called."""
+        return self.seen[0] if len(self.seen) == 1 else None
+
+    @property
+    def reduction(self) -> Reduction | None:
+        """Whether the one loss was a mean, a sum or neither; None where it was not one."""
+        return self.single.reduction if self.single is not None else None
 
     def sample_weights(self, n_samples: int) -> Tensor | None:
         """Weights ``(n_samples,)`` of the samples, whose rows lie together; None where no single mean gives them."""
-        if len(self.weights) != 1:
+        if self.single is None or self.reduction != "mean":
             return None
-        rows = self.weights[0]
-        if len(rows) == 0 or len(rows) % n_samples:
-            return None
-        weights = rows.view(n_samples, -1).sum(1)
-        return weights if float(weights.sum()) > 0 else None
+        weights = self.single.sample_weights(n_samples)
+        return weights if weights is not None and float(weights.sum()) > 0 else None
+
+    def dynamics(self, n_samples: int) -> Dynamics | None:
+        """Of the ``n_samples`` samples, whose rows lie together; None where there was no single loss over classes."""
+        return self.single.dynamics(n_samples) if self.single is not None else None
 
 
-@torch.no_grad()
-def _row_weights(
-    input: Tensor,
-    target: Tensor,
-    weight: Tensor | None = None,
-    size_average: Any = None,
-    ignore_index: int = -100,
-    reduce: Any = None,
-    reduction: str = "mean",
-    label_smoothing: float = 0.0,
-) -> Tensor | None:
-    """Weight of each row of the targets in a mean; None where the loss is not a mean over classes given by index."""
-    if reduction != "mean" or target.is_floating_point() or target.dim() == 0:
-        return None
-    counted = target != ignore_index
-    weights = counted.double()
-    if weight is not None:
-        weights *= weight.detach().double()[torch.where(counted, target, 0)]
-    return weights.flatten(1).sum(1).cpu() if target.dim() > 1 else weights.cpu()
+def _weight_of_l1_loss() -> Tensor | None:
+    """The weight of the call of `l1_loss` that a mode is being asked about, which torch 2.13 forgets to pass on.
+
+    Under any mode the loss would lose its weight; it is still to be found where the call waits.
+    """
+    frame: FrameType | None = sys._getframe()
+    while frame is not None and frame.f_code is not F.l1_loss.__code__:
+        frame = frame.f_back
+    return frame.f_locals.get("weight") if frame is not None else None
 
 
 @contextmanager

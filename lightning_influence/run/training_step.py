@@ -5,12 +5,16 @@ from __future__ import annotations
 import inspect
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
+import torch
 from lightning import LightningModule
 from torch import Tensor, nn
 
 from lightning_influence.errors import ConfigurationError
+from lightning_influence.run.batches import to_dtype
+from lightning_influence.run.lightning_names import overrides
 
 _LOGGING = ("log", "log_dict")
 
@@ -81,23 +85,43 @@ def _owner(module: nn.Module, name: str) -> tuple[dict[str, Any], str]:
     return (owner._parameters if local in owner._parameters else owner._buffers), local
 
 
+@dataclass(frozen=True)
+class Moment:
+    """What a training step reads besides its batch.
+
+    Attributes:
+        batch_idx: its argument.
+        epoch, global_step: of the trainer.
+        in_eval: names of the modules that are in eval mode.
+    """
+
+    batch_idx: int = 0
+    epoch: int = 0
+    global_step: int = 0
+    in_eval: tuple[str, ...] = ()
+
+    @classmethod
+    def now(cls, trainer: Any, module: nn.Module, batch_idx: int = 0) -> Moment:
+        """The present one."""
+        return cls(batch_idx, trainer.current_epoch, trainer.global_step, eval_modes(module))
+
+
 @contextmanager
-def at_moment(module: LightningModule, epoch: int, global_step: int) -> Iterator[None]:
+def at_moment(module: LightningModule, moment: Moment) -> Iterator[None]:
     """``current_epoch`` and ``global_step`` of the module, and of its trainer, as they were at some step of a run."""
     real = module._trainer
-    moment = _Moment(real, epoch, global_step)
-    object.__setattr__(module, "_trainer", moment)
+    object.__setattr__(module, "_trainer", _TrainerAt(real, moment))
     try:
         yield
     finally:
         object.__setattr__(module, "_trainer", real)
 
 
-class _Moment:
+class _TrainerAt:
     """A trainer at another moment; everything else is the real one's."""
 
-    def __init__(self, trainer: Any, epoch: int, global_step: int) -> None:
-        self._real, self.current_epoch, self.global_step = trainer, epoch, global_step
+    def __init__(self, trainer: Any, moment: Moment) -> None:
+        self._real, self.current_epoch, self.global_step = trainer, moment.epoch, moment.global_step
 
     def __getattr__(self, name: str) -> Any:
         if self._real is None:
@@ -105,9 +129,9 @@ class _Moment:
         return getattr(self._real, name)
 
 
-def eval_modes(module: nn.Module) -> list[str]:
+def eval_modes(module: nn.Module) -> tuple[str, ...]:
     """Names of the modules that are in eval mode, as `set_modes` takes them."""
-    return [name for name, m in module.named_modules() if not m.training]
+    return tuple(name for name, m in module.named_modules() if not m.training)
 
 
 def set_modes(module: nn.Module, in_eval: Sequence[str]) -> None:
@@ -117,10 +141,27 @@ def set_modes(module: nn.Module, in_eval: Sequence[str]) -> None:
         m.training = name not in names
 
 
-def prepared(module: LightningModule, batch: Any) -> Any:
-    """A batch as Lightning hands it to the training step: through the module's own hooks, on its device."""
-    batch = module.on_before_batch_transfer(batch, 0)
-    return module.on_after_batch_transfer(module.transfer_batch_to_device(batch, module.device, 0), 0)
+_CONVERTED = {"64-true": torch.float64, "bf16-true": torch.bfloat16, "16-true": torch.float16}
+"""Precisions of a trainer under which batches are converted before they reach the module."""
+
+
+def prepared(module: LightningModule, batch: Any, *, datamodule: Any = None, precision: str | None = None) -> Any:
+    """A batch as Lightning hands it to the training step: converted to the trainer's precision, through the hooks of batch
+    transfer, on the module's device.
+
+    Args:
+        datamodule: whose hooks win over the module's where it overrides them.
+        precision: of the trainer.
+    """
+    if precision in _CONVERTED:
+        batch = to_dtype(batch, _CONVERTED[precision])
+    hooks = {
+        name: getattr(datamodule if datamodule is not None and overrides(datamodule, name) else module, name)
+        for name in ("on_before_batch_transfer", "transfer_batch_to_device", "on_after_batch_transfer")
+    }
+    batch = hooks["on_before_batch_transfer"](batch, 0)
+    batch = hooks["transfer_batch_to_device"](batch, module.device, 0)
+    return hooks["on_after_batch_transfer"](batch, 0)
 
 
 def training_loss(module: LightningModule, batch: Any, batch_idx: int) -> Tensor:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -22,14 +22,18 @@ from lightning_influence.log.steps import FINAL, LoggedSteps, LoggedTrajectory, 
 from lightning_influence.replay.logged_plan import LoggedPlan
 from lightning_influence.replay.trajectory import ReplayTrajectory
 from lightning_influence.report import InfluenceReport
+from lightning_influence.run.data import TrainingData
 from lightning_influence.run.lightning_names import is_a
-from lightning_influence.scoring.queries import QueryLoss, Target, query_gradients
+from lightning_influence.scoring.queries import Queries, Target, query_gradients
+from lightning_influence.scoring.query_loss import QueryLoss
+
+_COLUMNS = ("scores", "tangent", "interaction")  # of rows: one a query
 
 
 def attribute(
     log: str | Path,
     *,
-    queries: Iterable[Any],
+    queries: Any,
     model: LightningModule,
     target: Target = None,
     curvature: Literal["auto", "none", "fisher", "gauss_newton", "hessian"] = "auto",
@@ -39,6 +43,8 @@ def attribute(
     optimizer_assumption: Literal["sgd"] | None = None,
     query_loss: QueryLoss | None = None,
     data: Any = None,
+    samples: Collection[int] | None = None,
+    verify: bool = True,
     max_memory: int = 2**32,
     fabric: Fabric | None = None,
     progress: bool = True,
@@ -49,7 +55,8 @@ def attribute(
 
     Args:
         log: directory written by `InfluenceCallback`.
-        queries: batches of queries, such as a validation loader.
+        queries: a validation loader or a list of batches; also a datamodule (its validation loader), a dataset, or a method
+            without arguments that gives one of them.
         model: the module with the parameters at the end of the logged run.
         target: None for one column per query, ``"mean"`` or weights ``(n_queries,)`` for a single
             column at the cost of one.
@@ -63,6 +70,10 @@ def attribute(
         query_loss: ``query_loss(model, batch) -> (batch,)``; by default the module's own loss on each
             example (`queries.query_losses`).
         data: where replay finds the training samples again.
+        samples: ids of the training samples to score; None for all. Where a replay has to measure removals by running
+            steps without the sample, this bounds its cost.
+        verify: hold the effect of a few removals at a replay's first step against running it without them, and measure
+            all removals where they differ. The report says what was verified.
         max_memory: bytes that the adjoints of the queries may take; more queries go through the run in turns.
         fabric: a launched `lightning.Fabric`, over whose processes the queries are spread; each process gets the
             whole report.
@@ -74,7 +85,9 @@ def attribute(
     """
     if isinstance(target, str) and target != "mean":
         raise ConfigurationError(f"target={target!r}; give 'mean', weights (n_queries,), or None for each query.")
-    with open_trajectory(log, model, curvature, data, counterfactual=counterfactual, progress=progress) as trajectory:
+    data = TrainingData.of(data)
+    replay = {"counterfactual": counterfactual, "samples": samples, "verify": verify}
+    with open_trajectory(log, model, curvature, data, progress=progress, **replay) as trajectory:
         method = Method(
             curvature=_resolved(curvature, trajectory),
             response=response,
@@ -83,19 +96,45 @@ def attribute(
             optimizer=optimizer_assumption,
         )
         names = list(trajectory.sizes)
+        manifest = StoreReader(log).manifest
         gradients = query_gradients(
-            model, queries, names, trajectory.select, target=target, query_loss=query_loss, progress=progress
+            model,
+            Queries.of(queries, data=data, precision=str(manifest["precision"])),
+            names,
+            trajectory.select,
+            target=target,
+            query_loss=query_loss,
+            progress=progress,
         )
-        rows = _swept(trajectory, gradients, method, max_memory, fabric, progress)
-        metadata = _metadata(StoreReader(log).manifest, trajectory, method, target)
+        rows = _only(_swept(trajectory, gradients, method, max_memory, fabric, progress), samples)
+        metadata = _metadata(manifest, trajectory, method, target)
     return InfluenceReport.from_rows(
         rows.sample_ids,
         rows.steps,
         rows.scores,
         tangent=rows.tangent,
+        interaction=rows.interaction if bool(rows.interaction.any()) else None,
         query_ids=None if target is None else ["mean" if isinstance(target, str) else "target"],
         metadata=metadata,
     )
+
+
+def _only(rows: RowScores, samples: Collection[int] | None) -> RowScores:
+    """The rows of some samples.
+
+    Raises:
+        ConfigurationError: a sample that the run did not consume.
+    """
+    if samples is None:
+        return rows
+    asked = torch.as_tensor(list(samples), dtype=torch.int64)
+    missing = asked[~torch.isin(asked, rows.sample_ids)].tolist()
+    if missing:
+        raise ConfigurationError(
+            f"samples names {missing[0]}, which no step of the run consumed; give ids of training samples that the run saw."
+        )
+    kept = torch.isin(rows.sample_ids, asked)
+    return replace(rows, **{f.name: getattr(rows, f.name)[kept] for f in fields(rows)})
 
 
 def _swept(
@@ -115,9 +154,7 @@ def _swept(
         sweep(trajectory, {k: g[chunk] for k, g in gradients.items()}, method, progress=progress)
         for chunk in own.split(max(1, max_memory // per_query))
     ]
-    rows = replace(
-        parts[0], **{name: torch.cat([getattr(p, name) for p in parts], 1) for name in ("scores", "tangent")}
-    )
+    rows = replace(parts[0], **{name: torch.cat([getattr(p, name) for p in parts], 1) for name in _COLUMNS})
     return rows if fabric is None else _gathered(rows, fabric, n)
 
 
@@ -133,7 +170,7 @@ def _gathered(rows: RowScores, fabric: Fabric, n_queries: int) -> RowScores:
         every = gathered.cpu().reshape(fabric.world_size, *padded.shape)
         return torch.cat([part[:, :size] for part, size in zip(every, sizes, strict=True)], 1)
 
-    return replace(rows, scores=gather(rows.scores), tangent=gather(rows.tangent))
+    return replace(rows, **{name: gather(getattr(rows, name)) for name in _COLUMNS})
 
 
 @contextmanager
@@ -143,12 +180,12 @@ def open_trajectory(
     curvature: str = "auto",
     data: Any = None,
     *,
-    counterfactual: Literal["drop", "zero"] = "drop",
     progress: bool = True,
+    **replay: Any,
 ) -> Iterator[LoggedTrajectory | ReplayTrajectory]:
     """The run of a log, read back or, where the curvature asks for it and the log allows it, replayed.
 
-    Args and errors as of `attribute`. While a replay is open the model's parameters move.
+    Args and errors as of `attribute`; ``replay`` are further ones of `ReplayTrajectory`. While a replay is open the model's parameters move.
     """
     steps = LoggedSteps(log)
     manifest = steps.reader.manifest
@@ -166,8 +203,8 @@ def open_trajectory(
             frozen_batch_norm=manifest["frozen_batch_norm"],
             autocast=_autocast(manifest["precision"], model),
             exact=curvature in ("auto", "hessian"),
-            counterfactual=counterfactual,
             progress=progress,
+            **replay,
         ) as replayed:
             yield replayed
     else:
@@ -248,6 +285,7 @@ def _metadata(
         "steps": len(trajectory),
     }
     if isinstance(trajectory, ReplayTrajectory):
+        found["stopped_paths"] = trajectory.stopped_paths
         found["removals"] = trajectory.removals.to_metadata()
         found["replay_drift"] = {str(step): drift for step, drift in trajectory.drift.items()}
     return found | {key: manifest[key] for key in ("module", "record", "compression", "precision", "versions")}

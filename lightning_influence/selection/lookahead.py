@@ -21,7 +21,7 @@ from lightning_influence.run.batches import batch_size
 from lightning_influence.run.optimizer import read_hyper, read_moments, update_name
 from lightning_influence.run.sample_weights import sample_weights
 from lightning_influence.run.trainer import clip_of, only_optimizer, schedules_as_they_were
-from lightning_influence.run.training_step import eval_modes
+from lightning_influence.run.training_step import Moment
 from lightning_influence.scoring.queries import query_gradients
 
 TargetLoss: TypeAlias = Callable[[L.LightningModule], Tensor]
@@ -57,21 +57,10 @@ class Rollout:
         for c in (c for parts in candidates for c in parts):
             _check_batch(c)
         hypers = _hypers(trainer, names, len(candidates))
-        clip, in_eval = clip_of(trainer), eval_modes(module)
+        clip, moment = clip_of(trainer), Moment.now(trainer, module)
         self._steps = [
             ReplayStep(
-                [
-                    ReplayMicroBatch(
-                        c.batch,
-                        0,
-                        1 / len(parts),
-                        len(c.sample_ids),
-                        epoch=trainer.current_epoch,
-                        global_step=trainer.global_step,
-                        in_eval=in_eval,
-                    )
-                    for c in parts
-                ],
+                [ReplayMicroBatch(c.batch, moment, 1 / len(parts), len(c.sample_ids)) for c in parts],
                 torch.cat([c.sample_ids for c in parts]),
                 torch.cat([_weights(c) / len(parts) for c in parts]),
                 torch.cat([torch.full_like(c.sample_ids, i) for i, c in enumerate(parts)]),
@@ -84,6 +73,9 @@ class Rollout:
 
     def __len__(self) -> int:
         return len(self._steps)
+
+    def sample_ids(self, index: int) -> Tensor:
+        return self._steps[index].sample_ids
 
     def step(self, index: int) -> ReplayStep:
         return self._steps[index]
@@ -159,6 +151,9 @@ class Window:
 
     def record(self, index: int) -> StepRecord:
         return replace(self._trajectory.record(self._start + index), index=index)
+
+    def sample_ids(self, index: int) -> Tensor:
+        return self._trajectory.sample_ids(self._start + index)
 
     def shares(self, index: int) -> Mapping[str, Shares]:
         return self._trajectory.shares(self._start + index)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, cast
@@ -15,10 +15,12 @@ from matplotlib.figure import Figure
 from lightning_influence.core.second_variation import ErrorProxy, scaled_learning_rate, second_variation
 from lightning_influence.core.trajectory import Trajectory
 from lightning_influence.errors import ConfigurationError
+from lightning_influence.log.steps import LoggedSteps
 from lightning_influence.replay.trajectory import ReplayTrajectory
 from lightning_influence.report.plots import lines
 from lightning_influence.scoring.attribution import open_trajectory
-from lightning_influence.scoring.queries import QueryLoss, query_curvature, query_gradients
+from lightning_influence.scoring.queries import Queries, query_curvature, query_gradients
+from lightning_influence.scoring.query_loss import QueryLoss
 
 
 @dataclass(frozen=True)
@@ -85,7 +87,7 @@ class PredictedErrors:
 def error_proxy(
     log: str | Path,
     *,
-    queries: Iterable[Any],
+    queries: Any,
     model: LightningModule,
     pairs: int | Sequence[tuple[int, int]] = 16,
     target: Literal["mean"] | None = "mean",
@@ -113,7 +115,8 @@ def error_proxy(
     """
     if curvature not in ("auto", "fisher", "hessian"):
         raise ConfigurationError(f"curvature={curvature!r}; choose one of auto, fisher, hessian")
-    queries = list(queries)
+    precision = str(LoggedSteps(log).reader.manifest["precision"])
+    queries = Queries.of(queries, data=data, precision=precision).held()
     with open_trajectory(log, model, curvature, data, progress=progress) as run:
         exact = isinstance(run, ReplayTrajectory) and curvature != "fisher"
         names = list(run.sizes)

@@ -5,8 +5,9 @@ from __future__ import annotations
 import copy
 import json
 import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -20,10 +21,11 @@ from lightning_influence.errors import ConfigurationError
 from lightning_influence.log.steps import LoggedSteps
 from lightning_influence.replay.logged_plan import LoggedPlan
 from lightning_influence.report import InfluenceReport
-from lightning_influence.run.batches import to_dtype
-from lightning_influence.run.data import samples_of
+from lightning_influence.run.data import TrainingData
+from lightning_influence.run.training_step import prepared
 from lightning_influence.scoring.attribution import attribute
-from lightning_influence.scoring.queries import QueryLoss, query_losses
+from lightning_influence.scoring.queries import Queries, query_losses
+from lightning_influence.scoring.query_loss import QueryLoss
 from lightning_influence.trust.agreement import Agreement, compare, sums_over
 from lightning_influence.trust.retraining import Removal, Run, each_effect, moved_initialisation, recorded_run, retrain
 
@@ -119,7 +121,7 @@ def check_faithfulness(
     *,
     model: LightningModule,
     data: Any,
-    queries: Iterable[Any],
+    queries: Any,
     make_model: Callable[[], LightningModule] | None = None,
     estimators: Mapping[str, Mapping[str, Any]] = ESTIMATORS,
     removals: int | Sequence[int] = 30,
@@ -160,20 +162,22 @@ def check_faithfulness(
     """
     if not estimators:
         raise ConfigurationError("estimators is empty; name at least one, as in faithfulness.ESTIMATORS.")
-    queries = list(queries)
+    source, precision = TrainingData.of(data), str(LoggedSteps(log).reader.manifest["precision"])
+    asked_of = Queries.of(queries, data=source, precision=precision).held()
     reports = {
         name: attribute(
-            log, queries=queries, model=model, data=data, target=target, query_loss=query_loss,
+            log, queries=asked_of, model=model, data=source, target=target, query_loss=query_loss,
             counterfactual=counterfactual, progress=progress, **options,
         )
         for name, options in estimators.items()
     }  # fmt: skip
-    dataset, collate = samples_of(data)
     initial = make_model or _initialisation(log, model)
-    run = recorded_run(log, initial, dataset, collate=collate, dtype=dtype, seed=seed)
+    prepare = partial(prepared, datamodule=source.datamodule, precision=precision)
+    options = {"collate": source.collate, "dtype": dtype, "seed": seed, "prepare": prepare}
+    run = recorded_run(log, initial, source.dataset, **options)
     used = next(iter(reports.values())).sample_ids
     asked = _removals(used, removals, subsets, subset_size, seed)
-    truth_queries = queries if dtype is None else [to_dtype(batch, dtype) for batch in queries]
+    truth_queries = asked_of if dtype is None else asked_of.to_dtype(dtype)
 
     def losses(module: LightningModule) -> Tensor:
         each = query_losses(module, truth_queries, query_loss)

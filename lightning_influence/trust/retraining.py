@@ -27,7 +27,15 @@ from lightning_influence.core.trajectory import Clip, Hyper
 from lightning_influence.errors import ConfigurationError, InfluenceError
 from lightning_influence.log.steps import LoggedSteps
 from lightning_influence.run.batches import leaves, to_dtype
-from lightning_influence.run.training_step import prepared, quiet, training_loss
+from lightning_influence.run.training_step import (
+    Moment,
+    at_moment,
+    eval_modes,
+    prepared,
+    quiet,
+    set_modes,
+    training_loss,
+)
 
 _CHECKPOINT_BYTES = 2**28
 _BATCH_BYTES = 2**29  # of collated batches kept from one rerun to the next
@@ -49,11 +57,13 @@ class MicroBatch:
         sample_ids: indices into the training dataset.
         weights: of the samples in the mean over the micro-batch; they sum to ``factor``.
         factor: of the micro-batch's loss in the step, 1 over the number of accumulated ones.
+        moment: what the training step read besides the batch; None where the log does not say.
     """
 
     sample_ids: tuple[int, ...]
     weights: tuple[float, ...]
     factor: float
+    moment: Moment | None = None
 
 
 @dataclass(frozen=True)
@@ -84,6 +94,7 @@ class Run:
         dtype: None for the module's own; ``torch.float64`` where effects come near float32 resolution.
         seed: reseeds the random numbers of every training step, for modules with dropout.
         averaged: whether the training loss is a mean over its samples.
+        prepare: a collated batch as the training step takes it.
     """
 
     make_module: Callable[[], LightningModule]
@@ -93,6 +104,7 @@ class Run:
     dtype: torch.dtype | None = None
     seed: int | None = None
     averaged: bool = True
+    prepare: Callable[[LightningModule, Any], Any] = prepared
 
 
 def recorded_run(
@@ -111,11 +123,12 @@ def recorded_run(
 def _recorded_step(trajectory: LoggedSteps, index: int) -> Step:
     record = trajectory.record(index)
     micro_batches = []
-    for number in record.micro_batches.unique():
+    for number, moment in zip(record.micro_batches.unique(), trajectory.moments_of(index), strict=True):
         here = record.micro_batches == number
         weights = record.loss_weights[here]
         factor = float(weights.sum()) if record.averaged else float(weights[0])
-        micro_batches.append(MicroBatch(tuple(record.sample_ids[here].tolist()), tuple(weights.tolist()), factor))
+        ids = tuple(record.sample_ids[here].tolist())
+        micro_batches.append(MicroBatch(ids, tuple(weights.tolist()), factor, moment))
     return Step(tuple(micro_batches), record.clip, record.hyper)
 
 
@@ -304,7 +317,10 @@ class _Retraining:
         factor = micro_batch.factor
         if self.run.averaged and self.counterfactual == "zero" and len(kept) < len(micro_batch.sample_ids):
             factor = sum(w for z, w in zip(micro_batch.sample_ids, micro_batch.weights, strict=True) if z not in gone)
-        loss = training_loss(module, self._batch(module, micro_batch, kept), number)
+        moment = micro_batch.moment or Moment(number, in_eval=eval_modes(module))
+        set_modes(module, moment.in_eval)
+        with at_moment(module, moment):
+            loss = training_loss(module, self._batch(module, micro_batch, kept), moment.batch_idx)
         (loss / (1 / factor)).backward()  # Lightning divides by the number of micro-batches: bitwise the same
 
     def _batch(self, module: LightningModule, micro_batch: MicroBatch, kept: tuple[int, ...]) -> Any:
@@ -312,7 +328,7 @@ class _Retraining:
         if kept in self._batches:
             return self._batches[kept]
         batch = self.run.collate([self.run.dataset[z] for z in kept])
-        batch = prepared(module, batch)
+        batch = self.run.prepare(module, batch)
         if self.run.dtype is not None:
             batch = to_dtype(batch, self.run.dtype)
         if len(kept) == len(micro_batch.sample_ids) and self._batch_bytes <= _BATCH_BYTES:

@@ -1,4 +1,4 @@
-"""Exact curvature products against dense autograd, in float64."""
+"""Curvature products against dense matrices from autograd, in float64."""
 
 from __future__ import annotations
 
@@ -8,7 +8,9 @@ from torch import Tensor, nn
 from torch.func import functional_call, grad, hessian, jacrev
 from torch.nn import functional as F
 
-from lightning_influence.core.curvature import gauss_newton_product, gradient_graph, third_derivative
+from lightning_influence.core.curvature import fisher_product, gauss_newton_product, gradient_graph, third_derivative
+from lightning_influence.core.shares import Dense
+from lightning_influence.core.trajectory import StepRecord
 from lightning_influence.errors import CurvatureUnavailable
 
 
@@ -126,3 +128,44 @@ def test_a_linear_loss_has_no_curvature() -> None:
     mixed = hessian_product(lambda v: v["a"].sum() + v["b"].square().sum(), parameters, vectors)
     torch.testing.assert_close(mixed["b"], 2 * vectors["b"])
     assert not mixed["a"].any()
+
+
+@pytest.mark.parametrize(
+    "kappa",
+    [[0.2] * 5, [0.5, 0.1, 0.1, 0.2, 0.1], [1 / 6, 1 / 6, 1 / 6, 1 / 4, 1 / 4], [0.5, 0.0, 0.25, 0.25, 0.0], [2.0] * 5],
+    ids=["mean", "weighted mean", "micro-batches of three and two", "ignored samples", "sum"],
+)
+def test_fisher_products_weigh_each_sample_as_the_loss_does(kappa: list[float]) -> None:
+    """The Fisher of ``sum_z kappa_z l_z`` is ``sum_z kappa_z grad l_z grad l_z^T``, here from each sample's own loss."""
+    parameters, outputs, _, vectors, y = problem("cross entropy")
+    sizes = [p.numel() for p in parameters.values()]
+    per_sample = jacrev(lambda values: F.cross_entropy(outputs(values), y, reduction="none"))(parameters)
+    rows = torch.cat([j.reshape(5, -1) for j in per_sample.values()], 1)
+    weights = torch.tensor(kappa, dtype=torch.float64)
+    fisher = sum(k * torch.outer(g, g) for k, g in zip(weights, rows, strict=True))
+    numbers = torch.arange(5)
+    record = StepRecord(0, numbers, weights, torch.zeros(5, dtype=torch.int64), {}, {}, {})
+    shares = dict(zip(parameters, map(Dense, (weights[:, None] * rows).split(sizes, 1)), strict=True))
+    products = flat(vectors) @ (weights[:, None] * rows).T
+    torch.testing.assert_close(flat(fisher_product(record, shares, products)), flat(vectors) @ fisher)
+
+
+def test_hessian_products_of_what_cannot_be_vectorised() -> None:
+    """Group normalisation has no rule for many second derivatives at once: they are taken one after the other."""
+    net = nn.Sequential(nn.Conv1d(2, 4, 1), nn.GroupNorm(2, 4), nn.GELU(), nn.Flatten(), nn.Linear(12, 3)).double()
+    x, y = torch.randn(2, 2, 3).double(), torch.tensor([0, 2])
+    parameters = {k: p.detach() for k, p in net.named_parameters()}
+
+    def loss(values: dict[str, Tensor]) -> Tensor:
+        return F.cross_entropy(functional_call(net, values, (x,)), y)
+
+    def slope(values: dict[str, Tensor]) -> Tensor:
+        leaves = {k: v.detach().requires_grad_() for k, v in values.items()}
+        return torch.cat([g.flatten() for g in torch.autograd.grad(loss(leaves), list(leaves.values()))])
+
+    vectors = {k: torch.randn(3, p.numel()).double() for k, p in parameters.items()}
+    products = flat(hessian_product(loss, parameters, vectors))
+    for i, product in enumerate(products):
+        v = {k: x[i].reshape(parameters[k].shape) for k, x in vectors.items()}
+        plus, minus = (slope({k: p + e * v[k] for k, p in parameters.items()}) for e in (1e-5, -1e-5))
+        torch.testing.assert_close(product, (plus - minus) / 2e-5, rtol=1e-5, atol=1e-7)

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
-from toy import RUNS, Toy, ToyTrajectory
+from torch import Tensor
+from torch.func import grad, jvp
+from toy import RUNS, OptimizerFactory, Toy, ToyTrajectory, adamw
 
 from lightning_influence.core.clipping import clip_adjoint
+from lightning_influence.core.optimizers import UPDATES, step
 from lightning_influence.core.second_variation import _clip_variations, scaled_learning_rate, second_variation
 from lightning_influence.core.sweep import Method, sweep
 from lightning_influence.core.trajectory import Clip, StepRecord
@@ -33,6 +36,8 @@ def pairs_of(name: str) -> list[tuple[int, int]]:
         ("adamw, some steps clipped", "drop"),
         ("adamw, clipped value", "drop"),
         ("adamw, accumulated and clipped", "drop"),
+        ("adamw, maximized and clipped", "drop"),
+        ("adamw, some parameters unused", "drop"),
         ("adam l2", "drop"),
         ("amsgrad", "zero"),
         ("nesterov", "drop"),
@@ -109,19 +114,81 @@ def test_fisher_proxy_needs_no_model() -> None:
     assert not torch.allclose(fisher.second_order, exact.second_order)
 
 
-def test_scaled_learning_rate_is_that_run_where_the_path_does_not_matter() -> None:
+def quadratic_run(run: ToyTrajectory, curvature: str, sample: int, at_step: int, eps: Tensor) -> Tensor:
+    """Query losses to first order at the end of a run whose gradient at every step is ``G + F (theta - recorded theta)``,
+    ``F`` the dense Fisher of the batch from each sample's own loss, and from whose step ``at_step`` a share ``eps`` of a sample is
+    taken: what the recorded run is under that curvature.
+    """
+    toy, update, names = run.toy, UPDATES[run.optimizer], list(run.sizes)
+    sizes = [kept for kept, _ in run.sizes.values()]
+    theta = torch.cat([run.thetas[0][k].flatten() for k in names])
+    moments = {k: run.record(0).moments[k] for k in names}
+    for t in range(len(run)):
+        record, at = run.record(t), run.thetas[t]
+        recorded = torch.cat([at[k].flatten() for k in names])
+        gradient = torch.cat([record.gradients[k] for k in names])
+        if curvature == "fisher":
+            for micro in toy.schedule[t]:
+                for z in micro:
+                    own = grad(toy.sample_loss)(at, toy.x[z], toy.y[z])
+                    g = torch.cat([own[k].flatten() for k in names])
+                    gradient = gradient + g * (g @ (theta - recorded)) / (len(micro) * len(toy.schedule[t]))
+        if t == at_step:
+            whole, without = (
+                grad(lambda p, e=e: toy.batch_loss(p, at_step, (sample, at_step), e))(at) for e in (0.0, 1.0)
+            )
+            gradient = gradient + eps * torch.cat([(without[k] - whole[k]).flatten() for k in names])
+        if toy.clip.rule == "norm":
+            gradient = gradient * torch.clamp(toy.clip.bound / (gradient.norm() + 1e-6), max=1.0)
+        parts = []
+        for k, value, g in zip(names, theta.split(sizes), gradient.split(sizes), strict=True):
+            new, moments[k] = step(update, value, moments[k], g, record.hyper[k])
+            parts.append(new)
+        theta = torch.cat(parts)
+    return torch.cat([run.query_gradients()[k] for k in names], 1) @ theta
+
+
+@pytest.mark.parametrize("curvature", ["fisher", "none"])
+@pytest.mark.parametrize("name", ["adamw", "adamw, accumulated and clipped", "adam l2", "amsgrad"])
+def test_proxy_under_an_assumed_curvature_is_half_the_second_derivative(name: str, curvature: str) -> None:
+    """Against autograd, twice, through all steps of the run that has this curvature."""
+    run, pairs = ToyTrajectory(RUNS[name]), pairs_of(name)
+    proxy = second_variation(run, run.query_gradients(), pairs, curvature=curvature)  # type: ignore[arg-type]
+    start = torch.zeros((), dtype=torch.float64)
+    for i, pair in enumerate(pairs):
+
+        def queries(eps: Tensor, pair: tuple[int, int] = pair) -> Tensor:
+            return quadratic_run(run, curvature, *pair, eps)
+
+        slope = jvp(queries, (start,), (torch.ones_like(start),))[1]
+        bend = jvp(lambda e: jvp(queries, (e,), (torch.ones_like(e),))[1], (start,), (torch.ones_like(start),))[1]
+        torch.testing.assert_close(proxy.tangent[i], slope, rtol=1e-6, atol=1e-9)
+        torch.testing.assert_close(proxy.second_order[i], bend / 2, rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize(
+    "optimizer", [adamw(), adamw(eps=0.1), RUNS["sgd"].optimizer], ids=["adamw", "large eps", "sgd"]
+)
+def test_scaled_learning_rate_is_that_run_where_the_path_does_not_matter(optimizer: OptimizerFactory) -> None:
     """A single step: the recorded path is the scaled run's own."""
     one = [RUNS["adamw"].schedule[0]]
-    run = ToyTrajectory(Toy(RUNS["adamw"].optimizer, one))
-    slow = ToyTrajectory(Toy(RUNS["adamw"].optimizer, one, lr_factor=lambda t: 0.1))
+    run = ToyTrajectory(Toy(optimizer, one))
+    slow = ToyTrajectory(Toy(optimizer, one, lr_factor=lambda t: 0.1))
     queries = run.query_gradients()
-    scaled = second_variation(scaled_learning_rate(run, 0.1), queries, [(1, 0)], curvature="hessian")
-    torch.testing.assert_close(
-        scaled.second_order, second_variation(slow, queries, [(1, 0)], curvature="hessian").second_order
+    scaled, reference, unscaled = (
+        second_variation(r, queries, [(1, 0)], curvature="hessian", query_curvature=run.query_curvature)
+        for r in (scaled_learning_rate(run, 0.1), slow, run)
     )
+    for part in ("second_order", "tangent", "total"):
+        mine, other, before = (getattr(proxy, part) for proxy in (scaled, reference, unscaled))
+        torch.testing.assert_close(mine, other)
+        assert before.norm() < 1e-7 or (mine - before).norm() > 0.5 * before.norm()
 
 
-def test_pairs_do_not_depend_on_each_other_or_their_order() -> None:
+@pytest.mark.parametrize("elements", [1, 100, 2**22])
+def test_pairs_do_not_depend_on_each_other_or_their_order(elements: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nor on how many are carried through the run together."""
+    monkeypatch.setattr("lightning_influence.core.second_variation._ELEMENTS", elements)
     run = ToyTrajectory(RUNS["adamw"])
     together = second_variation(run, run.query_gradients(), PAIRS[::-1], curvature="hessian")
     for i, pair in enumerate(PAIRS[::-1]):

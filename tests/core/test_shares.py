@@ -7,8 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lightning_influence.core.coordinates import pack_keep, plan, unpack_keep
-from lightning_influence.core.shares import Dense, Form, Outer, Rows, Stack, Sum, add, merged, pack, unpack
+from lightning_influence.core.shares import Dense, Form, Outer, Rows, Stack, Sum, add, merged, nbytes, pack, unpack
 
 ROWS, COLUMNS = 5, 3
 
@@ -59,6 +58,7 @@ def test_contractions(kind: str, n: int, t: int, q: int, seed: int, data: st.Dat
     start = data.draw(st.integers(0, len(dense) - 1))
     part = slice(start, data.draw(st.integers(start + 1, len(dense) + 2)))
     torch.testing.assert_close(form.dense(part), dense[part])
+    assert form.dense(slice(start, start)).shape == (0, dense.shape[1])
     torch.testing.assert_close(form.scaled(0.3).dense(), 0.3 * dense)
     index = torch.randperm(dense.shape[1], generator=generator)[: data.draw(st.integers(1, 15))].sort().values
     torch.testing.assert_close(form.at(index).dense(), dense[:, index])
@@ -80,53 +80,47 @@ def test_merged_tokens(kind: str) -> None:
     torch.testing.assert_close(merged(form, 4).dense(), dense.unflatten(0, (4, 3)).sum(1))
 
 
-def shares(n: int = 4, t: int = 2) -> tuple[dict[str, Form], dict[str, tuple[int, ...]]]:
-    generator = torch.Generator().manual_seed(0)
-    forms: dict[str, Form] = {
-        "wide.weight": Outer(torch.randn(n, t, 60, generator=generator), torch.randn(n, t, 50, generator=generator)),
-        "narrow.weight": Outer(torch.randn(n, 40, 4, generator=generator), torch.randn(n, 40, 5, generator=generator)),
-        "bias": Dense(torch.randn(n, 60, generator=generator)),
-    }
-    return forms, {"wide.weight": (60, 50), "narrow.weight": (4, 5), "bias": (60,)}
+@pytest.mark.parametrize("kind", ["dense", "outer", "rows", "sum", "stack"])
+def test_contractions_are_made_in_the_precision_of_what_is_asked(kind: str) -> None:
+    """A log keeps float32; what it is contracted with may be float64."""
+    form, dense = draw(kind, 4, 2, torch.Generator().manual_seed(0))
+    tensors, meta = pack(form)
+    single = unpack(meta, lambda key: tensors[key].float() if tensors[key].is_floating_point() else tensors[key])
+    assert single.dense().dtype == torch.float32
+    vectors, weights = torch.randn(2, dense.shape[1]).double(), torch.randn(2, len(dense)).double()
+    torch.testing.assert_close(single.inner(vectors), vectors @ dense.T, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(single.combine(weights), weights @ dense, rtol=1e-5, atol=1e-5)
+    assert single.inner(vectors).dtype == single.combine(weights).dtype == torch.float64
+    assert nbytes(single) == sum(t.nbytes for t in pack(single)[0].values())
 
 
-def test_plans() -> None:
-    forms, shapes = shares()
-    assert {k.kind for k in plan(forms, shapes, compression="full").values()} == {"full"}
-    factored = plan(forms, shapes, compression="factored")
-    assert [k.kind for k in factored.values()] == ["factored", "full", "full"], "the smaller lossless form"
-    for name, keep in factored.items():
-        assert torch.equal(keep.compress(forms[name]).dense(), forms[name].dense())
-        values = torch.randn(2, *shapes[name])
-        assert torch.equal(keep.select(values), values.flatten(1))
+@settings(max_examples=60, deadline=None)
+@given(
+    kind=st.sampled_from(["dense", "outer", "rows", "sum", "stack"]),
+    used=st.lists(st.booleans(), min_size=12, max_size=12),
+    seed=st.integers(0, 2**16),
+)
+def test_few_samples_combined_are_those_samples(kind: str, used: list[bool], seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    form, dense = draw(kind, 12 if kind != "stack" else 4, 2, generator)
+    weights = torch.randn(2, 12, generator=generator, dtype=torch.float64) * torch.tensor(used)
+    torch.testing.assert_close(form.combine(weights), weights @ dense)
 
 
-@pytest.mark.parametrize("size", [1, 7, 100, 2999])
-def test_a_mask_is_a_fixed_set_of_coordinates(size: int) -> None:
-    forms, shapes = shares()
-    keeps = plan(forms, shapes, compression="mask", mask_size=size, seed=3)
-    again = plan(forms, shapes, compression="mask", mask_size=size, seed=3)
-    for name, keep in keeps.items():
-        total = forms[name].n_coordinates
-        assert 0.5 * min(size, total) <= keep.size <= min(size, total)
-        if keep.index is None:
-            assert total <= size
-            continue
-        assert torch.equal(keep.index, again[name].index)
-        assert torch.equal(keep.index, keep.index.unique())
-        torch.testing.assert_close(keep.compress(forms[name]).dense(), forms[name].dense()[:, keep.index])
-        values = torch.randn(2, *shapes[name])
-        assert torch.equal(keep.select(values), values.flatten(1)[:, keep.index])
-        tensors, meta = pack_keep(keep)
-        assert torch.equal(unpack_keep(meta, tensors.__getitem__).index, keep.index)
-    if size < 60:
-        other = plan(forms, shapes, compression="mask", mask_size=size, seed=4)
-        assert any(not torch.equal(k.index, other[n].index) for n, k in keeps.items())
+@pytest.mark.parametrize("elements", [1, 8, 2**24])
+def test_scattered_coordinates_of_products(elements: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A diagonal: far fewer coordinates than the block of its rows and columns holds."""
+    monkeypatch.setattr("lightning_influence.core.shares._GATHER_ELEMENTS", elements)
+    form = Outer(torch.randn(3, 2, 9).double(), torch.randn(3, 2, 9).double())
+    index = torch.arange(9) * 10
+    torch.testing.assert_close(form.at(index).values, form.dense()[:, index])
 
 
-def test_auto_masks_what_does_not_fit() -> None:
-    forms, shapes = shares()
-    lossless = plan(forms, shapes, compression="auto")
-    assert {k.kind for k in lossless.values()} == {"factored", "full"}
-    tight = plan(forms, shapes, compression="auto", mask_size=30, budget=700)
-    assert [k.kind for k in tight.values()] == ["mask", "full", "full"], "the most expensive first"
+def test_what_is_not_a_form_is_refused() -> None:
+    class Lazy:
+        n_samples, n_coordinates = 1, 1
+
+    with pytest.raises(TypeError, match="Lazy is not a form"):
+        pack(Lazy())  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="Sum is not what a rule returns"):
+        merged(Sum([Dense(torch.zeros(2, 1))]), 1)

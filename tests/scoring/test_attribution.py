@@ -33,9 +33,10 @@ def test_report_of_a_run(tmp_path: Path) -> None:
     report = attribute(log, queries=queries, model=module)
     assert report.sample_ids.tolist() == list(range(96)) and report.scores.shape == (96, 10)
     rows = report.rows
+    whole = rows.scores if rows.interaction is None else rows.scores + rows.interaction
     assert len(rows.sample_ids) == 192 and set(rows.steps.tolist()) == set(range(12))
     for z in (0, 17, 95):
-        torch.testing.assert_close(report.scores[z], rows.scores[rows.sample_ids == z].sum(0))
+        torch.testing.assert_close(report.scores[z], whole[rows.sample_ids == z].sum(0))
     assert report.metadata["coverage"]["fraction"] == 1.0
     assert report.metadata["optimizer"] == "AdamW" and report.metadata["curvature"] == "fisher"
     assert report.to_pandas().columns[0] == "sample_id"

@@ -22,8 +22,9 @@ from lightning_influence import InfluenceCallback, InfluenceReport, SelectionDat
 from lightning_influence.core.sweep import Method
 from lightning_influence.errors import ConfigurationError
 from lightning_influence.log.steps import LoggedTrajectory
+from lightning_influence.replay.trajectory import ReplayTrajectory
 from lightning_influence.run.random_state import read_random_state
-from lightning_influence.selection.lookahead import Candidates, look_ahead
+from lightning_influence.selection.lookahead import Candidates, Rollout, look_ahead
 from lightning_influence.selection.policies import Fraction, Soft, Threshold, decide, stepwise
 
 BATCH = 8
@@ -128,6 +129,39 @@ class LooksAhead(L.Callback):
                 scheduler.step()
             losses.append(target_loss(twin, asked))
         return losses[1] - losses[0]
+
+
+class RollsOut(L.Callback):
+    """At every step, compares where the roll-out says that the next steps lead with torch's optimizer stepping on."""
+
+    def __init__(self, batches: list[Any]) -> None:
+        self.batches, self.steps = batches, 0
+
+    def on_train_batch_start(self, run: L.Trainer, module: Any, batch: Any, batch_idx: int) -> None:
+        candidates = [[Candidates(b, torch.arange(BATCH))] for b in self.batches]
+        twin = copy.deepcopy(module)
+        configured = scheduled(twin)
+        optimizer, scheduler = configured["optimizer"], configured["lr_scheduler"]["scheduler"]
+        optimizer.load_state_dict(copy.deepcopy(run.optimizers[0].state_dict()))
+        scheduler.load_state_dict(copy.deepcopy(run.lr_scheduler_configs[0].scheduler.state_dict()))
+        plan = Rollout(run, candidates)
+        with ReplayTrajectory(module, plan, exact=False, progress=False) as ahead:
+            for i, (x, y) in enumerate(self.batches):
+                optimizer.zero_grad()
+                nn.functional.cross_entropy(twin.net(x), y).backward()
+                optimizer.step()
+                scheduler.step()
+                ahead.place(i + 1)
+                for mine, real in zip(module.parameters(), twin.parameters(), strict=True):
+                    torch.testing.assert_close(mine, real, rtol=1e-9, atol=1e-11)
+                self.steps += 1
+
+
+def test_a_roll_out_goes_where_the_optimizer_would() -> None:
+    """From the first step on, where Adam's step count decides most about the size of a step."""
+    check = RollsOut(list(loader(32, torch.float64)))
+    trainer(check, precision="64-true").fit(Classifier(scheduled), loader(32, torch.float64))
+    assert check.steps == 4 * 4
 
 
 @pytest.mark.parametrize("horizon", [0, 3])

@@ -1,0 +1,124 @@
+"""The loss of queries, one by one or of a batch together."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, replace
+from typing import Any, TypeAlias
+
+import torch
+from lightning import LightningModule
+from torch import Tensor
+
+from lightning_influence.errors import ConfigurationError
+from lightning_influence.replay.stopped_paths import OpenPaths, StopWatch
+from lightning_influence.run.batches import batch_size, example
+from lightning_influence.run.tap import LossTap
+from lightning_influence.run.training_step import parameters_at, training_loss
+
+QueryLoss: TypeAlias = Callable[[LightningModule, Any], Tensor]
+"""``query_loss(model, batch) -> (batch,)``, one loss per example."""
+
+_SAME = 1e-4  # relative difference of two gradients that say the same
+_BENT = 0.05  # relative, of the change of a loss that its gradient may miss
+
+
+@dataclass(frozen=True)
+class LossOfQueries:
+    """The loss of queries at a model's present parameters.
+
+    Attributes:
+        query_loss: None for the module's own: what ``training_step`` returns for a batch that holds the example alone.
+        open: whether paths that the loss stops (by ``detach``, say) count in its gradient: what is asked is how its value
+            changes, by whatever path.
+    """
+
+    model: LightningModule
+    query_loss: QueryLoss | None = None
+    open: bool = False
+
+    def each(self, batch: Any) -> Tensor:
+        """Loss of every example, ``(n,)``."""
+        if self.query_loss is not None:
+            with self._paths():
+                losses = self.query_loss(self.model, batch)
+            return _one_each(losses, batch_size(batch))
+        return torch.stack([self.module_loss(example(batch, i)) for i in range(batch_size(batch))])
+
+    def mean(self, batch: Any) -> tuple[Tensor, bool]:
+        """The module's own loss of a batch, and whether its examples are known to count alike in it."""
+        with LossTap() as tap:
+            loss = self.module_loss(batch)
+        weights = tap.sample_weights(batch_size(batch))
+        return loss, weights is not None and bool((weights == weights[0]).all())
+
+    def module_loss(self, batch: Any) -> Tensor:
+        """What the training step returns for a batch.
+
+        Raises:
+            ConfigurationError: a batch that it cannot take.
+        """
+        try:
+            with self._paths():
+                return training_loss(self.model, batch, 0)
+        except (RuntimeError, TypeError, ValueError, KeyError, IndexError, AttributeError) as error:
+            raise ConfigurationError(
+                f"{type(self.model).__name__}.training_step cannot take a batch of the queries ({shape_of(batch)}): {error}. "
+                "Give queries whose batches look like the training batches, or query_loss(model, batch) -> (batch,)."
+            ) from error
+
+    def opened_where_needed(self, batch: Any, parameters: Mapping[str, Tensor]) -> LossOfQueries:
+        """The same with its stopped paths open, if the loss stops any that matter for its value."""
+        one = example(batch, 0)
+        with StopWatch() as watch:
+            self.each(one)
+        if not watch.seen:
+            return self
+        opened = replace(self, open=True)
+        plain, whole = (
+            torch.autograd.grad(losses.sum(), list(parameters.values()), allow_unused=True, materialize_grads=True)
+            for losses in (self.each(one), opened.each(one))
+        )
+        if sum(float((a - b).norm()) for a, b in zip(plain, whole, strict=True)) <= _SAME * sum(map(_size, whole)):
+            return self
+        slope = self._slope(one, dict(zip(parameters, whole, strict=True)), parameters)
+        expected = sum(float(g.double().square().sum()) for g in whole)
+        return opened if abs(slope - expected) <= _BENT * expected else self
+
+    def _slope(self, batch: Any, direction: Mapping[str, Tensor], parameters: Mapping[str, Tensor]) -> float:
+        """Central difference of the loss of a batch along a direction of the parameters."""
+        double = next(iter(parameters.values())).dtype == torch.float64
+        size = sum(_size(p) for p in parameters.values()) / max(sum(_size(d) for d in direction.values()), 1e-30)
+        step = size * (1e-6 if double else 1e-3)
+        values = []
+        for sign in (step, -step):
+            moved = {k: p.detach() + sign * direction[k] for k, p in parameters.items()}
+            with parameters_at(self.model, moved), torch.no_grad():
+                values.append(float(self.each(batch).sum()))
+        return (values[0] - values[1]) / (2 * step)
+
+    def _paths(self) -> AbstractContextManager[Any]:
+        return OpenPaths() if self.open else nullcontext()
+
+
+def _size(tensor: Tensor) -> float:
+    return float(tensor.detach().norm())
+
+
+def _one_each(losses: Any, n: int) -> Tensor:
+    if not isinstance(losses, Tensor) or losses.shape != (n,):
+        shape = tuple(losses.shape) if isinstance(losses, Tensor) else type(losses).__name__
+        raise ConfigurationError(f"query_loss returned {shape}; it has to return one loss per example, ({n},).")
+    return losses
+
+
+def shape_of(batch: Any) -> str:
+    """Types and shapes of a batch, for a message."""
+    if isinstance(batch, Tensor):
+        return f"{str(batch.dtype).removeprefix('torch.')} {tuple(batch.shape)}"
+    if isinstance(batch, Mapping):
+        return "{" + ", ".join(f"{k}: {shape_of(v)}" for k, v in batch.items()) + "}"
+    if isinstance(batch, (list, tuple)):
+        return "(" + ", ".join(shape_of(v) for v in batch) + ")"
+    return type(batch).__name__
