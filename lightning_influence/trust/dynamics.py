@@ -24,7 +24,7 @@ from lightning_influence.errors import ConfigurationError, LogError
 from lightning_influence.log.steps import LoggedSteps
 from lightning_influence.report.plots import cartography
 from lightning_influence.run.batches import batch_size
-from lightning_influence.run.data import samples_of
+from lightning_influence.run.data import TrainingData
 from lightning_influence.run.losses import Dynamics, joined
 from lightning_influence.run.tap import LossTap
 from lightning_influence.run.training_step import training_loss
@@ -313,6 +313,7 @@ def evaluated(model: LightningModule, data: Any, sample_ids: Tensor) -> list[Dyn
 
 
 def _batches(data: Any, sample_ids: Tensor) -> Iterator[Any]:
-    dataset, collate = samples_of(data)
+    training = TrainingData.of(data)
+    dataset, collate = training.dataset, training.collate
     for ids in sample_ids.split(_BATCH):
         yield collate([dataset[int(z)] for z in ids])
