@@ -18,7 +18,7 @@ import lightning as L
 import torch
 from torch.utils._pytree import tree_flatten
 
-from lightning_influence.capture import GradientCapture, freeze_batch_norm, refuse_batch_norm
+from lightning_influence.capture import GradientCapture, freeze_batch_norm, refuse_batch_norm, refuse_compiled
 from lightning_influence.core.coordinates import COMPRESSIONS
 from lightning_influence.errors import ConfigurationError
 from lightning_influence.lightning.loggers import log_report
@@ -35,6 +35,7 @@ from lightning_influence.run.optimizer import update_name
 from lightning_influence.run.random_state import read_random_state
 from lightning_influence.run.ranks import Ranks
 from lightning_influence.run.rows import RowOrder
+from lightning_influence.run.refusals import refuse_parameters, refuse_reentrant_checkpointing
 from lightning_influence.run.sample_ids import IdSource, SampleIds, is_map_style
 from lightning_influence.run.sample_weights import WeightSource, sample_weights
 from lightning_influence.run.tap import LossTap, tapped
@@ -128,6 +129,7 @@ class InfluenceCallback(L.Callback):
         self._n: int | None = None  # samples of the present batch
         self._row_order: Callable[[Any, torch.Tensor], torch.Tensor] = lambda _, ids: ids
         self._watches = False
+        self._first_backward = True
         self._frozen: list[Any] = []  # hooks that freeze batch normalisation
         self._steps: int | None = None  # of the run that the trainer's present state comes from
         self._run: str | None = None  # by which a log is known wherever it lies; on the process that saves checkpoints
@@ -174,6 +176,8 @@ class InfluenceCallback(L.Callback):
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         ranks, optimizer = Ranks.of(trainer), only_optimizer(trainer)
         update_name(optimizer)
+        refuse_parameters(pl_module, optimizer)
+        refuse_compiled(pl_module)
         _refuse_patterns(self.exclude, pl_module)
         if self.writes_report:
             _refuse_no_queries(trainer)
@@ -197,6 +201,7 @@ class InfluenceCallback(L.Callback):
                 self._frozen = freeze_batch_norm(pl_module)
             self._tap = undo.enter_context(ExitStack())
             self._tap.enter_context(tapped(pl_module, self._weigh))
+            self._first_backward = True
             self._watches = _changes_gradients(trainer, pl_module)
             self._row_order = self._row_order_of(trainer, pl_module)
             self._recorder = Recorder(
@@ -245,7 +250,8 @@ class InfluenceCallback(L.Callback):
 
     def _replay_settings(self, trainer: L.Trainer) -> ReplaySettings:
         steps = trainer.estimated_stepping_batches
-        every = self.snapshot_every or (max(1, math.isqrt(int(steps))) if math.isfinite(steps) else 100)
+        known = steps >= 0 and math.isfinite(steps)  # -1 where neither the loader nor the trainer says when a run ends
+        every = self.snapshot_every or (max(1, math.isqrt(int(steps))) if known else 100)
         return ReplaySettings(every, self.store_batches)
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -344,6 +350,19 @@ class InfluenceCallback(L.Callback):
         if weights is not None and self.sample_weights is None and self.reduction == "mean":
             self._recorder.weigh(weights)
         self._recorder.observe(losses.dynamics(self._n))
+
+    def on_before_zero_grad(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: torch.optim.Optimizer
+    ) -> None:
+        if self._recorder is not None:
+            self._recorder.before_zero_grad()
+
+    def on_before_backward(self, trainer: L.Trainer, pl_module: L.LightningModule, loss: torch.Tensor) -> None:
+        assert self._recorder is not None
+        if self._first_backward:
+            self._first_backward = False
+            refuse_reentrant_checkpointing(loss)
+        self._recorder.before_backward()
 
     def on_after_backward(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         assert self._recorder is not None

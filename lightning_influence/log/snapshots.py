@@ -7,7 +7,7 @@ In a step's shard: ``random/<m>/<generator>`` before each micro-batch's training
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -72,16 +72,21 @@ def pack_micro_batch(
     return tensors, meta
 
 
-def pack_snapshot(module: torch.nn.Module, optimizer: torch.optim.Optimizer, update_name: str) -> Packed:
-    """Trained parameters, their moments, and buffers, before a step."""
+def pack_snapshot(
+    module: torch.nn.Module,
+    optimizer: torch.optim.Optimizer,
+    update_name: str,
+    trained: Collection[str],
+    buffers: Mapping[str, Tensor],
+) -> Packed:
+    """Trained parameters, by their names, their moments, and buffers, before a step."""
     tensors: dict[str, Tensor] = {}
-    optimized = {id(p) for group in optimizer.param_groups for p in group["params"]}
     for name, p in module.named_parameters():
-        if p.requires_grad and id(p) in optimized:
+        if name in trained:
             tensors[f"parameter/{name}"] = _copy(p)
             moments = read_moments(optimizer.state.get(p, {}), UPDATES[update_name], p)
             tensors |= {f"moment/{i}/{name}": _copy(m) for i, m in enumerate(moments)}
-    tensors |= {f"buffer/{name}": _copy(b) for name, b in module.named_buffers()}
+    tensors |= {f"buffer/{name}": _copy(b) for name, b in buffers.items()}
     return tensors, {}
 
 

@@ -14,6 +14,7 @@ import torch
 from lightning import LightningModule
 from torch import Tensor
 
+from lightning_influence.core.optimizers import UPDATES
 from lightning_influence.errors import ConfigurationError, CurvatureUnavailable, ReplayDrift
 from lightning_influence.log.format import decoding
 from lightning_influence.log.reader import StoreReader
@@ -55,6 +56,10 @@ class LoggedPlan:
             )
         self.optimizer = str(self._reader.manifest["update"])
         self._data = TrainingData.of(data)
+        self._first_in: dict[str, int] = {}  # the first snapshot that holds a parameter: before it, it did not train
+        for start in reversed(self.snapshots):
+            names = self._reader.artifact_names(snapshot_name(start))
+            self._first_in |= {k.removeprefix("parameter/"): start for k in names if k.startswith("parameter/")}
 
     def __len__(self) -> int:
         return len(self._reader)
@@ -104,6 +109,10 @@ class LoggedPlan:
                     moments.setdefault(parameter, {})[int(order)] = tensor
                 else:
                     found[kind][rest] = tensor
+        late = {k: start for k, start in self._first_in.items() if k not in found["parameter"]}
+        for k, start in late.items():
+            found["parameter"][k] = self._reader.artifact(snapshot_name(start), f"parameter/{k}").to(device)
+            moments[k] = {i: torch.zeros_like(found["parameter"][k]) for i in range(len(UPDATES[self.optimizer].moments))}
         ordered = {k: tuple(moments.get(k, {})[i] for i in sorted(moments.get(k, {}))) for k in found["parameter"]}
         return State(found["parameter"], ordered, found["buffer"])
 

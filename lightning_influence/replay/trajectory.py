@@ -337,6 +337,8 @@ class ReplayTrajectory:
                 captured += [] if shares is None else [shares]
                 buffers.append(after)
                 totals |= {k: totals[k] + g if k in totals else g for k, g in gradients.items()}
+        if planned.hyper:  # a parameter that is frozen at this step has no gradient for the optimizer
+            totals = {k: g for k, g in totals.items() if k in planned.hyper}
         gradients = {k: g.detach() for k, g in totals.items()}
         forms: dict[str, Form] | None = None
         if len(captured) == len(planned.micro_batches):
