@@ -507,7 +507,7 @@ class Ragged(Base):
 
     @staticmethod
     def collate(samples: Samples) -> Any:
-        return [x[: 3 + i % 3] for i, (x, _) in enumerate(samples)], torch.stack([y for _, y in samples])
+        return [x[: 3 + int(y)] for x, y in samples], torch.stack([y for _, y in samples])
 
     @staticmethod
     def samples(n: int) -> Samples:

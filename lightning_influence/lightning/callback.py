@@ -5,10 +5,11 @@ from __future__ import annotations
 import json
 import math
 import platform
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import asdict
 from fnmatch import fnmatchcase
+from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, Literal
@@ -30,6 +31,7 @@ from lightning_influence.log.writer import StoreWriter
 from lightning_influence.replay.plan import ReplayMicroBatch
 from lightning_influence.replay.witness import witness
 from lightning_influence.report import InfluenceReport
+from lightning_influence.run.batches import copied
 from lightning_influence.run.lightning_names import overrides
 from lightning_influence.run.optimizer import update_name
 from lightning_influence.run.random_state import read_random_state
@@ -127,7 +129,7 @@ class InfluenceCallback(L.Callback):
         self._unverified: list[str] | None = None  # the trained parameters, until the first batch has been verified
         self._tap = ExitStack()  # puts the module's own training step back
         self._n: int | None = None  # samples of the present batch
-        self._row_order: Callable[[Any, torch.Tensor], torch.Tensor] = lambda _, ids: ids
+        self._row_order: RowOrder | None = None
         self._watches = False
         self._first_backward = True
         self._frozen: list[Any] = []  # hooks that freeze batch normalisation
@@ -216,12 +218,10 @@ class InfluenceCallback(L.Callback):
             )
             undo.pop_all()
 
-    def _row_order_of(
-        self, trainer: L.Trainer, module: L.LightningModule
-    ) -> Callable[[Any, torch.Tensor], torch.Tensor]:
+    def _row_order_of(self, trainer: L.Trainer, module: L.LightningModule) -> RowOrder | None:
         loader = trainer.train_dataloader
         if self.sample_ids.source is not None or not is_map_style(loader):
-            return lambda _, ids: ids
+            return None
         convert = trainer.precision_plugin.convert_input
         assert loader is not None
         return RowOrder(loader.dataset, loader.collate_fn, lambda batch: prepared(module, convert(batch)))
@@ -304,19 +304,23 @@ class InfluenceCallback(L.Callback):
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
     ) -> None:
         assert self._recorder is not None
-        ids = self._row_order(batch, self.sample_ids.next(batch))
+        drawn = self.sample_ids.next(batch)
+        ids = drawn if self._row_order is None else self._row_order(batch, drawn)
+        recollate = partial(self._row_order.less, drawn) if self._row_order and self._row_order.recollates else None
         weights = sample_weights(batch, len(ids), self.sample_weights)
         self._n = len(ids)
         moment = Moment.now(trainer, pl_module, batch_idx)
         if self._unverified is not None:
-            self._first = ReplayMicroBatch(batch, moment, 1.0, len(ids), read_random_state()), ids
+            less = None if recollate is None else recollate().__getitem__
+            self._first = ReplayMicroBatch(copied(batch), moment, 1.0, len(ids), read_random_state(), less), ids
         self._recorder.begin(
             ids,
             weights,
             trainer.accumulate_grad_batches,
             batch=batch,
-            moment=asdict(moment),
+            moment=asdict(moment) | ({} if torch.equal(ids, drawn) else {"drawn": drawn.tolist()}),
             fetched=self.sample_ids.fetched,
+            less=None if recollate is None or self.record == "gradients" else recollate(),
         )
 
     def _verify(self, trainer: L.Trainer, module: L.LightningModule, weights: torch.Tensor) -> None:
@@ -398,7 +402,7 @@ class InfluenceCallback(L.Callback):
             "record": self.record,
             "frozen_batch_norm": self.frozen_batch_norm,
             "parameters": [] if capture is None else capture.table,
-            "shapes": {k: list(p.shape) for k, p in pl_module.named_parameters() if k in trained},
+            "shapes": {k: list(p.shape) for k, p in pl_module.named_parameters()},
             "excluded": list(self.exclude),
             "coverage": {"trained": size, "recorded": recorded},
             "compression": self.compression.kind,

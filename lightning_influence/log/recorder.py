@@ -22,7 +22,14 @@ from lightning_influence.core.shares import Form, Stack
 from lightning_influence.core.trajectory import Clip, StepRecord
 from lightning_influence.errors import ConfigurationError, InfluenceError
 from lightning_influence.log.reader import StoreReader
-from lightning_influence.log.snapshots import Packed, ReplaySettings, pack_micro_batch, pack_snapshot, snapshot_name
+from lightning_influence.log.snapshots import (
+    Packed,
+    ReplaySettings,
+    numbered,
+    pack_micro_batch,
+    pack_snapshot,
+    snapshot_name,
+)
 from lightning_influence.log.steps import FINAL, LAYOUT, MOMENTS_EVERY, checksum, pack_dynamics, pack_layout, pack_step
 from lightning_influence.log.writer import StoreWriter
 from lightning_influence.run.between_steps import BetweenSteps
@@ -115,6 +122,7 @@ class Recorder:
         batch: Any = None,
         moment: Mapping[str, Any] | None = None,
         fetched: Mapping[str, Tensor] | None = None,
+        less: Mapping[int, Any] | None = None,
     ) -> None:
         """A micro-batch is about to be run.
 
@@ -124,14 +132,14 @@ class Recorder:
             accumulated: micro-batches by whose number its loss is divided.
             batch: as the training step gets it.
             moment: as of `snapshots.pack_micro_batch`.
-            fetched: random state when its samples were fetched, where that is known.
+            fetched, less: as of `snapshots.pack_micro_batch`.
         """
         packed = None
         self._between.check()
         if self._snapshot_due() and not self._micro_batches:
             self._buffers = {name: b.detach().clone() for name, b in self.module.named_buffers()}
         if self.replay is not None:
-            packed = pack_micro_batch(len(self._micro_batches), batch, moment or {}, fetched, self.replay)
+            packed = pack_micro_batch(batch, moment or {}, fetched, self.replay, less)
         self._started = _Started(sample_ids, weights, accumulated, packed)
         if self.capture is not None:
             self.capture.begin(len(sample_ids))
@@ -365,8 +373,8 @@ class Recorder:
         tensors, meta = pack_step(record, shares, state=self.ranks.rank == 0)
         tensors |= pack_dynamics(joined([m.dynamics for m in micro_batches]))
         replays = [m.replay for m in micro_batches if m.replay is not None]
-        for parts, _ in replays:
-            tensors |= parts
+        for number, replay in enumerate(replays):
+            tensors |= numbered(replay, number)
         self.writer.append(record.index, tensors, meta | {"micro_batches": [told for _, told in replays]})
 
     def _check_clip(self, clip: Clip, index: int) -> None:

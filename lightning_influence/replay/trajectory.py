@@ -563,7 +563,9 @@ class ReplayTrajectory:
                         factor *= float(1 - weights[own].sum() / weights.sum())
                     less = replace(
                         micro_batch,
-                        batch=without(micro_batch.batch, own),
+                        batch=without(micro_batch.batch, own, micro_batch.n_samples)
+                        if micro_batch.less is None
+                        else micro_batch.less(z),
                         n_samples=micro_batch.n_samples - len(own),
                         factor=factor,
                     )
