@@ -49,8 +49,11 @@ class GradientCapture:
         frozen_batch_norm: bool = False,
         trained: Collection[str] | None = None,
     ) -> None:
-        trains = {name: p for name, p in module.named_parameters() if p.requires_grad}
-        trained = trains if trained is None else {name: p for name, p in trains.items() if name in trained}
+        trained = {
+            name: p
+            for name, p in module.named_parameters()
+            if (p.requires_grad if trained is None else name in trained)
+        }
         excluded = {name for name in trained if any(fnmatchcase(name, pattern) for pattern in exclude)}
         self.parameters = {name: p for name, p in trained.items() if name not in excluded}
         self.excluded_ids = {id(trained[name]) for name in excluded}
@@ -253,8 +256,8 @@ def refuse_compiled(module: nn.Module) -> None:
     for path, layer in module.named_modules():
         if hasattr(layer, "_orig_mod") or getattr(layer, "_compiled_call_impl", None) is not None:
             raise ConfigurationError(
-                f"{path or 'the module'} ({type(layer).__name__}) is compiled, and a compiled graph calls no hooks. Train it "
-                "without torch.compile while its gradients are recorded."
+                f"{path or 'the module'} ({type(layer).__name__}) is compiled, and a compiled graph calls no hooks and "
+                "cannot be differentiated twice. Train it without torch.compile while it is recorded."
             )
 
 

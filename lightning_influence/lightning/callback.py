@@ -5,10 +5,11 @@ from __future__ import annotations
 import json
 import math
 import platform
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import asdict
 from fnmatch import fnmatchcase
+from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, Literal
@@ -18,7 +19,7 @@ import lightning as L
 import torch
 from torch.utils._pytree import tree_flatten
 
-from lightning_influence.capture import GradientCapture, freeze_batch_norm, refuse_batch_norm
+from lightning_influence.capture import GradientCapture, freeze_batch_norm, refuse_batch_norm, refuse_compiled
 from lightning_influence.core.coordinates import COMPRESSIONS
 from lightning_influence.errors import ConfigurationError
 from lightning_influence.lightning.loggers import log_report
@@ -30,11 +31,13 @@ from lightning_influence.log.writer import StoreWriter
 from lightning_influence.replay.plan import ReplayMicroBatch
 from lightning_influence.replay.witness import witness
 from lightning_influence.report import InfluenceReport
+from lightning_influence.run.batches import copied
 from lightning_influence.run.lightning_names import overrides
 from lightning_influence.run.optimizer import update_name
 from lightning_influence.run.random_state import read_random_state
 from lightning_influence.run.ranks import Ranks
 from lightning_influence.run.rows import RowOrder
+from lightning_influence.run.refusals import refuse_parameters, refuse_reentrant_checkpointing
 from lightning_influence.run.sample_ids import IdSource, SampleIds, is_map_style
 from lightning_influence.run.sample_weights import WeightSource, sample_weights
 from lightning_influence.run.tap import LossTap, tapped
@@ -126,8 +129,9 @@ class InfluenceCallback(L.Callback):
         self._unverified: list[str] | None = None  # the trained parameters, until the first batch has been verified
         self._tap = ExitStack()  # puts the module's own training step back
         self._n: int | None = None  # samples of the present batch
-        self._row_order: Callable[[Any, torch.Tensor], torch.Tensor] = lambda _, ids: ids
+        self._row_order: RowOrder | None = None
         self._watches = False
+        self._first_backward = True
         self._frozen: list[Any] = []  # hooks that freeze batch normalisation
         self._steps: int | None = None  # of the run that the trainer's present state comes from
         self._run: str | None = None  # by which a log is known wherever it lies; on the process that saves checkpoints
@@ -174,6 +178,8 @@ class InfluenceCallback(L.Callback):
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         ranks, optimizer = Ranks.of(trainer), only_optimizer(trainer)
         update_name(optimizer)
+        refuse_parameters(pl_module, optimizer)
+        refuse_compiled(pl_module)
         _refuse_patterns(self.exclude, pl_module)
         if self.writes_report:
             _refuse_no_queries(trainer)
@@ -197,6 +203,7 @@ class InfluenceCallback(L.Callback):
                 self._frozen = freeze_batch_norm(pl_module)
             self._tap = undo.enter_context(ExitStack())
             self._tap.enter_context(tapped(pl_module, self._weigh))
+            self._first_backward = True
             self._watches = _changes_gradients(trainer, pl_module)
             self._row_order = self._row_order_of(trainer, pl_module)
             self._recorder = Recorder(
@@ -211,12 +218,10 @@ class InfluenceCallback(L.Callback):
             )
             undo.pop_all()
 
-    def _row_order_of(
-        self, trainer: L.Trainer, module: L.LightningModule
-    ) -> Callable[[Any, torch.Tensor], torch.Tensor]:
+    def _row_order_of(self, trainer: L.Trainer, module: L.LightningModule) -> RowOrder | None:
         loader = trainer.train_dataloader
         if self.sample_ids.source is not None or not is_map_style(loader):
-            return lambda _, ids: ids
+            return None
         convert = trainer.precision_plugin.convert_input
         assert loader is not None
         return RowOrder(loader.dataset, loader.collate_fn, lambda batch: prepared(module, convert(batch)))
@@ -245,7 +250,8 @@ class InfluenceCallback(L.Callback):
 
     def _replay_settings(self, trainer: L.Trainer) -> ReplaySettings:
         steps = trainer.estimated_stepping_batches
-        every = self.snapshot_every or (max(1, math.isqrt(int(steps))) if math.isfinite(steps) else 100)
+        known = steps >= 0 and math.isfinite(steps)  # -1 where neither the loader nor the trainer says when a run ends
+        every = self.snapshot_every or (max(1, math.isqrt(int(steps))) if known else 100)
         return ReplaySettings(every, self.store_batches)
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -298,19 +304,23 @@ class InfluenceCallback(L.Callback):
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
     ) -> None:
         assert self._recorder is not None
-        ids = self._row_order(batch, self.sample_ids.next(batch))
+        drawn = self.sample_ids.next(batch)
+        ids = drawn if self._row_order is None else self._row_order(batch, drawn)
+        recollate = partial(self._row_order.less, drawn) if self._row_order and self._row_order.recollates else None
         weights = sample_weights(batch, len(ids), self.sample_weights)
         self._n = len(ids)
         moment = Moment.now(trainer, pl_module, batch_idx)
         if self._unverified is not None:
-            self._first = ReplayMicroBatch(batch, moment, 1.0, len(ids), read_random_state()), ids
+            less = None if recollate is None else recollate().__getitem__
+            self._first = ReplayMicroBatch(copied(batch), moment, 1.0, len(ids), read_random_state(), less), ids
         self._recorder.begin(
             ids,
             weights,
             trainer.accumulate_grad_batches,
             batch=batch,
-            moment=asdict(moment),
+            moment=asdict(moment) | ({} if torch.equal(ids, drawn) else {"drawn": drawn.tolist()}),
             fetched=self.sample_ids.fetched,
+            less=None if recollate is None or self.record == "gradients" else recollate(),
         )
 
     def _verify(self, trainer: L.Trainer, module: L.LightningModule, weights: torch.Tensor) -> None:
@@ -344,6 +354,19 @@ class InfluenceCallback(L.Callback):
         if weights is not None and self.sample_weights is None and self.reduction == "mean":
             self._recorder.weigh(weights)
         self._recorder.observe(losses.dynamics(self._n))
+
+    def on_before_zero_grad(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: torch.optim.Optimizer
+    ) -> None:
+        if self._recorder is not None:
+            self._recorder.before_zero_grad()
+
+    def on_before_backward(self, trainer: L.Trainer, pl_module: L.LightningModule, loss: torch.Tensor) -> None:
+        assert self._recorder is not None
+        if self._first_backward:
+            self._first_backward = False
+            refuse_reentrant_checkpointing(loss)
+        self._recorder.before_backward()
 
     def on_after_backward(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         assert self._recorder is not None
@@ -379,7 +402,7 @@ class InfluenceCallback(L.Callback):
             "record": self.record,
             "frozen_batch_norm": self.frozen_batch_norm,
             "parameters": [] if capture is None else capture.table,
-            "shapes": {k: list(p.shape) for k, p in pl_module.named_parameters() if k in trained},
+            "shapes": {k: list(p.shape) for k, p in pl_module.named_parameters()},
             "excluded": list(self.exclude),
             "coverage": {"trained": size, "recorded": recorded},
             "compression": self.compression.kind,

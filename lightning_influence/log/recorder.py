@@ -22,12 +22,21 @@ from lightning_influence.core.shares import Form, Stack
 from lightning_influence.core.trajectory import Clip, StepRecord
 from lightning_influence.errors import ConfigurationError, InfluenceError
 from lightning_influence.log.reader import StoreReader
-from lightning_influence.log.snapshots import Packed, ReplaySettings, pack_micro_batch, pack_snapshot, snapshot_name
+from lightning_influence.log.snapshots import (
+    Packed,
+    ReplaySettings,
+    numbered,
+    pack_micro_batch,
+    pack_snapshot,
+    snapshot_name,
+)
 from lightning_influence.log.steps import FINAL, LAYOUT, MOMENTS_EVERY, checksum, pack_dynamics, pack_layout, pack_step
 from lightning_influence.log.writer import StoreWriter
+from lightning_influence.run.between_steps import BetweenSteps
 from lightning_influence.run.losses import Dynamics, joined
 from lightning_influence.run.optimizer import read_hyper, read_moments, update_name
 from lightning_influence.run.ranks import Ranks
+from lightning_influence.run.refusals import refuse_unowned
 
 CompressionName = Literal["auto", "full", "factored", "mask"]
 
@@ -91,11 +100,13 @@ class Recorder:
         self.capture, self.replay, self.compression = capture, replay, compression
         self.averaged, self.ranks = averaged, ranks
         self.update_name = update_name(optimizer)
-        self.groups = {id(p): group for group in optimizer.param_groups for p in group["params"]}
         self.keeps: dict[str, Keep] | None = None
         self._with_moments = _with_moments(writer)  # parameters whose moments the present block of steps holds
         self._micro_batches: list[_MicroBatch] = []
         self._names = {id(p): name for name, p in module.named_parameters()}
+        self._between = BetweenSteps(module)
+        self._buffers: dict[str, Tensor] = {}  # before the first micro-batch of a step whose state is due
+        self._in_snapshots: set[str] = set()  # parameters
         self._started: _Started | None = None
         self._norm: Tensor | None = None  # of the gradient after the last backward pass
         self._pending: tuple[StepRecord, dict[str, Form], list[_MicroBatch]] | None = None
@@ -111,6 +122,7 @@ class Recorder:
         batch: Any = None,
         moment: Mapping[str, Any] | None = None,
         fetched: Mapping[str, Tensor] | None = None,
+        less: Mapping[int, Any] | None = None,
     ) -> None:
         """A micro-batch is about to be run.
 
@@ -120,11 +132,14 @@ class Recorder:
             accumulated: micro-batches by whose number its loss is divided.
             batch: as the training step gets it.
             moment: as of `snapshots.pack_micro_batch`.
-            fetched: random state when its samples were fetched, where that is known.
+            fetched, less: as of `snapshots.pack_micro_batch`.
         """
         packed = None
+        self._between.check()
+        if self._snapshot_due() and not self._micro_batches:
+            self._buffers = {name: b.detach().clone() for name, b in self.module.named_buffers()}
         if self.replay is not None:
-            packed = pack_micro_batch(len(self._micro_batches), batch, moment or {}, fetched, self.replay)
+            packed = pack_micro_batch(batch, moment or {}, fetched, self.replay, less)
         self._started = _Started(sample_ids, weights, accumulated, packed)
         if self.capture is not None:
             self.capture.begin(len(sample_ids))
@@ -135,9 +150,30 @@ class Recorder:
             self._started = replace(self._started, weights=weights)
 
     def observe(self, dynamics: Dynamics | None) -> None:
-        """What the micro-batch's loss said of its samples."""
+        """The training step has run; what the micro-batch's loss said of its samples."""
+        self._between.note_training_step()
         if self._started is not None:
             self._started = replace(self._started, dynamics=dynamics)
+
+    def before_zero_grad(self) -> None:
+        """Gradients are about to be cleared, and with them those of micro-batches that no step has consumed."""
+        self._micro_batches.clear()
+
+    def before_backward(self) -> None:
+        """Gradients have been cleared, if this is a step's first micro-batch.
+
+        Raises:
+            ConfigurationError: they were not.
+        """
+        if self._micro_batches:
+            return
+        left = _total_norm(p.grad for p in self._parameters())
+        if float(left) > 0:
+            raise ConfigurationError(
+                f"step {len(self.writer)}: a gradient of norm {float(left):.6g} is left of the last step, to which the backward pass "
+                "adds: optimizer_zero_grad is overridden and does not clear it. Influence follows steps whose gradients are "
+                "those of their own batches; clear them, and keep a running mean in the optimizer (momentum)."
+            )
 
     def after_backward(self, loss_scale: float = 1.0, *, watch: bool = False) -> Tensor | None:
         """Collect the micro-batch's shares.
@@ -202,8 +238,8 @@ class Recorder:
         if self.keeps is None and self.capture is not None:
             shares = self._plan(shares, self.capture)
         index = len(self.writer)
-        if self.replay is not None and self.ranks.rank == 0 and index % self.replay.snapshot_every == 0:
-            self._snapshot(index)
+        if self._snapshot_due():
+            self._snapshot(index, self._buffers)
         record = self._record(micro_batches, Clip(clip.rule, clip.bound, float(norm)))
         self._pending = record, {name: shares[name] for name in record.gradients}, micro_batches
 
@@ -232,7 +268,7 @@ class Recorder:
             self.writer.save(FINAL, {}, {"moved": True})
             return
         if self.replay is not None:
-            self._snapshot(len(self.writer))
+            self._snapshot(len(self.writer), dict(self.module.named_buffers()))
         trained = ((self._names.get(id(p)), p) for p in self._parameters() if p.requires_grad)
         checksums = {name: checksum(p) for name, p in trained if name is not None}
         self.writer.save(FINAL, {}, {"checksums": checksums})
@@ -245,8 +281,20 @@ class Recorder:
         """A number for each parameter that tells whether it was changed."""
         return torch.stack([p.detach().double().sum() for p in self._parameters()])
 
-    def _snapshot(self, index: int) -> None:
-        self.writer.save(snapshot_name(index), *pack_snapshot(self.module, self.optimizer, self.update_name))
+    def _snapshot_due(self) -> bool:
+        """Whether the state before this step is written: every few steps, and where a parameter begins to train."""
+        if self.replay is None or self.ranks.rank > 0:
+            return False
+        return len(self.writer) % self.replay.snapshot_every == 0 or not self._training() <= self._in_snapshots
+
+    def _training(self) -> set[str]:
+        """Names of the parameters that the optimizer is to move."""
+        return {self._names[id(p)] for p in self._parameters() if p.requires_grad and id(p) in self._names}
+
+    def _snapshot(self, index: int, buffers: Mapping[str, Tensor]) -> None:
+        self._in_snapshots |= self._training()
+        packed = pack_snapshot(self.module, self.optimizer, self.update_name, self._in_snapshots, buffers)
+        self.writer.save(snapshot_name(index), *packed)
 
     def _parameters(self) -> Iterable[torch.nn.Parameter]:
         return (p for group in self.optimizer.param_groups for p in group["params"])
@@ -282,10 +330,12 @@ class Recorder:
         return {name: self.keeps[name].compress(share) for name, share in shares.items()}
 
     def _record(self, micro_batches: list[_MicroBatch], clip: Clip) -> StepRecord:
+        refuse_unowned(self.module, self.optimizer)
+        groups = {id(p): group for group in self.optimizer.param_groups for p in group["params"]}
         trained = {self._names[id(p)]: p for p in self._parameters() if p.grad is not None}
         kind, update = type(self.optimizer), UPDATES[self.update_name]
         state = {name: self.optimizer.state.get(p, {}) for name, p in trained.items()}
-        hyper = {name: read_hyper(self.groups[id(p)], state[name], kind) for name, p in trained.items()}
+        hyper = {name: read_hyper(groups[id(p)], state[name], kind) for name, p in trained.items()}
         captured = {name: p for name, p in trained.items() if self.keeps is not None and name in self.keeps}
         index = len(self.writer)
         if index % MOMENTS_EVERY == 0:
@@ -318,12 +368,13 @@ class Recorder:
         if self._pending is None:
             return
         (record, shares, micro_batches), self._pending = self._pending, None
+        self._between.note_step()
         self._check_clip(record.clip, record.index)
         tensors, meta = pack_step(record, shares, state=self.ranks.rank == 0)
         tensors |= pack_dynamics(joined([m.dynamics for m in micro_batches]))
         replays = [m.replay for m in micro_batches if m.replay is not None]
-        for parts, _ in replays:
-            tensors |= parts
+        for number, replay in enumerate(replays):
+            tensors |= numbered(replay, number)
         self.writer.append(record.index, tensors, meta | {"micro_batches": [told for _, told in replays]})
 
     def _check_clip(self, clip: Clip, index: int) -> None:

@@ -2,12 +2,13 @@
 
 In a step's shard: ``random/<m>/<generator>`` before each micro-batch's training step, and either the batch,
 ``batch/<m>/<leaf>``, or ``fetch/<m>/<generator>``, the random state when its samples were fetched, and
-``fingerprint/<m>`` of what came. Every few steps an artifact ``snapshot-<step>``: ``parameter/<name>``, ``moment/<k>/<name>``, ``buffer/<name>``.
+``fingerprint/<m>`` of what came; ``less/<m>/<sample>/<leaf>``, the batch without a sample, where the collate function relates
+samples. Every few steps an artifact ``snapshot-<step>``: ``parameter/<name>``, ``moment/<k>/<name>``, ``buffer/<name>``.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -42,46 +43,67 @@ class ReplaySettings:
 
 
 def pack_micro_batch(
-    number: int, batch: Any, moment: Mapping[str, Any], fetched: Mapping[str, Tensor] | None, settings: ReplaySettings
+    batch: Any,
+    moment: Mapping[str, Any],
+    fetched: Mapping[str, Tensor] | None,
+    settings: ReplaySettings,
+    less: Mapping[int, Any] | None = None,
 ) -> Packed:
-    """What a micro-batch needs to be run again, read just before its training step.
+    """What a micro-batch needs to be run again, read just before its training step; `numbered` gives it its place in the step.
 
     Args:
         moment: what the training step reads besides its batch, as JSON: ``batch_idx``, ``epoch``, ``global_step`` and the
             names of the modules that are ``in_eval`` mode.
         fetched: random state when its samples were fetched in this process; None if it is not known.
+        less: the batch without each of its samples, where that is not the batch without their rows.
 
     Raises:
         ConfigurationError: a batch that has to be stored and cannot be.
     """
-    tensors = {f"random/{number}/{k}": v for k, v in read_random_state().items()}
+    tensors = {f"random/{k}": v for k, v in read_random_state().items()}
     meta: dict[str, Any] = dict(moment)
-    size = sum(t.numel() * t.element_size() for t in leaves(batch))
+    less = less or {}
+    size = sum(t.numel() * t.element_size() for one in (batch, *less.values()) for t in leaves(one))
     if settings.store_batches or (settings.store_batches is None and (size <= _SMALL or fetched is None)):
         try:
             parts, meta["structure"] = pack_batch(batch)
+            rest = {str(z): pack_batch(one) for z, one in less.items()}
         except TypeError as error:
             raise ConfigurationError(
                 f"{error} cannot be stored for replay; collate into dicts, lists and tuples of tensors, or say "
                 "store_batches=False and give attribute(..., data=...)."
             ) from error
-        tensors |= {f"batch/{number}/{key}": t.to("cpu", copy=True) for key, t in parts.items()}
+        tensors |= {f"batch/{key}": t.to("cpu", copy=True) for key, t in parts.items()}
+        meta["less"] = {z: structure for z, (_, structure) in rest.items()}
+        tensors |= {f"less/{z}/{key}": t.to("cpu", copy=True) for z, (own, _) in rest.items() for key, t in own.items()}
     elif fetched is not None:
-        tensors[f"fingerprint/{number}"] = fingerprint(batch)
-        tensors |= {f"fetch/{number}/{k}": v for k, v in fetched.items()}
+        tensors["fingerprint"] = fingerprint(batch)
+        tensors |= {f"fetch/{k}": v for k, v in fetched.items()}
+        meta["recollated"] = bool(less)
     return tensors, meta
 
 
-def pack_snapshot(module: torch.nn.Module, optimizer: torch.optim.Optimizer, update_name: str) -> Packed:
-    """Trained parameters, their moments, and buffers, before a step."""
+def numbered(packed: Packed, number: int) -> dict[str, Tensor]:
+    """The tensors of a step's ``number``-th micro-batch under their names in the step: ``batch/<number>/0`` of ``batch/0``."""
+    parts = ((name.partition("/"), tensor) for name, tensor in packed[0].items())
+    return {"/".join(filter(None, (kind, str(number), rest))): tensor for (kind, _, rest), tensor in parts}
+
+
+def pack_snapshot(
+    module: torch.nn.Module,
+    optimizer: torch.optim.Optimizer,
+    update_name: str,
+    trained: Collection[str],
+    buffers: Mapping[str, Tensor],
+) -> Packed:
+    """Trained parameters, by their names, their moments, and buffers, before a step."""
     tensors: dict[str, Tensor] = {}
-    optimized = {id(p) for group in optimizer.param_groups for p in group["params"]}
     for name, p in module.named_parameters():
-        if p.requires_grad and id(p) in optimized:
+        if name in trained:
             tensors[f"parameter/{name}"] = _copy(p)
             moments = read_moments(optimizer.state.get(p, {}), UPDATES[update_name], p)
             tensors |= {f"moment/{i}/{name}": _copy(m) for i, m in enumerate(moments)}
-    tensors |= {f"buffer/{name}": _copy(b) for name, b in module.named_buffers()}
+    tensors |= {f"buffer/{name}": _copy(b) for name, b in buffers.items()}
     return tensors, {}
 
 

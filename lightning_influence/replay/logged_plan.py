@@ -7,6 +7,7 @@ In a step's shard: ``random/<m>/<generator>`` before each micro-batch's training
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +15,7 @@ import torch
 from lightning import LightningModule
 from torch import Tensor
 
+from lightning_influence.core.optimizers import UPDATES
 from lightning_influence.errors import ConfigurationError, CurvatureUnavailable, ReplayDrift
 from lightning_influence.log.format import decoding
 from lightning_influence.log.reader import StoreReader
@@ -55,6 +57,10 @@ class LoggedPlan:
             )
         self.optimizer = str(self._reader.manifest["update"])
         self._data = TrainingData.of(data)
+        self._first_in: dict[str, int] = {}  # the first snapshot that holds a parameter: before it, it did not train
+        for start in reversed(self.snapshots):
+            names = self._reader.artifact_names(snapshot_name(start))
+            self._first_in |= {k.removeprefix("parameter/"): start for k in names if k.startswith("parameter/")}
 
     def __len__(self) -> int:
         return len(self._reader)
@@ -78,9 +84,11 @@ class LoggedPlan:
         for (rank, number, told), moment, here, factor in zip(recorded, moments, positions, factors, strict=True):
             assert moment is not None
             read = _Read(self._reader, index, rank)
-            batch = self._batch(read, number, told, record.sample_ids[here].tolist())
+            ids = told.get("drawn") or record.sample_ids[here].tolist()
+            batch = self._batch(read, number, told, ids)
+            less = self._less(read, number, told, ids)
             random = read.generators(f"random/{number}/")
-            micro_batches.append(ReplayMicroBatch(batch, moment, factor, int(here.sum()), random))
+            micro_batches.append(ReplayMicroBatch(batch, moment, factor, int(here.sum()), random, less))
         return ReplayStep(
             micro_batches,
             record.sample_ids,
@@ -104,6 +112,10 @@ class LoggedPlan:
                     moments.setdefault(parameter, {})[int(order)] = tensor
                 else:
                     found[kind][rest] = tensor
+        late = {k: start for k, start in self._first_in.items() if k not in found["parameter"]}
+        for k, start in late.items():
+            found["parameter"][k] = self._reader.artifact(snapshot_name(start), f"parameter/{k}").to(device)
+            moments[k] = {i: torch.zeros_like(found["parameter"][k]) for i in range(len(UPDATES[self.optimizer].moments))}
         ordered = {k: tuple(moments.get(k, {})[i] for i in sorted(moments.get(k, {}))) for k in found["parameter"]}
         return State(found["parameter"], ordered, found["buffer"])
 
@@ -118,10 +130,7 @@ class LoggedPlan:
                 "the log holds sample ids but not the batches; give attribute(..., data=...) the training data, or record "
                 "with InfluenceCallback(store_batches=True)."
             )
-        with random_state(read.generators(f"fetch/{number}/") or None):
-            batch = self._data.batch(ids)
-        precision = str(self._reader.manifest["precision"])
-        batch = prepared(module, batch, datamodule=self._data.datamodule, precision=precision)
+        batch = self._collated(read, number, ids)
         recorded, found = read.tensor(f"fingerprint/{number}"), fingerprint(batch)
         if recorded.shape != found.shape or not torch.allclose(found, recorded, rtol=_SAME, atol=_SAME):
             raise ReplayDrift(
@@ -130,6 +139,28 @@ class LoggedPlan:
                 "with InfluenceCallback(store_batches=True)."
             )
         return batch
+
+    def _less(self, read: _Read, number: int, told: dict[str, Any], ids: list[int]) -> Callable[[int], Any] | None:
+        """The batch without a sample, where it is not the batch without the sample's rows."""
+        if told.get("recollated"):
+            return lambda z: self._collated(read, number, [i for i in ids if i != z])
+        structures = told.get("less")
+        if not structures:
+            return None
+        module = self._module
+
+        def stored(z: int) -> Any:
+            with decoding(f"a batch of step {read.index}"):
+                batch = unpack_batch(structures[str(z)], lambda key: read.tensor(f"less/{number}/{z}/{key}"))
+            return module.transfer_batch_to_device(batch, module.device, 0)
+
+        return stored
+
+    def _collated(self, read: _Read, number: int, ids: list[int]) -> Any:
+        with random_state(read.generators(f"fetch/{number}/") or None):
+            batch = self._data.batch(ids)
+        precision = str(self._reader.manifest["precision"])
+        return prepared(self._module, batch, datamodule=self._data.datamodule, precision=precision)
 
 
 @dataclass(frozen=True)

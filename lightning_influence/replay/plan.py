@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -31,6 +31,7 @@ class ReplayMicroBatch:
         factor: of its loss in the step's loss.
         n_samples: in the batch.
         random: the generators' states before its training step; None to leave them.
+        less: gives the batch without a sample, by its id; None where that is the batch without its rows.
     """
 
     batch: Any
@@ -38,6 +39,7 @@ class ReplayMicroBatch:
     factor: float
     n_samples: int
     random: Mapping[str, Tensor] | None = None
+    less: Callable[[int], Any] | None = None
 
 
 @dataclass(frozen=True)

@@ -337,6 +337,8 @@ class ReplayTrajectory:
                 captured += [] if shares is None else [shares]
                 buffers.append(after)
                 totals |= {k: totals[k] + g if k in totals else g for k, g in gradients.items()}
+        if planned.hyper:  # a parameter that is frozen at this step has no gradient for the optimizer
+            totals = {k: g for k, g in totals.items() if k in planned.hyper}
         gradients = {k: g.detach() for k, g in totals.items()}
         forms: dict[str, Form] | None = None
         if len(captured) == len(planned.micro_batches):
@@ -561,7 +563,9 @@ class ReplayTrajectory:
                         factor *= float(1 - weights[own].sum() / weights.sum())
                     less = replace(
                         micro_batch,
-                        batch=without(micro_batch.batch, own),
+                        batch=without(micro_batch.batch, own, micro_batch.n_samples)
+                        if micro_batch.less is None
+                        else micro_batch.less(z),
                         n_samples=micro_batch.n_samples - len(own),
                         factor=factor,
                     )

@@ -19,12 +19,21 @@ def leaves(batch: Any) -> list[Tensor]:
     return found
 
 
+def copied(batch: Any) -> Any:
+    """The batch with tensors of its own, since a training step may write into them."""
+    return apply_to_collection(batch, Tensor, lambda t: t.detach().clone())
+
+
 def batch_size(batch: Any) -> int:
-    """Number of samples: the first dimension of the first tensor that has one.
+    """Number of samples: the length of the first list that holds one item a sample, or else the first dimension of the first
+    tensor that has one.
 
     Raises:
-        ConfigurationError: the batch holds no such tensor.
+        ConfigurationError: the batch holds neither.
     """
+    for node in _lists(batch):
+        if _holds_samples(node, batch):
+            return len(node)
     for leaf in leaves(batch):
         if leaf.dim() > 0:
             return leaf.shape[0]
@@ -33,26 +42,62 @@ def batch_size(batch: Any) -> int:
     )
 
 
-def some(batch: Any, samples: slice) -> Any:
-    """Some samples of a batch: of every tensor whose first dimension is the batch's."""
-    n = batch_size(batch)
-
-    def chosen(leaf: Tensor) -> Tensor:
-        return leaf[samples] if leaf.dim() > 0 and leaf.shape[0] == n else leaf
-
-    return apply_to_collection(batch, Tensor, chosen)
+def some(batch: Any, samples: slice, n: int | None = None) -> Any:
+    """Some samples of a batch of ``n``: of every tensor whose first dimension is the batch's, and of every list that holds one
+    item a sample.
+    """
+    n = batch_size(batch) if n is None else n
+    return _chosen(batch, batch, n, list(range(n))[samples])
 
 
-def without(batch: Any, rows: Tensor) -> Any:
-    """A batch without some of its samples, ``rows`` ``(k,)`` int64: they leave every tensor whose first dimension is the batch's."""
-    n = batch_size(batch)
-    kept = torch.ones(n, dtype=torch.bool)
-    kept[rows] = False
+def without(batch: Any, rows: Tensor, n: int | None = None) -> Any:
+    """A batch of ``n`` without some of its samples, ``rows`` ``(k,)`` int64, as of `some`."""
+    n = batch_size(batch) if n is None else n
+    leave = set(rows.tolist())
+    return _chosen(batch, batch, n, [i for i in range(n) if i not in leave])
 
-    def chosen(leaf: Tensor) -> Tensor:
-        return leaf[kept.to(leaf.device)] if leaf.dim() > 0 and leaf.shape[0] == n else leaf
 
-    return apply_to_collection(batch, Tensor, chosen)
+def _chosen(node: Any, batch: Any, n: int, kept: list[int]) -> Any:
+    def chosen(inner: Any) -> Any:
+        if isinstance(inner, Tensor):
+            has_samples = inner.dim() > 0 and inner.shape[0] == n
+            return inner[torch.tensor(kept, device=inner.device)] if has_samples else inner
+        if len(inner) == n and (_is_plain(inner) or (inner is not batch and _holds_samples(inner, batch))):
+            return type(inner)([inner[i] for i in kept])
+        values = [_chosen(value, batch, n, kept) for value in inner]
+        return type(inner)(*values) if hasattr(inner, "_fields") else type(inner)(values)
+
+    return apply_to_collection(node, (Tensor, list, tuple), chosen)
+
+
+def _lists(batch: Any) -> list[Any]:
+    """The lists and tuples inside a batch."""
+    found: list[Any] = []
+
+    def look(node: Any) -> Any:
+        if node is not batch:
+            found.append(node)
+        for value in node:
+            apply_to_collection(value, (list, tuple), look)
+        return node
+
+    apply_to_collection(batch, (list, tuple), look)
+    return found
+
+
+def _holds_samples(node: Any, batch: Any) -> bool:
+    """Whether a list inside a batch holds one item a sample, rather than several tensors of all samples."""
+    inside = leaves(node)
+    if not node or not all(isinstance(item, (Tensor, Mapping)) for item in node) or not inside:
+        return False
+    own = {id(leaf) for leaf in inside}
+    lengths = {len(leaf) if leaf.dim() else None for leaf in inside}
+    outside = {len(leaf) for leaf in leaves(batch) if id(leaf) not in own and leaf.dim()}
+    return len(lengths) > 1 or bool(outside and not lengths & outside)
+
+
+def _is_plain(node: Any) -> bool:
+    return bool(node) and all(isinstance(item, (str, bytes, int, float)) for item in node)
 
 
 def example(batch: Any, index: int) -> Any:

@@ -1,15 +1,15 @@
-"""Which row of a batch is which sample, told by content: a collate function may rearrange what was drawn."""
+"""Which rows of a batch are which sample, told by content: a collate function may rearrange, drop or multiply what was drawn."""
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from lightning_influence.run.batches import batch_size, leaves
+from lightning_influence.errors import ConfigurationError
+from lightning_influence.run.batches import batch_size, leaves, without
 from lightning_influence.run.random_state import random_state
 
 _LOOKED_AT = 3  # batches, before it is believed that rows stay in the order in which they were drawn
@@ -24,6 +24,11 @@ class RowOrder:
     Args:
         dataset, collate: of the training loader.
         prepare: a batch as Lightning hands it to the training step.
+
+    Attributes:
+        rearranged: whether rows are not the samples in the order in which they were drawn.
+        recollates: whether a batch without a sample is another than the batch without that sample's rows: the collate function
+            relates samples (a graph, offsets), so only it can leave one out.
     """
 
     def __init__(
@@ -32,45 +37,112 @@ class RowOrder:
         self._dataset, self._collate, self._prepare = dataset, collate, prepare
         self._left = _LOOKED_AT
         self.rearranged = False
+        self.recollates = False
 
-    def __call__(self, batch: Any, sample_ids: Tensor) -> Tensor:
-        """The ids ``(n,)`` of the rows of a batch, from those in the order in which they were drawn."""
+    def __call__(self, batch: Any, drawn: Tensor) -> Tensor:
+        """The ids ``(n,)`` of the rows of a batch, from those in the order in which they were drawn.
+
+        Raises:
+            ConfigurationError: a number of rows that is not that of the samples, and whose they are cannot be told.
+        """
         if not self._left and not self.rearranged:
-            return sample_ids
-        self._left = max(0, self._left - 1)
-        ids = sample_ids.tolist()
-        if batch_size(batch) != len(ids):
-            return sample_ids
+            return drawn
+        looking, self._left = self._left > 0, max(0, self._left - 1)
         with random_state(None):
-            try:
-                alone = [self._prepare(self._collate([self._dataset[z]])) for z in ids]
-            except Exception:  # a collate function that takes no sample alone says nothing of the order
-                return sample_ids
-        order = matching_rows(batch, alone)
-        if order is None:
-            return sample_ids
-        self.rearranged |= order != list(range(len(ids)))
-        return sample_ids[order]
+            samples = [self._dataset[z] for z in drawn.tolist()]
+            reproduced = self._collated(samples)
+            owners = None
+            if reproduced is not None and _same(reproduced, batch):
+                owners = owners_of_rows(batch, [self._collated([s]) for s in samples])
+                if looking and len(samples) > 1:
+                    in_order = owners is None and batch_size(batch) == len(samples)
+                    positions = list(range(len(samples))) if in_order else owners
+                    self.recollates |= positions is not None and self._relates(batch, samples, positions)
+        if owners is None:
+            if batch_size(batch) != len(drawn) and not self.recollates:
+                raise ConfigurationError(
+                    f"a batch of {len(drawn)} samples has {batch_size(batch)} rows: the collate function drops, adds or joins rows, and "
+                    "whose they are cannot be told from their content. Say it by InfluenceCallback(sample_ids=function of the "
+                    "batch, one id a row), or let every sample be one row."
+                )
+            return drawn
+        self.rearranged |= owners != list(range(len(drawn)))
+        return drawn[owners]
 
+    def less(self, drawn: Tensor) -> dict[int, Any]:
+        """For each sample of a batch, the batch collated without it, where that holds any other."""
+        ids = drawn.tolist()
+        with random_state(None):
+            rest = {z: [self._dataset[i] for i in ids if i != z] for z in dict.fromkeys(ids)}
+            return {z: self._prepare(self._collate(samples)) for z, samples in rest.items() if samples}
 
-def matching_rows(batch: Any, alone: Sequence[Any]) -> list[int] | None:
-    """For every row of a batch, the position of the batch of one that holds the same; None where some row has none."""
-    columns = [leaf for leaf in leaves(batch) if leaf.dim() > 0 and len(leaf) == len(alone)]
-    positions: dict[bytes, list[int]] = defaultdict(list)
-    for position, one in enumerate(alone):
-        rows = [leaf for leaf in leaves(one) if leaf.dim() > 0 and len(leaf) == 1]
-        if len(rows) != len(columns):
+    def _collated(self, samples: list[Any]) -> Any:
+        """None where the collate function takes no such samples, which says nothing."""
+        try:
+            return self._prepare(self._collate(samples))
+        except Exception:
             return None
-        positions[_bytes([row[0].to(column.dtype) for row, column in zip(rows, columns, strict=True)])].append(position)
-    order = []
-    for row in range(len(alone)):
-        same = positions.get(_bytes([column[row] for column in columns]))
+
+    def _relates(self, batch: Any, samples: list[Any], owners: list[int]) -> bool:
+        rows = torch.tensor(owners)
+        for position in sorted({owners[0], owners[len(owners) // 2], owners[-1]}):
+            rest = self._collated([s for i, s in enumerate(samples) if i != position])
+            taken = without(batch, (rows == position).nonzero()[:, 0], len(owners))
+            if rest is not None and not _same(rest, taken):
+                return True
+        return False
+
+
+def owners_of_rows(batch: Any, alone: Sequence[Any]) -> list[int] | None:
+    """For every row of a batch, the position of the batch of one sample that holds the same; None where some row has none.
+
+    Rows may be padded further than they were alone.
+    """
+    n = batch_size(batch)
+    columns = [leaf for leaf in leaves(batch) if leaf.dim() > 0 and len(leaf) == n]
+    rows: list[tuple[int, list[Tensor]]] = []
+    for position, one in enumerate(alone):
+        parts = [] if one is None else [leaf for leaf in leaves(one) if leaf.dim() > 0]
+        if not parts:
+            continue
+        k = batch_size(one)
+        parts = [leaf for leaf in parts if len(leaf) == k]
+        if len(parts) != len(columns):
+            return None
+        rows += [(position, [leaf[i] for leaf in parts]) for i in range(k)]
+    owners: list[int] = []
+    for row in range(n):
+        own = [column[row] for column in columns]
+        likely = rows[:1] if rows and _row_same(own, rows[0][1]) else rows  # most often they are in order
+        same = [i for i, (_, parts) in enumerate(likely) if _row_same(own, parts)]
         if not same:
             return None
-        order.append(same.pop(0))
-    return order
+        best = max(same, key=lambda i: sum(part.numel() for part in rows[i][1]))
+        owners.append(rows.pop(best)[0])
+    return owners
 
 
-def _bytes(tensors: Sequence[Tensor]) -> bytes:
-    flat = [t.detach().cpu().contiguous().flatten().view(torch.uint8) for t in tensors if t.numel()]
-    return torch.cat(flat).numpy().tobytes() if flat else b""
+def _row_same(row: Sequence[Tensor], alone: Sequence[Tensor]) -> bool:
+    return all(_padded(a, b) for a, b in zip(row, alone, strict=True))
+
+
+def _same(one: Any, other: Any) -> bool:
+    """Whether two batches hold the same, up to padding."""
+    a, b = leaves(one), leaves(other)
+    return len(a) == len(b) and all(_padded(x, y) or _padded(y, x) for x, y in zip(a, b, strict=True))
+
+
+def _padded(tensor: Tensor, content: Tensor) -> bool:
+    """Whether a tensor holds ``content`` in its first places and one value in all others."""
+    if tensor.dim() != content.dim() or any(a < b for a, b in zip(tensor.shape, content.shape, strict=True)):
+        return False
+    content = content.to(tensor)
+    inside = tuple(slice(0, size) for size in content.shape)
+    if not torch.equal(tensor[inside].nan_to_num(), content.nan_to_num()):
+        return False
+    if tensor.shape == content.shape:
+        return True
+    beyond = torch.ones_like(tensor, dtype=torch.bool)
+    beyond[inside] = False
+    rest = tensor[beyond]
+    return bool((rest == rest[0]).all())

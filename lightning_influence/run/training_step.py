@@ -13,7 +13,7 @@ from lightning import LightningModule
 from torch import Tensor, nn
 
 from lightning_influence.errors import ConfigurationError
-from lightning_influence.run.batches import to_dtype
+from lightning_influence.run.batches import copied, to_dtype
 from lightning_influence.run.lightning_names import overrides
 
 _LOGGING = ("log", "log_dict")
@@ -173,6 +173,7 @@ def training_loss(module: LightningModule, batch: Any, batch_idx: int) -> Tensor
     step = module.training_step
     names = [p for p in inspect.signature(step).parameters.values() if p.kind != p.VAR_KEYWORD]
     takes_index = len(names) > 1 or any(p.kind == p.VAR_POSITIONAL for p in names)
+    batch = copied(batch)
     return loss_of(step(batch, batch_idx) if takes_index else step(batch))
 
 

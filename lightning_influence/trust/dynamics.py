@@ -314,5 +314,6 @@ def evaluated(model: LightningModule, data: Any, sample_ids: Tensor) -> list[Dyn
 
 def _batches(data: Any, sample_ids: Tensor) -> Iterator[Any]:
     training = TrainingData.of(data)
+    dataset, collate = training.dataset, training.collate
     for ids in sample_ids.split(_BATCH):
-        yield training.batch(ids.tolist())
+        yield collate([dataset[int(z)] for z in ids])

@@ -1,0 +1,66 @@
+"""What can be known before a run that influence could not follow."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from lightning_influence.errors import ConfigurationError
+
+
+def refuse_parameters(module: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    """Refuse parameters whose steps are not those of real numbers that a module owns.
+
+    Raises:
+        ConfigurationError: complex ones, sparse gradients, or ones that only the optimizer knows.
+    """
+    refuse_unowned(module, optimizer)
+    for name, p in module.named_parameters():
+        if p.is_complex() and p.requires_grad:
+            raise ConfigurationError(
+                f"{name} is complex ({p.dtype}); influence follows real parameters. Keep its real and imaginary parts "
+                "as one real parameter (torch.view_as_complex in the forward), or freeze it."
+            )
+    for path, layer in module.named_modules():
+        if getattr(layer, "sparse", False) and isinstance(layer, (nn.Embedding, nn.EmbeddingBag)):
+            raise ConfigurationError(
+                f"{path} ({type(layer).__name__}) has sparse=True, and the optimizer's step is followed on dense gradients. "
+                "Build it with sparse=False."
+            )
+
+
+def refuse_unowned(module: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    """Refuse parameters that only the optimizer knows.
+
+    Raises:
+        ConfigurationError: there is one.
+    """
+    own = {id(p) for p in module.parameters()}
+    for p in (p for group in optimizer.param_groups for p in group["params"]):
+        if id(p) not in own:
+            raise ConfigurationError(
+                f"the optimizer moves a parameter of shape {tuple(p.shape)} that {type(module).__name__} does not own, so its "
+                "state cannot be recorded. Assign it to the module as an nn.Parameter (or to an nn.ParameterList), not to a "
+                "plain list, dict or tensor."
+            )
+
+
+def refuse_reentrant_checkpointing(loss: Tensor) -> None:
+    """Refuse activation checkpointing of the old kind, whose backward pass calls no hooks and takes no part in others.
+
+    Raises:
+        ConfigurationError: the loss went through it.
+    """
+    seen, waiting = set(), [loss.grad_fn]
+    while waiting:
+        node = waiting.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        if node.name() == "CheckpointFunctionBackward":
+            raise ConfigurationError(
+                "the training step uses reentrant activation checkpointing, whose gradients cannot be taken apart from the run's "
+                "own backward pass. Call torch.utils.checkpoint.checkpoint(..., use_reentrant=False), or in transformers "
+                "gradient_checkpointing_enable(gradient_checkpointing_kwargs={'use_reentrant': False})."
+            )
+        waiting += [following for following, _ in node.next_functions]
