@@ -182,6 +182,8 @@ class ToyTrajectory:
         return len(self.records)
 
     def record(self, index: int) -> StepRecord:
+        if not 0 <= index < len(self):
+            raise IndexError(f"step {index} of {len(self)}")
         return self.records[index]
 
     def shares(self, index: int) -> Mapping[str, DenseShares]:
