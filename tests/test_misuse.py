@@ -292,7 +292,8 @@ def _(here: Here) -> None:
     log = here.copy()
     shard = log / "rank-0" / "step-00000001.safetensors"
     content = bytearray(shard.read_bytes())
-    content[-5] ^= 1
+    header = 8 + int.from_bytes(content[:8], "little")
+    content[header + 5] ^= 1  # of the first tensor, which attribution reads
     shard.write_bytes(bytes(content))
     here.attribute(log=log)
 

@@ -36,8 +36,8 @@ from lightning_influence.run.lightning_names import overrides
 from lightning_influence.run.optimizer import update_name
 from lightning_influence.run.random_state import read_random_state
 from lightning_influence.run.ranks import Ranks
-from lightning_influence.run.rows import RowOrder
 from lightning_influence.run.refusals import refuse_parameters, refuse_reentrant_checkpointing
+from lightning_influence.run.rows import RowOrder
 from lightning_influence.run.sample_ids import IdSource, SampleIds, is_map_style
 from lightning_influence.run.sample_weights import WeightSource, sample_weights
 from lightning_influence.run.tap import LossTap, tapped
