@@ -16,7 +16,7 @@ def mean_score(scores: Tensor) -> Tensor:
     return scores.double().mean(1).nan_to_num()
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class RowScores:
     """Scores of every (sample, step), in order of step.
 
@@ -41,6 +41,9 @@ class RowScores:
 
     def __len__(self) -> int:
         return len(self.sample_ids)
+
+    def __repr__(self) -> str:
+        return f"RowScores({len(self)} rows x {self.n_queries} queries, {self.n_steps} steps)"
 
     @property
     def n_queries(self) -> int:
