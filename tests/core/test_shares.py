@@ -116,6 +116,10 @@ def test_scattered_coordinates_of_products(elements: int, monkeypatch: pytest.Mo
     torch.testing.assert_close(form.at(index).values, form.dense()[:, index])
 
 
+def test_no_samples_of_a_single_micro_batch() -> None:
+    assert Stack([Dense(torch.zeros(2, 3))]).dense(slice(1, 1)).shape == (0, 3)
+
+
 def test_what_is_not_a_form_is_refused() -> None:
     class Lazy:
         n_samples, n_coordinates = 1, 1
