@@ -286,6 +286,7 @@ def _metadata(
     }
     if isinstance(trajectory, ReplayTrajectory):
         found["stopped_paths"] = trajectory.stopped_paths
+        found["hessian_by_differences"] = trajectory.differenced
         found["removals"] = trajectory.removals.to_metadata()
         found["replay_drift"] = {str(step): drift for step, drift in trajectory.drift.items()}
     return found | {key: manifest[key] for key in ("module", "record", "compression", "precision", "versions")}
