@@ -164,6 +164,11 @@ class ReplayTrajectory:
         self._evaluate(self.plan.step(0), self.plan.snapshot(0))
         return self.removals
 
+    def gradient(self, index: int) -> Vectors:
+        """The gradient of a step of `Plan.snapshots`, by parameter and in its shape."""
+        planned, state = self.plan.step(index), self.plan.snapshot(index)
+        return self._gradient(planned, state, _leaves(state.parameters))
+
     def place(self, index: int) -> None:
         """Put the module where the run was before a step, or after its last one."""
         segment = self._at(min(index, len(self) - 1))
@@ -411,6 +416,14 @@ class ReplayTrajectory:
         found = sum(float((whole[k] * direction[k].flatten()).sum()) for k in whole)
         return "followed" if abs(found - expected) <= _BENT * expected else "not followed"
 
+    def _gradient(self, planned: ReplayStep, state: State, leaves: dict[str, Tensor]) -> dict[str, Tensor]:
+        total: dict[str, Tensor] = {}
+        buffers: Mapping[str, Tensor] = state.buffers
+        for micro_batch in planned.micro_batches:
+            gradients, _, buffers = self._gradients(leaves, buffers, micro_batch, None, exact=False)
+            total |= {k: total[k] + g if k in total else g for k, g in gradients.items()}
+        return total
+
     def _slope(self, planned: ReplayStep, state: State, direction: Vectors) -> Vectors:
         """Central difference of a step's gradient along a direction of the parameters, by name and in their shapes."""
         length = math.sqrt(sum(float(d.double().square().sum()) for d in direction.values()))
@@ -420,12 +433,7 @@ class ReplayTrajectory:
         sides: list[dict[str, Tensor]] = []
         for sign in (size, -size):
             leaves = _leaves({k: p + sign * direction[k] if k in direction else p for k, p in state.parameters.items()})
-            total: dict[str, Tensor] = {}
-            buffers = state.buffers
-            for micro_batch in planned.micro_batches:
-                gradients, _, buffers = self._gradients(leaves, buffers, micro_batch, None, exact=False)
-                total |= {k: total[k] + g if k in total else g for k, g in gradients.items()}
-            sides.append(total)
+            sides.append(self._gradient(planned, state, leaves))
         return {k: (sides[0][k] - sides[1][k]) / (2 * size) for k in sides[0]}
 
     def _gradients(
