@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import platform
+import warnings
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import asdict
@@ -29,7 +30,7 @@ from lightning_influence.log.recorder import Compression, CompressionName, Recor
 from lightning_influence.log.snapshots import ReplaySettings
 from lightning_influence.log.writer import StoreWriter
 from lightning_influence.replay.plan import ReplayMicroBatch
-from lightning_influence.replay.witness import witness
+from lightning_influence.replay.witness import Trial, rehearse, twin_of, witness
 from lightning_influence.report import InfluenceReport
 from lightning_influence.run.batches import copied
 from lightning_influence.run.lightning_names import overrides
@@ -45,6 +46,7 @@ from lightning_influence.run.trainer import clip_of, loss_scaler, only_optimizer
 from lightning_influence.run.training_step import Moment, prepared
 from lightning_influence.scoring.attribution import attribute
 
+_REHEARSALS = 2  # the second sees what the first has left behind
 _PACKAGES = ("lightning-influence", "torch", "lightning", "safetensors", "transformers", "peft")
 
 
@@ -132,6 +134,8 @@ class InfluenceCallback(L.Callback):
         self._row_order: RowOrder | None = None
         self._watches = False
         self._first_backward = True
+        self._rehearsals = 0  # steps that are still to be run again
+        self._twin: L.LightningModule | None = None  # of the module, on which steps are tried
         self._frozen: list[Any] = []  # hooks that freeze batch normalisation
         self._steps: int | None = None  # of the run that the trainer's present state comes from
         self._run: str | None = None  # by which a log is known wherever it lies; on the process that saves checkpoints
@@ -204,6 +208,7 @@ class InfluenceCallback(L.Callback):
             self._tap = undo.enter_context(ExitStack())
             self._tap.enter_context(tapped(pl_module, self._weigh))
             self._first_backward = True
+            self._rehearsals = _REHEARSALS if self.record != "gradients" and ranks.size == 1 else 0
             self._watches = _changes_gradients(trainer, pl_module)
             self._row_order = self._row_order_of(trainer, pl_module)
             self._recorder = Recorder(
@@ -284,6 +289,7 @@ class InfluenceCallback(L.Callback):
         trainer.strategy.__dict__.pop("process_dataloader", None)
         self.sample_ids.stop()
         self._tap.close()
+        self._twin = None
         while self._frozen:
             self._frozen.pop().remove()
         recorder, self._recorder = self._recorder, None
@@ -310,9 +316,12 @@ class InfluenceCallback(L.Callback):
         weights = sample_weights(batch, len(ids), self.sample_weights)
         self._n = len(ids)
         moment = Moment.now(trainer, pl_module, batch_idx)
-        if self._unverified is not None:
+        if self._unverified is not None or self._rehearsals:
+            self._twin = self._twin or twin_of(pl_module)
             less = None if recollate is None else recollate().__getitem__
-            self._first = ReplayMicroBatch(copied(batch), moment, 1.0, len(ids), read_random_state(), less), ids
+            micro_batch = ReplayMicroBatch(copied(batch), moment, 1.0, len(ids), read_random_state(), less)
+            buffers = {name: b.detach().clone() for name, b in pl_module.named_buffers()}
+            self._trial = Trial(micro_batch, ids, buffers)
         self._recorder.begin(
             ids,
             weights,
@@ -327,11 +336,15 @@ class InfluenceCallback(L.Callback):
         """At the first batch: do per-sample gradients say what a removal does?"""
         trained, self._unverified = self._unverified, None
         assert trained is not None
-        micro_batch, ids = self._first
+        if self._twin is None:
+            warnings.warn(
+                f"{type(module).__name__} cannot be copied, so it is not verified what removing a sample does.",
+                stacklevel=2,
+            )
+            return
         removals = witness(
-            module,
-            micro_batch,
-            ids,
+            self._twin,
+            self._trial,
             weights / weights.sum() if self.reduction == "mean" else weights / weights[0],
             trained=trained,
             averaged=self.reduction == "mean",
@@ -345,6 +358,26 @@ class InfluenceCallback(L.Callback):
                 "Samples see each other, rows are not in the order of the samples, or the loss weighs them by hand. Record with "
                 "record='replay', which measures removals where it has to."
             )
+
+    def _rehearse(self, trainer: L.Trainer, scale: float) -> None:
+        """At the first steps: does a step that is run again give the gradient of the run?"""
+        self._rehearsals -= 1
+        if self._twin is None:
+            return
+        own = only_optimizer(trainer).param_groups
+        optimized = {id(p) for group in own for p in group["params"]}
+        factor = trainer.accumulate_grad_batches / scale
+        named = self._twin.named_parameters()  # which it shares with the module
+        gradients = {k: p.grad.detach() * factor for k, p in named if p.grad is not None and id(p) in optimized}
+        rehearse(
+            self._twin,
+            self._trial,
+            gradients,
+            frozen_batch_norm=self.frozen_batch_norm,
+            autocast=trainer.precision_plugin.forward_context,
+        )
+        if not self._rehearsals:
+            self._twin = None
 
     def _weigh(self, losses: LossTap) -> None:
         """What the loss that was called says of the batch's samples: their weights in it, and their training dynamics."""
@@ -375,6 +408,10 @@ class InfluenceCallback(L.Callback):
         weights = self._recorder.after_backward(scale, watch=self._watches)
         if self._unverified is not None and weights is not None:
             self._verify(trainer, pl_module, weights)
+        if self._rehearsals and weights is not None and self._recorder.first_of_step:
+            self._rehearse(trainer, scale)
+        elif not self._rehearsals:
+            self._twin = None
 
     def on_before_optimizer_step(
         self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: torch.optim.Optimizer

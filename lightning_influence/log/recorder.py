@@ -201,6 +201,11 @@ class Recorder:
         self._micro_batches.append(_MicroBatch(started.sample_ids, weights, started.replay, shares, started.dynamics))
         return weights
 
+    @property
+    def first_of_step(self) -> bool:
+        """Whether the last micro-batch is the first of its step."""
+        return len(self._micro_batches) == 1
+
     def before_step(self, clip: Clip, *, may_skip: bool = False) -> None:
         """All gradients are there, not yet clipped.
 

@@ -151,7 +151,13 @@ class LoggedSteps:
             record = self._stored(index)
             noted = [m for rank in range(self.reader.ranks) for m in self.reader.meta(index, rank)["micro_batches"]]
             moments = [
-                Moment(int(m["batch_idx"]), int(m["epoch"]), int(m["global_step"]), tuple(map(str, m["in_eval"])))
+                Moment(
+                    int(m["batch_idx"]),
+                    int(m["epoch"]),
+                    int(m["global_step"]),
+                    tuple(map(str, m["in_eval"])),
+                    dict(m.get("numbers", {})),
+                )
                 for m in noted
             ]
         return [*moments] or [None] * len(record.micro_batches.unique())

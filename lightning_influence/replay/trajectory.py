@@ -7,6 +7,7 @@ look-ahead, from the batches to come.
 
 from __future__ import annotations
 
+import math
 import time
 import warnings
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
@@ -31,7 +32,7 @@ from lightning_influence.core.optimizers import UPDATES, coupling, step
 from lightning_influence.core.removal import consumed_gradients, removal
 from lightning_influence.core.shares import Dense, Form, Stack, nbytes
 from lightning_influence.core.trajectory import Clip, Shares, StepRecord, Vectors
-from lightning_influence.errors import ConfigurationError, ReplayDrift
+from lightning_influence.errors import ConfigurationError, CurvatureUnavailable, ReplayDrift
 from lightning_influence.replay.plan import Plan, ReplayMicroBatch, ReplayStep, State
 from lightning_influence.replay.removals import Removals
 from lightning_influence.replay.removals import not_the_sum as _not_the_sum
@@ -105,6 +106,7 @@ class ReplayTrajectory:
         stopped_paths: whether the gradient depends on the parameters along paths that the loss stops, and whether the
             curvature follows them; None before the first step.
         removals: how the changes of the gradient by the removal of a sample are found, and what was verified of it.
+        differenced: whether Hessian products are differences of gradients, since the step cannot be differentiated twice.
         drift: relative distance to each snapshot on arrival, by step (the system error, method.md section 9).
     """
 
@@ -135,6 +137,7 @@ class ReplayTrajectory:
         self._announced = False
         self.stopped_paths: Literal["none", "followed", "not followed"] | None = None
         self.removals = Removals(unverifiable=None if verify else "verify=False")
+        self.differenced = False
         self._capture = self._captured(exclude)
         self._autocast, self._exact, self._at_once = autocast, exact, at_once
         self._segment: _Segment | None = None
@@ -160,6 +163,11 @@ class ReplayTrajectory:
         """Verify the removals of the first step, and nothing else."""
         self._evaluate(self.plan.step(0), self.plan.snapshot(0))
         return self.removals
+
+    def gradient(self, index: int) -> Vectors:
+        """The gradient of a step of `Plan.snapshots`, by parameter and in its shape."""
+        planned, state = self.plan.step(index), self.plan.snapshot(index)
+        return self._gradient(planned, state, _leaves(state.parameters))
 
     def place(self, index: int) -> None:
         """Put the module where the run was before a step, or after its last one."""
@@ -194,8 +202,24 @@ class ReplayTrajectory:
         here = {k: v.to(graph.parameters[k]) for k, v in vectors.items()}
         # under the same parameters, because a checkpointed module runs forward once more
         with placed(self.module, graph.parameters | _copies(self._state(index).buffers)):
-            products = graph.hessian_product(here, at_once=self._at_once)
+            try:
+                products = graph.hessian_product(here, at_once=self._at_once)
+            except CurvatureUnavailable:
+                if self.stopped_paths == "followed":
+                    raise
+                self.differenced = True
+        if self.differenced:
+            products = self._differenced(index, here)
         return {k: products[k].to(v) for k, v in vectors.items()}
+
+    def _differenced(self, index: int, vectors: Vectors) -> Vectors:
+        """Hessian products by differences of gradients, where the training step cannot be differentiated twice."""
+        planned, state = self.plan.step(index), self._state(index)
+        rows = []
+        for i in range(len(next(iter(vectors.values())))):
+            moved = self._slope(planned, state, {k: v[i].view_as(state.parameters[k]) for k, v in vectors.items()})
+            rows.append({k: moved[k].flatten() if k in moved else torch.zeros_like(v[i]) for k, v in vectors.items()})
+        return {k: torch.stack([row[k] for row in rows]) for k in vectors}
 
     def third_derivative(self, index: int, vectors: Vectors) -> Vectors:
         """``D3L[u, u]`` of the step's batch loss along each direction ``u``, ``(k, d)``."""
@@ -376,7 +400,8 @@ class ReplayTrajectory:
         """What has to be done about paths that the loss stops: nothing where following them changes no product; otherwise
         they are followed, if the products are then those of a finite difference.
         """
-        direction, moved = self._moved_gradient(planned, state, buffers)
+        direction = _random_direction(state.parameters)
+        moved = self._slope(planned, state, direction)
         self.stopped_paths = "followed"
         followed = self._evaluate(planned, state).graph
         assert followed is not None
@@ -391,25 +416,25 @@ class ReplayTrajectory:
         found = sum(float((whole[k] * direction[k].flatten()).sum()) for k in whole)
         return "followed" if abs(found - expected) <= _BENT * expected else "not followed"
 
-    def _moved_gradient(
-        self, planned: ReplayStep, state: State, buffers: Sequence[Mapping[str, Tensor]]
-    ) -> tuple[Vectors, Vectors]:
-        """A random direction of the parameters and the central difference of the gradient along it."""
-        generator = torch.Generator().manual_seed(0)
-        direction = {
-            k: (torch.randn(p.shape, generator=generator).to(p) * p.square().mean().sqrt())
-            for k, p in state.parameters.items()
-        }
-        step = 1e-5 if next(iter(state.parameters.values())).dtype == torch.float64 else 1e-3
+    def _gradient(self, planned: ReplayStep, state: State, leaves: dict[str, Tensor]) -> dict[str, Tensor]:
+        total: dict[str, Tensor] = {}
+        buffers: Mapping[str, Tensor] = state.buffers
+        for micro_batch in planned.micro_batches:
+            gradients, _, buffers = self._gradients(leaves, buffers, micro_batch, None, exact=False)
+            total |= {k: total[k] + g if k in total else g for k, g in gradients.items()}
+        return total
+
+    def _slope(self, planned: ReplayStep, state: State, direction: Vectors) -> Vectors:
+        """Central difference of a step's gradient along a direction of the parameters, by name and in their shapes."""
+        length = math.sqrt(sum(float(d.double().square().sum()) for d in direction.values()))
+        own = math.sqrt(sum(float(p.double().square().sum()) for p in state.parameters.values()))
+        double = next(iter(state.parameters.values())).dtype == torch.float64
+        size = (1e-5 if double else 1e-3) * own / max(length, 1e-30)
         sides: list[dict[str, Tensor]] = []
-        for sign in (step, -step):
-            leaves = _leaves({k: p + sign * direction[k] for k, p in state.parameters.items()})
-            total: dict[str, Tensor] = {}
-            for micro_batch, before in zip(planned.micro_batches, buffers, strict=False):
-                gradients, *_ = self._gradients(leaves, before, micro_batch, None, exact=False)
-                total |= {k: total[k] + g if k in total else g for k, g in gradients.items()}
-            sides.append(total)
-        return direction, {k: (sides[0][k] - sides[1][k]) / (2 * step) for k in sides[0]}
+        for sign in (size, -size):
+            leaves = _leaves({k: p + sign * direction[k] if k in direction else p for k, p in state.parameters.items()})
+            sides.append(self._gradient(planned, state, leaves))
+        return {k: (sides[0][k] - sides[1][k]) / (2 * size) for k in sides[0]}
 
     def _gradients(
         self,
@@ -618,6 +643,13 @@ def _draws(
         start = micro_batch.random
         now = read_random_state()
         yield start is not None and any(not torch.equal(start[k], now[k]) for k in start if k in now)
+
+
+def _random_direction(parameters: Vectors) -> Vectors:
+    generator = torch.Generator().manual_seed(0)
+    return {
+        k: torch.randn(p.shape, generator=generator).to(p) * p.square().mean().sqrt() for k, p in parameters.items()
+    }
 
 
 def _leaves(parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:

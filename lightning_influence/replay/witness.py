@@ -1,20 +1,28 @@
-"""Whether per-sample gradients give what a removal does to a training step: asked before the run begins to rely on them."""
+"""Whether per-sample gradients give what a removal does to a training step, and whether the step can be run again: asked before a
+run begins to rely on it.
+"""
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 from typing import Any
 
+import torch
 from lightning import LightningModule
 from torch import Tensor
 
-from lightning_influence.core.trajectory import Clip
+from lightning_influence.core.trajectory import Clip, Vectors
+from lightning_influence.errors import ConfigurationError, InfluenceError
 from lightning_influence.replay.plan import ReplayMicroBatch, ReplayStep, State
 from lightning_influence.replay.removals import Removals
 from lightning_influence.replay.trajectory import ReplayTrajectory
 from lightning_influence.run.tap import untap
+
+_TOLERANCE = 1e-3  # relative, of gradients
+_TOLERANCE_HALF = 5e-2  # in half precision
 
 
 class _OneStep:
@@ -39,48 +47,56 @@ class _OneStep:
         return self._state
 
 
+def twin_of(module: LightningModule) -> LightningModule | None:
+    """A copy of a module that shares its parameters, on which a step can be tried: metrics, counters and buffers of the module
+    stay as they are. None where it cannot be copied.
+    """
+    memo: dict[int, Any] = {id(p): p for p in module.parameters()}
+    if module._trainer is not None:
+        memo[id(module._trainer)] = module._trainer
+    try:
+        twin = copy.deepcopy(module, memo)
+    except Exception:  # whatever a module holds
+        return None
+    untap(twin)
+    return twin
+
+
+@dataclass(frozen=True)
+class Trial:
+    """A micro-batch as a run is about to see it.
+
+    Attributes:
+        buffers: of the module, before.
+    """
+
+    micro_batch: ReplayMicroBatch
+    sample_ids: Tensor
+    buffers: Mapping[str, Tensor]
+
+    def plan(self, twin: LightningModule, trained: Collection[str], loss_weights: Tensor, averaged: bool) -> _OneStep:
+        """As a plan, at the present parameters."""
+        ids = self.sample_ids
+        step = ReplayStep([self.micro_batch], ids, loss_weights, torch.zeros_like(ids), {}, Clip(), averaged)
+        parameters = {k: p.detach() for k, p in twin.named_parameters() if k in trained}
+        return _OneStep(step, State(parameters, dict.fromkeys(parameters, ()), dict(self.buffers)))
+
+
 def witness(
-    module: LightningModule,
-    micro_batch: ReplayMicroBatch,
-    sample_ids: Tensor,
+    twin: LightningModule,
+    trial: Trial,
     loss_weights: Tensor,
     *,
-    trained: Sequence[str],
+    trained: Collection[str],
     averaged: bool,
     exclude: Sequence[str] = (),
     frozen_batch_norm: bool = False,
     autocast: Callable[[], AbstractContextManager[Any]] = nullcontext,
 ) -> Removals:
-    """Hold the removals that shares give at a micro-batch against evaluations without the sample (method.md section 11).
-
-    Works on a copy of the module that shares its parameters, so that metrics, counters and buffers stay as they are.
-    """
-    parameters = {k: p.detach() for k, p in module.named_parameters() if k in trained}
-    trainer = module._trainer
-    memo: dict[int, Any] = {id(p): p for p in module.parameters()}
-    if trainer is not None:
-        memo[id(trainer)] = trainer
-    try:
-        twin = copy.deepcopy(module, memo)
-    except Exception as error:  # whatever a module holds that cannot be copied
-        return Removals(
-            unverifiable=f"the module cannot be copied to try a step on it ({type(error).__name__}: {error})"
-        )
-    untap(twin)
-    buffers: Mapping[str, Tensor] = {k: b.detach().clone() for k, b in twin.named_buffers()}
-    step = ReplayStep(
-        [micro_batch],
-        sample_ids,
-        loss_weights,
-        sample_ids.new_zeros(len(sample_ids)),
-        {},
-        Clip(),
-        averaged,
-    )
-    plan = _OneStep(step, State(parameters, dict.fromkeys(parameters, ()), dict(buffers)))
+    """Hold the removals that shares give at a micro-batch against evaluations without the sample (method.md section 11)."""
     with ReplayTrajectory(
         twin,
-        plan,
+        trial.plan(twin, trained, loss_weights, averaged),
         exclude=exclude,
         frozen_batch_norm=frozen_batch_norm,
         autocast=autocast,
@@ -89,7 +105,50 @@ def witness(
     ) as run:
         try:
             return run.witness()
-        except (
-            RuntimeError
-        ) as error:  # checkpointing that allows no second look, say; a true fault shows in training itself
+        except InfluenceError:
+            raise
+        except Exception as error:  # a step that does not take fewer samples; a true fault shows in training itself
             return Removals(unverifiable=f"a step cannot be evaluated apart from the run ({error})")
+
+
+def rehearse(
+    twin: LightningModule,
+    trial: Trial,
+    expected: Vectors,
+    *,
+    frozen_batch_norm: bool = False,
+    autocast: Callable[[], AbstractContextManager[Any]] = nullcontext,
+) -> None:
+    """Run a micro-batch again, as a replay will.
+
+    Args:
+        expected: gradients of its loss that the run found.
+
+    Raises:
+        ConfigurationError: it cannot be run again, or gives other gradients.
+    """
+    plan = trial.plan(twin, expected.keys(), torch.ones(len(trial.sample_ids)), averaged=True)
+    try:
+        with ReplayTrajectory(
+            twin, plan, frozen_batch_norm=frozen_batch_norm, autocast=autocast, exact=False, progress=False
+        ) as run:
+            found = run.gradient(0)
+            half = run.removals.half
+    except InfluenceError:
+        raise
+    except Exception as error:
+        raise ConfigurationError(
+            f"the training step cannot be run again, as a replay would ({type(error).__name__}: {error}). Record with "
+            "record='gradients', or make the step depend on its batch and the module alone."
+        ) from error
+    missed = {k: float((found[k] - g).double().norm()) if k in found else float(g.norm()) for k, g in expected.items()}
+    size = sum(float(g.double().square().sum()) for g in expected.values()) ** 0.5
+    narrow = any(g.dtype in (torch.float16, torch.bfloat16) for g in expected.values())
+    error = sum(m**2 for m in missed.values()) ** 0.5
+    if error > (_TOLERANCE_HALF if half or narrow else _TOLERANCE) * size:
+        raise ConfigurationError(
+            f"the training step, run again, gives another gradient than in the run, by {error / max(size, 1e-30):.2g} of its size "
+            f"(most at {max(missed, key=missed.__getitem__)}), so a replay would not follow the run. Either something changes "
+            "gradients on their way (a hook on a parameter), or the step reads what is neither in its batch nor a parameter, a "
+            "buffer or a plain number of the module: keep such state in a buffer (register_buffer), or use record='gradients'."
+        )

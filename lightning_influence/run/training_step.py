@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -93,28 +94,35 @@ class Moment:
         batch_idx: its argument.
         epoch, global_step: of the trainer.
         in_eval: names of the modules that are in eval mode.
+        numbers: plain numbers that the modules keep as attributes (a counter, a weight that follows the epoch), by
+            ``<module>:<attribute>``.
     """
 
     batch_idx: int = 0
     epoch: int = 0
     global_step: int = 0
     in_eval: tuple[str, ...] = ()
+    numbers: Mapping[str, float] = field(default_factory=dict)
 
     @classmethod
     def now(cls, trainer: Any, module: nn.Module, batch_idx: int = 0) -> Moment:
         """The present one."""
-        return cls(batch_idx, trainer.current_epoch, trainer.global_step, eval_modes(module))
+        return cls(batch_idx, trainer.current_epoch, trainer.global_step, eval_modes(module), numbers_of(module))
 
 
 @contextmanager
 def at_moment(module: LightningModule, moment: Moment) -> Iterator[None]:
-    """``current_epoch`` and ``global_step`` of the module, and of its trainer, as they were at some step of a run."""
-    real = module._trainer
+    """``current_epoch`` and ``global_step`` of the module, and of its trainer, and its own plain numbers, as they were at some
+    step of a run.
+    """
+    real, numbers = module._trainer, numbers_of(module)
     object.__setattr__(module, "_trainer", _TrainerAt(real, moment))
+    _set_numbers(module, moment.numbers)
     try:
         yield
     finally:
         object.__setattr__(module, "_trainer", real)
+        _set_numbers(module, numbers)
 
 
 class _TrainerAt:
@@ -127,6 +135,29 @@ class _TrainerAt:
         if self._real is None:
             raise AttributeError(f"the module has no trainer whose {name!r} could be read; attach it to one")
         return getattr(self._real, name)
+
+
+_LIBRARIES = {"torch", "torchmetrics", "lightning", "pytorch_lightning", "transformers", "peft", "timm"}
+"""Whose modules keep settings in their attributes, and nothing that changes from step to step."""
+
+
+def numbers_of(module: nn.Module) -> dict[str, float]:
+    """Plain numbers among the attributes of a module and its submodules, by ``<module>:<attribute>``."""
+    return {
+        f"{path}:{name}": value
+        for path, m in module.named_modules()
+        if type(m).__module__.partition(".")[0] not in _LIBRARIES
+        for name, value in vars(m).items()
+        if type(value) in (bool, int, float) and name != "training" and math.isfinite(value)
+    }
+
+
+def _set_numbers(module: nn.Module, numbers: Mapping[str, float]) -> None:
+    owners = dict(module.named_modules())
+    for key, value in numbers.items():
+        path, _, name = key.rpartition(":")
+        if path in owners and name in vars(owners[path]):
+            vars(owners[path])[name] = value
 
 
 def eval_modes(module: nn.Module) -> tuple[str, ...]:
