@@ -120,14 +120,14 @@ class SeenLoss:
         sums = (rows.counted, rows.margins, rows.log_probabilities)
         counted, margins, log_probabilities = (values.view(n_samples, -1).sum(1) for values in sums)
         single = len(rows.label) == n_samples
-        none = torch.full((n_samples,), -1)
+        none = rows.label.new_full((n_samples,), -1)
         return Dynamics(
             losses.float(),
             margins / counted,
             log_probabilities / counted,
             rows.label if single else none,
             rows.other if single else none,
-            rows.classes if single else torch.zeros(n_samples, 0, dtype=torch.float16),
+            rows.classes if single else rows.classes.new_zeros(n_samples, 0),
         )
 
 
