@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shutil
 from collections.abc import Callable
@@ -292,7 +293,9 @@ def _(here: Here) -> None:
     log = here.copy()
     shard = log / "rank-0" / "step-00000001.safetensors"
     content = bytearray(shard.read_bytes())
-    content[-5] ^= 1
+    start = 8 + int.from_bytes(content[:8], "little")
+    offset, _ = json.loads(content[8:start])["loss_weights"]["data_offsets"]
+    content[start + offset] ^= 1
     shard.write_bytes(bytes(content))
     here.attribute(log=log)
 

@@ -92,6 +92,16 @@ def test_dynamics_that_no_recorder_writes_are_refused(tmp_path: Path) -> None:
             LoggedSteps(path).dynamics(0)
 
 
+def test_a_changed_byte_is_an_error(tmp_path: Path) -> None:
+    recorded(tmp_path / "log", "gradients", epochs=1)
+    shard = tmp_path / "log" / "rank-0" / "step-00000001.safetensors"
+    content = bytearray(shard.read_bytes())
+    content[-5] ^= 1  # of the log-probabilities, which lie last
+    shard.write_bytes(bytes(content))
+    with pytest.raises(LogCorrupted, match="log_probabilities"):
+        suspects(tmp_path / "log")
+
+
 def test_tables_are_those_of_the_logits(tmp_path: Path) -> None:
     _, logits, labels, visited = recorded(tmp_path / "log", epochs=4)
     found = training_dynamics(tmp_path / "log")
