@@ -70,6 +70,21 @@ class IgnoredLabels(Base):
         return F.cross_entropy(self(batch[0]), labels, ignore_index=-1)
 
 
+class SmoothedLabels(Base):
+    """Labels smoothed and weighed by their class."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        weight = torch.tensor([0.5, 1.0, 3.0], dtype=torch.float64)
+        return F.cross_entropy(self(batch[0]), batch[1], weight=weight, label_smoothing=0.2)
+
+
+class WeightedSquares(Base):
+    """A regression whose mean is divided by the sum of its weights."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        return F.mse_loss(self(batch[0]), F.one_hot(batch[1], 3).double(), weight=1 + batch[0][:, :3].abs())
+
+
 class Bilinear(Base):
     """A layer without a rule."""
 
@@ -143,6 +158,8 @@ KINDS = [
     Contrastive,
     HandWeighted,
     IgnoredLabels,
+    SmoothedLabels,
+    WeightedSquares,
     Bilinear,
     OwnParameter,
     FrozenPart,
@@ -208,6 +225,19 @@ def test_paths_that_the_loss_stops_are_followed(tmp_path: Path) -> None:
         module = trained(kind, callbacks=[InfluenceCallback(log, record="replay")])
         report = attribute(log, queries=DataLoader(data()[1], QUERIES), model=module, progress=False)
         assert report.metadata["stopped_paths"] == told
+
+
+class AbsoluteErrors(Base):
+    """An L1 loss with weights, of which torch 2.13 does not tell a mode."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        return F.l1_loss(self(batch[0]), F.one_hot(batch[1], 3).double(), weight=1 + 5 * batch[0][:, :3].abs())
+
+
+def test_the_weight_of_an_l1_loss_survives_being_seen(tmp_path: Path) -> None:
+    plain, seen = trained(AbsoluteErrors), trained(AbsoluteErrors, callbacks=[InfluenceCallback(tmp_path / "log")])
+    for p, q in zip(plain.parameters(), seen.parameters(), strict=True):
+        assert torch.equal(p, q)
 
 
 def test_a_report_says_how_removals_were_found(tmp_path: Path) -> None:

@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
+from lightning_influence.core.torch_function import keywords_of
+
 _ADDITIONS = {
     torch.add,
     Tensor.add,
@@ -56,7 +58,8 @@ class SharedRows(TorchFunctionMode):
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        result = func(*args, **(kwargs or {}))
+        kwargs = keywords_of(func, kwargs)
+        result = func(*args, **kwargs)
         if self._rows and func in _ADDITIONS and not kwargs:
             shared = [id(arg) for arg in args[:2] if id(arg) in self._rows]
             if len(shared) == 1 and self._broadcasts(result, self._rows[shared[0]]):

@@ -13,6 +13,7 @@ from torch.func import grad, jvp, vjp, vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 
+from lightning_influence.core.torch_function import keywords_of
 from lightning_influence.core.trajectory import Shares, StepRecord, Vectors
 from lightning_influence.errors import CurvatureUnavailable
 
@@ -212,7 +213,7 @@ class _Outputs(TorchFunctionMode):
         return self._found
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
+        kwargs = keywords_of(func, kwargs)
         if func in _LOSSES and not self._seen:
             self._seen = True
             self._found = args[0] if args else kwargs["input"]

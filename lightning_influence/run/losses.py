@@ -120,14 +120,14 @@ class SeenLoss:
         sums = (rows.counted, rows.margins, rows.log_probabilities)
         counted, margins, log_probabilities = (values.view(n_samples, -1).sum(1) for values in sums)
         single = len(rows.label) == n_samples
-        none = torch.full((n_samples,), -1)
+        none = rows.label.new_full((n_samples,), -1)
         return Dynamics(
             losses.float(),
             margins / counted,
             log_probabilities / counted,
             rows.label if single else none,
             rows.other if single else none,
-            rows.classes if single else torch.zeros(n_samples, 0, dtype=torch.float16),
+            rows.classes if single else rows.classes.new_zeros(n_samples, 0),
         )
 
 
@@ -168,9 +168,14 @@ def _reduction(options: dict[str, Any]) -> Reduction:
 
 
 def _over_classes(
-    reduction: Reduction, loss: Callable[..., Tensor], logits: Tensor, target: Tensor, options: Mapping[str, Any]
+    reduction: Reduction, loss: Callable[..., Tensor], logits: Tensor, target: Tensor, options: dict[str, Any]
 ) -> SeenLoss:
     """A cross-entropy of labels given by index ``(n, ...)`` or as probabilities ``(n, classes, ...)``."""
+    log_probabilities = logits.to(_wide(logits)).log_softmax(1)
+    if loss is F.cross_entropy and not target.is_floating_point() and not options.get("label_smoothing"):
+        loss, logits = F.nll_loss, log_probabilities  # the same, without another pass over a large vocabulary
+        options = {k: v.to(logits) if k == "weight" and v is not None else v for k, v in options.items()}
+        options.pop("label_smoothing", None)
     elements = loss(logits, target, **options, reduction="none")
     if target.is_floating_point():
         labels, counted = target.argmax(1), torch.ones_like(elements, dtype=torch.bool)
@@ -179,8 +184,9 @@ def _over_classes(
         counted = target != options.get("ignore_index", -100)
         labels, weight = torch.where(counted, target, 0), options.get("weight")
         weights = counted if weight is None else counted * weight.detach()[labels]
-    classes = logits.movedim(1, -1).to(_wide(logits)).log_softmax(-1)
-    return SeenLoss(reduction, _rows(elements), _rows(weights), _labels(classes, labels, counted))
+    return SeenLoss(
+        reduction, _rows(elements), _rows(weights), _labels(log_probabilities.movedim(1, -1), labels, counted)
+    )
 
 
 def _binary(loss: Callable[..., Tensor], input: Tensor, target: Tensor) -> _Labels | None:
@@ -196,20 +202,21 @@ def _binary(loss: Callable[..., Tensor], input: Tensor, target: Tensor) -> _Labe
 
 
 def _labels(classes: Tensor, labels: Tensor, counted: Tensor) -> _Labels | None:
-    """From log-probabilities ``(rows, ..., classes)``, labels ``(rows, ...)`` and which of them count."""
+    """From log-probabilities ``(rows, ..., classes)``, which are used up, labels ``(rows, ...)`` and which of them count."""
     n, rows = classes.shape[-1], len(labels)
     if n < 2:
         return None
     own = classes.gather(-1, labels[..., None])[..., 0]
-    best, other = classes.scatter(-1, labels[..., None], -torch.inf).max(-1)
     single, nothing = labels.numel() == rows, labels.new_full((rows,), -1)
+    kept = classes.reshape(rows, -1).half() if single and n <= MAX_CLASSES else classes.new_zeros(rows, 0).half()
+    best, other = classes.scatter_(-1, labels[..., None], -torch.inf).max(-1)
     return _Labels(
         _rows(counted).float(),
         _rows(torch.where(counted, own - best, 0)).float(),
         _rows(torch.where(counted, own, 0)).float(),
         (torch.where(counted, labels, -1).view(rows) if single else nothing).cpu(),
         (torch.where(counted, other, -1).view(rows) if single else nothing).cpu(),
-        classes.reshape(rows, -1)[:, : n if single and n <= MAX_CLASSES else 0].half().cpu(),
+        kept.cpu(),
     )
 
 

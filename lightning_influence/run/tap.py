@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import update_wrapper
-from types import FrameType
 from typing import Any
 
+import torch
 from lightning import LightningModule
 from torch import Tensor
-from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
+from lightning_influence.core.torch_function import keywords_of
 from lightning_influence.run.losses import LOSSES, Dynamics, Reduction, SeenLoss, seen
 
 
@@ -31,12 +30,11 @@ class LossTap(TorchFunctionMode):
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        kwargs = kwargs or {}
-        if func is F.l1_loss and (weight := _weight_of_l1_loss()) is not None:
-            kwargs = {"weight": weight, **kwargs}
+        kwargs = keywords_of(func, kwargs)
         output = func(*args, **kwargs)
-        if func in LOSSES:  # torch takes a mode off while it is asked, so it sees no loss that a loss calls
-            self.seen.append(seen(func, args, kwargs))
+        if func in LOSSES:
+            with torch._C.DisableTorchFunction():  # no other mode is to see this look
+                self.seen.append(seen(func, args, kwargs))
         return output
 
     @property
@@ -59,17 +57,6 @@ class LossTap(TorchFunctionMode):
     def dynamics(self, n_samples: int) -> Dynamics | None:
         """Of the ``n_samples`` samples, whose rows lie together; None where there was no single loss over classes."""
         return self.single.dynamics(n_samples) if self.single is not None else None
-
-
-def _weight_of_l1_loss() -> Tensor | None:
-    """The weight of the call of `l1_loss` that a mode is being asked about, which torch 2.13 forgets to pass on.
-
-    Under any mode the loss would lose its weight; it is still to be found where the call waits.
-    """
-    frame: FrameType | None = sys._getframe()
-    while frame is not None and frame.f_code is not F.l1_loss.__code__:
-        frame = frame.f_back
-    return frame.f_locals.get("weight") if frame is not None else None
 
 
 @contextmanager

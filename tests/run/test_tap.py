@@ -274,3 +274,14 @@ def test_no_single_loss_whose_rows_are_those_of_the_samples() -> None:
         assert tap.single is None and tap.reduction is None
         assert tap.sample_weights(N) is None and tap.dynamics(N) is None
     assert other_rows.sample_weights(N - 1) is None and other_rows.dynamics(N - 1) is None
+
+
+def test_no_other_mode_sees_the_look() -> None:
+    logits, target = one_label()
+    with LossTap() as outer, LossTap() as inner:
+        F.cross_entropy(logits, target)
+        F.l1_loss(VALUES, BITS, weight=ELEMENT_WEIGHTS)
+    assert len(outer.seen) == len(inner.seen) == 2
+    for tap in (outer, inner):
+        assert tap.seen[1] is not None
+        assert torch.equal(tap.seen[1].weights, ELEMENT_WEIGHTS.flatten(1).sum(1))
