@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import lightning as L
@@ -10,6 +11,10 @@ import torch
 from sklearn.datasets import load_digits
 from torch import Tensor
 from torch.utils.data import DataLoader, TensorDataset
+
+from lightning_influence.log.format import FINAL
+from lightning_influence.log.reader import StoreReader
+from lightning_influence.log.writer import StoreWriter
 
 OptimizerFactory = Callable[[L.LightningModule], Any]
 
@@ -91,3 +96,26 @@ def fit(module: L.LightningModule, loader: Any, *callbacks: L.Callback, val: Any
 def loader(data: TensorDataset, batch_size: int = 16, seed: int = 0, **options: Any) -> DataLoader[Any]:
     generator = torch.Generator().manual_seed(seed)
     return DataLoader(data, batch_size, shuffle=True, generator=generator, **options)
+
+
+def forged(log: Path, where: Path, forge: Callable[[str, dict[str, Any], dict[str, Any]], object]) -> Path:
+    """The log written anew, so that its checksums agree, with what ``forge`` makes of the content."""
+    reader = StoreReader(log)
+    with StoreWriter(where) as writer:
+        manifest = dict(reader.manifest)
+        forge("manifest", {}, manifest)
+        writer.write_manifest(manifest)
+        for name in reader.artifacts():
+            tensors = {k: reader.artifact(name, k) for k in reader.artifact_names(name)}
+            meta = reader.artifact_meta(name)
+            if name != FINAL:
+                forge(name, tensors, meta)
+                writer.save(name, tensors, meta)
+        for step in range(len(reader)):
+            tensors, meta = {k: reader.tensor(step, k) for k in reader.names(step)}, reader.meta(step)
+            forge("step", tensors, meta)
+            writer.append(step, tensors, meta)
+        tensors, meta = {}, reader.artifact_meta(FINAL)
+        forge(FINAL, tensors, meta)
+        writer.save(FINAL, tensors, meta)
+    return where

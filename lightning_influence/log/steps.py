@@ -8,6 +8,7 @@ steps; in between they follow from the gradients), ``parameter/<parameter>`` (co
 
 from __future__ import annotations
 
+import sys
 import zlib
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, replace
@@ -235,6 +236,7 @@ class LoggedSteps:
             numbers = self.reader.tensor(index, "micro_batches", rank) + offset
             offset = int(numbers.max()) + 1 if len(numbers) else offset
             ids, weights = (self.reader.tensor(index, key, rank) for key in ("sample_ids", "loss_weights"))
+            _expect(ids.dim() == weights.dim() == numbers.dim() == 1, "samples of another shape")
             parts.append((ids, weights, numbers))
         ids, weights, numbers = (torch.cat(column) for column in zip(*parts, strict=True))
         return ids, weights, numbers
@@ -264,7 +266,7 @@ class LoggedTrajectory(LoggedSteps):
                 name: unpack_keep(form, self._layout_tensor(name)) for name, form in layout["parameters"].items()
             }
             self.sizes = {name: (keep.size, keep.total) for name, keep in self.keeps.items()}
-            _check_layout(self.optimizer, self.keeps)
+            _check_layout(self.optimizer, self.keeps, self.reader.manifest["shapes"])
 
     def _layout_tensor(self, name: str) -> Callable[[str], Tensor]:
         return lambda key: self.reader.artifact(LAYOUT, f"{name}/{key}")
@@ -272,7 +274,7 @@ class LoggedTrajectory(LoggedSteps):
     def _stored(self, index: int) -> StepRecord:
         record = super()._stored(index)
         _expect(all(g.shape == (self.sizes[k][0],) for k, g in record.gradients.items()), "gradients of another size")
-        _expect(record.gradients.keys() <= self.reader.meta(index)["shares"].keys(), "a gradient without its shares")
+        _expect(record.gradients.keys() == self.reader.meta(index)["shares"].keys(), "gradients of other parameters")
         return record
 
     def shares(self, index: int) -> Mapping[str, Shares]:
@@ -331,18 +333,21 @@ def _check_manifest(manifest: Mapping[str, Any]) -> None:
         _expect(key not in manifest or isinstance(manifest[key], kind), f"{key} of another type")
     _expect(manifest["update"] in UPDATES, "an unknown update")
     _expect(all(isinstance(pattern, str) for pattern in manifest.get("excluded", [])), "excluded of another type")
-    _expect(all(isinstance(n, int) for n in manifest.get("coverage", {}).values()), "coverage of another type")
+    if "coverage" in manifest:
+        numbers = [manifest["coverage"][key] for key in ("trained", "recorded")]
+        _expect(all(isinstance(n, int) and 0 <= n < 2**63 for n in numbers), "coverage of another type")
 
 
 def _check_final(meta: Mapping[str, Any], manifest: Mapping[str, Any]) -> None:
     _expect(bool(meta.get("moved")) or meta["checksums"].keys() <= manifest["shapes"].keys(), "an unknown parameter")
 
 
-def _check_layout(optimizer: str, keeps: Mapping[str, Keep]) -> None:
+def _check_layout(optimizer: str, keeps: Mapping[str, Keep], shapes: Mapping[str, Any]) -> None:
     _expect(optimizer in UPDATES, "an unknown update")
-    for keep in keeps.values():
+    _expect(bool(keeps), "no parameters")
+    for name, keep in keeps.items():
         index = keep.index
-        _expect(all(isinstance(size, int) and size >= 0 for size in keep.shape), "an impossible shape")
+        _expect(list(keep.shape) == shapes[name], "a parameter of another shape")
         _expect(
             index is None
             or (index.dtype == torch.int64 and index.dim() == 1 and bool(((index >= 0) & (index < keep.total)).all())),
@@ -354,7 +359,8 @@ def _check_record(record: StepRecord) -> None:
     columns = (record.sample_ids, record.loss_weights, record.micro_batches)
     _expect([c.dtype for c in columns] == [torch.int64, torch.float64, torch.int64], "samples of another type")
     _expect(all(c.shape == (len(record.sample_ids),) for c in columns), "samples of another shape")
-    _expect(all(isinstance(v, float | int) for hyper in record.hyper.values() for v in hyper.values()), "no numbers")
+    numbers = [v for hyper in record.hyper.values() for v in hyper.values()]
+    _expect(all(isinstance(v, float | int) and abs(v) <= sys.float_info.max for v in numbers), "no numbers")
     _expect(record.clip.rule in _CLIP_RULES, "an unknown clipping rule")
     _expect(isinstance(record.clip.bound + record.clip.raw_norm, float | int), "a clipping of no numbers")
     for k, gradient in record.gradients.items():

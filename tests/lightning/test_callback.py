@@ -9,16 +9,14 @@ from typing import Any
 import lightning as L
 import pytest
 import torch
-from modules import Classifier, digits, fit, loader, split_digits, two_groups
+from modules import Classifier, digits, fit, forged, loader, split_digits, two_groups
 from torch.func import functional_call, grad, vmap
 from torch.utils.data import DataLoader, IterableDataset
 
 from lightning_influence import InfluenceCallback, attribute
 from lightning_influence.core.removal import consumed_gradients
 from lightning_influence.errors import ConfigurationError, InfluenceError, LogCorrupted, LogError, UnsupportedOptimizer
-from lightning_influence.log.reader import StoreReader
 from lightning_influence.log.steps import FINAL, LoggedTrajectory
-from lightning_influence.log.writer import StoreWriter
 from lightning_influence.replay.logged_plan import LoggedPlan
 
 
@@ -229,29 +227,6 @@ def test_a_report_needs_no_validation_run(val: Any, tmp_path: Path) -> None:
     fit(Classifier(), loader(digits(32)), report, val=val, **options)
     assert report.report is not None
     assert (tmp_path / "precious").read_text() == "precious", "no report is written through a link"
-
-
-def forged(log: Path, where: Path, forge: Callable[[str, dict[str, Any], dict[str, Any]], object]) -> Path:
-    """The log written anew, so that its checksums agree, with what ``forge`` makes of the content."""
-    reader = StoreReader(log)
-    with StoreWriter(where) as writer:
-        manifest = dict(reader.manifest)
-        forge("manifest", {}, manifest)
-        writer.write_manifest(manifest)
-        for name in reader.artifacts():
-            tensors = {k: reader.artifact(name, k) for k in reader.artifact_names(name)}
-            meta = reader.artifact_meta(name)
-            if name != FINAL:
-                forge(name, tensors, meta)
-                writer.save(name, tensors, meta)
-        for step in range(len(reader)):
-            tensors, meta = {k: reader.tensor(step, k) for k in reader.names(step)}, reader.meta(step)
-            forge("step", tensors, meta)
-            writer.append(step, tensors, meta)
-        tensors, meta = {}, reader.artifact_meta(FINAL)
-        forge(FINAL, tensors, meta)
-        writer.save(FINAL, tensors, meta)
-    return where
 
 
 W = "net.0.weight"
