@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -65,6 +66,17 @@ def read_hyper(group: dict[str, Any], state: dict[str, Any], kind: type) -> dict
         "eps": float(group["eps"]),
         "decoupled": float(decoupled),
         "step": float(state.get("step", 0)) + 1,
+    }
+
+
+def read_hypers(optimizer: torch.optim.Optimizer, parameters: Mapping[str, Tensor]) -> dict[str, dict[str, float]]:
+    """Hyperparameters of parameters for their next step, by name; of those that the optimizer moves."""
+    groups = {id(p): group for group in optimizer.param_groups for p in group["params"]}
+    kind = type(optimizer)
+    return {
+        name: read_hyper(groups[id(p)], optimizer.state.get(p, {}), kind)
+        for name, p in parameters.items()
+        if id(p) in groups
     }
 
 

@@ -4,15 +4,30 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Sequence
-from typing import Any
+from functools import partial
+from typing import Any, TypeAlias
 
 import torch
+from lightning import LightningModule
 from torch import Tensor
 
 from lightning_influence.run.batches import batch_size, leaves
 from lightning_influence.run.random_state import random_state
+from lightning_influence.run.training_step import prepared
 
 _LOOKED_AT = 3  # batches, before it is believed that rows stay in the order in which they were drawn
+
+
+Order: TypeAlias = Callable[[Any, Tensor], Tensor]
+"""``(batch, sample_ids as drawn (n,)) -> sample_ids (n,)`` in the order of the batch's rows."""
+
+
+def row_order(loader: Any, module: LightningModule) -> Order:
+    """The order of the rows in the batches of a training loader; that of drawing where it does not say how it collates."""
+    dataset, collate = getattr(loader, "dataset", None), getattr(loader, "collate_fn", None)
+    if dataset is None or collate is None:
+        return lambda _, ids: ids
+    return RowOrder(dataset, collate, partial(prepared, module))
 
 
 class RowOrder:

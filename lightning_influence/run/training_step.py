@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -11,6 +11,7 @@ from lightning import LightningModule
 from torch import Tensor, nn
 
 from lightning_influence.errors import ConfigurationError
+from lightning_influence.run.lightning_names import overrides
 
 _LOGGING = ("log", "log_dict")
 
@@ -118,9 +119,20 @@ def set_modes(module: nn.Module, in_eval: Sequence[str]) -> None:
 
 
 def prepared(module: LightningModule, batch: Any) -> Any:
-    """A batch as Lightning hands it to the training step: through the module's own hooks, on its device."""
-    batch = module.on_before_batch_transfer(batch, 0)
-    return module.on_after_batch_transfer(module.transfer_batch_to_device(batch, module.device, 0), 0)
+    """A batch as Lightning hands it to the training step: in the trainer's precision, through the batch hooks of the
+    datamodule or, where it has none of its own, of the module, and on the module's device.
+    """
+    trainer = module._trainer
+    if trainer is not None:
+        batch = trainer.precision_plugin.convert_input(batch)
+    batch = _hook(module, "on_before_batch_transfer")(batch, 0)
+    batch = _hook(module, "transfer_batch_to_device")(batch, module.device, 0)
+    return _hook(module, "on_after_batch_transfer")(batch, 0)
+
+
+def _hook(module: LightningModule, name: str) -> Callable[..., Any]:
+    data = None if module._trainer is None else module._trainer.datamodule  # type: ignore[attr-defined]
+    return getattr(data if data is not None and overrides(data, name) else module, name)
 
 
 def training_loss(module: LightningModule, batch: Any, batch_idx: int) -> Tensor:
