@@ -88,6 +88,7 @@ class ReplayTrajectory:
         at_once: vectors carried through the network together in an exact curvature product.
         counterfactual: of the removals, where they have to be measured.
         progress: show a bar where replaying a segment takes longer than two seconds.
+        removals: what was verified of an earlier part of the same run, with which this one goes on.
 
     Attributes:
         removals: how the changes of the gradient by the removal of a sample are found, and what was verified of it.
@@ -106,6 +107,7 @@ class ReplayTrajectory:
         at_once: int = 8,
         counterfactual: Literal["drop", "zero"] = "drop",
         progress: bool = True,
+        removals: Removals | None = None,
     ) -> None:
         self.module, self.plan, self.optimizer = module, plan, plan.optimizer
         self._progress = progress
@@ -115,7 +117,7 @@ class ReplayTrajectory:
         self.sizes = {k: (p.numel(), p.numel()) for k, p in self._trained.items()}
         refuse_compiled(module)
         self._frozen_batch_norm, self._counterfactual = frozen_batch_norm, counterfactual
-        self.removals = Removals()
+        self.removals = removals or Removals()
         self._capture = self._captured(exclude)
         self._autocast, self._exact, self._at_once = autocast, exact, at_once
         self._segment: _Segment | None = None

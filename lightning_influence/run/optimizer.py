@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from lightning_influence.core.optimizers import Moments, Update
+from lightning_influence.core.trajectory import Hyper
 from lightning_influence.errors import UnsupportedOptimizer
 
 
@@ -69,7 +70,7 @@ def read_hyper(group: dict[str, Any], state: dict[str, Any], kind: type) -> dict
     }
 
 
-def read_hypers(optimizer: torch.optim.Optimizer, parameters: Mapping[str, Tensor]) -> dict[str, dict[str, float]]:
+def read_hypers(optimizer: torch.optim.Optimizer, parameters: Mapping[str, Tensor]) -> dict[str, Hyper]:
     """Hyperparameters of parameters for their next step, by name; of those that the optimizer moves."""
     groups = {id(p): group for group in optimizer.param_groups for p in group["params"]}
     kind = type(optimizer)
