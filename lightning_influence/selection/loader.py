@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from itertools import islice
 from typing import Any
@@ -68,12 +68,28 @@ class SelectingLoader:
         self.batch_sampler = RecordedBatchSampler(self._due)  # where `SampleIds` listens
         self._epoch: _Epoch | None = None
         self._resumed: _Epoch | None = None
+        self._tried = False
 
     def __len__(self) -> int:
         return -(-len(self.loader) // self.ranks.size)
 
     def __iter__(self) -> Iterator[Any]:
-        epoch, self._resumed = self._resumed or self._begin(), None
+        # random numbers are drawn as and when the loader itself draws them, so that the order of the data is the same; but
+        # first Lightning asks for an iterator only to see whether there is one, as it does not of a DataLoader
+        if not self._tried or self._resumed is not None:
+            self._tried = True
+            return self._deliver(self._begin)
+        seed = self._draw_seed()
+        if self.num_workers == 0:
+            return self._deliver(lambda: self._begin(seed))
+        epoch = self._begin(seed)
+        return self._deliver(lambda: epoch)
+
+    def _draw_seed(self) -> int:
+        return int(torch.empty((), dtype=torch.int64).random_(generator=self.loader.generator))
+
+    def _deliver(self, begin: Callable[[], _Epoch]) -> Iterator[Any]:
+        epoch = begin()
         self._epoch, self._seeds = epoch, torch.Generator().manual_seed(epoch.seed)
         while epoch.delivered < len(self) and (epoch.kept or epoch.drawn):
             if not epoch.kept:
@@ -99,15 +115,18 @@ class SelectingLoader:
         if self.loader.generator is not None and state_dict["generator"] is not None:
             self.loader.generator.set_state(state_dict["generator"])
 
-    def _begin(self) -> _Epoch:
-        # random numbers are drawn as the loader itself draws them, so that the order of the data is the same
-        seed = torch.empty((), dtype=torch.int64).random_(generator=self.loader.generator)
+    def _begin(self, seed: int | None = None) -> _Epoch:
+        """An epoch from its beginning, or from where it was resumed."""
+        resumed, self._resumed = self._resumed, None
+        if resumed is not None:
+            return resumed
+        seed = self._draw_seed() if seed is None else seed
         passes = [self._draw()]
         if self.ranks.size > 1 and passes[0]:
             # processes need further passes at different times, so all that may be needed are agreed on beforehand
             passes += [self._draw() for _ in range(self._most_passes(len(passes[0][0])) - 1)]
         first, *further = [self._own(drawn) for drawn in self.ranks.first(passes)]
-        return _Epoch(len(first[0]) if first else 0, int(seed), first, further)
+        return _Epoch(len(first[0]) if first else 0, seed, first, further)
 
     def _own(self, drawn: list[list[int]]) -> list[list[int]]:
         """This process's batches among those that were drawn."""

@@ -43,21 +43,27 @@ def target_gradient(
     Raises:
         InfluenceError: it is not finite; the text names the examples.
     """
-    if callable(target):
-        parameters = dict(module.named_parameters())
-        chosen = [parameters[name] for name in names]
-        with torch.enable_grad():
-            loss = target(module)
-        found = torch.autograd.grad(loss, chosen, allow_unused=True, materialize_grads=True)
-        gradients = {k: select(k, g)[None] for k, g in zip(names, found, strict=True)}
-    else:
-        gradients = query_gradients(module, target, names, select, target="mean", progress=False)
+    with random_state(None):  # a function, or a hook that prepares a batch, may draw random numbers
+        gradients = _gradient(module, target, names, select)
     if not all(g.isfinite().all() for g in gradients.values()):
         raise InfluenceError(
             f"the gradient of the target is not finite: {_cause(module, target if whole is None else whole)}. Every score would be NaN, and what is kept "
             "would be chosen at random."
         )
     return gradients
+
+
+def _gradient(
+    module: L.LightningModule, target: Any, names: Sequence[str], select: Callable[[str, Tensor], Tensor]
+) -> Vectors:
+    if not callable(target):
+        return query_gradients(module, target, names, select, target="mean", progress=False)
+    parameters = dict(module.named_parameters())
+    chosen = [parameters[name] for name in names]
+    with torch.enable_grad():
+        loss = target(module)
+    found = torch.autograd.grad(loss, chosen, allow_unused=True, materialize_grads=True)
+    return {k: select(k, g)[None] for k, g in zip(names, found, strict=True)}
 
 
 def _cause(module: L.LightningModule, target: Any) -> str:
@@ -165,8 +171,7 @@ class LiveTarget:
         step: int,
     ) -> Vectors:
         seen = _Seen(batches)
-        with random_state(None):
-            gradient = target_gradient(module, seen, names, select)
+        gradient = target_gradient(module, seen, names, select)
         self._kept = seen.kept
         if self.every > 1:
             parameters = {k: p.detach().clone() for k, p in module.named_parameters() if k in gradient}
