@@ -15,6 +15,7 @@ from lightning_influence.core.sweep import Method
 from lightning_influence.errors import ConfigurationError
 from lightning_influence.lightning.callback import InfluenceCallback
 from lightning_influence.lightning.step_selection import RoundSelection, StepSelection
+from lightning_influence.replay.removals import Removals
 from lightning_influence.report import InfluenceReport
 from lightning_influence.run.lightning_names import is_a, overrides
 from lightning_influence.run.random_state import random_state
@@ -71,6 +72,7 @@ class SelectionDataModule(L.LightningDataModule):
     Attributes:
         selector: decides.
         live_target: the gradient of the target, inside the step.
+        data: what is wrapped.
 
     Raises:
         ConfigurationError: choices that do not go together.
@@ -171,7 +173,7 @@ class SelectionDataModule(L.LightningDataModule):
 
     def _is_passed_on(self, name: str) -> bool:
         data = self.__dict__.get("data")
-        return is_a(data, "LightningDataModule") and hasattr(data, name)
+        return is_a(data, "LightningDataModule") and not name.startswith("__") and hasattr(data, name)
 
     def prepare_data(self) -> None:
         if is_a(self.data, "LightningDataModule"):
@@ -184,8 +186,11 @@ class SelectionDataModule(L.LightningDataModule):
             return
         Ranks.of(self.trainer)
         callbacks: list[Any] = self.trainer.callbacks  # type: ignore[attr-defined]
-        if not self.selector.inside_the_step:
-            if self.selector.scorer is not None and self.selector.scorer.reads_batches:
+        scorer = self.selector.scorer
+        if scorer is not None:
+            if isinstance(scorer, LookAhead):
+                scorer.removals = Removals()  # another run, perhaps of another module
+            if scorer.reads_batches:
                 callbacks.append(RoundSelection(self.selector.settings.options))
             return
         if any(isinstance(c, InfluenceCallback) for c in callbacks):
@@ -240,7 +245,8 @@ class SelectionDataModule(L.LightningDataModule):
             with random_state(None):  # a loader that is made may draw random numbers
                 given = self._target
                 if given is None and self.val_dataloader is not None:
-                    given = Joined(tree_leaves(self.val_dataloader()))
+                    loaders = self.val_dataloader()
+                    given = Joined(tree_leaves(getattr(loaders, "iterables", loaders)))  # of a CombinedLoader
                 elif isinstance(given, DataLoader):
                     given = Joined([given])
             if given is None or (isinstance(given, Joined) and not given.loaders):

@@ -19,7 +19,7 @@ from lightning_influence.replay.witness import witness
 from lightning_influence.run.lightning_names import overrides
 from lightning_influence.run.random_state import read_random_state
 from lightning_influence.run.ranks import Ranks
-from lightning_influence.run.rows import Order, row_order
+from lightning_influence.run.rows import Order, as_drawn, row_order
 from lightning_influence.run.sample_ids import SampleIds
 from lightning_influence.run.sample_weights import sample_weights
 from lightning_influence.run.tap import LossTap, tapped
@@ -45,7 +45,7 @@ class LiveRun:
         self._first: tuple[ReplayMicroBatch, Tensor] | None = None
         self._n: int | None = None  # samples of the present batch
         self._watches = False
-        self._row_order: Order = lambda _, ids: ids
+        self._row_order: Order = as_drawn
 
     # -- start and end of fit ---------------------------------------------------------------------------
 

@@ -22,11 +22,16 @@ Order: TypeAlias = Callable[[Any, Tensor], Tensor]
 """``(batch, sample_ids as drawn (n,)) -> sample_ids (n,)`` in the order of the batch's rows."""
 
 
+def as_drawn(batch: Any, sample_ids: Tensor) -> Tensor:
+    """The `Order` of batches whose rows are in the order of drawing."""
+    return sample_ids
+
+
 def row_order(loader: Any, module: LightningModule) -> Order:
     """The order of the rows in the batches of a training loader; that of drawing where it does not say how it collates."""
     dataset, collate = getattr(loader, "dataset", None), getattr(loader, "collate_fn", None)
     if dataset is None or collate is None:
-        return lambda _, ids: ids
+        return as_drawn
     return RowOrder(dataset, collate, partial(prepared, module))
 
 
