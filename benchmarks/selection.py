@@ -30,6 +30,7 @@ from workloads import Images, Text
 
 from lightning_influence import InfluenceCallback, SelectionDataModule, attribute
 from lightning_influence.selection.lookahead import Candidates
+from lightning_influence.selection.selector import Scorer
 
 
 @dataclass(frozen=True)
@@ -92,13 +93,16 @@ class Net(L.LightningModule):
         return torch.optim.AdamW(self.parameters(), lr=self.lr, betas=(self.beta1, 0.999))
 
 
-class ByLoss(SelectionDataModule):
+class ByLoss:
     """Scores are the present losses, times a sign."""
 
-    sign = 1.0
+    reads_batches = True
 
-    def round_scores(self, candidates: Sequence[Sequence[Candidates]], scored: int) -> list[Tensor]:
-        net = self.trainer.lightning_module.net
+    def __init__(self, sign: float) -> None:
+        self.sign = sign
+
+    def __call__(self, trainer: L.Trainer, candidates: Sequence[Sequence[Candidates]], scored: int) -> list[Tensor]:
+        net = trainer.lightning_module.net
         with torch.no_grad():
             return [
                 torch.cat(
@@ -108,18 +112,17 @@ class ByLoss(SelectionDataModule):
             ]
 
 
-class ByLowLoss(ByLoss):
-    sign = -1.0
-
-
-class CleanFuture(SelectionDataModule):
+class CleanFuture:
     """Looks ahead over the correctly labelled samples of the batches to come: as if selection had been there already."""
 
-    good: Tensor
+    reads_batches = True
 
-    def round_scores(self, candidates: Sequence[Sequence[Candidates]], scored: int) -> list[Tensor]:
+    def __init__(self, look_ahead: Scorer, good: Tensor) -> None:
+        self.look_ahead, self.good = look_ahead, good
+
+    def __call__(self, trainer: L.Trainer, candidates: Sequence[Sequence[Candidates]], scored: int) -> list[Tensor]:
         later = [[self._cleaned(c) for c in step] for step in candidates[scored:]]
-        return super().round_scores([*candidates[:scored], *later], scored)
+        return self.look_ahead(trainer, [*candidates[:scored], *later], scored)
 
     def _cleaned(self, c: Candidates) -> Candidates:
         here = self.good[c.sample_ids]
@@ -140,8 +143,8 @@ def randomly(fraction: float, seed: int) -> Callable[..., Tensor]:
 STRATEGIES: dict[str, dict[str, Any]] = {
     "all data": {"online_selection": False},
     "random": {"policy": "random"},
-    "highest loss": {"class": ByLoss},
-    "lowest loss": {"class": ByLowLoss},
+    "highest loss": {"every": "epoch", "scorer": "highest loss"},
+    "lowest loss": {"every": "epoch", "scorer": "lowest loss"},
     "SGD-influence, K=0": {"optimizer_assumption": "sgd"},
     "SGD-influence, K=4": {"optimizer_assumption": "sgd", "horizon": 4},
     "online, K=0": {},
@@ -156,8 +159,8 @@ STRATEGIES: dict[str, dict[str, Any]] = {
     "online, K=4": {"horizon": 4},
     "online, K=8": {"horizon": 8},
     "online, K=16": {"horizon": 16},
-    "online, K=4, clean future": {"horizon": 4, "class": CleanFuture},
-    "online, K=16, clean future": {"horizon": 16, "class": CleanFuture},
+    "online, K=4, clean future": {"horizon": 4, "scorer": "clean future"},
+    "online, K=16, clean future": {"horizon": 16, "scorer": "clean future"},
     "online, K=16, rescored": {"horizon": 16, "rescore": 4},
     "offline": {"offline": True},
     "oracle": {"policy": "oracle"},
@@ -178,12 +181,13 @@ def run(task: Task, strategy: str, lr: float, epochs: int, keep: float, seed: in
         data = offline(task, loader, target, module, epochs, keep)
         module = Net(inputs, lr, seed)
     else:
-        kind = options.pop("class", SelectionDataModule)
-        settings = {"every": 1, "refresh_target_every": 1, "keep": policy, **options}
-        if issubclass(kind, ByLoss):
-            settings["every"] = "epoch"
-        data = kind(loader, target, **settings)
-        data.good = task.good
+        name = options.pop("scorer", None)
+        data = SelectionDataModule(loader, target, **{"every": 1, "refresh_target_every": 1, "keep": policy, **options})
+        if name == "clean future":
+            assert data.selector.scorer is not None
+            data.selector.scorer = CleanFuture(data.selector.scorer, task.good)
+        elif name is not None:
+            data.selector.scorer = ByLoss(1.0 if name == "highest loss" else -1.0)
     start = time.perf_counter()
     fit(module, data, epochs)
     seconds = time.perf_counter() - start

@@ -404,6 +404,19 @@ misuse("an error proxy of a step that did not hold the sample")(
 # -- selection ---------------------------------------------------------------------------------------------
 
 
+class Together(Classifier):
+    """Every sample is seen beside the mean of its batch."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
+        return super().training_step((batch[0] - batch[0].mean(0), batch[1]), batch_idx)
+
+
+def not_a_number() -> Any:
+    x, y = (t[:4].clone() for t in TRAIN.tensors)
+    x[1] = torch.nan
+    return x, y
+
+
 def select(**options: Any) -> SelectionDataModule:
     return SelectionDataModule(loader(TRAIN), QUERIES, **options)
 
@@ -425,6 +438,10 @@ misuse("selection without a target")(lambda here: fit(Classifier(), SelectionDat
 misuse("recording beside selection inside the step")(
     lambda here: fit(Classifier(), select(every=1), InfluenceCallback(here.path / "new"))
 )
+misuse("selection by a target that is not finite")(
+    lambda here: fit(Classifier(), SelectionDataModule(loader(TRAIN), [not_a_number()], every=1))
+)
+misuse("selection inside the step of samples that see each other")(lambda here: fit(Together(), select(every=1)))
 misuse("selection from a stream")(lambda here: fit(Classifier(), SelectionDataModule(DataLoader(Stream(), 8), QUERIES)))
 misuse("tuning over nothing")(
     lambda here: tune_horizon(lambda lr: Classifier(), loader(TRAIN), QUERIES, QUERIES, horizons=())

@@ -5,12 +5,9 @@ from __future__ import annotations
 import json
 import math
 import platform
-import warnings
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import asdict
-from fnmatch import fnmatchcase
-from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, Literal
@@ -20,33 +17,25 @@ import lightning as L
 import torch
 from torch.utils._pytree import tree_flatten
 
-from lightning_influence.capture import GradientCapture, freeze_batch_norm, refuse_batch_norm, refuse_compiled
+from lightning_influence.capture import GradientCapture
+from lightning_influence.capture.step import StepOptions
 from lightning_influence.core.coordinates import COMPRESSIONS
 from lightning_influence.errors import ConfigurationError
+from lightning_influence.lightning.live_run import LiveRun
 from lightning_influence.lightning.loggers import log_report
 from lightning_influence.log.format import MANIFEST
 from lightning_influence.log.reader import StoreReader
 from lightning_influence.log.recorder import Compression, CompressionName, Recorder
 from lightning_influence.log.snapshots import ReplaySettings
 from lightning_influence.log.writer import StoreWriter
-from lightning_influence.replay.plan import ReplayMicroBatch
-from lightning_influence.replay.witness import Trial, rehearse, twin_of, witness
 from lightning_influence.report import InfluenceReport
-from lightning_influence.run.batches import copied
-from lightning_influence.run.lightning_names import overrides
 from lightning_influence.run.optimizer import update_name
-from lightning_influence.run.random_state import read_random_state
 from lightning_influence.run.ranks import Ranks
-from lightning_influence.run.refusals import refuse_parameters, refuse_reentrant_checkpointing
-from lightning_influence.run.rows import RowOrder
-from lightning_influence.run.sample_ids import IdSource, SampleIds, is_map_style
-from lightning_influence.run.sample_weights import WeightSource, sample_weights
-from lightning_influence.run.tap import LossTap, tapped
-from lightning_influence.run.trainer import clip_of, loss_scaler, only_optimizer
-from lightning_influence.run.training_step import Moment, prepared
+from lightning_influence.run.sample_ids import IdSource, SampleIds
+from lightning_influence.run.sample_weights import WeightSource
+from lightning_influence.run.trainer import clip_of, loss_scaler
 from lightning_influence.scoring.attribution import attribute
 
-_REHEARSALS = 2  # the second sees what the first has left behind
 _PACKAGES = ("lightning-influence", "torch", "lightning", "safetensors", "transformers", "peft")
 
 
@@ -108,7 +97,6 @@ class InfluenceCallback(L.Callback):
         for name, value, known in (
             ("record", record, ("gradients", "replay", "both")),
             ("compression", compression, COMPRESSIONS),
-            ("reduction", reduction, ("mean", "sum")),
             ("existing", existing, ("error", "overwrite", "resume")),
         ):
             if value not in known:
@@ -119,24 +107,13 @@ class InfluenceCallback(L.Callback):
             raise ConfigurationError(f"snapshot_every={snapshot_every}; it counts steps and is at least 1")
         self.record, self.snapshot_every, self.store_batches = record, snapshot_every, store_batches
         self.compression = Compression(compression, mask_size, seed)
-        self.exclude = (exclude,) if isinstance(exclude, str) else tuple(exclude)
+        self.options = StepOptions(reduction, sample_weights, exclude, frozen_batch_norm)
         self.sample_ids = SampleIds(sample_ids, random=record != "gradients")
-        self.sample_weights = sample_weights
-        self.reduction = reduction
-        self.frozen_batch_norm = frozen_batch_norm
+        self._live = LiveRun(self.options, self.sample_ids, self, otherwise="use record='replay'")
         self.existing = existing
         self.writes_report = report
         self.report: InfluenceReport | None = None
         self._recorder: Recorder | None = None
-        self._unverified: list[str] | None = None  # the trained parameters, until the first batch has been verified
-        self._tap = ExitStack()  # puts the module's own training step back
-        self._n: int | None = None  # samples of the present batch
-        self._row_order: RowOrder | None = None
-        self._watches = False
-        self._first_backward = True
-        self._rehearsals = 0  # steps that are still to be run again
-        self._twin: L.LightningModule | None = None  # of the module, on which steps are tried
-        self._frozen: list[Any] = []  # hooks that freeze batch normalisation
         self._steps: int | None = None  # of the run that the trainer's present state comes from
         self._run: str | None = None  # by which a log is known wherever it lies; on the process that saves checkpoints
         self._resume_at: int | None = None
@@ -170,66 +147,23 @@ class InfluenceCallback(L.Callback):
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         if stage != "fit":
             return
-        Ranks.of(trainer)
-        if not pl_module.automatic_optimization:
-            raise ConfigurationError(
-                f"{type(pl_module).__name__} uses manual optimization, whose steps the trainer does not see; "
-                "InfluenceCallback needs automatic_optimization=True."
-            )
-        # before configure_optimizers, which may ask for the number of steps and so have the loader made
-        self.sample_ids.listen_to(trainer.strategy)
+        self._live.listen(trainer, pl_module)
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        ranks, optimizer = Ranks.of(trainer), only_optimizer(trainer)
-        update_name(optimizer)
-        refuse_parameters(pl_module, optimizer)
-        refuse_compiled(pl_module)
-        _refuse_patterns(self.exclude, pl_module)
         if self.writes_report:
             _refuse_no_queries(trainer)
-        if not self.frozen_batch_norm:
-            refuse_batch_norm(pl_module)
-        optimized = {id(p) for group in optimizer.param_groups for p in group["params"]}
-        trained = {name for name, p in pl_module.named_parameters() if p.requires_grad and id(p) in optimized}
-        capture = None
-        if self.record != "replay":
-            capture = GradientCapture(
-                pl_module, exclude=self.exclude, frozen_batch_norm=self.frozen_batch_norm, trained=trained
-            )
-            self._unverified = sorted(capture.parameters)
-        self.sample_ids.start(trainer.train_dataloader)
+        collector = self._live.start(
+            trainer, pl_module, captures=self.record != "replay", rehearses=self.record != "gradients"
+        )
+        manifest = self._manifest(trainer, pl_module, collector.capture, collector.optimizer)
         with ExitStack() as undo:
-            writer = self._writer(ranks, self._manifest(trainer, pl_module, capture, optimizer), undo)
-            if capture is not None:
-                undo.callback(capture.detach)
-                capture.attach()
-            elif self.frozen_batch_norm:
-                self._frozen = freeze_batch_norm(pl_module)
-            self._tap = undo.enter_context(ExitStack())
-            self._tap.enter_context(tapped(pl_module, self._weigh))
-            self._first_backward = True
-            self._rehearsals = _REHEARSALS if self.record != "gradients" and ranks.size == 1 else 0
-            self._watches = _changes_gradients(trainer, pl_module)
-            self._row_order = self._row_order_of(trainer, pl_module)
             self._recorder = Recorder(
-                pl_module,
-                optimizer,
-                writer,
-                capture=capture,
+                collector,
+                self._writer(collector.ranks, manifest, undo),
                 compression=self.compression,
                 replay=None if self.record == "gradients" else self._replay_settings(trainer),
-                averaged=self.reduction == "mean",
-                ranks=ranks,
             )
             undo.pop_all()
-
-    def _row_order_of(self, trainer: L.Trainer, module: L.LightningModule) -> RowOrder | None:
-        loader = trainer.train_dataloader
-        if self.sample_ids.source is not None or not is_map_style(loader):
-            return None
-        convert = trainer.precision_plugin.convert_input
-        assert loader is not None
-        return RowOrder(loader.dataset, loader.collate_fn, lambda batch: prepared(module, convert(batch)))
 
     def _writer(self, ranks: Ranks, manifest: dict[str, Any], undo: ExitStack) -> StoreWriter:
         """The log, open for the steps that come; ``undo`` closes it."""
@@ -286,12 +220,7 @@ class InfluenceCallback(L.Callback):
         self._close(trainer, finished=False)
 
     def _close(self, trainer: L.Trainer, *, finished: bool) -> None:
-        trainer.strategy.__dict__.pop("process_dataloader", None)
-        self.sample_ids.stop()
-        self._tap.close()
-        self._twin = None
-        while self._frozen:
-            self._frozen.pop().remove()
+        self._live.stop(trainer)
         recorder, self._recorder = self._recorder, None
         if recorder is not None:
             self._steps = len(recorder.writer)
@@ -300,7 +229,7 @@ class InfluenceCallback(L.Callback):
     # -- one optimizer step -----------------------------------------------------------------------------
 
     def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self.sample_ids.start(trainer.train_dataloader)  # it may have been reloaded
+        self._live.start_epoch(trainer)
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         assert self._recorder is not None
@@ -310,108 +239,29 @@ class InfluenceCallback(L.Callback):
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
     ) -> None:
         assert self._recorder is not None
-        drawn = self.sample_ids.next(batch)
-        ids = drawn if self._row_order is None else self._row_order(batch, drawn)
-        recollate = partial(self._row_order.less, drawn) if self._row_order and self._row_order.recollates else None
-        weights = sample_weights(batch, len(ids), self.sample_weights)
-        self._n = len(ids)
-        moment = Moment.now(trainer, pl_module, batch_idx)
-        if self._unverified is not None or self._rehearsals:
-            self._twin = self._twin or twin_of(pl_module)
-            less = None if recollate is None else recollate().__getitem__
-            micro_batch = ReplayMicroBatch(copied(batch), moment, 1.0, len(ids), read_random_state(), less)
-            buffers = {name: b.detach().clone() for name, b in pl_module.named_buffers()}
-            self._trial = Trial(micro_batch, ids, buffers)
-        self._recorder.begin(
-            ids,
-            weights,
-            trainer.accumulate_grad_batches,
-            batch=batch,
-            moment=asdict(moment) | ({} if torch.equal(ids, drawn) else {"drawn": drawn.tolist()}),
-            fetched=self.sample_ids.fetched,
-            less=None if recollate is None or self.record == "gradients" else recollate(),
-        )
-
-    def _verify(self, trainer: L.Trainer, module: L.LightningModule, weights: torch.Tensor) -> None:
-        """At the first batch: do per-sample gradients say what a removal does?"""
-        trained, self._unverified = self._unverified, None
-        assert trained is not None
-        if self._twin is None:
-            warnings.warn(
-                f"{type(module).__name__} cannot be copied, so it is not verified what removing a sample does.",
-                stacklevel=2,
-            )
-            return
-        removals = witness(
-            self._twin,
-            self._trial,
-            weights / weights.sum() if self.reduction == "mean" else weights / weights[0],
-            trained=trained,
-            averaged=self.reduction == "mean",
-            exclude=self.exclude,
-            frozen_batch_norm=self.frozen_batch_norm,
-            autocast=trainer.precision_plugin.forward_context,
-        )
-        if removals.measuring and removals.not_summed is None:  # otherwise the recorder names the parameter at the step
-            raise ConfigurationError(
-                f"per-sample gradients do not say what removing a sample from this training step does: {removals.reason}. "
-                "Samples see each other, rows are not in the order of the samples, or the loss weighs them by hand. Record with "
-                "record='replay', which measures removals where it has to."
-            )
-
-    def _rehearse(self, trainer: L.Trainer, scale: float) -> None:
-        """At the first steps: does a step that is run again give the gradient of the run?"""
-        self._rehearsals -= 1
-        if self._twin is None:
-            return
-        own = only_optimizer(trainer).param_groups
-        optimized = {id(p) for group in own for p in group["params"]}
-        factor = trainer.accumulate_grad_batches / scale
-        named = self._twin.named_parameters()  # which it shares with the module
-        gradients = {k: p.grad.detach() * factor for k, p in named if p.grad is not None and id(p) in optimized}
-        rehearse(
-            self._twin,
-            self._trial,
-            gradients,
-            frozen_batch_norm=self.frozen_batch_norm,
-            autocast=trainer.precision_plugin.forward_context,
-        )
-        if not self._rehearsals:
-            self._twin = None
-
-    def _weigh(self, losses: LossTap) -> None:
-        """What the loss that was called says of the batch's samples: their weights in it, and their training dynamics."""
-        if self._recorder is None or self._n is None:
-            return
-        weights = losses.sample_weights(self._n)
-        if weights is not None and self.sample_weights is None and self.reduction == "mean":
-            self._recorder.weigh(weights)
-        self._recorder.observe(losses.dynamics(self._n))
+        moment = self._live.start_batch(trainer, pl_module, batch, batch_idx)
+        ids, drawn = self._live.ids, self._live.drawn
+        assert drawn is not None
+        noted = asdict(moment) | ({} if torch.equal(ids, drawn) else {"drawn": drawn.tolist()})
+        less = None if self.record == "gradients" else self._live.recollated()
+        self._recorder.begin(batch, noted, self.sample_ids.fetched, less)
 
     def on_before_zero_grad(
         self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: torch.optim.Optimizer
     ) -> None:
         if self._recorder is not None:
+            self._live.before_zero_grad()
             self._recorder.before_zero_grad()
 
     def on_before_backward(self, trainer: L.Trainer, pl_module: L.LightningModule, loss: torch.Tensor) -> None:
         assert self._recorder is not None
-        if self._first_backward:
-            self._first_backward = False
-            refuse_reentrant_checkpointing(loss)
-        self._recorder.before_backward()
+        self._recorder.observe(self._live.dynamics)
+        self._live.before_backward(trainer, loss)
 
     def on_after_backward(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         assert self._recorder is not None
-        scaler = loss_scaler(trainer)
-        scale = scaler.get_scale() if scaler is not None else 1.0
-        weights = self._recorder.after_backward(scale, watch=self._watches)
-        if self._unverified is not None and weights is not None:
-            self._verify(trainer, pl_module, weights)
-        if self._rehearsals and weights is not None and self._recorder.first_of_step:
-            self._rehearse(trainer, scale)
-        elif not self._rehearsals:
-            self._twin = None
+        self._live.after_backward(trainer, pl_module)
+        self._recorder.after_backward()
 
     def on_before_optimizer_step(
         self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: torch.optim.Optimizer
@@ -437,14 +287,14 @@ class InfluenceCallback(L.Callback):
             "optimizer": type(optimizer).__name__,
             "update": update_name(optimizer),
             "record": self.record,
-            "frozen_batch_norm": self.frozen_batch_norm,
+            "frozen_batch_norm": self.options.frozen_batch_norm,
             "parameters": [] if capture is None else capture.table,
             "shapes": {k: list(p.shape) for k, p in pl_module.named_parameters()},
-            "excluded": list(self.exclude),
+            "excluded": list(self.options.exclude),
             "coverage": {"trained": size, "recorded": recorded},
             "compression": self.compression.kind,
             "mask": {"size": self.compression.mask_size, "seed": self.compression.seed},
-            "reduction": self.reduction,
+            "reduction": self.options.reduction,
             "precision": str(trainer.precision),
             "versions": _versions(),
         }
@@ -473,30 +323,6 @@ def _refuse_another_run(log: Path, manifest: dict[str, Any]) -> None:
                 f"the log {log} was recorded with {key}={recorded.get(key)!r:.200} and cannot go on with {value!r:.200}; "
                 "resume with the settings it began with, or record to another directory."
             )
-
-
-def _changes_gradients(trainer: L.Trainer, module: L.LightningModule) -> bool:
-    """Whether something may change gradients between the backward pass and the step."""
-    hook = "on_after_backward"
-    others = [c for c in trainer.callbacks if not isinstance(c, InfluenceCallback)]  # type: ignore[attr-defined]
-    return overrides(module, hook) or any(overrides(callback, hook) for callback in others)
-
-
-def _refuse_patterns(exclude: Sequence[str], module: L.LightningModule) -> None:
-    """A pattern that leaves out nothing is misspelt, and so is one that leaves nothing in."""
-    trains = {name: p.requires_grad for name, p in module.named_parameters()}
-    matched = {pattern: {name for name in trains if fnmatchcase(name, pattern)} for pattern in exclude}
-    for pattern, names in matched.items():
-        if not names:
-            raise ConfigurationError(
-                f"exclude={pattern!r} matches no parameter of {type(module).__name__}, which has {', '.join(trains):.200}; "
-                "give their names, or patterns of them."
-            )
-    recorded = {name for name in trains if trains[name]}.difference(*matched.values())
-    if exclude and not recorded:
-        raise ConfigurationError(
-            f"exclude={', '.join(exclude)!r} leaves out every parameter that trains; leave one to be recorded."
-        )
 
 
 def _refuse_no_queries(trainer: L.Trainer) -> None:

@@ -3,30 +3,34 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import lightning as L
-import torch
-from torch import Tensor
+from torch.utils._pytree import tree_leaves
 from torch.utils.data import DataLoader
 
+from lightning_influence.capture.step import StepOptions
 from lightning_influence.core.sweep import Method
 from lightning_influence.errors import ConfigurationError
 from lightning_influence.lightning.callback import InfluenceCallback
-from lightning_influence.lightning.step_selection import StepSelection
+from lightning_influence.lightning.step_selection import RoundSelection, StepSelection
+from lightning_influence.replay.removals import Removals
 from lightning_influence.report import InfluenceReport
 from lightning_influence.report.tables import in_notebook
 from lightning_influence.run.lightning_names import is_a, overrides
+from lightning_influence.run.random_state import random_state
 from lightning_influence.run.ranks import Ranks
 from lightning_influence.run.sample_ids import is_map_style
+from lightning_influence.run.sample_weights import WeightSource
 from lightning_influence.selection.decisions import SelectionReport
 from lightning_influence.selection.loader import SelectingLoader
-from lightning_influence.selection.lookahead import Candidates, look_ahead
-from lightning_influence.selection.policies import Fraction, Keep, Policy, Soft, decide, policy_of, stepwise
-from lightning_influence.selection.target import LiveTarget
+from lightning_influence.selection.policies import Fraction, Keep, policy_of, stepwise
+from lightning_influence.selection.selector import Known, LookAhead, Selector, Settings
+from lightning_influence.selection.target import Joined, LiveTarget
 
-_PASSED_ON = ("val_dataloader", "test_dataloader", "predict_dataloader")
+_LOADERS = ("val_dataloader", "test_dataloader", "predict_dataloader")
+_BATCH_HOOKS = ("on_before_batch_transfer", "transfer_batch_to_device", "on_after_batch_transfer")
 
 
 class SelectionDataModule(L.LightningDataModule):
@@ -35,7 +39,10 @@ class SelectionDataModule(L.LightningDataModule):
     Selection is scored from the present parameters and optimizer state: a sample's score is the predicted change
     of the target loss, ``horizon`` optimizer steps after the sample's own, were the sample removed (method.md
     section 8). With ``horizon=0, every=1`` samples leave the gradient inside the step; otherwise the run is rolled
-    out over the candidates, scored by the same sweep as `attribute`, and put back bit for bit.
+    out over the candidates, scored by the same sweep as `attribute`, and put back bit for bit. What a removal does to the
+    gradient is verified at the first step, or measured (in rounds).
+
+    Everything else is the wrapped datamodule's: its hooks, its state, its attributes.
 
     Args:
         data: the datamodule, or the training loader itself.
@@ -57,9 +64,16 @@ class SelectionDataModule(L.LightningDataModule):
         optimizer_assumption: as of `attribute`.
         response: as of `attribute`; first order unless asked, which selects as well at a fraction of the time
             (docs/benchmarks.md).
+        reduction: as of `InfluenceCallback`.
+        sample_weights: as of `InfluenceCallback`.
+        exclude: pattern or patterns of parameter names that train and are not looked at; inside the step their gradient
+            stays that of the whole batch.
+        frozen_batch_norm: as of `InfluenceCallback`.
 
     Attributes:
-        selection_report: what was decided so far.
+        selector: decides.
+        live_target: the gradient of the target, inside the step.
+        data: what is wrapped.
 
     Raises:
         ConfigurationError: choices that do not go together.
@@ -82,33 +96,46 @@ class SelectionDataModule(L.LightningDataModule):
         curvature: Literal["none", "fisher", "hessian"] = "hessian",
         response: Literal["finite", "tangent"] = "tangent",
         optimizer_assumption: Literal["sgd"] | None = None,
+        reduction: Literal["mean", "sum"] = "mean",
+        sample_weights: WeightSource = None,
+        exclude: str | Sequence[str] = (),
+        frozen_batch_norm: bool = False,
     ) -> None:
         super().__init__()
         # under its other name, Lightning takes only a datamodule that is an instance of its class of that name, too
         other, own = sys.modules.get("pytorch_lightning"), type(self)
         if other is not None and not issubclass(own, other.LightningDataModule):
             self.__class__ = type(own.__name__, (own, other.LightningDataModule), {"__module__": own.__module__})
-        self.data: Any = data
-        self.target, self.online_selection = target, online_selection
-        self.horizon, self.every, self.rebatch, self.floor = horizon, every, rebatch, floor
-        self.live_target = LiveTarget(refresh_target_every)  # inside the step
-        self.selection_report = SelectionReport()
-        self._check()
+        wraps = is_a(data, "LightningDataModule")
+        if wraps:
+            self.__dict__.clear()  # trainer, hyperparameters and the like are the wrapped datamodule's
+        self.online_selection = online_selection
+        self.live_target = LiveTarget(refresh_target_every)
+        self._target, self._batches = target, None  # as given, and as it is read
         policy = policy_of(keep)
-        self.policy = Fraction(policy.fraction, per) if isinstance(policy, Fraction) else policy
-        if isinstance(self.policy, Soft) and not self.inside_the_step:
-            raise ConfigurationError("Soft weighs gradients, which horizon=0, every=1 does; a batch has no weights.")
-        self.portions: Sequence[Policy] = stepwise(self.policy, rescore)
-        self.method = Method(
+        policy = Fraction(policy.fraction, per) if isinstance(policy, Fraction) else policy
+        method = Method(
             curvature if horizon else "none",
             response,
-            memory_window=min(8, horizon),
+            memory_window=min(8, max(0, horizon)),
             optimizer=optimizer_assumption,
         )
-        self._offline: InfluenceReport | None = None
-        for name in _PASSED_ON:  # what is not there is not defined: Lightning then leaves validation, say, out
-            defined = is_a(data, "LightningDataModule") and overrides(data, name)
-            setattr(self, name, getattr(data, name) if defined else None)
+        settings = Settings(
+            stepwise(policy, rescore),
+            method,
+            horizon,
+            every,
+            rebatch,
+            floor,
+            StepOptions(reduction, sample_weights, exclude, frozen_batch_norm),
+        )
+        self.selector = Selector(settings, None if settings.every_step else LookAhead(self._target_batches, settings))
+        for name in (*_LOADERS, *_BATCH_HOOKS):
+            if wraps and overrides(data, name):
+                self.__dict__[name] = getattr(data, name)
+            elif name in _LOADERS:  # Lightning then leaves validation, say, out
+                self.__dict__[name] = None
+        self.__dict__["data"] = data
 
     @classmethod
     def from_report(
@@ -120,29 +147,34 @@ class SelectionDataModule(L.LightningDataModule):
             options: as of the class. Samples that the report does not score are kept.
         """
         selected = cls(data, keep=keep, **options)
-        selected._offline = report
+        scores = dict(zip(report.sample_ids.tolist(), report.scores.mean(1).tolist(), strict=True))
+        selected.selector = Selector(selected.selector.settings, Known(scores))
+        selected.online_selection = True
         return selected
 
-    def _check(self) -> None:
-        for name, value, least in (
-            ("horizon", self.horizon, 0),
-            ("refresh_target_every", self.live_target.every, 1),
-        ):
-            if value < least:
-                raise ConfigurationError(f"{name}={value}; it counts optimizer steps and is at least {least}.")
-        if self.every != "epoch" and (isinstance(self.every, str) or self.every < 1):
-            raise ConfigurationError(f"every={self.every!r}; give 'epoch' or a number of optimizer steps from 1.")
-        if not 0 <= self.floor <= 1:
-            raise ConfigurationError(f"floor={self.floor}; it is a fraction of a batch, from 0 to 1.")
-        if self.inside_the_step and self.rebatch:
-            raise ConfigurationError("rebatch=True fills batches, but horizon=0, every=1 selects inside the step.")
-
     @property
-    def inside_the_step(self) -> bool:
-        """Whether samples leave the gradient instead of the batch."""
-        return self.horizon == 0 and self.every == 1
+    def selection_report(self) -> SelectionReport:
+        """What was decided so far."""
+        return self.selector.report
 
     # -- the wrapped datamodule -------------------------------------------------------------------------
+
+    def __getattr__(self, name: str) -> Any:
+        """What this does not have is the wrapped datamodule's."""
+        if self._is_passed_on(name):
+            return getattr(self.__dict__["data"], name)
+        raise AttributeError(f"{type(self).__name__} has no attribute {name!r}")
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        own = name in self.__dict__ or hasattr(type(self), name)
+        if not own and self._is_passed_on(name):
+            setattr(self.__dict__["data"], name, value)
+        else:
+            super().__setattr__(name, value)
+
+    def _is_passed_on(self, name: str) -> bool:
+        data = self.__dict__.get("data")
+        return is_a(data, "LightningDataModule") and not name.startswith("__") and hasattr(data, name)
 
     def prepare_data(self) -> None:
         if is_a(self.data, "LightningDataModule"):
@@ -150,91 +182,81 @@ class SelectionDataModule(L.LightningDataModule):
 
     def setup(self, stage: str) -> None:
         if is_a(self.data, "LightningDataModule"):
-            self.data.trainer = self.trainer
             self.data.setup(stage)
-        if stage != "fit" or not self._selects or self.trainer is None:
+        if stage != "fit" or not self.online_selection or self.trainer is None:
             return
         Ranks.of(self.trainer)
-        if self.inside_the_step and self._offline is None:
-            if any(isinstance(c, InfluenceCallback) for c in self.trainer.callbacks):  # type: ignore[attr-defined]
-                raise ConfigurationError(
-                    "InfluenceCallback records the gradient of whole batches, and horizon=0, every=1 takes samples out of "
-                    "it. Record with every='epoch', or without selection."
-                )
-            self.trainer.callbacks.append(StepSelection(self))  # type: ignore[attr-defined]
+        callbacks: list[Any] = self.trainer.callbacks  # type: ignore[attr-defined]
+        scorer = self.selector.scorer
+        if scorer is not None:
+            if isinstance(scorer, LookAhead):
+                scorer.removals = Removals()  # another run, perhaps of another module
+            if scorer.reads_batches:
+                callbacks.append(RoundSelection(self.selector.settings.options))
+            return
+        if any(isinstance(c, InfluenceCallback) for c in callbacks):
+            raise ConfigurationError(
+                "InfluenceCallback records the gradient of whole batches, and horizon=0, every=1 takes samples out of "
+                "it. Record with every='epoch', or without selection."
+            )
+        callbacks.append(StepSelection(self.selector, self.live_target, self._target_batches))
 
     def teardown(self, stage: str) -> None:
         if is_a(self.data, "LightningDataModule"):
             self.data.teardown(stage)
+        self._leave()
+        if self.trainer is not None and stage == "fit" and self.online_selection:
+            self.selector.report = SelectionReport.merged(Ranks.of(self.trainer).gather(self.selector.report))
+
+    def on_exception(self, exception: BaseException) -> None:
+        if is_a(self.data, "LightningDataModule"):
+            self.data.on_exception(exception)
+        self._leave()
+
+    def _leave(self) -> None:
+        """Take the callback of selection away from the trainer."""
+        self._batches = None
         if self.trainer is not None:
             callbacks = self.trainer.callbacks  # type: ignore[attr-defined]
-            callbacks[:] = [c for c in callbacks if not isinstance(c, StepSelection)]
-            if stage == "fit" and self._selects:
-                parts = Ranks.of(self.trainer).gather(self.selection_report)
-                self.selection_report = SelectionReport.merged(parts)
+            callbacks[:] = [c for c in callbacks if not isinstance(c, (StepSelection, RoundSelection))]
 
     def train_dataloader(self) -> Any:
         loader = self.data.train_dataloader() if is_a(self.data, "LightningDataModule") else self.data
-        if not self._selects:
+        if not self.online_selection:
             return loader
         if not is_map_style(loader):
             raise ConfigurationError(
                 f"the training data is a {type(loader).__name__} of {type(getattr(loader, 'dataset', None)).__name__}; "
                 "selection draws samples by their indices, so it needs a DataLoader of a map-style dataset with batches."
             )
-        if self.inside_the_step and self._offline is None:
+        if self.selector.inside_the_step:
             return loader
         assert self.trainer is not None
-        return SelectingLoader(self, loader, Ranks.of(self.trainer))
+        return SelectingLoader(self.selector, loader, self.trainer)
 
-    @property
-    def _selects(self) -> bool:
-        return self.online_selection or self._offline is not None
-
-    # -- scores and decisions ---------------------------------------------------------------------------
-
-    def target_batches(self) -> Any:
+    def _target_batches(self) -> Any:
         """The target as `lookahead.look_ahead` takes it.
 
         Raises:
             ConfigurationError: there is none.
         """
-        if self.target is not None:
-            return self.target
-        if self.val_dataloader is not None:
-            loader = self.val_dataloader()
-            if isinstance(loader, Iterable) and not (isinstance(loader, list) and not loader):
-                return loader
-        raise ConfigurationError(
-            "selection needs a target: give target= a loader of held-out examples, or a datamodule with val_dataloader."
-        )
-
-    def round_scores(self, candidates: Sequence[Sequence[Candidates]], scored: int) -> list[Tensor]:
-        """Scores ``(n,)`` of the next ``scored`` steps, each step a list of micro-batches."""
-        assert self.trainer is not None
-        if self._offline is not None:
-            known = dict(zip(self._offline.sample_ids.tolist(), self._offline.scores.mean(1).tolist(), strict=True))
-            ids = [torch.cat([c.sample_ids for c in step]).tolist() for step in candidates[:scored]]
-            return [torch.tensor([known.get(z, torch.inf) for z in step]) for step in ids]
-        return look_ahead(self.trainer, candidates, self.target_batches(), self.horizon, self.method, scored)
-
-    def decide(
-        self, policy: Policy, scores: Tensor, sample_ids: Tensor, batches: Tensor, left: Tensor | None = None
-    ) -> Tensor:
-        """Weights ``(n,)`` of one portion; what is not ``left`` stays away."""
-        left = torch.ones(len(scores), dtype=torch.bool) if left is None else left
-        weights = torch.zeros(len(scores))
-        weights[left] = decide(policy, scores[left].float(), sample_ids[left], batches[left], self.floor)
-        return weights
-
-    def note(self, trainer: L.Trainer, sample_ids: Tensor, scores: Tensor, weights: Tensor) -> None:
-        """Keep a decision, and log it through the trainer's loggers."""
-        self.selection_report.add(trainer.global_step, sample_ids, scores, weights)
-        every = trainer.log_every_n_steps if self.inside_the_step else 1  # type: ignore[attr-defined]
-        if trainer.global_step % every == 0:
-            told = {"selection/kept": float(weights.mean()), "selection/score": float(scores[scores.isfinite()].mean())}
-            for logger in trainer.loggers:
-                logger.log_metrics(told, trainer.global_step)
+        if callable(self._target):
+            return self._target
+        if self._batches is None:
+            with random_state(None):  # a loader that is made may draw random numbers
+                given = self._target
+                if given is None and self.val_dataloader is not None:
+                    loaders = self.val_dataloader()
+                    given = Joined(tree_leaves(getattr(loaders, "iterables", loaders)))  # of a CombinedLoader
+                elif isinstance(given, DataLoader):
+                    given = Joined([given])
+            if given is None or (isinstance(given, Joined) and not given.loaders):
+                raise ConfigurationError(
+                    "selection needs a target: give target= a loader of held-out examples, or a datamodule with "
+                    "val_dataloader."
+                )
+            self._batches = given
+        return self._batches
 
     def __repr__(self) -> str:
         how = f"horizon={self.horizon}, every={self.every!r}, {self.policy!r}"
@@ -248,10 +270,16 @@ class SelectionDataModule(L.LightningDataModule):
 
     def state_dict(self) -> dict[str, Any]:
         ranks = Ranks() if self.trainer is None else Ranks.of(self.trainer)
-        return {"decisions": ranks.gather(self.selection_report.rows), "target": self.live_target.state_dict()}
+        return {
+            "decisions": ranks.gather(self.selector.report.rows),
+            "target": self.live_target.state_dict(),
+            "data": self.data.state_dict() if is_a(self.data, "LightningDataModule") else {},
+        }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        if state_dict.get("data"):
+            self.data.load_state_dict(state_dict["data"])
         self.live_target.load_state_dict(state_dict["target"])
         decisions = state_dict["decisions"]
         rank = 0 if self.trainer is None else self.trainer.global_rank
-        self.selection_report = SelectionReport(list(decisions[rank]) if rank < len(decisions) else [])
+        self.selector.report = SelectionReport(list(decisions[rank]) if rank < len(decisions) else [])

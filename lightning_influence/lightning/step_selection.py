@@ -1,96 +1,97 @@
-"""Selection inside the step: samples leave the gradient that the backward pass has already produced.
+"""The callbacks of selection; `SelectionDataModule` adds one of them to the trainer.
 
-Immediate scores (horizon 0) need no roll-out. The shares of the step's gradient come from the training backward,
-and the whole target is read only every so often (`live_target`).
+Immediate scores (horizon 0) need no roll-out: samples leave the gradient that the backward pass has already produced. The
+shares of the step's gradient come from the training backward, and the whole target is read only every so often
+(`target.LiveTarget`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
-from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable
+from contextlib import ExitStack
+from typing import Any
 
 import lightning as L
 import torch
-from torch import Tensor
 
-from lightning_influence.capture import GradientCapture
-from lightning_influence.core.optimizers import UPDATES, coupling
+from lightning_influence.capture import freeze_batch_norm, refuse_batch_norm
+from lightning_influence.capture.step import StepCollector, StepOptions
+from lightning_influence.core.optimizers import UPDATES
 from lightning_influence.core.optimizers import step as take_step
 from lightning_influence.core.removal import consumed_gradients
-from lightning_influence.core.shares import Form, Stack
 from lightning_influence.core.sweep import sweep
-from lightning_influence.core.trajectory import Shares, StepRecord, Vectors
-from lightning_influence.errors import CurvatureUnavailable
-from lightning_influence.run.optimizer import read_hyper, read_moments, update_name
-from lightning_influence.run.ranks import Ranks
+from lightning_influence.core.trajectory import Vectors
+from lightning_influence.lightning.live_run import LiveRun
+from lightning_influence.run.optimizer import update_name
 from lightning_influence.run.sample_ids import SampleIds
-from lightning_influence.run.sample_weights import sample_weights
 from lightning_influence.run.trainer import clip_of, loss_scaler, only_optimizer
 from lightning_influence.run.training_step import parameters_at
-
-if TYPE_CHECKING:
-    from lightning_influence.lightning.datamodule import SelectionDataModule
-
-
-@dataclass(frozen=True)
-class _MicroBatch:
-    sample_ids: Tensor
-    loss_weights: Tensor
-    shares: Mapping[str, Form]
+from lightning_influence.selection.live_step import LiveStep
+from lightning_influence.selection.selector import Selector
+from lightning_influence.selection.target import LiveTarget
 
 
 class StepSelection(L.Callback):
-    """Takes samples out of a run's gradients; `SelectionDataModule` adds it to the trainer."""
+    """Takes samples out of a run's gradients.
 
-    def __init__(self, data: SelectionDataModule) -> None:
-        self.data, self.sample_ids = data, SampleIds()
-        self._capture: GradientCapture | None = None
-        self._started: tuple[Tensor, Tensor] | None = None
-        self._micro_batches: list[_MicroBatch] = []
+    Args:
+        selector: decides.
+        live_target: the gradient of the target at every step.
+        target: gives the target, as ``live_target`` takes it.
+    """
 
-    def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self.sample_ids.listen_to(trainer.strategy)
+    def __init__(self, selector: Selector, live_target: LiveTarget, target: Callable[[], Any]) -> None:
+        self.selector, self.live_target, self.target = selector, live_target, target
+        otherwise = "select in rounds (every='epoch', or a horizon of 1 or more)"
+        self._live = LiveRun(selector.settings.options, SampleIds(), self, otherwise=otherwise)
+        self._collector: StepCollector | None = None
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        if stage == "fit":
+            self._live.listen(trainer, pl_module)
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self._ranks = Ranks.of(trainer)
-        self._capture = GradientCapture(pl_module)
-        self._capture.attach()
-        self.sample_ids.start(trainer.train_dataloader)
+        self._collector = self._live.start(trainer, pl_module, captures=True)
 
     def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self.sample_ids.start(trainer.train_dataloader)  # it may have been reloaded
+        self._live.start_epoch(trainer)
 
     def on_train_batch_start(
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        assert self._capture is not None
-        ids = self.sample_ids.next(batch)
-        weights = sample_weights(batch, len(ids))
-        self._started = ids, weights / weights.sum() / (trainer.accumulate_grad_batches * self._ranks.size)
-        self._capture.begin(len(ids))
+        self._live.start_batch(trainer, pl_module, batch, batch_idx)
+
+    def on_before_zero_grad(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: torch.optim.Optimizer
+    ) -> None:
+        if self._collector is not None:
+            self._live.before_zero_grad()
+
+    def on_before_backward(self, trainer: L.Trainer, pl_module: L.LightningModule, loss: torch.Tensor) -> None:
+        self._live.before_backward(trainer, loss)
 
     def on_after_backward(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        assert self._capture is not None and self._started is not None
-        scaler = loss_scaler(trainer)
-        shares = self._capture.take(1.0 / (self._ranks.size * (1.0 if scaler is None else scaler.get_scale())))
-        self._micro_batches.append(_MicroBatch(*self._started, shares))
+        self._live.after_backward(trainer, pl_module)
 
     def on_before_optimizer_step(
         self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: torch.optim.Optimizer
     ) -> None:
-        micro_batches, self._micro_batches = self._micro_batches, []
-        step = LiveStep.read(trainer, micro_batches, self._ranks)
+        assert self._collector is not None
+        skips = loss_scaler(trainer) is not None
+        collected = self._collector.before_step(trainer.global_step, clip_of(trainer), may_skip=skips)
+        if collected is None:
+            return
+        step = LiveStep.of(collected, pl_module, self._collector.update_name, self._collector.ranks)
         scores = torch.zeros(len(step.weights))
-        for policy in self.data.portions:
+        for policy in self.selector.settings.portions:
             left = step.weights > 0
             target = self._target_after(trainer, step)
-            rows = sweep(step, target, self.data.method, progress=False)
+            rows = sweep(step, target, self.selector.settings.method, progress=False)
             scores[left] = rows.of(step.full.sample_ids[left])[:, 0].to(scores)
-            step = step.weighted(self.data.decide(policy, scores, step.full.sample_ids, step.full.micro_batches, left))
+            weights = self.selector.decide(policy, scores, step.full.sample_ids, step.full.micro_batches, left)
+            step = step.weighted(weights)
         step.write(pl_module)
-        self.data.note(trainer, step.full.sample_ids, scores, step.weights)
+        self.selector.note(trainer, step.full.sample_ids, scores, step.weights)
 
     def _target_after(self, trainer: L.Trainer, step: LiveStep) -> Vectors:
         """The target gradient where the step leads: that is where the removal of a sample is felt."""
@@ -101,156 +102,34 @@ class StepSelection(L.Callback):
             for k, gradient in consumed_gradients(record).items()
         }
         with parameters_at(module, moved):
-            return self.data.live_target.gradient(module, self.data.target_batches(), step.select, trainer.global_step)
+            return self.live_target.gradient(module, self.target(), step.select, trainer.global_step)
+
+    def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
+        self._live.stop(trainer)
 
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        if self._capture is not None:
-            self._capture.detach()
-        trainer.strategy.__dict__.pop("process_dataloader", None)
-        self.sample_ids.stop()
+        self._live.stop(trainer)
 
 
-@dataclass
-class LiveStep:
-    """The optimizer step that is about to be taken: a trajectory of one step.
-
-    Attributes:
-        full: with every sample in it.
-        dims: number of dimensions of each parameter that is trained.
-        forms: shares of the samples.
-        weights: ``(n,)``, what is left of each of this process's samples.
-        ranks: the processes whose gradients are averaged.
-        whole: nothing was taken away, on any of them.
+class RoundSelection(L.Callback):
+    """Refuses at the start of a run what the roll-outs of selection in rounds would refuse later, and trains batch
+    normalisation as they do.
     """
 
-    optimizer: str
-    sizes: dict[str, tuple[int, int]]
-    dims: dict[str, int]
-    full: StepRecord
-    forms: Mapping[str, Form]
-    weights: Tensor
-    ranks: Ranks
-    whole: bool = True
+    def __init__(self, options: StepOptions) -> None:
+        self.options, self._undo = options, ExitStack()
 
-    @classmethod
-    def read(cls, trainer: L.Trainer, micro_batches: list[_MicroBatch], ranks: Ranks) -> LiveStep:
-        """From the trainer's optimizer and the micro-batches whose backward has run."""
-        optimizer, module = only_optimizer(trainer), trainer.lightning_module
-        update = update_name(optimizer)
-        forms: dict[str, Form] = {
-            k: form if len(micro_batches) == 1 else Stack([m.shares[k] for m in micro_batches])
-            for k, form in micro_batches[0].shares.items()
-        }
-        groups = {p: group for group in optimizer.param_groups for p in group["params"]}
-        own = {k: p for k, p in module.named_parameters() if k in forms and p.grad is not None}
-        hyper = {k: read_hyper(groups[p], optimizer.state.get(p, {}), type(optimizer)) for k, p in own.items()}
-        clip = clip_of(trainer)
-        if clip.rule == "norm":
-            norms = torch.stack([p.grad.norm() for p in groups if p.grad is not None])
-            clip = replace(clip, raw_norm=float(torch.linalg.vector_norm(norms)))
-        record = StepRecord(
-            index=0,
-            sample_ids=torch.cat([m.sample_ids for m in micro_batches]),
-            loss_weights=torch.cat([m.loss_weights for m in micro_batches]),
-            micro_batches=torch.cat([torch.full_like(m.sample_ids, i) for i, m in enumerate(micro_batches)]),
-            gradients={k: p.grad.detach().flatten() for k, p in own.items() if p.grad is not None},
-            moments={
-                k: tuple(m.flatten() for m in read_moments(optimizer.state.get(p, {}), UPDATES[update], p))
-                for k, p in own.items()
-            },
-            hyper=hyper,
-            clip=clip,
-            parameters={k: p.detach().flatten() for k, p in own.items() if coupling(hyper[k])},
-        )
-        sizes = {k: (p.numel(), p.numel()) for k, p in own.items()}
-        dims = {k: p.dim() for k, p in module.named_parameters() if p.requires_grad}
-        weights = torch.ones(len(record.sample_ids), dtype=torch.float64)
-        return cls(update, sizes, dims, record, {k: forms[k] for k in own}, weights, ranks)
-
-    def weighted(self, weights: Tensor) -> LiveStep:
-        """With each sample weighted; what is averaged together is averaged over the weights."""
-        weights = self.weights * weights
-        taken = self.ranks.sum((weights != 1).sum())
-        return replace(self, weights=weights, whole=not bool(taken))
-
-    def write(self, module: L.LightningModule) -> None:
-        """Give the module the gradient that is left."""
-        if self.whole:
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        update_name(only_optimizer(trainer))
+        self.options.check(pl_module)
+        if not self.options.frozen_batch_norm:
+            refuse_batch_norm(pl_module)
             return
-        gradients = self.record(0).gradients
-        for name, p in module.named_parameters():
-            if name in gradients and p.grad is not None:
-                p.grad.copy_(gradients[name].view_as(p))
+        for handle in freeze_batch_norm(pl_module):
+            self._undo.callback(handle.remove)
 
-    def __len__(self) -> int:
-        return 1
+    def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
+        self._undo.close()
 
-    def record(self, index: int) -> StepRecord:
-        return self.full if self.whole else self._left_record
-
-    @cached_property
-    def _left_record(self) -> StepRecord:
-        factors, whole = self._factors, self.full.gradients
-        gradients = {k: self._left(form, whole[k], factors) for k, form in self.forms.items()}
-        clip = self.full.clip
-        if clip.rule == "norm":
-            change = sum(float(g.square().sum() - whole[k].square().sum()) for k, g in gradients.items())
-            clip = replace(clip, raw_norm=max(clip.raw_norm**2 + change, 0.0) ** 0.5)
-        return replace(self.full, gradients=gradients, loss_weights=self.full.loss_weights * factors, clip=clip)
-
-    def _left(self, form: Form, whole: Tensor, factors: Tensor) -> Tensor:
-        """The gradient ``(d,)`` that is left of one parameter's whole one."""
-        if self.ranks.size > 1 or isinstance(form, Stack):
-            return self.ranks.sum(form.combine(factors[None].to(whole))[0])
-        # all samples are averaged together, and few are taken away
-        factor = float(factors.sum() / self.weights.sum())
-        taken = form.combine((factor * (self.weights - 1))[None].to(whole))[0]
-        return taken.add_(whole, alpha=factor)
-
-    def sample_ids(self, index: int) -> Tensor:
-        return self.full.sample_ids
-
-    def shares(self, index: int) -> Mapping[str, Shares]:
-        factors = self._factors
-        return {k: _Weighted(form, factors) for k, form in self.forms.items()}
-
-    @cached_property
-    def _factors(self) -> Tensor:
-        """Of each share ``(n,)``: its weight, over the mean weight of its micro-batch."""
-        losses, numbers = self.full.loss_weights, self.full.micro_batches
-        n = int(numbers.max()) + 1
-        whole = torch.zeros(n, dtype=losses.dtype).index_add_(0, numbers, losses)
-        left = torch.zeros(n, dtype=losses.dtype).index_add_(0, numbers, losses * self.weights)
-        return self.weights * (whole / left.clamp(min=1e-30))[numbers]
-
-    def select(self, name: str, values: Tensor) -> Tensor:
-        return values.flatten(values.dim() - self.dims[name])
-
-    def curvature_product(self, index: int, kind: str, vectors: Vectors) -> Vectors:
-        raise CurvatureUnavailable("a step that is about to be taken has no replay; use curvature='none'.")
-
-
-@dataclass(frozen=True)
-class _Weighted:
-    """Shares times a factor of each sample."""
-
-    shares: Form
-    factors: Tensor
-
-    @property
-    def n_samples(self) -> int:
-        return self.shares.n_samples
-
-    @property
-    def n_coordinates(self) -> int:
-        return self.shares.n_coordinates
-
-    def inner(self, vectors: Tensor) -> Tensor:
-        return self.shares.inner(vectors) * self.factors.to(vectors)
-
-    def combine(self, weights: Tensor) -> Tensor:
-        return self.shares.combine(weights * self.factors.to(weights))
-
-    def dense(self, samples: slice = slice(None)) -> Tensor:
-        rows = self.shares.dense(samples)
-        return rows * self.factors[samples, None].to(rows)
+    def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        self._undo.close()

@@ -101,6 +101,7 @@ class ReplayTrajectory:
         samples: the only ones whose removals are measured; None for all.
         verify: hold the removals that shares give against evaluations without the sample.
         progress: show a bar where replaying a segment takes longer than two seconds.
+        removals: what was verified of an earlier part of the same run, with which this one goes on.
 
     Attributes:
         stopped_paths: whether the gradient depends on the parameters along paths that the loss stops, and whether the
@@ -124,6 +125,7 @@ class ReplayTrajectory:
         samples: Collection[int] | None = None,
         verify: bool = True,
         progress: bool = True,
+        removals: Removals | None = None,
     ) -> None:
         self.module, self.plan, self.optimizer = module, plan, plan.optimizer
         self._progress = progress
@@ -136,7 +138,7 @@ class ReplayTrajectory:
         self._samples = None if samples is None else set(samples)
         self._announced = False
         self.stopped_paths: Literal["none", "followed", "not followed"] | None = None
-        self.removals = Removals(unverifiable=None if verify else "verify=False")
+        self.removals = removals or Removals(unverifiable=None if verify else "verify=False")
         self.differenced = False
         self._capture = self._captured(exclude)
         self._autocast, self._exact, self._at_once = autocast, exact, at_once

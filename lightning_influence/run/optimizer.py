@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from lightning_influence.core.optimizers import Moments, Update
+from lightning_influence.core.trajectory import Hyper
 from lightning_influence.errors import UnsupportedOptimizer
 
 
@@ -65,6 +67,17 @@ def read_hyper(group: dict[str, Any], state: dict[str, Any], kind: type) -> dict
         "eps": float(group["eps"]),
         "decoupled": float(decoupled),
         "step": float(state.get("step", 0)) + 1,
+    }
+
+
+def read_hypers(optimizer: torch.optim.Optimizer, parameters: Mapping[str, Tensor]) -> dict[str, Hyper]:
+    """Hyperparameters of parameters for their next step, by name; of those that the optimizer moves."""
+    groups = {id(p): group for group in optimizer.param_groups for p in group["params"]}
+    kind = type(optimizer)
+    return {
+        name: read_hyper(groups[id(p)], optimizer.state.get(p, {}), kind)
+        for name, p in parameters.items()
+        if id(p) in groups
     }
 
 

@@ -3,16 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
+from lightning import LightningModule
 from torch import Tensor
 
 from lightning_influence.errors import ConfigurationError
 from lightning_influence.run.batches import batch_size, leaves, without
 from lightning_influence.run.random_state import random_state
+from lightning_influence.run.training_step import prepared
 
 _LOOKED_AT = 3  # batches, before it is believed that rows stay in the order in which they were drawn
+
+
+def row_order(loader: Any, module: LightningModule) -> RowOrder | None:
+    """Tells the order of the rows in the batches of a training loader; None where it does not say how it collates."""
+    dataset, collate = getattr(loader, "dataset", None), getattr(loader, "collate_fn", None)
+    return None if dataset is None or collate is None else RowOrder(dataset, collate, partial(prepared, module))
 
 
 class RowOrder:

@@ -181,11 +181,16 @@ def prepared(module: LightningModule, batch: Any, *, datamodule: Any = None, pre
     transfer, on the module's device.
 
     Args:
-        datamodule: whose hooks win over the module's where it overrides them.
-        precision: of the trainer.
+        datamodule: whose hooks win over the module's where it overrides them; by default that of the module's trainer.
+        precision: of the run; by default that of the module's trainer.
     """
+    trainer = module._trainer
+    datamodule = getattr(trainer, "datamodule", None) if datamodule is None else datamodule
+    plugin = getattr(trainer, "precision_plugin", None)
     if precision in _CONVERTED:
         batch = to_dtype(batch, _CONVERTED[precision])
+    elif precision is None and plugin is not None:
+        batch = plugin.convert_input(batch)
     hooks = {
         name: getattr(datamodule if datamodule is not None and overrides(datamodule, name) else module, name)
         for name in ("on_before_batch_transfer", "transfer_batch_to_device", "on_after_batch_transfer")

@@ -2,22 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from itertools import islice
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import lightning as L
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
 from lightning_influence.run.random_state import random_state
 from lightning_influence.run.ranks import Ranks
+from lightning_influence.run.rows import row_order
 from lightning_influence.run.sample_ids import RecordedBatchSampler
+from lightning_influence.run.training_step import prepared
 from lightning_influence.selection.lookahead import Candidates
-
-if TYPE_CHECKING:
-    from lightning_influence.lightning.datamodule import SelectionDataModule
+from lightning_influence.selection.selector import Scorer, Selector
 
 
 @dataclass
@@ -49,21 +50,46 @@ class SelectingLoader:
     Its length is known, so Lightning fetches nothing ahead and every round sees the run where it stands. Several
     processes deal out among them the batches that the first one draws, and each selects on its own; they have
     equally many batches, so none waits for another. A run that is resumed inside an epoch goes on with what was decided.
+
+    Args:
+        selector: decides, by its scorer.
+        loader: of a map-style dataset.
+        trainer: of the run.
     """
 
-    def __init__(self, selection: SelectionDataModule, loader: DataLoader[Any], ranks: Ranks) -> None:
-        self.selection, self.loader, self.ranks = selection, loader, ranks
+    def __init__(self, selector: Selector, loader: DataLoader[Any], trainer: L.Trainer) -> None:
+        assert selector.scorer is not None
+        self.selector, self.loader, self.trainer = selector, loader, trainer
+        self.settings, self.ranks = selector.settings, Ranks.of(trainer)
+        self._scorer: Scorer = selector.scorer
+        self._row_order = row_order(loader, trainer.lightning_module)
         self.dataset, self.num_workers, self.collate_fn = loader.dataset, loader.num_workers, loader.collate_fn
         self._due: list[list[int]] = []  # batches that are being delivered
         self.batch_sampler = RecordedBatchSampler(self._due)  # where `SampleIds` listens
         self._epoch: _Epoch | None = None
         self._resumed: _Epoch | None = None
+        self._tried = False
 
     def __len__(self) -> int:
         return -(-len(self.loader) // self.ranks.size)
 
     def __iter__(self) -> Iterator[Any]:
-        epoch, self._resumed = self._resumed or self._begin(), None
+        # random numbers are drawn as and when the loader itself draws them, so that the order of the data is the same; but
+        # first Lightning asks for an iterator only to see whether there is one, as it does not of a DataLoader
+        if not self._tried or self._resumed is not None:
+            self._tried = True
+            return self._deliver(self._begin)
+        seed = self._draw_seed()
+        if self.num_workers == 0:
+            return self._deliver(lambda: self._begin(seed))
+        epoch = self._begin(seed)
+        return self._deliver(lambda: epoch)
+
+    def _draw_seed(self) -> int:
+        return int(torch.empty((), dtype=torch.int64).random_(generator=self.loader.generator))
+
+    def _deliver(self, begin: Callable[[], _Epoch]) -> Iterator[Any]:
+        epoch = begin()
         self._epoch, self._seeds = epoch, torch.Generator().manual_seed(epoch.seed)
         while epoch.delivered < len(self) and (epoch.kept or epoch.drawn):
             if not epoch.kept:
@@ -89,15 +115,18 @@ class SelectingLoader:
         if self.loader.generator is not None and state_dict["generator"] is not None:
             self.loader.generator.set_state(state_dict["generator"])
 
-    def _begin(self) -> _Epoch:
-        # random numbers are drawn as the loader itself draws them, so that the order of the data is the same
-        seed = torch.empty((), dtype=torch.int64).random_(generator=self.loader.generator)
+    def _begin(self, seed: int | None = None) -> _Epoch:
+        """An epoch from its beginning, or from where it was resumed."""
+        resumed, self._resumed = self._resumed, None
+        if resumed is not None:
+            return resumed
+        seed = self._draw_seed() if seed is None else seed
         passes = [self._draw()]
         if self.ranks.size > 1 and passes[0]:
             # processes need further passes at different times, so all that may be needed are agreed on beforehand
             passes += [self._draw() for _ in range(self._most_passes(len(passes[0][0])) - 1)]
         first, *further = [self._own(drawn) for drawn in self.ranks.first(passes)]
-        return _Epoch(len(first[0]) if first else 0, int(seed), first, further)
+        return _Epoch(len(first[0]) if first else 0, seed, first, further)
 
     def _own(self, drawn: list[list[int]]) -> list[list[int]]:
         """This process's batches among those that were drawn."""
@@ -109,7 +138,7 @@ class SelectingLoader:
         length = self._round(len(epoch.drawn))
         kept = self._select(epoch.drawn, length)
         epoch.drawn = epoch.drawn[length:]
-        if self.selection.rebatch:
+        if self.settings.rebatch:
             epoch.waiting += [z for batch in kept for z in batch]
             size = epoch.size
             kept = [epoch.waiting[i : i + size] for i in range(0, len(epoch.waiting) - size + 1, size)]
@@ -119,9 +148,9 @@ class SelectingLoader:
 
     def _most_passes(self, size: int) -> int:
         """Passes that fill the epoch even if every batch keeps no more than its floor."""
-        if not self.selection.rebatch:
+        if not self.settings.rebatch:
             return 1
-        return 2 + -(-size // max(1, round(self.selection.floor * size)))
+        return 2 + -(-size // max(1, round(self.settings.floor * size)))
 
     def _draw(self) -> list[list[int]]:
         sampler = self.loader.batch_sampler
@@ -132,38 +161,40 @@ class SelectingLoader:
 
     def _round(self, available: int) -> int:
         """Batches that the next round decides about."""
-        every = self.selection.every
-        trainer = self.selection.trainer
-        assert trainer is not None
-        return available if every == "epoch" else min(available, int(every) * trainer.accumulate_grad_batches)
+        every = self.settings.every
+        return available if every == "epoch" else min(available, int(every) * self.trainer.accumulate_grad_batches)
 
     def _select(self, drawn: list[list[int]], length: int) -> list[list[int]]:
         """The first ``length`` batches without what the policy removes."""
-        selection, trainer = self.selection, self.selection.trainer
-        assert trainer is not None
-        ahead = drawn[: length + selection.horizon * trainer.accumulate_grad_batches]
+        ahead = drawn[: length + self.settings.horizon * self.trainer.accumulate_grad_batches]
         sample_ids = torch.tensor([z for batch in drawn[:length] for z in batch])
         batches = torch.tensor([i for i, batch in enumerate(drawn[:length]) for _ in batch])
         left = torch.ones(len(sample_ids), dtype=torch.bool)
         scores = torch.zeros(len(sample_ids))
-        for policy in selection.portions:
+        for policy in self.settings.portions:
             kept = [sample_ids[left & (batches == i)].tolist() for i in range(length)]
             scores[left] = self._scores([*kept, *ahead[length:]], length).to(scores)
-            left = selection.decide(policy, scores, sample_ids, batches, left) > 0
-        selection.note(trainer, sample_ids, scores, left.float())
+            left = self.selector.decide(policy, scores, sample_ids, batches, left) > 0
+        self.selector.note(self.trainer, sample_ids, scores, left.float())
         return [sample_ids[left & (batches == i)].tolist() for i in range(length)]
 
     def _scores(self, batches: list[list[int]], length: int) -> Tensor:
-        trainer = self.selection.trainer
-        assert trainer is not None
-        per_step = trainer.accumulate_grad_batches
-        found: Iterable[Any] = [None] * len(batches)  # a report needs no batches
+        per_step = self.trainer.accumulate_grad_batches
         with random_state(None):
-            if self.selection._offline is None:
-                found = [trainer.strategy.batch_to_device(batch, dataloader_idx=0) for batch in self._fetch(batches)]
-            candidates = [Candidates(b, torch.tensor(ids)) for b, ids in zip(found, batches, strict=True)]
+            candidates = self._candidates(batches)
             steps = [candidates[i : i + per_step] for i in range(0, len(candidates), per_step)]
-            return torch.cat(self.selection.round_scores(steps, -(-length // per_step)))
+            return torch.cat(self._scorer(self.trainer, steps, -(-length // per_step)))
+
+    def _candidates(self, batches: list[list[int]]) -> list[Candidates]:
+        drawn = [torch.tensor(ids) for ids in batches]
+        if not self._scorer.reads_batches:
+            return [Candidates(None, ids) for ids in drawn]
+        module = self.trainer.lightning_module
+        fetched = [prepared(module, batch) for batch in self._fetch(batches)]
+        order = self._row_order
+        return [
+            Candidates(b, ids, None if order is None else order(b, ids)) for b, ids in zip(fetched, drawn, strict=True)
+        ]
 
     def _fetch(self, batches: Sequence[list[int]] | RecordedBatchSampler) -> Iterable[Any]:
         """The collated batches, by the wrapped loader's own workers and collate function."""

@@ -1,39 +1,47 @@
-"""Look-ahead scores: the run goes on for some steps, is scored by the sweep, and was never gone (method.md section 8)."""
+"""Look-ahead scores: the run is rolled out for some steps, scored by the sweep, and put back (method.md section 8)."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import math
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, TypeAlias
+from typing import Any
 
 import lightning as L
 import torch
 from torch import Tensor
 
 from lightning_influence.capture import refuse_batch_norm
+from lightning_influence.capture.step import Samples, StepOptions
 from lightning_influence.core.optimizers import UPDATES
 from lightning_influence.core.sweep import Method, sweep
 from lightning_influence.core.trajectory import Hyper, Shares, StepRecord, Trajectory, Vectors
-from lightning_influence.errors import ConfigurationError
+from lightning_influence.errors import ConfigurationError, InfluenceError
 from lightning_influence.replay.plan import ReplayMicroBatch, ReplayStep, State
+from lightning_influence.replay.removals import Removals
 from lightning_influence.replay.trajectory import ReplayTrajectory
 from lightning_influence.run.batches import batch_size
-from lightning_influence.run.optimizer import read_hyper, read_moments, update_name
+from lightning_influence.run.optimizer import read_hypers, read_moments, update_name
+from lightning_influence.run.random_state import random_state, read_random_state, write_random_state
 from lightning_influence.run.sample_weights import sample_weights
+from lightning_influence.run.tap import LossTap, tapped
 from lightning_influence.run.trainer import clip_of, only_optimizer, schedules_as_they_were
-from lightning_influence.run.training_step import Moment
-from lightning_influence.scoring.queries import query_gradients
-
-TargetLoss: TypeAlias = Callable[[L.LightningModule], Tensor]
-"""``module -> scalar loss`` at the module's present parameters."""
+from lightning_influence.run.training_step import Moment, at_moment, set_modes, training_loss
+from lightning_influence.selection.target import target_gradient
 
 
 @dataclass(frozen=True)
 class Candidates:
-    """A batch that training is about to see."""
+    """A batch that training is about to see.
+
+    Attributes:
+        sample_ids: ``(n,)``, as drawn.
+        rows: ``(n,)``, the same in the order of the batch's rows; None where that is the order of drawing.
+    """
 
     batch: Any
     sample_ids: Tensor
+    rows: Tensor | None = None
 
 
 class Rollout:
@@ -41,35 +49,90 @@ class Rollout:
 
     Args:
         candidates: the micro-batches of each step.
+        options: of the steps.
     """
 
-    def __init__(self, trainer: L.Trainer, candidates: Sequence[Sequence[Candidates]]) -> None:
+    def __init__(
+        self, trainer: L.Trainer, candidates: Sequence[Sequence[Candidates]], options: StepOptions | None = None
+    ) -> None:
+        self._trainer, self._options = trainer, options or StepOptions()
         module, optimizer = trainer.lightning_module, only_optimizer(trainer)
         self.optimizer = update_name(optimizer)
         self.snapshots = [0]
-        names: dict[Tensor, str] = {p: k for k, p in module.named_parameters() if p.requires_grad}
-        parameters = {k: p.detach().clone() for p, k in names.items()}
+        trained = {k: p for k, p in module.named_parameters() if p.requires_grad}
+        parameters = {k: p.detach().clone() for k, p in trained.items()}
         moments = {
             k: tuple(m.clone() for m in read_moments(optimizer.state.get(p, {}), UPDATES[self.optimizer], p))
-            for p, k in names.items()
+            for k, p in trained.items()
         }
         self._state = State(parameters, moments, {k: b.detach().clone() for k, b in module.named_buffers()})
         for c in (c for parts in candidates for c in parts):
             _check_batch(c)
-        hypers = _hypers(trainer, names, len(candidates))
-        clip, moment = clip_of(trainer), Moment.now(trainer, module)
-        self._steps = [
-            ReplayStep(
-                [ReplayMicroBatch(c.batch, moment, 1 / len(parts), len(c.sample_ids)) for c in parts],
-                torch.cat([c.sample_ids for c in parts]),
-                torch.cat([_weights(c) / len(parts) for c in parts]),
-                torch.cat([torch.full_like(c.sample_ids, i) for i, c in enumerate(parts)]),
-                hyper,
-                clip,
-                averaged=True,
+        hypers, self._moment = _hypers(trainer, trained, len(candidates)), Moment.now(trainer, module)
+        first = trainer.fit_loop.epoch_loop.batch_progress.current.ready  # index of the batch that comes next
+        self._steps, random = list[ReplayStep](), _random_states()
+        for ahead, (parts, hyper) in enumerate(zip(candidates, hypers, strict=True)):
+            self._steps.append(self._planned(parts, hyper, first, trainer.global_step + ahead, random))
+            first += len(parts)
+
+    def _planned(
+        self,
+        parts: Sequence[Candidates],
+        hyper: dict[str, Hyper],
+        first: int,
+        global_step: int,
+        random: Iterator[dict[str, Tensor]],
+    ) -> ReplayStep:
+        accumulated = self._trainer.accumulate_grad_batches  # also where an epoch ends with fewer
+        micro_batches = [
+            ReplayMicroBatch(
+                c.batch,
+                replace(self._moment, batch_idx=first + i, global_step=global_step),
+                1 / accumulated,
+                len(c.sample_ids),
+                next(random),
             )
-            for parts, hyper in zip(candidates, hypers, strict=True)
+            for i, c in enumerate(parts)
         ]
+        samples = [
+            Samples.weighted(
+                c.sample_ids if c.rows is None else c.rows,
+                sample_weights(c.batch, len(c.sample_ids), self._options.sample_weights),
+                accumulated,
+                averaged=self._options.averaged,
+            )
+            for c in parts
+        ]
+        averaged = self._options.averaged
+        return ReplayStep(micro_batches, *Samples.columns(samples), hyper, clip_of(self._trainer), averaged)
+
+    def weigh(self) -> None:
+        """Take the weights of the samples from the losses that the training step calls, where it tells them.
+
+        To be called while the module is quiet and will be put back.
+        """
+        self._steps = [self._weighed(step) for step in self._steps]
+
+    def _weighed(self, step: ReplayStep) -> ReplayStep:
+        module, samples = self._trainer.lightning_module, []
+        for number, micro_batch in enumerate(step.micro_batches):
+            here = step.numbers == number
+            own, seen = Samples(step.sample_ids[here], step.loss_weights[here]), list[LossTap]()
+            set_modes(module, micro_batch.moment.in_eval)
+            with (
+                tapped(module, seen.append),
+                random_state(None),
+                at_moment(module, micro_batch.moment),
+                self._trainer.precision_plugin.forward_context(),
+            ):
+                assert micro_batch.random is not None
+                write_random_state(micro_batch.random)
+                training_loss(module, micro_batch.batch, micro_batch.moment.batch_idx)
+            weights = seen[-1].sample_weights(micro_batch.n_samples) if seen else None
+            if weights is not None:
+                own = Samples.weighted(own.ids, weights, round(1 / micro_batch.factor), averaged=True)
+            samples.append(own)
+        return replace(step, loss_weights=Samples.columns(samples)[1])
 
     def __len__(self) -> int:
         return len(self._steps)
@@ -91,52 +154,65 @@ def look_ahead(
     horizon: int,
     method: Method,
     scored: int,
+    options: StepOptions | None = None,
+    removals: Removals | None = None,
 ) -> list[Tensor]:
     """Scores of the samples of the next steps, each against the target ``horizon`` steps after its own step.
 
-    Everything about the run is afterwards as it was, bit for bit.
+    Everything about the run is afterwards as it was, bit for bit. What a removal does to the gradient is verified by the
+    roll-out, and measured where per-sample gradients do not say it.
 
     Args:
         candidates: the micro-batches of the steps to come, up to ``scored + horizon``; where there are fewer,
             the last steps are read sooner.
-        target: batches of target examples, or a `TargetLoss`.
+        target: batches of target examples, or a `target.TargetLoss`.
         scored: the number of steps to score.
+        options: of the steps.
+        removals: what an earlier roll-out of the run has verified.
 
     Returns:
-        ``(n,)`` for each scored step.
+        ``(n,)`` for each scored step, in the order in which its samples were drawn.
+
+    Raises:
+        InfluenceError: a gradient of the roll-out or of the target that is not finite.
     """
-    module = trainer.lightning_module
-    refuse_batch_norm(module)
-    plan = Rollout(trainer, candidates)
-    autocast = trainer.precision_plugin.forward_context
+    options, module = options or StepOptions(), trainer.lightning_module
+    if not options.frozen_batch_norm:
+        refuse_batch_norm(module)
+    plan = Rollout(trainer, candidates, options)
     found = []
-    with ReplayTrajectory(module, plan, autocast=autocast, exact=method.curvature == "hessian", progress=False) as run:
+    with ReplayTrajectory(
+        module,
+        plan,
+        exclude=options.exclude,
+        frozen_batch_norm=options.frozen_batch_norm,
+        autocast=trainer.precision_plugin.forward_context,
+        exact=method.curvature == "hessian",
+        progress=False,
+        removals=removals,
+    ) as run:
+        if options.reads_the_loss:
+            plan.weigh()
         for start in range(scored):
             stop = min(start + 1 + horizon, len(run))
             run.place(stop)
+            _refuse_not_finite(run, range(start, stop))
             gradients = target_gradient(module, target, list(run.sizes), run.select)
             window = Window(run, start, stop)
             rows = sweep(window, gradients, method, scored=range(1), progress=False)
-            found.append(rows.of(run.record(start).sample_ids)[:, 0])
+            found.append(rows.of(torch.cat([c.sample_ids for c in candidates[start]]))[:, 0])
     return found
 
 
-def target_gradient(
-    module: L.LightningModule, target: Any, names: Sequence[str], select: Callable[[str, Tensor], Tensor]
-) -> Vectors:
-    """Gradient of the mean target loss at the module's parameters, ``(1, d)`` each.
-
-    Args:
-        names, select: as of `queries.query_gradients`.
-    """
-    if callable(target):
-        parameters = dict(module.named_parameters())
-        chosen = [parameters[name] for name in names]
-        with torch.enable_grad():
-            loss = target(module)
-        gradients = torch.autograd.grad(loss, chosen, allow_unused=True, materialize_grads=True)
-        return {k: select(k, g)[None] for k, g in zip(names, gradients, strict=True)}
-    return query_gradients(module, target, names, select, target="mean", progress=False)
+def _refuse_not_finite(run: Trajectory, steps: range) -> None:
+    for index in steps:
+        record = run.record(index)
+        if not math.isfinite(record.clip.raw_norm):
+            raise InfluenceError(
+                f"the gradient of a batch to come, of the samples {record.sample_ids.tolist()[:10]}, is not finite, so nothing "
+                "can be selected by it. Look for the loss that is not finite with Trainer(detect_anomaly=True), or lower the "
+                "learning rate."
+            )
 
 
 class Window:
@@ -165,27 +241,27 @@ class Window:
         return self._trajectory.curvature_product(self._start + index, kind, vectors)
 
 
-def _weights(candidates: Candidates) -> Tensor:
-    weights = sample_weights(candidates.batch, len(candidates.sample_ids)).double().cpu()
-    return weights / weights.sum()
-
-
-def _hypers(trainer: L.Trainer, names: Mapping[Tensor, str], n_steps: int) -> list[dict[str, Hyper]]:
+def _hypers(trainer: L.Trainer, trained: Mapping[str, Tensor], n_steps: int) -> list[dict[str, Hyper]]:
     """Hyperparameters of the steps to come: schedulers are moved ahead, and back."""
-    optimizer = only_optimizer(trainer)
-    found = []
+    found = list[dict[str, Hyper]]()
     with schedules_as_they_were(trainer) as schedulers:
         for ahead in range(n_steps):
-            hyper: dict[str, Hyper] = {}
-            for group in optimizer.param_groups:
-                for p in group["params"]:
-                    if p in names:
-                        now = read_hyper(group, optimizer.state.get(p, {}), type(optimizer))
-                        hyper[names[p]] = {**now, "step": now["step"] + ahead}
-            found.append(hyper)
+            now = read_hypers(only_optimizer(trainer), trained)
+            found.append({k: {**hyper, "step": hyper["step"] + ahead} for k, hyper in now.items()})
             for scheduler in schedulers:
                 scheduler.step()
     return found
+
+
+def _random_states() -> Iterator[dict[str, Tensor]]:
+    """The present random state, which the next training step begins in, and then others."""
+    yield read_random_state()
+    generator = torch.Generator().manual_seed(int(torch.get_rng_state().sum()))
+    while True:
+        with random_state(None):
+            torch.manual_seed(int(torch.randint(2**62, (), generator=generator)))
+            state = read_random_state()
+        yield state
 
 
 def _check_batch(candidates: Candidates) -> None:
@@ -194,5 +270,5 @@ def _check_batch(candidates: Candidates) -> None:
     if found != drawn:
         raise ConfigurationError(
             f"a batch of {found} samples came where {drawn} were drawn; selection needs a collate function that keeps every "
-            "sample, in order."
+            "sample."
         )

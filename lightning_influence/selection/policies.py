@@ -11,7 +11,7 @@ from typing import Literal, TypeAlias
 import torch
 from torch import Tensor
 
-from lightning_influence.errors import ConfigurationError
+from lightning_influence.errors import ConfigurationError, InfluenceError
 
 Policy: TypeAlias = Callable[[Tensor, Tensor, Tensor], Tensor]
 """``(scores (n,), sample_ids (n,), batches (n,)) -> weights (n,)`` in [0, 1]; 0 removes a sample."""
@@ -89,7 +89,13 @@ def decide(policy: Policy, scores: Tensor, sample_ids: Tensor, batches: Tensor, 
 
     Raises:
         ConfigurationError: the policy returned something else than weights.
+        InfluenceError: a score is NaN, by which nothing can be ranked.
     """
+    if scores.isnan().any():
+        raise InfluenceError(
+            f"{int(scores.isnan().sum())} of {len(scores)} scores are NaN, the first that of sample "
+            f"{int(sample_ids[scores.isnan()][0])}; what is kept would be chosen at random."
+        )
     weights = policy(scores, sample_ids, batches)
     if not isinstance(weights, Tensor) or weights.shape != scores.shape or not ((weights >= 0) & (weights <= 1)).all():
         raise ConfigurationError(

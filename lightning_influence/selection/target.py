@@ -2,25 +2,127 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
 import lightning as L
+import torch
 from torch import Tensor
 
 from lightning_influence.core.trajectory import Vectors
-from lightning_influence.errors import ConfigurationError
+from lightning_influence.errors import ConfigurationError, InfluenceError
 from lightning_influence.run.batches import batch_size, leaves, some
 from lightning_influence.run.random_state import random_state
 from lightning_influence.run.training_step import parameters_at
-from lightning_influence.selection.lookahead import target_gradient
+from lightning_influence.scoring.queries import query_gradients, query_losses
+
+TargetLoss: TypeAlias = Callable[[L.LightningModule], Tensor]
+"""``module -> scalar loss`` at the module's present parameters."""
 
 _KEPT_BYTES = 2**26
 
 
+def target_gradient(
+    module: L.LightningModule,
+    target: Any,
+    names: Sequence[str],
+    select: Callable[[str, Tensor], Tensor],
+    *,
+    whole: Any = None,
+) -> Vectors:
+    """Gradient of the mean target loss at the module's parameters, ``(1, d)`` each.
+
+    Args:
+        target: batches of target examples, or a `TargetLoss`.
+        names, select: as of `queries.query_gradients`.
+        whole: the batches of which those of ``target`` are a part.
+
+    Raises:
+        InfluenceError: it is not finite; the text names the examples.
+    """
+    with random_state(None):  # a function, or a hook that prepares a batch, may draw random numbers
+        gradients = _gradient(module, target, names, select)
+    if not all(g.isfinite().all() for g in gradients.values()):
+        raise InfluenceError(
+            f"the gradient of the target is not finite: {_cause(module, target if whole is None else whole)}. Every score would be NaN, and what is kept "
+            "would be chosen at random."
+        )
+    return gradients
+
+
+def _gradient(
+    module: L.LightningModule, target: Any, names: Sequence[str], select: Callable[[str, Tensor], Tensor]
+) -> Vectors:
+    if not callable(target):
+        return query_gradients(module, target, names, select, target="mean", progress=False)
+    parameters = dict(module.named_parameters())
+    chosen = [parameters[name] for name in names]
+    with torch.enable_grad():
+        loss = target(module)
+    found = torch.autograd.grad(loss, chosen, allow_unused=True, materialize_grads=True)
+    return {k: select(k, g)[None] for k, g in zip(names, found, strict=True)}
+
+
+def _cause(module: L.LightningModule, target: Any) -> str:
+    """Which examples make a target's gradient not finite."""
+    if callable(target):
+        return "that of the function given as target="
+    wrong, n_examples = [], 0
+    for number, batch in enumerate(target):
+        for row, loss in enumerate(query_losses(module, [batch]).tolist()):
+            n_examples += 1
+            if not math.isfinite(loss):
+                wrong.append(f"example {row} of its batch {number} has a loss of {loss}")
+    if not n_examples:
+        return "which of its examples makes it so cannot be told of a target that is read only once"
+    if not wrong:
+        return "every loss of its examples is, but not its derivative"
+    if len(wrong) == n_examples:
+        return "no example has a finite loss at the present parameters, so it is these that diverged; lower the learning rate"
+    others = f", and so have {len(wrong) - 1} more" if len(wrong) > 1 else ""
+    return f"{wrong[0]}{others}; leave such examples out of the target"
+
+
+class Joined:
+    """The batches of loaders, one loader after the other, read without moving on the loaders' own generators, which they
+    may share with the training loader.
+    """
+
+    def __init__(self, loaders: Sequence[Any]) -> None:
+        self.loaders = loaders
+
+    def __iter__(self) -> Iterator[Any]:
+        for loader in self.loaders:
+            batches: Iterator[Any] | None = None
+            while True:
+                with _generator_as_it_was(loader):
+                    batches = iter(loader) if batches is None else batches
+                    try:
+                        batch = next(batches)
+                    except StopIteration:
+                        break
+                yield batch
+
+
+@contextmanager
+def _generator_as_it_was(loader: Any) -> Iterator[None]:
+    generator = getattr(loader, "generator", None)
+    before = None if generator is None else generator.get_state()
+    try:
+        yield
+    finally:
+        if generator is not None:
+            generator.set_state(before)
+
+
 class LiveTarget:
     """Gradient of the target loss at parameters that move.
+
+    Args:
+        every: optimizer steps in which the whole target is read once.
 
     The whole target is read once in ``every`` steps. Whenever it is needed in between, the next part of it tells how far
     its gradient has moved since, which is a control variate, as in SVRG (Johnson and Zhang 2013):
@@ -32,6 +134,8 @@ class LiveTarget:
     """
 
     def __init__(self, every: int) -> None:
+        if every < 1:
+            raise ConfigurationError(f"refresh_target_every={every}; it counts optimizer steps and is at least 1.")
         self.every = every
         self._reading: _Reading | None = None
         self._parts: Iterator[list[Any]] | None = None
@@ -53,7 +157,7 @@ class LiveTarget:
         if self.every == 1 or self._reading is None or (step % self.every == 0 and step != self._reading.step):
             return self._read(module, batches, names, select, step)
         part = self._next_part(batches)
-        now = target_gradient(module, part, names, select)
+        now = target_gradient(module, part, names, select, whole=batches)
         with parameters_at(module, self._reading.parameters):
             then = target_gradient(module, part, names, select)
         return {k: self._reading.gradient[k].to(now[k]) + now[k] - then[k] for k in names}
@@ -67,8 +171,7 @@ class LiveTarget:
         step: int,
     ) -> Vectors:
         seen = _Seen(batches)
-        with random_state(None):
-            gradient = target_gradient(module, seen, names, select)
+        gradient = target_gradient(module, seen, names, select)
         self._kept = seen.kept
         if self.every > 1:
             parameters = {k: p.detach().clone() for k, p in module.named_parameters() if k in gradient}

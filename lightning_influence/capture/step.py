@@ -1,0 +1,355 @@
+"""One optimizer step of a live run, collected: its samples, their shares, and what the optimizer is about to consume.
+
+The order of calls within one optimizer step is ``begin`` and ``after_backward`` once per micro-batch, and ``before_step``
+once, when all gradients are there and none is clipped.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from fnmatch import fnmatchcase
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from lightning_influence.capture.hooks import GradientCapture
+from lightning_influence.core.optimizers import UPDATES, coupling
+from lightning_influence.core.shares import Form, Stack
+from lightning_influence.core.trajectory import Clip, StepRecord
+from lightning_influence.errors import ConfigurationError, InfluenceError
+from lightning_influence.run.optimizer import read_hypers, read_moments, update_name
+from lightning_influence.run.ranks import Ranks
+from lightning_influence.run.refusals import refuse_unowned
+from lightning_influence.run.sample_weights import WeightSource
+
+_SUM_TOLERANCE = 0.02  # relative; half-precision backward passes round at 2^-8
+_CHANGE_TOLERANCE = 1e-3  # relative, of a gradient's norm
+
+
+@dataclass(frozen=True)
+class StepOptions:
+    """How the loss of a step is made of its samples, and which parameters are looked at: of recording and of selecting.
+
+    Attributes:
+        reduction: whether the training loss is a mean or a sum over its samples.
+        sample_weights: as of `sample_weights.sample_weights`; None for the weights in the loss that is called.
+        exclude: patterns (`fnmatch`) of parameter names to leave out.
+        frozen_batch_norm: train batch normalisation with its running statistics.
+
+    Raises:
+        ConfigurationError: an unknown reduction.
+    """
+
+    reduction: Literal["mean", "sum"] = "mean"
+    sample_weights: WeightSource = None
+    exclude: Sequence[str] = ()
+    frozen_batch_norm: bool = False
+
+    def __post_init__(self) -> None:
+        if self.reduction not in ("mean", "sum"):
+            raise ConfigurationError(f"reduction={self.reduction!r}; choose one of mean, sum")
+        object.__setattr__(self, "exclude", (self.exclude,) if isinstance(self.exclude, str) else tuple(self.exclude))
+
+    @property
+    def averaged(self) -> bool:
+        """Whether the loss is a mean."""
+        return self.reduction == "mean"
+
+    @property
+    def reads_the_loss(self) -> bool:
+        """Whether the weights of the samples are those in the loss that the training step calls."""
+        return self.averaged and self.sample_weights is None
+
+    def check(self, module: torch.nn.Module) -> None:
+        """Refuse a pattern that leaves out nothing, which is misspelt, and patterns that leave nothing in.
+
+        Raises:
+            ConfigurationError: there are such.
+        """
+        trains = {name: p.requires_grad for name, p in module.named_parameters()}
+        matched = {pattern: {name for name in trains if fnmatchcase(name, pattern)} for pattern in self.exclude}
+        for pattern, names in matched.items():
+            if not names:
+                raise ConfigurationError(
+                    f"exclude={pattern!r} matches no parameter of {type(module).__name__}, which has {', '.join(trains):.200}; "
+                    "give their names, or patterns of them."
+                )
+        recorded = {name for name in trains if trains[name]}.difference(*matched.values())
+        if self.exclude and not recorded:
+            raise ConfigurationError(
+                f"exclude={', '.join(self.exclude)!r} leaves out every parameter that trains; leave one to be recorded."
+            )
+
+
+@dataclass(frozen=True)
+class Samples:
+    """The samples of one micro-batch.
+
+    Attributes:
+        ids: ``(n,)`` int64.
+        loss_weights: ``(n,)`` float64, as of `StepRecord`.
+    """
+
+    ids: Tensor
+    loss_weights: Tensor
+
+    @classmethod
+    def weighted(cls, ids: Tensor, weights: Tensor, parts: int, *, averaged: bool) -> Samples:
+        """From relative weights.
+
+        Args:
+            parts: the number of losses that the step averages: of micro-batches, times processes.
+            averaged: whether the loss of a micro-batch is a mean over its samples.
+        """
+        weights = weights.detach().to("cpu", torch.float64)
+        return cls(ids, (weights / weights.sum() if averaged else weights) / parts)
+
+    @staticmethod
+    def columns(micro_batches: Sequence[Samples]) -> tuple[Tensor, Tensor, Tensor]:
+        """``sample_ids``, ``loss_weights`` and ``micro_batches`` of a `StepRecord`, ``(n,)`` each."""
+        return (
+            torch.cat([m.ids for m in micro_batches]),
+            torch.cat([m.loss_weights for m in micro_batches]),
+            torch.cat([torch.full_like(m.ids, i) for i, m in enumerate(micro_batches)]),
+        )
+
+
+@dataclass(frozen=True)
+class CollectedStep:
+    """The step that an optimizer is about to take.
+
+    Attributes:
+        record: on every coordinate. Its tensors are the optimizer's and the module's own, which the step changes.
+        shares: of the samples, by parameter.
+    """
+
+    record: StepRecord
+    shares: dict[str, Form]
+
+
+class StepCollector:
+    """Collects the optimizer steps of a training loop, one at a time.
+
+    Args:
+        module: whose parameters train.
+        optimizer: the one that moves them.
+        capture: attached to the module; None where per-sample gradients are not collected.
+        averaged: whether the training loss is a mean over its samples.
+        ranks: the processes whose gradients are averaged.
+        otherwise: what a user can do whose per-sample gradients do not add up to the gradient, for the error's text.
+
+    Attributes:
+        compress: what is kept of a parameter's shares, as soon as they are there; None for everything.
+
+    Raises:
+        UnsupportedOptimizer: the optimizer's step is not a known function.
+    """
+
+    def __init__(
+        self,
+        module: torch.nn.Module,
+        optimizer: torch.optim.Optimizer,
+        *,
+        capture: GradientCapture | None,
+        averaged: bool = True,
+        ranks: Ranks | None = None,
+        otherwise: str = "use record='replay'",
+    ) -> None:
+        self.module, self.optimizer, self.capture = module, optimizer, capture
+        self.averaged, self.ranks, self.update_name = averaged, ranks or Ranks(), update_name(optimizer)
+        self.compress: Callable[[str, Form], Form] | None = None
+        self._otherwise = otherwise
+        self._names = {id(p): name for name, p in module.named_parameters()}
+        self._started: _Started | None = None
+        self._micro_batches: list[tuple[Samples, dict[str, Form]]] = []
+        self._norm: Tensor | None = None  # of the gradient after the last backward pass
+        self._summed = False  # the shares of the first step were held against the gradient
+
+    def begin(self, sample_ids: Tensor, weights: Tensor, accumulated: int) -> None:
+        """A micro-batch is about to be run.
+
+        Args:
+            sample_ids: ``(n,)`` int64.
+            weights: ``(n,)``, relative weights of the samples in the loss (tokens, say).
+            accumulated: micro-batches by whose number its loss is divided.
+        """
+        self._started = _Started(sample_ids, weights, accumulated)
+        if self.capture is not None:
+            self.capture.begin(len(sample_ids))
+
+    def before_zero_grad(self) -> None:
+        """Gradients are about to be cleared, and with them those of micro-batches that no step has consumed."""
+        self._micro_batches.clear()
+
+    def before_backward(self, index: int) -> None:
+        """Gradients have been cleared, if this is a step's first micro-batch.
+
+        Raises:
+            ConfigurationError: they were not.
+        """
+        if self._micro_batches:
+            return
+        left = total_norm(p.grad for p in self.parameters())
+        if float(left) > 0:
+            raise ConfigurationError(
+                f"step {index}: a gradient of norm {float(left):.6g} is left of the last step, to which the backward pass "
+                "adds: optimizer_zero_grad is overridden and does not clear it. Influence follows steps whose gradients are "
+                "those of their own batches; clear them, and keep a running mean in the optimizer (momentum)."
+            )
+
+    @property
+    def first_of_step(self) -> bool:
+        """Whether the last micro-batch is the first of its step."""
+        return len(self._micro_batches) == 1
+
+    @property
+    def inside_a_step(self) -> bool:
+        """Whether micro-batches have been collected that no step has consumed."""
+        return bool(self._micro_batches)
+
+    def weigh(self, weights: Tensor) -> None:
+        """The weights of the micro-batch's samples as its loss turned out to have them."""
+        if self._started is not None:
+            self._started = replace(self._started, weights=weights)
+
+    def after_backward(self, loss_scale: float = 1.0, *, watch: bool = False) -> Samples | None:
+        """Collect the micro-batch's shares.
+
+        Args:
+            loss_scale: what the loss was multiplied with.
+            watch: remember the gradient's norm, since something may change gradients before the step.
+
+        Returns:
+            The micro-batch's samples; None where no micro-batch was begun.
+        """
+        if self._started is None:
+            return None
+        self._norm = total_norm(p.grad for p in self.parameters()) / loss_scale if watch else None
+        shares: dict[str, Form] = {}
+        if self.capture is not None:
+            shares = self.capture.take(1.0 / (loss_scale * self.ranks.size))
+        if self.compress is not None:
+            shares = {name: self.compress(name, share) for name, share in shares.items()}
+        started, self._started = self._started, None
+        parts = started.accumulated * self.ranks.size
+        samples = Samples.weighted(started.sample_ids, started.weights, parts, averaged=self.averaged)
+        self._micro_batches.append((samples, shares))
+        return samples
+
+    def before_step(self, index: int, clip: Clip, *, may_skip: bool = False) -> CollectedStep | None:
+        """All gradients are there, not yet clipped.
+
+        Args:
+            index: of the step.
+            clip: rule and bound; the norm is measured here.
+            may_skip: the optimizer may skip the step where the gradient is not finite (loss scaling).
+
+        Returns:
+            The step; None where every batch was skipped, or the step will be.
+
+        Raises:
+            InfluenceError: a gradient that is not finite.
+            ConfigurationError: shares that do not sum to the gradient, or a gradient nobody collected.
+        """
+        micro_batches, self._micro_batches = self._micro_batches, []
+        if not micro_batches:  # training_step returned None
+            return None
+        norm = total_norm(p.grad for p in self.parameters())
+        if not torch.isfinite(norm):
+            if may_skip:
+                return None
+            raise InfluenceError(
+                f"step {index}: the gradient's norm is {float(norm)}, so its influence is undefined. Lower the learning rate, "
+                "clip the gradient, or look for the loss that is not finite with Trainer(detect_anomaly=True)."
+            )
+        self._refuse_changed(index, norm)
+        self._refuse_uncollected(index)
+        parts = [shares for _, shares in micro_batches]
+        shares: dict[str, Form] = {
+            name: share if len(parts) == 1 else Stack([part[name] for part in parts])
+            for name, share in parts[0].items()
+        }
+        if not self._summed:
+            self._refuse_other_sums(shares)
+            self._summed = True
+        refuse_unowned(self.module, self.optimizer)
+        ids, loss_weights, numbers = Samples.columns([samples for samples, _ in micro_batches])
+        trained = {self._names[id(p)]: p for p in self.parameters() if p.grad is not None}
+        collected = {name: p for name, p in trained.items() if name in shares}
+        hyper, state = read_hypers(self.optimizer, trained), self.optimizer.state
+        update = UPDATES[self.update_name]
+        record = StepRecord(
+            index=index,
+            sample_ids=ids,
+            loss_weights=loss_weights,
+            micro_batches=numbers,
+            gradients={k: p.grad.detach().flatten() for k, p in collected.items() if p.grad is not None},
+            moments={
+                k: tuple(m.flatten() for m in read_moments(state.get(p, {}), update, p)) for k, p in collected.items()
+            },
+            hyper=hyper,
+            averaged=self.averaged,
+            clip=replace(clip, raw_norm=float(norm)),
+            parameters={k: p.detach().flatten() for k, p in collected.items() if coupling(hyper[k])},
+        )
+        return CollectedStep(record, {k: shares[k] for k in collected})
+
+    def parameters(self) -> Iterable[torch.nn.Parameter]:
+        """Those that the optimizer moves."""
+        return (p for group in self.optimizer.param_groups for p in group["params"])
+
+    def _refuse_changed(self, index: int, norm: Tensor) -> None:
+        if self._norm is not None and float((norm - self._norm).abs()) > _CHANGE_TOLERANCE * float(norm):
+            raise ConfigurationError(
+                f"step {index}: the backward pass left a gradient of norm {float(self._norm):.6g}, and the optimizer "
+                f"is about to consume one of norm {float(norm):.6g}: on_after_backward, of the module or of a callback, changes "
+                "gradients, which influence does not follow. Clip through Trainer(gradient_clip_val=...) instead."
+            )
+
+    def _refuse_uncollected(self, index: int) -> None:
+        if self.capture is None:
+            return
+        known = {id(p) for p in self.capture.parameters.values()} | self.capture.excluded_ids
+        unknown = [p for p in self.parameters() if p.grad is not None and id(p) not in known]
+        if unknown:
+            raise ConfigurationError(
+                f"step {index}: {len(unknown)} parameters (the first of shape {tuple(unknown[0].shape)}) began "
+                "to train after fit had started. Unfreeze them before fit, or name them in exclude=."
+            )
+
+    def _refuse_other_sums(self, shares: Mapping[str, Form]) -> None:
+        """The safety net under all capture rules: shares are additive parts of the gradient."""
+        for name, share in shares.items():
+            assert self.capture is not None
+            gradient = self.capture.parameters[name].grad
+            own = share.combine(torch.ones(1, share.n_samples, device=None if gradient is None else gradient.device))
+            total = self.ranks.sum(own)
+            reference = torch.zeros_like(total) if gradient is None else gradient.detach().flatten()[None].to(total)
+            error, size = float((total - reference).norm()), max(float(reference.norm()), 1e-12)
+            if error > _SUM_TOLERANCE * size:
+                raise ConfigurationError(
+                    f"the per-sample gradient shares of {name} sum to its gradient only up to a relative error of "
+                    f"{error / size:.3g}. The parameter is used in a way that its module's rule does not see (outside its "
+                    f"module's forward, say). Freeze it, name it in exclude=, or {self._otherwise}."
+                )
+
+
+@dataclass(frozen=True)
+class _Started:
+    """A micro-batch that is being run; ``weights`` are relative."""
+
+    sample_ids: Tensor
+    weights: Tensor
+    accumulated: int
+
+
+def total_norm(gradients: Iterable[Tensor | None]) -> Tensor:
+    """Norm of all gradients together, in single precision at least."""
+    norms = [torch.linalg.vector_norm(g.detach(), dtype=_wide(g.dtype)) for g in gradients if g is not None]
+    return torch.linalg.vector_norm(torch.stack(norms)) if norms else torch.zeros(())
+
+
+def _wide(dtype: torch.dtype) -> torch.dtype:
+    return torch.promote_types(dtype, torch.float32)
