@@ -38,7 +38,7 @@ def small_report(n: int = 5, q: int = 2) -> InfluenceReport:
 
 def test_every_flipped_bit_is_an_error(tmp_path: Path) -> None:
     path = tmp_path / "report.safetensors"
-    small_report().save(path)
+    small_report(3, 1).save(path)
     data = path.read_bytes()
     InfluenceReport.load(path)
     for bit in range(8 * len(data)):
