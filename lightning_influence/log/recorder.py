@@ -22,6 +22,7 @@ from lightning_influence.core.trajectory import Clip, StepRecord
 from lightning_influence.errors import ConfigurationError
 from lightning_influence.log.reader import StoreReader
 from lightning_influence.log.snapshots import (
+    SNAPSHOT,
     Packed,
     ReplaySettings,
     numbered,
@@ -81,7 +82,7 @@ class Recorder:
         self._names = {id(p): name for name, p in self.module.named_parameters()}
         self._between = BetweenSteps(self.module)
         self._buffers: dict[str, Tensor] = {}  # before the first micro-batch of a step whose state is due
-        self._in_snapshots: set[str] = set()  # parameters
+        self._in_snapshots = _in_snapshots(writer)  # parameters
         self._begun: _Noted | None = None
         self._noted: list[_Noted] = []
         self._pending: tuple[StepRecord, dict[str, Form], list[_Noted]] | None = None
@@ -270,3 +271,14 @@ def _with_moments(writer: StoreWriter) -> set[str]:
     reader = StoreReader(writer.dirpath) if len(begun) else None
     names = [name for index in begun for name in reader.names(index)] if reader is not None else []
     return {name.split("/", 2)[2] for name in names if name.startswith("moment/")}
+
+
+def _in_snapshots(writer: StoreWriter) -> set[str]:
+    """Parameters that the snapshots of a log hold with which a run goes on."""
+    if len(writer) == 0:
+        return set()
+    reader = StoreReader(writer.dirpath)
+    snapshots = [name for name in reader.artifacts() if name.startswith(SNAPSHOT)]
+    kind = "parameter/"
+    names = reader.artifact_names(max(snapshots)) if snapshots else []
+    return {name.removeprefix(kind) for name in names if name.startswith(kind)}
