@@ -581,7 +581,7 @@ class Streamed(Base):
 
     options: ClassVar[dict[str, Any]] = {"sample_ids": "id"}
     trainer_options: ClassVar[dict[str, Any]] = {"max_epochs": 1}
-    batches = [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9, 10, 11]]
+    batches: ClassVar[list[list[int]]] = [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9, 10, 11]]
 
     @staticmethod
     def samples(n: int) -> Samples:
@@ -600,7 +600,7 @@ class Streamed(Base):
 class Again(Base):
     """Samples drawn with replacement, some twice in a batch."""
 
-    batches = [[0, 1, 1, 2], [3, 4, 5, 1], [6, 6, 6, 7], [8, 9, 10, 11]]
+    batches: ClassVar[list[list[int]]] = [[0, 1, 1, 2], [3, 4, 5, 1], [6, 6, 6, 7], [8, 9, 10, 11]]
 
 
 @kind
@@ -876,7 +876,7 @@ class Compiled(Base):
 @kind
 class Accumulated(Base):
     trainer_options: ClassVar[dict[str, Any]] = {"accumulate_grad_batches": 2}
-    batches = [[0, 1, 2, 3], [4, 5], [6, 7, 8], [9, 10, 11], [0, 5, 7]]
+    batches: ClassVar[list[list[int]]] = [[0, 1, 2, 3], [4, 5], [6, 7, 8], [9, 10, 11], [0, 5, 7]]
 
 
 @kind

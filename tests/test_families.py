@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from lightning_influence import InfluenceCallback, InfluenceError, attribute
+from lightning_influence import InfluenceCallback, attribute
 
 peft = pytest.importorskip("peft")
 transformers = pytest.importorskip("transformers")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shutil
 from collections.abc import Callable
@@ -292,7 +293,9 @@ def _(here: Here) -> None:
     log = here.copy()
     shard = log / "rank-0" / "step-00000001.safetensors"
     content = bytearray(shard.read_bytes())
-    content[-5] ^= 1
+    size = int.from_bytes(content[:8], "little")
+    start, _ = json.loads(content[8 : 8 + size])["loss_weights"]["data_offsets"]  # which attribution reads
+    content[8 + size + start] ^= 1
     shard.write_bytes(bytes(content))
     here.attribute(log=log)
 

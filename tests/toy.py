@@ -187,6 +187,8 @@ class ToyTrajectory:
         return len(self.records)
 
     def record(self, index: int) -> StepRecord:
+        if not 0 <= index < len(self):
+            raise IndexError(f"step {index} of {len(self)}")
         return self.records[index]
 
     def sample_ids(self, index: int) -> Tensor:

@@ -21,6 +21,7 @@ from lightning_influence.core.curvature import CURVATURES, fisher_product
 from lightning_influence.core.optimizers import UPDATES, Moments, RecordedStep, effective_gradient, join
 from lightning_influence.core.removal import ConsumedChange, consumed_change, consumed_gradients, removal
 from lightning_influence.core.response import finite_response
+from lightning_influence.core.scores import RowScores
 from lightning_influence.core.trajectory import Hyper, Shares, StepRecord, Trajectory, Vectors, extrapolation
 from lightning_influence.errors import ConfigurationError, CurvatureUnavailable
 
@@ -28,39 +29,6 @@ RESPONSES = ("finite", "tangent")
 
 _CHUNK_ELEMENTS = 2**15  # of one dense block of per-sample gradients: what a processor's cache holds
 _JOINED_COORDINATES = 2**14  # of a parameter that is joined with others
-
-
-@dataclass(frozen=True)
-class RowScores:
-    """Scores of every (sample, step) row, in order of step.
-
-    Attributes:
-        sample_ids, steps: ``(n_rows,)`` int64.
-        scores: ``(n_rows, q)``, predicted query loss without the sample minus with it.
-        tangent: ``(n_rows, q)``, the same to first order in the change of the gradient.
-        interaction: ``(n_rows, q)``, what removing the sample from its later steps, too, adds to the row: the optimizer
-            answers to removals that lie within its memory together.
-    """
-
-    sample_ids: Tensor
-    steps: Tensor
-    scores: Tensor
-    tangent: Tensor
-    interaction: Tensor
-
-    def of(self, sample_ids: Tensor) -> Tensor:
-        """Scores ``(n, q)`` of the samples of a single step, one row for each time that the step holds them.
-
-        Example:
-            >>> scores = torch.tensor([[0.5], [-0.25]])
-            >>> rows = RowScores(torch.tensor([3, 8]), torch.zeros(2, dtype=torch.int64), scores, scores, 0 * scores)
-            >>> rows.of(torch.tensor([8, 3, 8]))
-            tensor([[-0.2500],
-                    [ 0.5000],
-                    [-0.2500]])
-        """
-        row = {z: i for i, z in enumerate(self.sample_ids.tolist())}
-        return self.scores[[row[z] for z in sample_ids.tolist()]]
 
 
 @dataclass(frozen=True)
@@ -130,15 +98,7 @@ def sweep(
         block = walk.back(index, score=index in scored, last=index == last)
         if block is not None:
             blocks.append(block)
-    return _concatenate(blocks[::-1], walk.n_queries)
-
-
-def _concatenate(blocks: list[RowScores], n_queries: int) -> RowScores:
-    if not blocks:
-        ids, scores = torch.zeros(0, dtype=torch.int64), torch.zeros(0, n_queries)
-        return RowScores(ids, ids, scores, scores, scores)
-    fields = ("sample_ids", "steps", "scores", "tangent", "interaction")
-    return RowScores(*(torch.cat([getattr(b, f) for b in blocks]) for f in fields))
+    return RowScores.joined(blocks[::-1], walk.n_queries)
 
 
 @dataclass(frozen=True)

@@ -30,15 +30,15 @@ from lightning_influence.log.recorder import Compression, CompressionName, Recor
 from lightning_influence.log.snapshots import ReplaySettings
 from lightning_influence.log.writer import StoreWriter
 from lightning_influence.replay.plan import ReplayMicroBatch
-from lightning_influence.replay.witness import Trial, rehearse, twin_of, witness
+from lightning_influence.replay.witness import Trial, evaluated, rehearse, twin_of, witness
 from lightning_influence.report import InfluenceReport
 from lightning_influence.run.batches import copied
 from lightning_influence.run.lightning_names import overrides
 from lightning_influence.run.optimizer import update_name
 from lightning_influence.run.random_state import read_random_state
 from lightning_influence.run.ranks import Ranks
+from lightning_influence.run.refusals import REENTRANT, is_reentrant, refuse_parameters
 from lightning_influence.run.rows import RowOrder
-from lightning_influence.run.refusals import refuse_parameters, refuse_reentrant_checkpointing
 from lightning_influence.run.sample_ids import IdSource, SampleIds, is_map_style
 from lightning_influence.run.sample_weights import WeightSource, sample_weights
 from lightning_influence.run.tap import LossTap, tapped
@@ -397,8 +397,13 @@ class InfluenceCallback(L.Callback):
         assert self._recorder is not None
         if self._first_backward:
             self._first_backward = False
-            refuse_reentrant_checkpointing(loss)
+            if is_reentrant(loss) and (self.record != "gradients" or not self._asks_plainly()):
+                raise ConfigurationError(REENTRANT)
         self._recorder.before_backward()
+
+    def _asks_plainly(self) -> bool:
+        """Whether the training step does without reentrant checkpointing in eval mode, in which queries are asked."""
+        return self._twin is not None and not is_reentrant(evaluated(self._twin, self._trial))
 
     def on_after_backward(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         assert self._recorder is not None

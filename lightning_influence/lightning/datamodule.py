@@ -16,6 +16,7 @@ from lightning_influence.errors import ConfigurationError
 from lightning_influence.lightning.callback import InfluenceCallback
 from lightning_influence.lightning.step_selection import StepSelection
 from lightning_influence.report import InfluenceReport
+from lightning_influence.report.tables import in_notebook
 from lightning_influence.run.lightning_names import is_a, overrides
 from lightning_influence.run.ranks import Ranks
 from lightning_influence.run.sample_ids import is_map_style
@@ -234,6 +235,16 @@ class SelectionDataModule(L.LightningDataModule):
             told = {"selection/kept": float(weights.mean()), "selection/score": float(scores[scores.isfinite()].mean())}
             for logger in trainer.loggers:
                 logger.log_metrics(told, trainer.global_step)
+
+    def __repr__(self) -> str:
+        how = f"horizon={self.horizon}, every={self.every!r}, {self.policy!r}"
+        what = "scores of a report" if self._offline is not None else how if self.online_selection else "off"
+        return f"{type(self).__name__}({type(self.data).__name__}; selection: {what}; {self.selection_report!r})"
+
+    __str__ = __repr__  # Lightning's own asks for every loader
+
+    def _repr_html_(self) -> str:
+        return in_notebook(repr(self), self.selection_report.to_pandas())
 
     def state_dict(self) -> dict[str, Any]:
         ranks = Ranks() if self.trainer is None else Ranks.of(self.trainer)

@@ -5,20 +5,22 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import lightning as L
-import pandas as pd
-from matplotlib.figure import Figure
 from tqdm.auto import tqdm
 
 from lightning_influence.errors import ConfigurationError
 from lightning_influence.lightning.callback import InfluenceCallback
 from lightning_influence.lightning.datamodule import SelectionDataModule
 from lightning_influence.log.steps import LoggedSteps
-from lightning_influence.report.plots import heat_map
+from lightning_influence.report.tables import in_notebook
 from lightning_influence.scoring.queries import query_losses
 from lightning_influence.trust.error_proxy import error_proxy
+
+if TYPE_CHECKING:
+    import pandas as pd
+    from matplotlib.figure import Figure
 
 _QUIET: dict[str, Any] = {
     "logger": False,
@@ -28,7 +30,7 @@ _QUIET: dict[str, Any] = {
 }
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Tuning:
     """Target losses after short runs.
 
@@ -47,9 +49,20 @@ class Tuning:
 
     def plot(self) -> Figure:
         """Losses over horizon and learning rate."""
+        from lightning_influence.report.plots import heat_map
+
         grid = self.table.pivot(index="horizon", columns="lr", values="loss")
         labels = {"xlabel": "learning rate", "ylabel": "horizon", "title": "held-out loss"}
         return heat_map(grid.values.tolist(), list(grid.index), list(grid.columns), **labels)
+
+    def __repr__(self) -> str:
+        horizon, lr = self.best
+        return (
+            f"Tuning({len(self.table)} runs; lowest loss {self.table.loss.min():.4g} at horizon {horizon}, lr {lr:g})"
+        )
+
+    def _repr_html_(self) -> str:
+        return in_notebook(repr(self), self.table)
 
 
 def tune_horizon(
@@ -90,6 +103,8 @@ def tune_horizon(
         raise ConfigurationError(
             f"learning_rates={list(learning_rates)}, proxies={proxies}; learning rates lie above 0, and proxies is 0 or more."
         )
+    import pandas as pd
+
     settings = {**_QUIET, "max_steps": max_steps, "max_epochs": -1, **(trainer or {})}
     batches, rows = list(held_out), []
     pairs = [(lr, horizon) for lr in learning_rates for horizon in horizons]

@@ -1,22 +1,17 @@
-"""What a store consists of on disk: its files, the lines of an index, the bytes of a shard."""
+"""What a store consists of on disk: its files and the lines of an index."""
 
 from __future__ import annotations
 
 import json
 import re
-import struct
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import torch
-from safetensors import SafetensorError
-from safetensors.torch import save
-from torch import Tensor
-
 from lightning_influence.errors import LogCorrupted, LogError
+from lightning_influence.log.shard import UNDECODABLE
 
 FORMAT = "lightning-influence-log"
 VERSION = 1
@@ -26,17 +21,7 @@ FINAL = "final"
 
 INDEX = "index.jsonl"
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,99}")
-MAX_HEADER, MAX_MANIFEST, MAX_LINE = 2**27, 2**26, 2**12
-META, CRC = "meta", "crc32"
-_UNDECODABLE = (  # what JSON, safetensors and torch say of content that a writer never wrote
-    ArithmeticError,
-    AttributeError,
-    LookupError,
-    RecursionError,
-    SafetensorError,
-    TypeError,
-    ValueError,
-)
+MAX_MANIFEST, MAX_LINE = 2**26, 2**12
 
 
 def index_line(entry: dict[str, Any]) -> bytes:
@@ -92,7 +77,7 @@ def decoding(what: Path | str) -> Iterator[None]:
     """
     try:
         yield
-    except _UNDECODABLE as error:
+    except UNDECODABLE as error:
         raise LogCorrupted(
             f"{what} is not what was written: its content makes {error!r:.200}. Restore the log from a copy."
         ) from error
@@ -107,40 +92,9 @@ def told_as_log_error(what: str) -> Iterator[None]:
         raise LogError(f"{what}: {error}") from error
 
 
-def bytes_of(tensor: Tensor) -> memoryview:
-    """The bytes of a tensor, as they lie in memory."""
-    return tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy().data
-
-
 def step_name(step: int) -> str:
     """The file of a step, without its suffix."""
     return f"step-{step:08d}"
-
-
-def serialise(tensors: Mapping[str, Tensor], meta: dict[str, Any]) -> bytes:
-    """A shard: tensors with their checksums, and what is told of them."""
-    tensors = _unshared(tensors)
-    sums = {name: zlib.crc32(bytes_of(tensor)) for name, tensor in tensors.items()}
-    metadata = {META: json.dumps(meta), CRC: json.dumps(sums)}
-    return save(tensors, metadata)
-
-
-def _unshared(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The same tensors, no two in one storage, which safetensors refuses: layers that read the same input share it."""
-    own: dict[str, Tensor] = {}
-    storages = set[int]()
-    for name, tensor in tensors.items():
-        tensor = tensor.detach().contiguous()
-        where = tensor.untyped_storage().data_ptr()
-        own[name] = tensor.clone() if where in storages else tensor
-        storages.add(where)
-    return own
-
-
-def header_size(data: bytes) -> int:
-    """Bytes of a shard's header, its own length included."""
-    (length,) = struct.unpack("<Q", data[:8])
-    return 8 + int(length)
 
 
 def rank_names(root: Path) -> set[str]:

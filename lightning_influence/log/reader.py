@@ -3,34 +3,27 @@
 from __future__ import annotations
 
 import json
-import os
 import zlib
 from pathlib import Path
 from typing import Any
 
-from safetensors import safe_open
 from torch import Tensor
 
 from lightning_influence.errors import LogCorrupted, LogError
 from lightning_influence.log.format import (
-    CRC,
     FINAL,
     FORMAT,
     INDEX,
     MANIFEST,
-    MAX_HEADER,
     MAX_MANIFEST,
-    META,
     VERSION,
-    bytes_of,
-    decoding,
-    header_size,
     names_of,
     own_path,
     rank_names,
     read_index,
     told_as_log_error,
 )
+from lightning_influence.log.shard import Shard
 
 
 def _read_whole(path: Path) -> bytes:
@@ -180,49 +173,27 @@ class _Part:
         return self._last
 
 
-class _Shard:
-    """One safetensors file whose header has been verified."""
+class _Shard(Shard):
+    """The shard of an entry of the index."""
 
     def __init__(self, path: Path, entry: dict[str, Any]) -> None:
         self.path, self.entry = path, entry
         try:
-            header = self._header()
+            super().__init__(own_path(path), self._fault, self._error)
         except FileNotFoundError as error:
-            raise self._corrupted("it is not there") from error
+            raise self._error("it is not there") from error
         except OSError as error:
             raise LogError(f"{path} cannot be read: {error}") from error
-        with decoding(path):
-            metadata = json.loads(header[8:])["__metadata__"]
-            self.meta: dict[str, Any] = json.loads(metadata[META])
-            self.sums: dict[str, int] = json.loads(metadata[CRC])
-            self._file = safe_open(path, framework="pt")
-        if not isinstance(self.meta, dict) or not isinstance(self.sums, dict):
-            raise self._corrupted("its header does not say what a step's does")
 
-    def _header(self) -> bytes:
-        """The header's bytes, verified."""
-        with open(own_path(self.path), "rb") as file:
-            size = os.fstat(file.fileno()).st_size
-            if size != self.entry["bytes"]:
-                raise self._corrupted(f"it has {size} bytes instead of {self.entry['bytes']}")
-            start = file.read(8)
-            length = header_size(start) if len(start) == 8 else 0
-            if not 8 < length <= min(MAX_HEADER, size):
-                raise self._corrupted("its header has an impossible length")
-            header = start + file.read(length - 8)
-        if zlib.crc32(header) != self.entry["header"]:
-            raise self._corrupted("its header's checksum does not agree")
-        return header
+    def _fault(self, header: bytes, size: int) -> str | None:
+        if size != self.entry["bytes"]:
+            return f"it has {size} bytes instead of {self.entry['bytes']}"
+        return None if zlib.crc32(header) == self.entry["header"] else "its header's checksum does not agree"
 
     def tensor(self, name: str) -> Tensor:
         if name not in self.sums:
             raise LogError(f"{self.path} holds no tensor {name!r}.")
-        with decoding(self.path):
-            tensor: Tensor = self._file.get_tensor(name)
-            found = zlib.crc32(bytes_of(tensor))
-        if found != self.sums[name]:
-            raise self._corrupted(f"the checksum of {name!r} does not agree")
-        return tensor
+        return super().tensor(name)
 
-    def _corrupted(self, reason: str) -> LogCorrupted:
+    def _error(self, reason: str) -> LogCorrupted:
         return LogCorrupted(f"{self.path} is not what was written: {reason}. Restore the log from a copy.")

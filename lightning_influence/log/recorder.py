@@ -23,6 +23,7 @@ from lightning_influence.core.trajectory import Clip, StepRecord
 from lightning_influence.errors import ConfigurationError, InfluenceError
 from lightning_influence.log.reader import StoreReader
 from lightning_influence.log.snapshots import (
+    SNAPSHOT,
     Packed,
     ReplaySettings,
     numbered,
@@ -106,7 +107,7 @@ class Recorder:
         self._names = {id(p): name for name, p in module.named_parameters()}
         self._between = BetweenSteps(module)
         self._buffers: dict[str, Tensor] = {}  # before the first micro-batch of a step whose state is due
-        self._in_snapshots: set[str] = set()  # parameters
+        self._in_snapshots = _in_snapshots(writer)  # parameters
         self._started: _Started | None = None
         self._norm: Tensor | None = None  # of the gradient after the last backward pass
         self._pending: tuple[StepRecord, dict[str, Form], list[_MicroBatch]] | None = None
@@ -406,6 +407,15 @@ def _with_moments(writer: StoreWriter) -> set[str]:
     reader = StoreReader(writer.dirpath) if len(begun) else None
     names = [name for index in begun for name in reader.names(index)] if reader is not None else []
     return {name.split("/", 2)[2] for name in names if name.startswith("moment/")}
+
+
+def _in_snapshots(writer: StoreWriter) -> set[str]:
+    """Parameters that the snapshots hold of a log that goes on."""
+    if not len(writer):
+        return set()
+    reader = StoreReader(writer.dirpath)
+    names = [n for artifact in reader.artifacts() if artifact.startswith(SNAPSHOT) for n in reader.artifact_names(artifact)]
+    return {name.removeprefix("parameter/") for name in names if name.startswith("parameter/")}
 
 
 def _total_norm(gradients: Iterable[Tensor | None]) -> Tensor:

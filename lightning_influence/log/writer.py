@@ -24,17 +24,16 @@ from lightning_influence.log.format import (
     MANIFEST,
     NAME,
     VERSION,
-    header_size,
     index_line,
     names_of,
     own_path,
     rank_names,
     read_index,
-    serialise,
     step_name,
     told_as_log_error,
 )
 from lightning_influence.log.reader import StoreReader
+from lightning_influence.log.shard import header_size, serialise
 
 _LOCK = "lock"
 _STOP = object()

@@ -115,7 +115,9 @@ class LoggedPlan:
         late = {k: start for k, start in self._first_in.items() if k not in found["parameter"]}
         for k, start in late.items():
             found["parameter"][k] = self._reader.artifact(snapshot_name(start), f"parameter/{k}").to(device)
-            moments[k] = {i: torch.zeros_like(found["parameter"][k]) for i in range(len(UPDATES[self.optimizer].moments))}
+            moments[k] = {
+                i: torch.zeros_like(found["parameter"][k]) for i in range(len(UPDATES[self.optimizer].moments))
+            }
         ordered = {k: tuple(moments.get(k, {})[i] for i in sorted(moments.get(k, {}))) for k in found["parameter"]}
         return State(found["parameter"], ordered, found["buffer"])
 

@@ -6,7 +6,7 @@ import math
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from jinja2 import Environment, PackageLoader, StrictUndefined
@@ -14,6 +14,7 @@ from markupsafe import Markup
 from torch import Tensor
 
 from lightning_influence.errors import ConfigurationError
+from lightning_influence.report.numbers import short, signed
 from lightning_influence.report.rendering import (
     Render,
     as_html,
@@ -23,25 +24,15 @@ from lightning_influence.report.rendering import (
     labels_of,
     training_samples,
 )
-
-if TYPE_CHECKING:
-    from lightning_influence.report import InfluenceReport
+from lightning_influence.report.scores import Scores
+from lightning_influence.report.trust import trust
 
 _BINS = 41  # of the histogram; odd, so that one is around zero
+_FINEST = 1e-12  # of the largest score: what the histogram tells from zero
 _TIMES = 80  # bars over training
 _SHOWN_QUERIES = 24
 _SHOWN_ROWS = 1000
 _SHOWN_GROUPS = 100
-
-_CURVATURE = {
-    "hessian": ("solid", "Exact: the run was replayed with its true second derivatives."),
-    "gauss_newton": ("approximate", "The run was replayed with the Gauss-Newton matrix."),
-    "fisher": (
-        "approximate",
-        "Estimated from the logged gradients; a run recorded for replay is scored more faithfully.",
-    ),
-    "none": ("caution", "Ignored: what a removal changes in later gradients is not followed."),
-}
 
 
 @dataclass(frozen=True)
@@ -59,16 +50,6 @@ class _Card:
     content: Markup
     label: str
     note: str = ""
-
-
-@dataclass(frozen=True)
-class _Trust:
-    """A reason to trust the scores more or less; `level` is solid, approximate, caution or unknown."""
-
-    name: str
-    value: str
-    level: str
-    meaning: str
 
 
 class _Samples:
@@ -101,7 +82,7 @@ class _Samples:
 
 
 def page(
-    report: InfluenceReport,
+    report: Scores,
     *,
     data: Any = None,
     show: Render | None = None,
@@ -121,7 +102,7 @@ def page(
     if several and n_examples not in (None, len(report.query_ids)):
         raise ConfigurationError(f"{n_examples} queries to show for {len(report.query_ids)} columns of scores.")
     shown = report.query_ids[:_SHOWN_QUERIES] if several else []
-    mean, metadata = report.mean, report.metadata
+    mean, made = report.mean, report.provenance
     views = [_view(report, samples, k, None), *(_view(report, samples, k, q, i, asked) for i, q in enumerate(shown))]
     suspects = _suspects(report, samples, k) if several else []
     cards = [card for view in views for card in (*view["helpful"], *view["harmful"])] + suspects
@@ -138,37 +119,21 @@ def page(
         over_time=_over_time(report),
         rows=list(_rows(report, samples, {card.sample_id for card in cards})),
         groups=_groups(report, samples.labels if groups is None else groups, given=groups is not None),
-        trust=_trust(report),
-        coverage={"parameters": {}, "excluded": [], **part_of(metadata, "coverage")},
-        facts=_facts(metadata),
-        versions=part_of(metadata, "versions"),
+        trust=trust(report),
+        coverage=made.coverage,
+        facts=_facts(report.metadata),
+        versions=made.versions,
     )
 
 
-def cell(report: InfluenceReport) -> str:
+def cell(report: Scores) -> str:
     """The report in the output of a notebook's cell."""
     return _template("cell.html").render(
         report=report,
         lists=[("Most helpful", "help", report.top(5)), ("Most harmful", "harm", report.bottom(5))],
         histogram=_histogram(report.mean),
-        trust=_trust(report),
+        trust=trust(report),
     )
-
-
-def part_of(metadata: Mapping[str, Any], name: str) -> Mapping[str, Any]:
-    """A part of the metadata that maps names; nothing where it is left out or holds something else."""
-    part = metadata.get(name)
-    return part if isinstance(part, Mapping) else {}
-
-
-def signed(value: float, digits: int = 3) -> str:
-    """A number with its sign, in print rather than in code: ``−1.2×10⁻⁵``."""
-    mantissa, _, exponent = f"{value:+#.{digits}g}".replace("-", "−").partition("e")
-    mantissa = mantissa.removesuffix(".")
-    if not exponent:
-        return mantissa
-    power = str(int(exponent.replace("−", "-"))).translate(str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹"))
-    return f"{mantissa}×10{power}"
 
 
 def _template(name: str) -> Any:
@@ -187,7 +152,7 @@ def _template(name: str) -> Any:
 
 
 def _view(
-    report: InfluenceReport,
+    report: Scores,
     samples: _Samples,
     k: int,
     query: int | str | None,
@@ -211,7 +176,7 @@ def _view(
     }
 
 
-def _suspects(report: InfluenceReport, samples: _Samples, k: int) -> list[_Card]:
+def _suspects(report: Scores, samples: _Samples, k: int) -> list[_Card]:
     found = report.suspects()
     largest = float(found.suspicion.max()) if len(found) else 1.0
     return [
@@ -227,7 +192,7 @@ def _suspects(report: InfluenceReport, samples: _Samples, k: int) -> list[_Card]
     ]
 
 
-def _rows(report: InfluenceReport, samples: _Samples, carded: Collection[int]) -> Iterator[dict[str, Any]]:
+def _rows(report: Scores, samples: _Samples, carded: Collection[int]) -> Iterator[dict[str, Any]]:
     """The samples of the largest scores and those with a card, for the table."""
     mean, harmed = report.mean, (report.scores < 0).double().mean(1).nan_to_num()
     for rank, i in enumerate(mean.abs().argsort(descending=True, stable=True).tolist()):
@@ -238,7 +203,7 @@ def _rows(report: InfluenceReport, samples: _Samples, carded: Collection[int]) -
 
 
 def _groups(
-    report: InfluenceReport, groups: Sequence[Any] | Mapping[int, Any] | Tensor | None, *, given: bool
+    report: Scores, groups: Sequence[Any] | Mapping[int, Any] | Tensor | None, *, given: bool
 ) -> list[dict[str, Any]]:
     """Totals by group; labels that were not given as groups count only where they are few."""
     if groups is None:
@@ -282,7 +247,7 @@ def _histogram(scores: Tensor) -> dict[str, Any]:
     """Bars over a scale that is linear for small and logarithmic for large scores (the inverse hyperbolic sine)."""
     if not len(scores):
         return {"bars": [], "ticks": [(0.5, 0.0)], "largest": 0}
-    scale = float(scores.abs().median()) or float(scores.abs().max()) or 1.0
+    scale = max(float(scores.abs().median()), _FINEST * float(scores.abs().max())) or 1.0
     bound = float(torch.asinh(scores.abs() / scale).max()) or 1.0
     counts = torch.histc(torch.asinh(scores / scale), _BINS, -bound, bound)
     edges = [scale * math.sinh(bound * (2 * i / _BINS - 1)) for i in range(_BINS + 1)]
@@ -295,7 +260,7 @@ def _histogram(scores: Tensor) -> dict[str, Any]:
     return {"bars": bars, "ticks": ticks, "largest": int(counts.max())}
 
 
-def _over_time(report: InfluenceReport) -> dict[str, Any]:
+def _over_time(report: Scores) -> dict[str, Any]:
     first, helped, harmed = report.rows.over_time(_TIMES)
     n = report.rows.n_steps
     largest = max([*helped.tolist(), *(-harmed).tolist()], default=0.0) or 1.0
@@ -307,61 +272,7 @@ def _over_time(report: InfluenceReport) -> dict[str, Any]:
     return {"bars": bars, "steps": n, "largest": largest}
 
 
-# -- trust and origin -----------------------------------------------------------------------------------------
-
-
-def _trust(report: InfluenceReport) -> list[_Trust]:
-    """Everything known about how far these scores can be believed."""
-    metadata = report.metadata
-    measured = {k: v for k, v in part_of(metadata, "errors").items() if isinstance(v, (int, float))}
-    errors = _own_errors(report) | measured
-    told = [*_approximations(metadata)]
-    for name, size in errors.items():
-        corrected = name == "config" and not metadata.get("optimizer_assumption")
-        level = "solid" if corrected or size < 0.1 else "approximate" if size < 0.5 else "caution"
-        told.append(_Trust(f"{name} error".capitalize(), _percent(size), level, _ERRORS.get(name, "Of the scores.")))
-    if "ceiling" in metadata:
-        told.append(_Trust("Ceiling", _short(metadata["ceiling"]), "solid", "Agreement of retraining with itself."))
-    else:
-        told.append(
-            _Trust("Ceiling", "not measured", "unknown", "check_faithfulness retrains, and says what scores can reach.")
-        )
-    if "conclusion" in metadata:
-        told.append(_Trust("Measured", "against retraining", "solid", str(metadata["conclusion"])))
-    return told
-
-
-_ERRORS = {
-    "config": "What the scores would be off by, had the run been taken for one of plain SGD.",
-    "algorithm": "How far the optimizer's answer to a removal is from a straight line. These scores follow the answer "
-    "within each parameter; what it sets off beyond grows with this number.",
-    "system": "How far the run, trained again from its record, ends from where it ended.",
-}
-
-
-def _own_errors(report: InfluenceReport) -> dict[str, float]:
-    """Levels of error that follow from the report itself."""
-    found, size = {}, float(report.scores.norm())
-    if size and report.metadata.get("response") == "finite":
-        found["algorithm"] = float(report.nonlinearity.norm()) / size
-    if drift := part_of(report.metadata, "replay_drift"):
-        found["system"] = max(drift.values())
-    return found
-
-
-def _approximations(metadata: Mapping[str, Any]) -> Iterator[_Trust]:
-    coverage = part_of(metadata, "coverage").get("fraction")
-    if coverage is not None:
-        level = "solid" if coverage > 0.99 else "approximate" if coverage > 0.1 else "caution"
-        yield _Trust("Coverage", _percent(coverage), level, "Share of the trained coordinates that the scores rest on.")
-    curvature = str(metadata.get("curvature"))
-    if curvature in _CURVATURE:
-        yield _Trust(
-            "Curvature", curvature.replace("_", "-").replace("gauss-newton", "Gauss-Newton"), *_CURVATURE[curvature]
-        )
-    if metadata.get("optimizer_assumption"):
-        assumed = str(metadata["optimizer_assumption"]).upper()
-        yield _Trust("Optimizer", f"{assumed} assumed", "caution", "The run used another: these scores are a baseline.")
+# -- origin ---------------------------------------------------------------------------------------------------
 
 
 def _facts(metadata: Mapping[str, Any]) -> list[tuple[str, str]]:
@@ -369,14 +280,4 @@ def _facts(metadata: Mapping[str, Any]) -> list[tuple[str, str]]:
     shown = {
         k: v for k, v in metadata.items() if isinstance(v, (str, int, float)) and k not in ("ceiling", "conclusion")
     }
-    return [(k.replace("_", " "), _short(v)) for k, v in shown.items()]
-
-
-def _percent(fraction: float) -> str:
-    if 0 < abs(fraction) < 0.0005:
-        return signed(fraction, 2)[1:]
-    return f"{100 * fraction:.3g} %"
-
-
-def _short(value: Any) -> str:
-    return f"{value:.3g}" if isinstance(value, float) else str(value)
+    return [(k.replace("_", " "), short(v)) for k, v in shown.items()]

@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import pandas as pd
 import torch
 from matplotlib.figure import Figure
 from PIL import Image
@@ -14,9 +13,10 @@ from torch import Tensor
 
 from lightning_influence.errors import ConfigurationError
 from lightning_influence.report.rendering import Render, Shown, as_image, default_render, label_of, training_samples
+from lightning_influence.report.scores import Scores
 
 if TYPE_CHECKING:
-    from lightning_influence.report import InfluenceReport
+    import pandas as pd
 
 _HELP, _HARM = "#0b7a5e", "#bf3b2b"
 
@@ -24,7 +24,7 @@ _HELP, _HARM = "#0b7a5e", "#bf3b2b"
 class Plots:
     """``report.plot``: each method returns a matplotlib figure."""
 
-    def __init__(self, report: InfluenceReport) -> None:
+    def __init__(self, report: Scores) -> None:
         self._report = report
 
     def histogram(self, bins: int = 60) -> Figure:

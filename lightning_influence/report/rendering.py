@@ -6,11 +6,11 @@ import base64
 import html
 import io
 import math
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeAlias
 
 import numpy as np
-import pandas as pd
 import torch
 from PIL import Image
 from torch import Tensor
@@ -50,7 +50,7 @@ def indexed(data: Any) -> tuple[Any, int | None]:
     if dataset is None or isinstance(dataset, IterableDataset):
         return None, None
     known = hasattr(dataset, "__len__") and not isinstance(dataset, Mapping)  # a mapping's keys may be any ids
-    return dataset.iloc if isinstance(dataset, pd.DataFrame) else dataset, len(dataset) if known else None
+    return dataset.iloc if _is_pandas(dataset, "DataFrame") else dataset, len(dataset) if known else None
 
 
 def training_samples(data: Any, sample_ids: Tensor) -> Any:
@@ -94,7 +94,7 @@ def default_render(tokenizer: Any = None) -> Render:
 def label_of(sample: Any) -> str:
     """The label that comes with a sample, or nothing."""
     label = sample[1] if isinstance(sample, (tuple, list)) and len(sample) > 1 else None
-    if isinstance(sample, (Mapping, pd.Series)):
+    if isinstance(sample, Mapping) or _is_pandas(sample, "Series"):
         label = next((sample[k] for k in _LABELS if k in sample), None)
     if isinstance(label, (Tensor, np.ndarray, np.generic)):
         return str(label.item()) if math.prod(label.shape) == 1 else ""
@@ -168,7 +168,7 @@ def as_image(image: Tensor | np.ndarray) -> Image.Image:
 
 def _content(sample: Any) -> Any:
     """The input of a sample."""
-    if isinstance(sample, pd.Series):
+    if _is_pandas(sample, "Series"):
         sample = sample.to_dict()
     if isinstance(sample, Mapping):
         values = _flat(sample)
@@ -176,6 +176,12 @@ def _content(sample: Any) -> Any:
         key = next((name for name in inputs if not isinstance(values[name], (int, float, type(None)))), None)
         return values[key] if key is not None else {k: v for k, v in values.items() if _last(k) not in _LABELS}
     return _content(sample[0]) if isinstance(sample, (tuple, list)) and sample and not _numbers(sample) else sample
+
+
+def _is_pandas(content: Any, kind: str) -> bool:
+    """Whether it is a table or a row of one, which it cannot be where nobody has imported pandas."""
+    pandas = sys.modules.get("pandas")
+    return pandas is not None and isinstance(content, getattr(pandas, kind))
 
 
 def _flat(values: Mapping[Any, Any], under: str = "") -> dict[str, Any]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import fields, replace
 from pathlib import Path
@@ -14,7 +14,8 @@ from lightning import Fabric, LightningModule
 from torch import Tensor
 
 from lightning_influence.core.optimizers import UPDATES
-from lightning_influence.core.sweep import Method, RowScores, sweep
+from lightning_influence.core.scores import RowScores
+from lightning_influence.core.sweep import Method, sweep
 from lightning_influence.core.trajectory import Trajectory, Vectors
 from lightning_influence.errors import ConfigurationError, LogError
 from lightning_influence.log.reader import StoreReader
@@ -22,6 +23,7 @@ from lightning_influence.log.steps import FINAL, LoggedSteps, LoggedTrajectory, 
 from lightning_influence.replay.logged_plan import LoggedPlan
 from lightning_influence.replay.trajectory import ReplayTrajectory
 from lightning_influence.report import InfluenceReport
+from lightning_influence.report.provenance import Coverage, Provenance, Removals
 from lightning_influence.run.data import TrainingData
 from lightning_influence.run.lightning_names import is_a
 from lightning_influence.scoring.queries import Queries, Target, query_gradients
@@ -107,15 +109,11 @@ def attribute(
             progress=progress,
         )
         rows = _only(_swept(trajectory, gradients, method, max_memory, fabric, progress), samples)
-        metadata = _metadata(manifest, trajectory, method, target)
-    return InfluenceReport.from_rows(
-        rows.sample_ids,
-        rows.steps,
-        rows.scores,
-        tangent=rows.tangent,
-        interaction=rows.interaction if bool(rows.interaction.any()) else None,
+        made = _provenance(manifest, trajectory, method, target)
+    return InfluenceReport(
+        rows,
         query_ids=None if target is None else ["mean" if isinstance(target, str) else "target"],
-        metadata=metadata,
+        metadata=made.to_json(),
     )
 
 
@@ -263,30 +261,36 @@ def _check_model(steps: LoggedSteps, model: LightningModule) -> None:
         )
 
 
-def _metadata(
-    manifest: dict[str, Any], trajectory: LoggedTrajectory | ReplayTrajectory, method: Method, target: Target
-) -> dict[str, Any]:
+def _provenance(
+    manifest: Mapping[str, Any], trajectory: LoggedTrajectory | ReplayTrajectory, method: Method, target: Target
+) -> Provenance:
     kept = sum(d for d, _ in trajectory.sizes.values())
-    found = {
-        "coverage": {
-            "fraction": kept / max(manifest["coverage"]["trained"], 1),
-            "kept": kept,
-            **manifest["coverage"],
-            "parameters": {name: kept / total for name, (kept, total) in trajectory.sizes.items()},
-            "excluded": manifest["excluded"],
-        },
-        "curvature": method.curvature,
-        "response": method.response,
-        "memory_window": method.memory_window,
-        "counterfactual": method.counterfactual,
-        "optimizer": manifest["optimizer"],
-        "optimizer_assumption": method.optimizer,
-        "target": target if target is None or isinstance(target, str) else "weighted sum",
-        "steps": len(trajectory),
-    }
-    if isinstance(trajectory, ReplayTrajectory):
-        found["stopped_paths"] = trajectory.stopped_paths
-        found["hessian_by_differences"] = trajectory.differenced
-        found["removals"] = trajectory.removals.to_metadata()
-        found["replay_drift"] = {str(step): drift for step, drift in trajectory.drift.items()}
-    return found | {key: manifest[key] for key in ("module", "record", "compression", "precision", "versions")}
+    trained = manifest["coverage"]["trained"]
+    made = Provenance(
+        **{key: manifest[key] for key in ("module", "record", "compression", "precision", "versions", "optimizer")},
+        optimizer_assumption=method.optimizer,
+        curvature=method.curvature,
+        response=method.response,
+        memory_window=method.memory_window,
+        counterfactual=method.counterfactual,
+        target=target if target is None or isinstance(target, str) else "weighted sum",
+        steps=len(trajectory),
+        coverage=Coverage(
+            kept / max(trained, 1),
+            kept,
+            manifest["coverage"]["recorded"],
+            trained,
+            {name: kept / total for name, (kept, total) in trajectory.sizes.items()},
+            manifest["excluded"],
+        ),
+    )
+    if not isinstance(trajectory, ReplayTrajectory):
+        return made
+    removals = Removals.from_json(trajectory.removals.to_metadata())
+    return replace(
+        made,
+        removals=removals,
+        stopped_paths=trajectory.stopped_paths,
+        hessian="by differences" if trajectory.differenced else None,
+        replay_drift={str(step): d for step, d in trajectory.drift.items()},
+    )

@@ -5,13 +5,18 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import pandas as pd
 import torch
 from torch import Tensor
 
+from lightning_influence.report.tables import in_notebook, write_csv
 
-@dataclass
+if TYPE_CHECKING:
+    import pandas as pd
+
+
+@dataclass(repr=False)
 class SelectionReport:
     """What was decided, in the order of the decisions.
 
@@ -37,6 +42,8 @@ class SelectionReport:
 
     def to_pandas(self) -> pd.DataFrame:
         """One row per decision: ``step``, ``sample_id``, ``score``, ``weight`` (0: removed)."""
+        import pandas as pd
+
         parts = [
             pd.DataFrame({"step": step, "sample_id": ids.numpy(), "score": scores.numpy(), "weight": weights.numpy()})
             for step, ids, scores, weights in self.rows
@@ -46,4 +53,12 @@ class SelectionReport:
 
     def to_csv(self, path: str | Path) -> None:
         """Write `to_pandas` as CSV."""
-        self.to_pandas().to_csv(path, index=False)
+        write_csv(self.to_pandas(), path)
+
+    def __repr__(self) -> str:
+        samples = sum(len(ids) for _, ids, *_ in self.rows)
+        kept = f"; mean weight {self.kept:.3g}" if self.rows else ""
+        return f"SelectionReport({len(self.rows)} decisions on {samples} samples{kept})"
+
+    def _repr_html_(self) -> str:
+        return in_notebook(repr(self), self.to_pandas())

@@ -4,34 +4,24 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
-import pandas as pd
 import torch
-from scipy.stats import rankdata
 from torch import Tensor
-from torchmetrics.functional import pearson_corrcoef
 
 from lightning_influence.errors import ConfigurationError
+from lightning_influence.report.provenance import Estimate as Estimate
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 STATISTICS = ("spearman", "pearson", "relative_error")
 
 _CHUNK = 2**18  # numbers resampled at once
 
 
-@dataclass(frozen=True)
-class Estimate:
-    """A statistic, averaged over the queries, and its bootstrap confidence interval over the removals."""
-
-    value: float
-    low: float
-    high: float
-
-    def __str__(self) -> str:
-        return f"{self.value:.3f} [{self.low:.3f}, {self.high:.3f}]"
-
-
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Agreement:
     """Agreement of scores with the truth.
 
@@ -50,11 +40,16 @@ class Agreement:
 
     def to_pandas(self) -> pd.DataFrame:
         """One row per query, one column per statistic."""
+        import pandas as pd
+
         return pd.DataFrame({name: values.numpy() for name, values in self.per_query.items()})
 
     def __str__(self) -> str:
         told = ", ".join(f"{name.replace('_', ' ')} {getattr(self, name)}" for name in STATISTICS)
         return f"{told} over {self.n_removals} removals"
+
+    def __repr__(self) -> str:
+        return f"Agreement({self})"
 
 
 def compare(
@@ -99,11 +94,15 @@ def _statistics(scores: Tensor, truth: Tensor) -> dict[str, Tensor]:
 
 
 def _ranks(values: Tensor) -> Tensor:
+    from scipy.stats import rankdata
+
     return torch.from_numpy(rankdata(values.numpy(), axis=0))
 
 
 def _pearson(a: Tensor, b: Tensor) -> Tensor:
     """Of every column; 0 where one of the two is constant."""
+    from torchmetrics.functional import pearson_corrcoef
+
     varies = (a != a[0]).any(0) & (b != b[0]).any(0)
     found = a.new_zeros(a.shape[1])
     if varies.any():

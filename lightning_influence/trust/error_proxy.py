@@ -5,25 +5,27 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import TYPE_CHECKING, Any, Literal, cast
 
-import pandas as pd
 import torch
 from lightning import LightningModule
-from matplotlib.figure import Figure
 
 from lightning_influence.core.second_variation import ErrorProxy, scaled_learning_rate, second_variation
 from lightning_influence.core.trajectory import Trajectory
 from lightning_influence.errors import ConfigurationError
 from lightning_influence.log.steps import LoggedSteps
 from lightning_influence.replay.trajectory import ReplayTrajectory
-from lightning_influence.report.plots import lines
+from lightning_influence.report.tables import in_notebook
 from lightning_influence.scoring.attribution import open_trajectory
 from lightning_influence.scoring.queries import Queries, query_curvature, query_gradients
 from lightning_influence.scoring.query_loss import QueryLoss
 
+if TYPE_CHECKING:
+    import pandas as pd
+    from matplotlib.figure import Figure
 
-@dataclass(frozen=True)
+
+@dataclass(frozen=True, repr=False)
 class PredictedErrors:
     """Error proxies of chosen (sample, step) pairs, at the run's learning rate and at multiples of it.
 
@@ -41,6 +43,8 @@ class PredictedErrors:
         """One row per pair, query and factor: the first-order score, its predicted error and the error's parts, and the
         second variation with its own.
         """
+        import pandas as pd
+
         tables = []
         for factor, proxy in self.proxies.items():
             k, q = proxy.tangent.shape
@@ -68,6 +72,8 @@ class PredictedErrors:
 
     def relative(self) -> pd.Series:
         """Size of the predicted error relative to the scores, ``||error|| / ||tangent||``, by factor."""
+        import pandas as pd
+
         sizes = {f: float(p.total.norm() / p.tangent.norm().clamp(min=1e-300)) for f, p in self.proxies.items()}
         return pd.Series(sizes, name="relative error").rename_axis("lr_factor")
 
@@ -77,11 +83,23 @@ class PredictedErrors:
         squares[["error", "tangent"]] **= 2
         sums = squares.groupby(["horizon", "lr_factor"]).sum()
         relative = (sums.error / sums.tangent.clip(lower=1e-300)) ** 0.5
-        return cast(pd.DataFrame, relative.unstack("lr_factor"))
+        return cast("pd.DataFrame", relative.unstack("lr_factor"))
 
     def plot(self) -> Figure:
         """The `curve`."""
+        from lightning_influence.report.plots import lines
+
         return lines(self.curve(), xlabel="horizon (steps)", ylabel="predicted error / score", yscale="log")
+
+    def __repr__(self) -> str:
+        n_pairs, n_queries = next(iter(self.proxies.values())).tangent.shape
+        sizes = ", ".join(
+            f"{size:.2g} at {factor:g} times the learning rate" for factor, size in self.relative().items()
+        )
+        return f"PredictedErrors({n_pairs} pairs x {n_queries} queries, {self.curvature}; error / score {sizes})"
+
+    def _repr_html_(self) -> str:
+        return in_notebook(repr(self), self.relative().reset_index())
 
 
 def error_proxy(

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import copy
 import json
-import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
-import pandas as pd
 import torch
 from lightning import LightningModule
 from torch import Tensor
@@ -21,13 +19,19 @@ from lightning_influence.errors import ConfigurationError
 from lightning_influence.log.steps import LoggedSteps
 from lightning_influence.replay.logged_plan import LoggedPlan
 from lightning_influence.report import InfluenceReport
+from lightning_influence.report.provenance import Measured
+from lightning_influence.report.tables import in_notebook
 from lightning_influence.run.data import TrainingData
 from lightning_influence.run.training_step import prepared
 from lightning_influence.scoring.attribution import attribute
 from lightning_influence.scoring.queries import Queries, query_losses
 from lightning_influence.scoring.query_loss import QueryLoss
 from lightning_influence.trust.agreement import Agreement, compare, sums_over
+from lightning_influence.trust.results import Results
 from lightning_influence.trust.retraining import Removal, Run, each_effect, moved_initialisation, recorded_run, retrain
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 CEILING = "ceiling"
 """The row of the truth measured again: what any estimator can reach."""
@@ -40,7 +44,7 @@ ESTIMATORS: dict[str, dict[str, Any]] = {
 """What is checked by default; keyword arguments of `attribute`. ``"finite"`` is its default."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Faithfulness:
     """Agreement of scores with retraining.
 
@@ -62,6 +66,8 @@ class Faithfulness:
 
     def to_pandas(self) -> pd.DataFrame:
         """One row per estimator: each statistic with its confidence interval."""
+        import pandas as pd
+
         rows = []
         for name, agreement in self.single.items():
             row: dict[str, Any] = {"estimator": name}
@@ -75,9 +81,14 @@ class Faithfulness:
         return pd.DataFrame(rows)
 
     @property
+    def best(self) -> str:
+        """The estimator that ranks single removals most as retraining does."""
+        return max((n for n in self.single if n != CEILING), key=lambda n: self.single[n].spearman.value)
+
+    @property
     def conclusion(self) -> str:
         """What may and may not be concluded, in words."""
-        best = max((n for n in self.single if n != CEILING), key=lambda n: self.single[n].spearman.value)
+        best = self.best
         found, told = self.single[best], []
         spearman = found.spearman
         if spearman.low > 0.9:
@@ -107,8 +118,18 @@ class Faithfulness:
     @property
     def trust(self) -> dict[str, Any]:
         """What a report's page says of trust: ``report.metadata |= check.trust``."""
-        found: dict[str, Any] = {"errors": dict(self.levels), "conclusion": self.conclusion}
-        return found | ({"ceiling": str(self.single[CEILING].spearman)} if CEILING in self.single else {})
+        ceiling = self.single[CEILING].spearman if CEILING in self.single else None
+        return Measured(self.levels, self.single[self.best].spearman, ceiling, self.conclusion).to_json()
+
+    def __repr__(self) -> str:
+        singles, n_queries = next(iter(self.single.values())).n_removals, self.truth.shape[1]
+        told = "; ".join(f"spearman of {name!r} {agreement.spearman}" for name, agreement in self.single.items())
+        return (
+            f"Faithfulness({singles} removals and {len(self.removals) - singles} subsets, {n_queries} queries; {told})"
+        )
+
+    def _repr_html_(self) -> str:
+        return in_notebook(self.conclusion, self.to_pandas())
 
     def __str__(self) -> str:
         table = self.to_pandas().round(3).to_string(index=False)
@@ -185,10 +206,8 @@ def check_faithfulness(
 
     baseline = losses(retrain(run))
     subject = {"baseline": baseline.tolist(), "counterfactual": counterfactual, "target": target, "dtype": str(dtype)}
-    effects = _Effects(
-        run, asked, losses, counterfactual, workers, progress, None if results is None else Path(results)
-    )
-    effects.open(subject)
+    kept = None if results is None else Results(Path(results), subject)
+    effects = _Effects(run, asked, losses, counterfactual, workers, progress, kept)
     truth = effects.measure("retraining")
     scores = {name: _predicted(report.scores, report.sample_ids, asked) for name, report in reports.items()}
     measured = dict(scores)
@@ -207,7 +226,7 @@ def check_faithfulness(
 
 @dataclass(frozen=True)
 class _Effects:
-    """Measures removals, keeping what is done in a file: a line that says of what, and one per retraining."""
+    """Measures removals, those apart that results already hold."""
 
     run: Run
     removals: Sequence[Removal]
@@ -215,76 +234,24 @@ class _Effects:
     counterfactual: Literal["drop", "zero"]
     workers: int
     progress: bool
-    results: Path | None
-
-    def open(self, subject: Mapping[str, Any]) -> None:
-        """Begin the file, or refuse one that is about something else."""
-        if self.results is None:
-            return
-        self.results.parent.mkdir(parents=True, exist_ok=True)
-        lines = _lines(self.results)
-        if not lines:
-            self._keep({"of": subject})
-        elif not _same(lines[0].get("of"), subject):
-            raise ConfigurationError(
-                f"results={str(self.results)!r} holds the retrainings of another check ({_told(lines[0].get('of'))}; here "
-                f"{_told(subject)}). Give another file, or delete it."
-            )
+    results: Results | None
 
     def measure(self, what: str) -> Tensor:
-        lines = [] if self.results is None else _lines(self.results)[1:]
-        done = {line["removal"]: line["effect"] for line in lines if line["what"] == what}
+        """What each removal changes, ``(n_removals, n_queries)`` float64; finished ones are kept under ``what``."""
+        done = {} if self.results is None else self.results.done(what)
         waiting = [r for r in self.removals if _key(r) not in done]
         each = each_effect(self.run, waiting, self.losses, counterfactual=self.counterfactual, workers=self.workers)
         if waiting:
             for number, effect in tqdm(each, what, len(waiting), unit="run", delay=2, disable=not self.progress):
                 key = _key(waiting[number])
                 done[key] = effect.tolist()
-                self._keep({"what": what, "removal": key, "effect": done[key]})
+                if self.results is not None:
+                    self.results.keep(what, key, done[key])
         return torch.tensor([done[_key(r)] for r in self.removals], dtype=torch.float64)
-
-    def _keep(self, line: Mapping[str, Any]) -> None:
-        if self.results is None:
-            return
-        with open(self.results, "a+b") as file:
-            if file.tell():  # where an earlier check was interrupted, its last line may be without an end
-                file.seek(-1, os.SEEK_END)
-                cut = file.read(1) != b"\n"
-                file.write(b"\n" if cut else b"")
-            file.write(json.dumps(line).encode() + b"\n")
 
 
 def _key(removal: Removal) -> str:
     return json.dumps(sorted(removal) if isinstance(removal, frozenset) else removal)
-
-
-def _lines(path: Path) -> list[dict[str, Any]]:
-    """The complete lines of a file of results."""
-    found = []
-    for line in path.read_text().splitlines() if path.exists() else []:
-        try:
-            told = json.loads(line)
-        except json.JSONDecodeError:
-            continue  # the line at which an earlier check was interrupted
-        if isinstance(told, dict):
-            found.append(told)
-    return found
-
-
-def _same(before: Any, now: Mapping[str, Any]) -> bool:
-    """Whether results are those of the same check: the losses of the run trained again tell runs and queries apart."""
-    if not isinstance(before, dict) or any(before.get(k) != v for k, v in now.items() if k != "baseline"):
-        return False
-    losses, expected = torch.tensor(before["baseline"]), torch.tensor(now["baseline"])
-    return losses.shape == expected.shape and torch.allclose(losses, expected, rtol=1e-5, atol=0)
-
-
-def _told(subject: Any) -> str:
-    if not isinstance(subject, dict):
-        return "it does not say of what"
-    mean = sum(subject["baseline"]) / len(subject["baseline"])
-    rest = ", ".join(f"{k}={v!r}" for k, v in subject.items() if k != "baseline")
-    return f"{len(subject['baseline'])} losses of mean {mean:.6g}, {rest}"
 
 
 def _initialisation(log: str | Path, model: LightningModule) -> Callable[[], LightningModule]:

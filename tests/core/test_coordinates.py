@@ -107,5 +107,11 @@ def test_a_mask_over_a_product_is_some_rows_times_some_columns() -> None:
         assert (len(rows), len(columns)) == (10, 10) and torch.equal(
             index, torch.cartesian_prod(rows * 50, columns).sum(1)
         )
+    narrow = plan(
+        {"a": Outer(torch.zeros(4, 2, 60), torch.zeros(4, 2, 4))}, {"a": (60, 4)}, compression="mask", mask_size=98
+    )
+    assert narrow["a"].size == 75 and len((narrow["a"].index // 4).unique()) == 25, (
+        "few columns leave room for more rows"
+    )
     few = plan({"a": Dense(torch.zeros(4, 3000))}, {"a": (60, 50)}, compression="mask", mask_size=100)["a"].index
     assert len((few // 50).unique()) > 40, "of rows that were not captured as products, single coordinates"

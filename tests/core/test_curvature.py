@@ -110,6 +110,20 @@ def test_third_derivative() -> None:
         torch.testing.assert_close(flat(exact)[i : i + 1], (plus - minus) / (2 * h), rtol=1e-5, atol=1e-6)
 
 
+def test_products_hold_no_graph() -> None:
+    """Of parameters that are being trained too."""
+    parameters, _, loss, vectors, _ = problem("cross entropy")
+    trained = {k: p.clone().requires_grad_() for k, p in parameters.items()}
+    one = {k: v[:1] for k, v in vectors.items()}
+    for v in (one, vectors):
+        for products in (
+            third_derivative(loss, trained, v),
+            gauss_newton_product(loss, trained, v),
+            hessian_product(loss, trained, v),
+        ):
+            assert not any(p.requires_grad for p in products.values())
+
+
 def test_products_are_linear_in_the_gradient() -> None:
     """A sanity check of the reference itself: the Hessian is the derivative of the gradient."""
     parameters, _, loss, vectors, _ = problem("cross entropy")

@@ -104,6 +104,8 @@ def test_proxy_stays_right_where_the_second_variation_diverges() -> None:
     truth = torch.stack([toy.true_effect(z, t) for z, t in PAIRS])
     missed = truth - proxy.tangent
     assert (proxy.total - missed).norm() < 0.5 * (proxy.second_order - missed).norm()
+    assert (proxy.corrected - truth).norm() < 0.5 * missed.norm()
+    torch.testing.assert_close(proxy.corrected - truth, proxy.total - missed)
 
 
 def test_fisher_proxy_needs_no_model() -> None:

@@ -115,7 +115,10 @@ def test_memory_window_converges_to_the_whole_memory() -> None:
 def test_scored_range_gives_those_rows_alone() -> None:
     run = ToyTrajectory(RUNS["adamw"])
     whole = sweep(run, run.query_gradients())
+    seen, record = [], run.record
+    run.record = lambda t: seen.append(t) or record(t)  # type: ignore[method-assign]
     part = sweep(run, run.query_gradients(), scored=range(2, 3))
+    assert seen == [4, 3, 2], "the walk ends at the first that is scored"
     keep = whole.steps == 2
     assert torch.equal(part.scores, whole.scores[keep]) and torch.equal(part.sample_ids, whole.sample_ids[keep])
     none = sweep(run, run.query_gradients(), scored=range(0))

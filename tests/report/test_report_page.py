@@ -26,7 +26,7 @@ from torch.utils.data import DataLoader, IterableDataset, Subset, TensorDataset
 
 from lightning_influence import InfluenceCallback, InfluenceReport
 from lightning_influence.errors import ConfigurationError
-from lightning_influence.report.page import signed
+from lightning_influence.report.numbers import signed
 from lightning_influence.report.rendering import as_html, as_image, default_render, label_of, labels_of
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")

@@ -1,0 +1,148 @@
+"""A file of tensors that says their checksums: a shard of a store, or a file on its own.
+
+In a store the index holds the checksum of a shard's header. A file on its own holds it in the header itself, reckoned
+with zeros in its place; it is then *sealed*. Either way every byte is covered: the header by its checksum, the rest by
+those of the tensors, which the header holds.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import struct
+import zlib
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor
+
+from lightning_influence.errors import InfluenceError
+
+MAX_HEADER = 2**27
+UNDECODABLE = (  # what JSON, safetensors and torch say of content that a writer never wrote
+    ArithmeticError,
+    AttributeError,
+    LookupError,
+    RecursionError,
+    SafetensorError,
+    TypeError,
+    ValueError,
+)
+
+_META, _SUMS, _SEAL = "meta", "crc32", "header"
+_SEALED = re.compile(rb'(?<="%s":")[0-9a-f]{8}(?=")' % _SEAL.encode())  # quotes inside of a text are escaped
+_OPEN = b"0" * 8
+
+
+def serialise(tensors: Mapping[str, Tensor], meta: dict[str, Any], **more: str) -> bytes:
+    """A file of tensors with their checksums, and what is told of them.
+
+    Args:
+        more: further entries of the file's own metadata.
+
+    Raises:
+        TypeError: JSON cannot hold `meta`.
+    """
+    tensors = _unshared(tensors)
+    sums = {name: zlib.crc32(bytes_of(tensor)) for name, tensor in tensors.items()}
+    return save(tensors, {_META: json.dumps(meta), _SUMS: json.dumps(sums), **more})
+
+
+def sealed(tensors: Mapping[str, Tensor], meta: dict[str, Any], **more: str) -> bytes:
+    """`serialise` for a file on its own: its header holds the header's checksum."""
+    data = serialise(tensors, meta, **more, **{_SEAL: _OPEN.decode()})
+    size = header_size(data)
+    return _SEALED.sub(b"%08x" % zlib.crc32(data[:size]), data[:size], count=1) + data[size:]
+
+
+def is_sealed(header: bytes) -> bool:
+    """Whether a header is one that `sealed` wrote."""
+    seals = _SEALED.findall(header)
+    return len(seals) == 1 and seals[0] == b"%08x" % zlib.crc32(_SEALED.sub(_OPEN, header))
+
+
+def bytes_of(tensor: Tensor) -> memoryview:
+    """The bytes of a tensor, as they lie in memory."""
+    return tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy().data
+
+
+def header_size(data: bytes) -> int:
+    """Bytes of a file's header, its own length included."""
+    (length,) = struct.unpack("<Q", data[:8])
+    return 8 + int(length)
+
+
+class Shard:
+    """A file of tensors, one of which is read, and held against its checksum, at a time.
+
+    Args:
+        fault: says of the header's bytes and the file's size why they are not those that were written, or None.
+        corrupted: makes an error of such a reason; also raised by `tensor`.
+
+    Attributes:
+        metadata: the file's own, all texts.
+        meta: what was told of the tensors.
+        sums: the checksum of each.
+
+    Raises:
+        OSError: the file is not there or cannot be read.
+    """
+
+    def __init__(
+        self, path: Path, fault: Callable[[bytes, int], str | None], corrupted: Callable[[str], InfluenceError]
+    ) -> None:
+        self._corrupted = corrupted
+        header, size = self._read(path)
+        if reason := fault(header, size):
+            raise corrupted(reason)
+        with self._decoding():
+            self.metadata: dict[str, str] = json.loads(header[8:])["__metadata__"]
+            self.meta: Any = json.loads(self.metadata[_META])
+            self.sums: dict[str, int] = json.loads(self.metadata[_SUMS])
+            self._file = safe_open(path, framework="pt")
+        if not isinstance(self.meta, dict) or not isinstance(self.sums, dict):
+            raise corrupted("its header does not say what it should of the tensors")
+
+    def _read(self, path: Path) -> tuple[bytes, int]:
+        """The header's bytes and the file's size."""
+        with open(path, "rb") as file:
+            size = os.fstat(file.fileno()).st_size
+            start = file.read(8)
+            length = header_size(start) if len(start) == 8 else 0
+            if not 8 < length <= min(MAX_HEADER, size):
+                raise self._corrupted("its header has an impossible length")
+            return start + file.read(length - 8), size
+
+    def tensor(self, name: str) -> Tensor:
+        """One tensor, verified."""
+        with self._decoding():
+            tensor: Tensor = self._file.get_tensor(name)
+            agrees = zlib.crc32(bytes_of(tensor)) == self.sums[name]
+        if not agrees:
+            raise self._corrupted(f"the checksum of {name!r} does not agree")
+        return tensor
+
+    @contextmanager
+    def _decoding(self) -> Iterator[None]:
+        try:
+            yield
+        except UNDECODABLE as error:
+            raise self._corrupted(f"its content makes {error!r:.200}") from error
+
+
+def _unshared(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The same tensors, no two in one storage, which safetensors refuses: layers that read the same input share it."""
+    own: dict[str, Tensor] = {}
+    storages = set[int]()
+    for name, tensor in tensors.items():
+        tensor = tensor.detach().contiguous()
+        where = tensor.untyped_storage().data_ptr()
+        own[name] = tensor.clone() if where in storages else tensor
+        storages.add(where)
+    return own
