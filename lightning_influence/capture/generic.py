@@ -40,7 +40,10 @@ def generic(
     n = len(delta)
     batched = [isinstance(leaf, Tensor) and leaf.dim() > 0 and len(leaf) == n for leaf in leaves]
     # the state of a recurrent layer is (layers, n, d), whatever the order of its input
-    states = [isinstance(layer, nn.RNNBase) and i > 0 and isinstance(leaf, Tensor) and leaf.dim() == 3 for i, leaf in enumerate(leaves)]
+    states = [
+        isinstance(layer, nn.RNNBase) and i > 0 and isinstance(leaf, Tensor) and leaf.dim() == 3
+        for i, leaf in enumerate(leaves)
+    ]
     leaves = [leaf.transpose(0, 1) if state else leaf for leaf, state in zip(leaves, states, strict=True)]
     batched = [b or (s and len(leaf) == n) for leaf, b, s in zip(leaves, batched, states, strict=True)]
 

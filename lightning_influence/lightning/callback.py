@@ -338,7 +338,8 @@ class InfluenceCallback(L.Callback):
         assert trained is not None
         if self._twin is None:
             warnings.warn(
-                f"{type(module).__name__} cannot be copied, so it is not verified what removing a sample does.", stacklevel=2
+                f"{type(module).__name__} cannot be copied, so it is not verified what removing a sample does.",
+                stacklevel=2,
             )
             return
         removals = witness(

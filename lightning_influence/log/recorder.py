@@ -414,7 +414,9 @@ def _in_snapshots(writer: StoreWriter) -> set[str]:
     if not len(writer):
         return set()
     reader = StoreReader(writer.dirpath)
-    names = [n for artifact in reader.artifacts() if artifact.startswith(SNAPSHOT) for n in reader.artifact_names(artifact)]
+    names = [
+        n for artifact in reader.artifacts() if artifact.startswith(SNAPSHOT) for n in reader.artifact_names(artifact)
+    ]
     return {name.removeprefix("parameter/") for name in names if name.startswith("parameter/")}
 
 

@@ -86,7 +86,12 @@ def _stops(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, An
     if func in _DETACHING:
         return bool(args[0].requires_grad)
     name = getattr(func, "__name__", "")
-    if torch.is_grad_enabled() or "out" in kwargs or name == "__get__" or (name.endswith("_") and not name.endswith("__")):
+    if (
+        torch.is_grad_enabled()
+        or "out" in kwargs
+        or name == "__get__"
+        or (name.endswith("_") and not name.endswith("__"))
+    ):
         return False  # a property, or written in place
     return any(isinstance(leaf, Tensor) and leaf.requires_grad for leaf in pytree.tree_leaves((args, kwargs)))
 

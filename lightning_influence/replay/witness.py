@@ -157,10 +157,10 @@ def rehearse(
     missed = {k: float((found[k] - g).double().norm()) if k in found else float(g.norm()) for k, g in expected.items()}
     size = sum(float(g.double().square().sum()) for g in expected.values()) ** 0.5
     narrow = any(g.dtype in (torch.float16, torch.bfloat16) for g in expected.values())
-    error = sum(m**2 for m in missed.values()) ** 0.5
-    if error > (_TOLERANCE_HALF if half or narrow else _TOLERANCE) * size:
+    away = sum(m**2 for m in missed.values()) ** 0.5
+    if away > (_TOLERANCE_HALF if half or narrow else _TOLERANCE) * size:
         raise ConfigurationError(
-            f"the training step, run again, gives another gradient than in the run, by {error / max(size, 1e-30):.2g} of its size "
+            f"the training step, run again, gives another gradient than in the run, by {away / max(size, 1e-30):.2g} of its size "
             f"(most at {max(missed, key=missed.__getitem__)}), so a replay would not follow the run. Either something changes "
             "gradients on their way (a hook on a parameter), or the step reads what is neither in its batch nor a parameter, a "
             "buffer or a plain number of the module: keep such state in a buffer (register_buffer), or use record='gradients'."

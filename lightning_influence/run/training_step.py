@@ -157,7 +157,7 @@ def _set_numbers(module: nn.Module, numbers: Mapping[str, float]) -> None:
     for key, value in numbers.items():
         path, _, name = key.rpartition(":")
         if path in owners and name in vars(owners[path]):
-            vars(owners[path])[name] = value
+            object.__setattr__(owners[path], name, value)
 
 
 def eval_modes(module: nn.Module) -> tuple[str, ...]:
