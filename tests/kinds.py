@@ -38,7 +38,6 @@ class Base(L.LightningModule):
         options: of the callback.
         trainer_options: of the trainer.
         batches: indices of the samples.
-        bound: on the relative error of the scores of a replay.
     """
 
     refused: ClassVar[Sequence[str]] = ()
@@ -46,7 +45,6 @@ class Base(L.LightningModule):
     options: ClassVar[dict[str, Any]] = {}
     trainer_options: ClassVar[dict[str, Any]] = {}
     batches: ClassVar[list[list[int]]] = [list(range(start, start + BATCH)) for start in range(0, N, BATCH)]
-    bound: ClassVar[float] = 0.03
     samples: Callable[[int], Samples] = staticmethod(points)
     collate: Callable[[Samples], Any] = staticmethod(default_collate)
 
@@ -169,8 +167,6 @@ class Causal(Texts):
 @kind
 class CausalSquare(Causal):
     """As many positions as samples."""
-
-    refused = GRADIENTS
 
     @staticmethod
     def samples(n: int) -> Samples:
@@ -489,8 +485,6 @@ class Named(Base):
 class PythonLists(Base):
     """Labels are a list of Python's numbers."""
 
-    refused = GRADIENTS
-
     @staticmethod
     def collate(samples: Samples) -> Any:
         return {"x": torch.stack([x for x, _ in samples]), "y": [int(y) for _, y in samples]}
@@ -502,8 +496,6 @@ class PythonLists(Base):
 @kind
 class Ragged(Base):
     """A batch is a list of tensors, one a sample."""
-
-    refused = GRADIENTS
 
     @staticmethod
     def collate(samples: Samples) -> Any:
@@ -521,8 +513,6 @@ class Ragged(Base):
 class Dropped(Base):
     """The collate function leaves samples out."""
 
-    refused = BOTH
-
     @staticmethod
     def collate(samples: Samples) -> Any:
         return default_collate([s for s in samples if s[0][0] > -1.0] or samples)
@@ -531,8 +521,6 @@ class Dropped(Base):
 @kind
 class Windows(Base):
     """The collate function makes two rows of every sample."""
-
-    refused = BOTH
 
     @staticmethod
     def collate(samples: Samples) -> Any:
@@ -543,8 +531,6 @@ class Windows(Base):
 @kind
 class TwoRowsEach(Base):
     """The collate function makes two rows of every sample, one after the other."""
-
-    refused = BOTH
 
     @staticmethod
     def collate(samples: Samples) -> Any:
@@ -644,8 +630,6 @@ class Smoothed(Base):
 @kind
 class Ctc(Texts):
     """A loss that can be differentiated once only."""
-
-    refused = ("replay",)
 
     samples = staticmethod(lambda n: [(x, 1 + x[:2] % 2) for x, _ in texts(n)])
 
@@ -800,8 +784,6 @@ class ByEpoch(Base):
 class Counter(Base):
     """The module counts its own steps."""
 
-    refused = ("replay",)
-
     def build(self) -> None:
         super().build()
         self.count = 0
@@ -882,8 +864,6 @@ class Accumulated(Base):
 @kind
 class EverySecond(Base):
     """The optimizer steps on every second batch."""
-
-    refused = BOTH
 
     def optimizer_step(self, epoch: int, batch_idx: int, optimizer: Any, optimizer_closure: Any = None) -> None:
         if batch_idx % 2 == 1:
@@ -978,7 +958,7 @@ class Thaw(BaseFinetuning):
 class Thawed(Base):
     """A layer begins to train at the second epoch."""
 
-    refused = BOTH
+    refused = GRADIENTS
     refused_later = True
 
     @staticmethod

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from lightning_influence import InfluenceCallback, attribute
+from lightning_influence import InfluenceCallback, InfluenceError, attribute
 
 peft = pytest.importorskip("peft")
 transformers = pytest.importorskip("transformers")
@@ -159,6 +159,8 @@ def continued(n: int) -> list[dict[str, Tensor]]:
     ]
 
 
+REFUSED = {"t5", "llama with adapters"}  # by a log of gradients: tables looked up once for all samples, or by hand
+RATES = {"llama with adapters": 1e-3}  # few parameters, whose effects are small beside the rounding of float32 inside
 Data = Callable[[int], list[dict[str, Tensor]]]
 FAMILIES: dict[str, tuple[Callable[[], nn.Module], Data]] = {
     "bert": (bert, classified),
@@ -176,8 +178,9 @@ FAMILIES: dict[str, tuple[Callable[[], nn.Module], Data]] = {
 
 
 class Model(L.LightningModule):
-    def __init__(self, build: Callable[[], nn.Module]) -> None:
+    def __init__(self, build: Callable[[], nn.Module], rate: float) -> None:
         super().__init__()
+        self.rate = rate
         torch.manual_seed(1)
         self.model = build().double()
 
@@ -185,7 +188,7 @@ class Model(L.LightningModule):
         return self.model(**batch).loss
 
     def configure_optimizers(self) -> Any:
-        return torch.optim.AdamW([p for p in self.parameters() if p.requires_grad], lr=1e-4)
+        return torch.optim.AdamW([p for p in self.parameters() if p.requires_grad], lr=self.rate)
 
 
 def samples(make: Data) -> list[dict[str, Tensor]]:
@@ -195,7 +198,7 @@ def samples(make: Data) -> list[dict[str, Tensor]]:
 
 def trained(name: str, without: int | None = None, callbacks: Sequence[L.Callback] = ()) -> Model:
     build, make = FAMILIES[name]
-    module = Model(build)
+    module = Model(build, RATES.get(name, 1e-4))
     batches = [[i for i in range(start, start + BATCH) if i != without] for start in range(0, N, BATCH)]
     L.Trainer(
         max_epochs=1,
@@ -225,6 +228,10 @@ def test_a_family_against_retraining(name: str, tmp_path: Path) -> None:
     for record in ("replay", "gradients"):
         log = tmp_path / record
         callback = InfluenceCallback(log, record=record)  # type: ignore[arg-type]
+        if record == "gradients" and name in REFUSED:
+            with pytest.raises(InfluenceError, match="record='replay'"):
+                trained(name, callbacks=[callback])
+            continue
         module = trained(name, callbacks=[callback])
         for p, q in zip(plain.parameters(), module.parameters(), strict=True):
             assert torch.equal(p, q), "the run ends where it ends without the callback"
@@ -232,5 +239,21 @@ def test_a_family_against_retraining(name: str, tmp_path: Path) -> None:
         report = attribute(log, queries=queries, model=module, progress=False)
         scores = report.scores.double().mean(1)
         error = float((scores - truth).norm() / truth.norm())
-        print(name, record, error, report.metadata.get("removals"))
         assert error <= (0.03 if record == "replay" else 0.1)
+
+
+def test_dropout_is_drawn_again_as_it_was(tmp_path: Path) -> None:
+    """The truth without a sample draws other masks, so scores are held against those of the same run from its log of gradients."""
+    torch.manual_seed(0)
+    FAMILIES["bert with dropout"] = lambda: bert(dropout=0.1), classified
+    try:
+        scores = []
+        for record in ("replay", "gradients"):
+            torch.manual_seed(0)
+            module = trained("bert with dropout", callbacks=[InfluenceCallback(tmp_path / record, record=record)])  # type: ignore[arg-type]
+            queries = DataLoader(samples(classified)[N:], QUERIES)  # type: ignore[arg-type]
+            report = attribute(tmp_path / record, queries=queries, model=module, curvature="none", progress=False)
+            scores.append(report.scores)
+    finally:
+        del FAMILIES["bert with dropout"]
+    torch.testing.assert_close(scores[0], scores[1], rtol=1e-4, atol=1e-7)

@@ -37,11 +37,20 @@ def generic(
     # by attribute, since a replay puts plain tensors in the place of the parameters
     parameters = {name: attrgetter(name)(layer).detach() for name in names}
     leaves, structure = pytree.tree_flatten((args, kwargs))
-    batched = [isinstance(leaf, Tensor) and leaf.dim() > 0 and len(leaf) == len(delta) for leaf in leaves]
+    n = len(delta)
+    batched = [isinstance(leaf, Tensor) and leaf.dim() > 0 and len(leaf) == n for leaf in leaves]
+    # the state of a recurrent layer is (layers, n, d), whatever the order of its input
+    states = [
+        isinstance(layer, nn.RNNBase) and i > 0 and isinstance(leaf, Tensor) and leaf.dim() == 3
+        for i, leaf in enumerate(leaves)
+    ]
+    leaves = [leaf.transpose(0, 1) if state else leaf for leaf, state in zip(leaves, states, strict=True)]
+    batched = [b or (s and len(leaf) == n) for leaf, b, s in zip(leaves, batched, states, strict=True)]
 
     def one(items: list[Tensor], values: dict[str, Tensor]) -> Tensor:
         queue = iter(items)
         here = [next(queue)[None] if b else leaf for leaf, b in zip(leaves, batched, strict=True)]
+        here = [leaf.transpose(0, 1) if state else leaf for leaf, state in zip(here, states, strict=True)]
         own_args, own_kwargs = pytree.tree_unflatten(here, structure)
         found = pytree.tree_leaves(functional_call(layer, values, own_args, own_kwargs))
         tensor: Tensor = [t for t in found if isinstance(t, Tensor)][position]
@@ -63,7 +72,7 @@ def generic(
     except RuntimeError as error:
         raise ConfigurationError(
             f"{type(layer).__name__} has no rule of its own and cannot be run one sample at a time: {error}. Switch off its "
-            "dropout, freeze its parameters, or name them in exclude=."
+            "dropout, freeze its parameters, name them in exclude=, or use record='replay'."
         ) from error
     return {name: Dense(rows.flatten(1)) for name, rows in zip(copies, found, strict=True)}
 

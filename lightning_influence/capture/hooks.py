@@ -119,7 +119,7 @@ class GradientCapture:
             names = ", ".join(self._own(module).values())
             raise UncoveredParameter(
                 f"{names} belongs to {type(module).__name__} itself, whose forward the training step need not call. Move "
-                "it into a submodule with a forward of its own, freeze it, or name it in exclude=."
+                "it into a submodule with a forward of its own, freeze it, name it in exclude=, or use record='replay'."
             )
         slow = sorted({row["module"] for row in self.table if row["rule"] == "generic"})
         if slow:
@@ -227,7 +227,8 @@ class GradientCapture:
         if form.n_samples % n:
             raise ConfigurationError(
                 f"a {type(layer).__name__} saw {form.n_samples} items in a batch of {n} samples, so its first dimension is "
-                "not the samples'. Let the batch come first, or exclude its parameters."
+                "not the samples'. Let the batch come first, name its parameters in exclude=, or use record='replay', which "
+                "measures what a removal does."
             )
         return merged(form, n)
 

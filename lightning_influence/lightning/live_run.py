@@ -16,14 +16,14 @@ from lightning_influence.capture import GradientCapture, freeze_batch_norm, refu
 from lightning_influence.capture.step import Samples, StepCollector, StepOptions
 from lightning_influence.errors import ConfigurationError
 from lightning_influence.replay.plan import ReplayMicroBatch
-from lightning_influence.replay.witness import Trial, rehearse, twin_of, witness
+from lightning_influence.replay.witness import Trial, evaluated, rehearse, twin_of, witness
 from lightning_influence.run.batches import copied
 from lightning_influence.run.lightning_names import overrides
 from lightning_influence.run.losses import Dynamics
 from lightning_influence.run.optimizer import update_name
 from lightning_influence.run.random_state import read_random_state
 from lightning_influence.run.ranks import Ranks
-from lightning_influence.run.refusals import refuse_parameters, refuse_reentrant_checkpointing
+from lightning_influence.run.refusals import REENTRANT, is_reentrant, refuse_parameters
 from lightning_influence.run.rows import RowOrder, row_order
 from lightning_influence.run.sample_ids import SampleIds
 from lightning_influence.run.sample_weights import sample_weights
@@ -57,6 +57,7 @@ class LiveRun:
         self._n: int | None = None  # samples of the present batch
         self._watches = False
         self._first_backward = True
+        self._replayed = False
         self._row_order: RowOrder | None = None
 
     # -- start and end of fit ---------------------------------------------------------------------------
@@ -119,7 +120,7 @@ class LiveRun:
             for handle in freeze_batch_norm(module):
                 self._undo.callback(handle.remove)
         self._undo.enter_context(tapped(module, self._read_loss))
-        self._first_backward = True
+        self._first_backward, self._replayed = True, rehearses
         self._rehearsals = _REHEARSALS if rehearses and self._collector.ranks.size == 1 else 0
         self._watches = self._changes_gradients(trainer, module)
         return self._collector
@@ -181,8 +182,15 @@ class LiveRun:
         """
         if self._first_backward:
             self._first_backward = False
-            refuse_reentrant_checkpointing(loss)
+            if is_reentrant(loss) and (self._replayed or not self._asks_plainly()):
+                raise ConfigurationError(REENTRANT)
         self._collector.before_backward(trainer.global_step)
+
+    def _asks_plainly(self) -> bool:
+        """Whether the training step does without reentrant checkpointing in eval mode, in which queries are asked."""
+        return (
+            self._twin is not None and self._trial is not None and not is_reentrant(evaluated(self._twin, self._trial))
+        )
 
     def after_backward(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         """To be called in ``on_after_backward``.

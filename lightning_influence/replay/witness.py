@@ -19,7 +19,9 @@ from lightning_influence.errors import ConfigurationError, InfluenceError
 from lightning_influence.replay.plan import ReplayMicroBatch, ReplayStep, State
 from lightning_influence.replay.removals import Removals
 from lightning_influence.replay.trajectory import ReplayTrajectory
+from lightning_influence.run.random_state import random_state
 from lightning_influence.run.tap import untap
+from lightning_influence.run.training_step import at_moment, eval_modes, quiet, set_modes, training_loss
 
 _TOLERANCE = 1e-3  # relative, of gradients
 _TOLERANCE_HALF = 5e-2  # in half precision
@@ -109,6 +111,17 @@ def witness(
             raise
         except Exception as error:  # a step that does not take fewer samples; a true fault shows in training itself
             return Removals(unverifiable=f"a step cannot be evaluated apart from the run ({error})")
+
+
+def evaluated(twin: LightningModule, trial: Trial) -> Tensor:
+    """The loss of a micro-batch in eval mode."""
+    modes = eval_modes(twin)
+    twin.eval()
+    try:
+        with quiet(twin), random_state(None), at_moment(twin, trial.micro_batch.moment):
+            return training_loss(twin, trial.micro_batch.batch, trial.micro_batch.moment.batch_idx)
+    finally:
+        set_modes(twin, modes)
 
 
 def rehearse(

@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
 _INTERVAL = re.compile(r"(-?\d+\.\d+) \[(-?\d+\.\d+), (-?\d+\.\d+)\]")
-_ONLY_OF_A_REPLAY = ("removals", "replay_drift", "stopped_paths", "hessian_by_differences")
+_ONLY_OF_A_REPLAY = ("removals", "replay_drift", "stopped_paths", "hessian")
 
 
 @dataclass(frozen=True)
@@ -122,8 +122,7 @@ class Provenance:
         replay_drift: relative distance to the recorded snapshots on arrival, by step.
         stopped_paths: whether the curvature follows paths that the loss stops by ``detach`` or ``no_grad``: ``"none"`` where
             there are none that matter, ``"followed"`` or ``"not followed"``.
-        hessian_by_differences: whether Hessian products are differences of gradients, since the training step cannot be
-            differentiated twice.
+        hessian: ``"by differences"`` of gradients, where the training step could not be differentiated twice.
     """
 
     module: str | None = None
@@ -143,7 +142,7 @@ class Provenance:
     removals: Removals | None = None
     replay_drift: Mapping[str, float] = field(default_factory=dict)
     stopped_paths: str | None = None
-    hessian_by_differences: bool = False
+    hessian: str | None = None
 
     @classmethod
     def from_json(cls, metadata: Mapping[str, Any]) -> Provenance:
@@ -151,7 +150,7 @@ class Provenance:
         versions = _mapping(metadata.get("versions"))
         texts = (
             *("module", "record", "compression", "precision", "optimizer", "optimizer_assumption"),
-            *("curvature", "response", "counterfactual", "target", "stopped_paths"),
+            *("curvature", "response", "counterfactual", "target", "stopped_paths", "hessian"),
         )
         return cls(
             **{key: _text(metadata.get(key)) for key in texts},  # type: ignore[arg-type]
@@ -161,7 +160,6 @@ class Provenance:
             coverage=Coverage.from_json(metadata.get("coverage")),
             removals=Removals.from_json(metadata.get("removals")),
             replay_drift=_numbers(metadata.get("replay_drift")),
-            hessian_by_differences=metadata.get("hessian_by_differences") is True,
         )
 
     def to_json(self) -> dict[str, Any]:

@@ -45,12 +45,15 @@ def refuse_unowned(module: nn.Module, optimizer: torch.optim.Optimizer) -> None:
             )
 
 
-def refuse_reentrant_checkpointing(loss: Tensor) -> None:
-    """Refuse activation checkpointing of the old kind, whose backward pass calls no hooks and takes no part in others.
+REENTRANT = (
+    "the training step uses reentrant activation checkpointing, whose gradients cannot be taken apart from the run's own backward "
+    "pass. Call torch.utils.checkpoint.checkpoint(..., use_reentrant=False), or in transformers "
+    "gradient_checkpointing_enable(gradient_checkpointing_kwargs={'use_reentrant': False})."
+)
 
-    Raises:
-        ConfigurationError: the loss went through it.
-    """
+
+def is_reentrant(loss: Tensor) -> bool:
+    """Whether a loss went through activation checkpointing of the old kind."""
     seen, waiting = set(), [loss.grad_fn]
     while waiting:
         node = waiting.pop()
@@ -58,9 +61,6 @@ def refuse_reentrant_checkpointing(loss: Tensor) -> None:
             continue
         seen.add(node)
         if node.name() == "CheckpointFunctionBackward":
-            raise ConfigurationError(
-                "the training step uses reentrant activation checkpointing, whose gradients cannot be taken apart from the run's "
-                "own backward pass. Call torch.utils.checkpoint.checkpoint(..., use_reentrant=False), or in transformers "
-                "gradient_checkpointing_enable(gradient_checkpointing_kwargs={'use_reentrant': False})."
-            )
+            return True
         waiting += [following for following, _ in node.next_functions]
+    return False

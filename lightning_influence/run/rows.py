@@ -11,11 +11,12 @@ from lightning import LightningModule
 from torch import Tensor
 
 from lightning_influence.errors import ConfigurationError
-from lightning_influence.run.batches import batch_size, leaves, without
+from lightning_influence.run.batches import batch_size, leaves, some, without
 from lightning_influence.run.random_state import random_state
 from lightning_influence.run.training_step import prepared
 
-_LOOKED_AT = 3  # batches, before it is believed that rows stay in the order in which they were drawn
+_PADDING = (0.0, -1.0, -100.0)  # of floating-point tensors
+_LOOKED_AT = 3  # batches, before it is believed that rows stay in the order in which they were drawn, or samples
 
 
 def row_order(loader: Any, module: LightningModule) -> RowOrder | None:
@@ -61,7 +62,7 @@ class RowOrder:
             samples = [self._dataset[z] for z in drawn.tolist()]
             reproduced = self._collated(samples)
             owners = None
-            if reproduced is not None and _same(reproduced, batch):
+            if reproduced is not None and same_batch(reproduced, batch):
                 owners = owners_of_rows(batch, [self._collated([s]) for s in samples])
                 if looking and len(samples) > 1:
                     in_order = owners is None and batch_size(batch) == len(samples)
@@ -97,9 +98,21 @@ class RowOrder:
         for position in sorted({owners[0], owners[len(owners) // 2], owners[-1]}):
             rest = self._collated([s for i, s in enumerate(samples) if i != position])
             taken = without(batch, (rows == position).nonzero()[:, 0], len(owners))
-            if rest is not None and not _same(rest, taken):
+            if rest is not None and not same_batch(rest, taken):
                 return True
         return False
+
+
+def relates_samples(dataset: Any, collate: Callable[[list[Any]], Any]) -> bool:
+    """Whether a row of a small batch is another than the sample collated alone, as in a graph over the batch."""
+    with random_state(None):
+        try:
+            n = min(_LOOKED_AT, len(dataset))
+            samples = [dataset[i] for i in range(n)]
+            together = collate(samples)
+            return not all(same_batch(collate([s]), some(together, slice(i, i + 1), n)) for i, s in enumerate(samples))
+        except Exception:  # fewer samples, or a collate function that takes no such batches: it says nothing
+            return False
 
 
 def owners_of_rows(batch: Any, alone: Sequence[Any]) -> list[int] | None:
@@ -135,14 +148,14 @@ def _row_same(row: Sequence[Tensor], alone: Sequence[Tensor]) -> bool:
     return all(_padded(a, b) for a, b in zip(row, alone, strict=True))
 
 
-def _same(one: Any, other: Any) -> bool:
+def same_batch(one: Any, other: Any) -> bool:
     """Whether two batches hold the same, up to padding."""
     a, b = leaves(one), leaves(other)
     return len(a) == len(b) and all(_padded(x, y) or _padded(y, x) for x, y in zip(a, b, strict=True))
 
 
 def _padded(tensor: Tensor, content: Tensor) -> bool:
-    """Whether a tensor holds ``content`` in its first places and one value in all others."""
+    """Whether a tensor holds ``content`` in its first places and padding in all others."""
     if tensor.dim() != content.dim() or any(a < b for a, b in zip(tensor.shape, content.shape, strict=True)):
         return False
     content = content.to(tensor)
@@ -154,4 +167,6 @@ def _padded(tensor: Tensor, content: Tensor) -> bool:
     beyond = torch.ones_like(tensor, dtype=torch.bool)
     beyond[inside] = False
     rest = tensor[beyond]
-    return bool((rest == rest[0]).all())
+    # a single number beyond is no padding by being alike
+    usual = not rest.is_floating_point() or float(rest[0]) in _PADDING or not torch.isfinite(rest[0])
+    return usual and bool(((rest == rest[0]) | rest.isnan()).all())

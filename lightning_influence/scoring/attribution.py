@@ -291,6 +291,6 @@ def _provenance(
         made,
         removals=removals,
         stopped_paths=trajectory.stopped_paths,
-        hessian_by_differences=trajectory.differenced,
+        hessian="by differences" if trajectory.differenced else None,
         replay_drift={str(step): d for step, d in trajectory.drift.items()},
     )

@@ -21,6 +21,8 @@ from lightning_influence.errors import ConfigurationError
 from lightning_influence.run.batches import batch_size, example, to_dtype
 from lightning_influence.run.data import TrainingData
 from lightning_influence.run.lightning_names import is_a
+from lightning_influence.run.rows import relates_samples
+from lightning_influence.run.sample_ids import is_map_style
 from lightning_influence.run.training_step import parameters_at, prepared, quiet
 from lightning_influence.scoring.query_loss import LossOfQueries, QueryLoss, shape_of
 
@@ -82,6 +84,9 @@ def _batches_of(source: Any) -> Iterable[Any]:
         raise ConfigurationError(
             f"queries is a single batch ({shape_of(source):.200}); wrap it in a list: queries=[batch]."
         )
+    if is_map_style(source) and relates_samples(source.dataset, source.collate_fn):  # each query is collated alone
+        alone = [[i] for batch in source.batch_sampler for i in batch]
+        return DataLoader(source.dataset, batch_sampler=alone, collate_fn=source.collate_fn)
     if isinstance(source, Dataset) and not isinstance(source, IterableDataset):
         return DataLoader(source, batch_size=_QUERIES_A_BATCH)
     if not isinstance(source, Iterable) and callable(source):
