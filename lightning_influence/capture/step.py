@@ -122,7 +122,7 @@ class CollectedStep:
 
     Attributes:
         record: on every coordinate. Its tensors are the optimizer's and the module's own, which the step changes.
-        shares: of the samples, by parameter.
+        shares: of the samples, by captured parameter; also of those without a gradient at this step.
     """
 
     record: StepRecord
@@ -294,7 +294,7 @@ class StepCollector:
             clip=replace(clip, raw_norm=float(norm)),
             parameters={k: p.detach().flatten() for k, p in collected.items() if coupling(hyper[k])},
         )
-        return CollectedStep(record, {k: shares[k] for k in collected})
+        return CollectedStep(record, shares)
 
     def parameters(self) -> Iterable[torch.nn.Parameter]:
         """Those that the optimizer moves."""

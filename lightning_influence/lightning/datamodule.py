@@ -259,8 +259,11 @@ class SelectionDataModule(L.LightningDataModule):
         return self._batches
 
     def __repr__(self) -> str:
-        how = f"horizon={self.horizon}, every={self.every!r}, {self.policy!r}"
-        what = "scores of a report" if self._offline is not None else how if self.online_selection else "off"
+        settings = self.selector.settings
+        portions = f"{len(settings.portions)} times " if len(settings.portions) > 1 else ""
+        how = f"horizon={settings.horizon}, every={settings.every!r}, {portions}{settings.portions[0]!r}"
+        known = isinstance(self.selector.scorer, Known)
+        what = "scores of a report" if known else how if self.online_selection else "off"
         return f"{type(self).__name__}({type(self.data).__name__}; selection: {what}; {self.selection_report!r})"
 
     __str__ = __repr__  # Lightning's own asks for every loader

@@ -136,7 +136,8 @@ class Recorder:
             shares = self._plan(shares, self.collector.capture)
         if self._snapshot_due():
             self._snapshot(index, self._buffers)
-        self._pending = self._kept_of(step.record), shares, noted
+        record = self._kept_of(step.record)
+        self._pending = record, {name: shares[name] for name in record.gradients}, noted
 
     def close(self, *, finished: bool) -> None:
         """Write what is pending and let go of the optimizer.

@@ -45,7 +45,8 @@ class LiveStep:
         sizes = {k: (len(g), len(g)) for k, g in record.gradients.items()}
         dims = {k: p.dim() for k, p in module.named_parameters() if p.requires_grad}
         weights = torch.ones(len(record.sample_ids), dtype=torch.float64)
-        return cls(optimizer, sizes, dims, record, step.shares, weights, ranks)
+        shares = {k: step.shares[k] for k in record.gradients}
+        return cls(optimizer, sizes, dims, record, shares, weights, ranks)
 
     def weighted(self, weights: Tensor) -> LiveStep:
         """With each sample weighted; what is averaged together is averaged over the weights."""

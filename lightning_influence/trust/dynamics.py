@@ -12,23 +12,24 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import pandas as pd
 import torch
 from lightning import LightningModule
-from matplotlib.figure import Figure
 from torch import Tensor
 
 from lightning_influence.errors import ConfigurationError, LogError
 from lightning_influence.log.steps import LoggedSteps
-from lightning_influence.report.plots import cartography
 from lightning_influence.run.batches import batch_size
 from lightning_influence.run.data import TrainingData
 from lightning_influence.run.losses import Dynamics, joined
 from lightning_influence.run.tap import LossTap
 from lightning_influence.run.training_step import training_loss
 from lightning_influence.scoring.queries import query_losses
+
+if TYPE_CHECKING:
+    import pandas as pd
+    from matplotlib.figure import Figure
 
 _BATCH = 256  # samples that are evaluated together
 _ROWS = 2**18  # visits that are averaged together
@@ -149,6 +150,8 @@ class TrainingDynamics:
             which the network preferred the suggested label to all others), ``loss`` and ``margin`` (means over the visits; the
             margin is of logits, its mean also known as AUM), ``last_loss`` and ``last_margin``.
         """
+        import pandas as pd
+
         suspicion, suggested = self._contradicted()
         visits = self.visits
         preferred = (visits.others == suggested[self.owner]) & (visits.margins < 0)
@@ -197,6 +200,8 @@ class TrainingDynamics:
             deviation over the visits), ``correctness`` (share of the visits at which the label was the most probable class),
             ``loss`` and ``margin`` (means). With several labels a sample, its probability is their geometric mean.
         """
+        import pandas as pd
+
         visits = self.visits
         probability = visits.label_log_probabilities.double().exp()
         confidence = self._mean(probability)
@@ -214,6 +219,8 @@ class TrainingDynamics:
 
     def plot(self) -> Figure:
         """The map of the samples: confidence over variability, in the colour of correctness."""
+        from lightning_influence.report.plots import cartography
+
         return cartography(self.to_pandas())
 
     def __repr__(self) -> str:

@@ -41,7 +41,7 @@ def decisions() -> SelectionReport:
 
 def selecting() -> SelectionDataModule:
     module = SelectionDataModule(loader(digits(8), 4), keep=0.5, horizon=2)
-    module.selection_report = decisions()
+    module.selector.report = decisions()
     return module
 
 
