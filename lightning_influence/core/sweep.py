@@ -20,6 +20,7 @@ from lightning_influence.core.clipping import clip_adjoint
 from lightning_influence.core.curvature import CURVATURES, fisher_product
 from lightning_influence.core.optimizers import UPDATES, Moments, RecordedStep, effective_gradient, join
 from lightning_influence.core.removal import ConsumedChange, consumed_change, consumed_gradients, removal
+from lightning_influence.core.removal_sets import EVERY_SAMPLE, RemovalSets
 from lightning_influence.core.response import finite_response
 from lightning_influence.core.scores import RowScores
 from lightning_influence.core.trajectory import Hyper, Shares, StepRecord, Trajectory, Vectors, extrapolation
@@ -72,20 +73,22 @@ def sweep(
     queries: Vectors,
     method: Method = Method(),
     *,
+    sets: RemovalSets = EVERY_SAMPLE,
     scored: range | None = None,
     progress: bool = True,
 ) -> RowScores:
-    """Walk a trajectory backwards and score every sample of every step.
+    """Walk a trajectory backwards and score every sample of every step, or other sets of samples.
 
     Args:
         trajectory: the run.
         queries: ``(q, d)`` each, gradients of the queries at the parameters after the last step, on
             the kept coordinates (`Trajectory.select`).
+        sets: what is removed; a row is of one set and one step, and its sample id the set's number.
         scored: the steps to score; all by default. The walk ends at the first of them.
         progress: show a bar where the walk takes longer than two seconds.
     """
     scored = range(len(trajectory)) if scored is None else scored
-    walk = _Walk(trajectory, method, queries)
+    walk = _Walk(trajectory, method, queries, sets)
     blocks = []
     last = min(scored, default=len(trajectory))
     for index in tqdm(
@@ -103,14 +106,14 @@ def sweep(
 
 @dataclass(frozen=True)
 class StepRemovals:
-    """The changes of a step's consumed gradient by the removal of each of its samples."""
+    """The changes of a step's consumed gradient by each removal from it."""
 
     consumed: ConsumedChange
     gradients: Vectors
     shares: Mapping[str, Shares]
 
     def of(self, names: Sequence[str], sample_ids: Tensor) -> Tensor | None:
-        """Changes ``(n, d)`` of some parameters end to end; zero for samples that the step does not hold, None if all."""
+        """Changes ``(n, d)`` of some parameters end to end; zero for sets of which the step holds nothing, None if all."""
         position = {z: i for i, z in enumerate(self.consumed.removal.sample_ids.tolist())}
         held = [i for i, z in enumerate(sample_ids.tolist()) if z in position]
         if not held:
@@ -135,7 +138,7 @@ class Passed:
         recorded: the step itself, by parameter.
         after: adjoint of the optimizer state after the step.
         gradient: ``(q, d)`` each, adjoint of the batch gradient before clipping.
-        removals: of its samples, where an earlier step of the window holds one of them, too.
+        removals: of its sets, where an earlier step of the window holds something of one of them, too.
     """
 
     recorded: dict[str, RecordedStep]
@@ -169,7 +172,7 @@ def blocks_of(steps: Sequence[Mapping[str, RecordedStep]]) -> list[Block]:
 
 def walk_back(trajectory: Trajectory, queries: Vectors, method: Method) -> dict[int, Passed]:
     """The adjoints of every step, without scores; memory grows with the number of steps."""
-    walk = _Walk(trajectory, method, queries, memory=len(trajectory))
+    walk = _Walk(trajectory, method, queries, EVERY_SAMPLE, memory=len(trajectory))
     for index in range(len(trajectory) - 1, -1, -1):
         walk.back(index, score=False)
     return dict(enumerate(walk.passed))
@@ -178,8 +181,15 @@ def walk_back(trajectory: Trajectory, queries: Vectors, method: Method) -> dict[
 class _Walk:
     """The adjoint state of a sweep, moved back one step at a time."""
 
-    def __init__(self, trajectory: Trajectory, method: Method, queries: Vectors, memory: int | None = None) -> None:
-        self.trajectory, self.method = trajectory, method
+    def __init__(
+        self,
+        trajectory: Trajectory,
+        method: Method,
+        queries: Vectors,
+        sets: RemovalSets,
+        memory: int | None = None,
+    ) -> None:
+        self.trajectory, self.method, self.sets = trajectory, method, sets
         self.update = UPDATES[method.optimizer or trajectory.optimizer]
         self.scales = extrapolation(trajectory.sizes)
         self.n_queries = next(iter(queries.values())).shape[0]
@@ -224,7 +234,7 @@ class _Walk:
         }
 
     def _score(self, record: StepRecord, shares: Mapping[str, Shares], products: Tensor) -> RowScores:
-        removed = removal(record, self.method.counterfactual)
+        removed = removal(record, self.method.counterfactual, self.sets)
         tangent = removed.inner(products)
         scores, interaction = tangent, torch.zeros_like(tangent)
         if self.method.response == "finite":
@@ -260,7 +270,7 @@ class _Walk:
         return scores
 
     def _together(self, own: StepRemovals, block: Block, again: Tensor, like: Tensor) -> Tensor:
-        """What the later removals of some samples, by position, add to the response ``(q, n)`` to their removal here."""
+        """What the later removals of some sets, by position, add to the response ``(q, n)`` to their removal here."""
         added = like.new_zeros(len(like), len(again))
         names = [name for name in block if name in own.shares]
         if not names:
@@ -283,14 +293,15 @@ class _Walk:
         return [step for step, _ in joined], [a.parameter for _, a in joined], joined[-1][1].moments, passed
 
     def _again(self, sample_ids: Tensor) -> Tensor:
-        """Positions of the samples that later steps of the window hold, too."""
+        """Positions of the sets of which later steps of the window hold something, too."""
         later = [p.removals.consumed.removal.sample_ids for p in list(self.passed)[1:] if p.removals is not None]
         return torch.isin(sample_ids, torch.cat(later)).nonzero()[:, 0] if later else torch.zeros(0, dtype=torch.int64)
 
     def _earlier(self, index: int, sample_ids: Tensor) -> bool:
-        """Whether a step in whose window this one lies holds one of the samples."""
+        """Whether a step in whose window this one lies holds something of one of the sets."""
         reach = range(max(0, index + 1 - (self.passed.maxlen or 0)), index)
-        return any(bool(torch.isin(self.trajectory.sample_ids(t), sample_ids).any()) for t in reach)
+        held = (self.sets.within(self.trajectory.sample_ids(t)).sets for t in reach)
+        return any(bool(torch.isin(earlier, sample_ids).any()) for earlier in held)
 
     def _curvature(
         self, record: StepRecord, shares: Mapping[str, Shares], vectors: Vectors, products: Tensor

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import time
 import warnings
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
@@ -30,6 +30,7 @@ from lightning_influence.core.curvature import (
 )
 from lightning_influence.core.optimizers import UPDATES, coupling, step
 from lightning_influence.core.removal import consumed_gradients, removal
+from lightning_influence.core.removal_sets import EVERY_SAMPLE, RemovalSets
 from lightning_influence.core.shares import Dense, Form, Stack, nbytes
 from lightning_influence.core.trajectory import Clip, Shares, StepRecord, Vectors
 from lightning_influence.errors import ConfigurationError, CurvatureUnavailable, ReplayDrift
@@ -98,7 +99,7 @@ class ReplayTrajectory:
         exact: whether exact Hessian products will be asked for.
         at_once: vectors carried through the network together in an exact curvature product.
         counterfactual: of the removals, where they have to be measured.
-        samples: the only ones whose removals are measured; None for all.
+        sets: what is removed, where removals have to be measured.
         verify: hold the removals that shares give against evaluations without the sample.
         progress: show a bar where replaying a segment takes longer than two seconds.
         removals: what was verified of an earlier part of the same run, with which this one goes on.
@@ -122,7 +123,7 @@ class ReplayTrajectory:
         exact: bool = True,
         at_once: int = 8,
         counterfactual: Literal["drop", "zero"] = "drop",
-        samples: Collection[int] | None = None,
+        sets: RemovalSets = EVERY_SAMPLE,
         verify: bool = True,
         progress: bool = True,
         removals: Removals | None = None,
@@ -135,7 +136,7 @@ class ReplayTrajectory:
         self.sizes = {k: (p.numel(), p.numel()) for k, p in self._trained.items()}
         refuse_compiled(module)
         self._frozen_batch_norm, self._counterfactual = frozen_batch_norm, counterfactual
-        self._samples = None if samples is None else set(samples)
+        self._sets = sets
         self._announced = False
         self.stopped_paths: Literal["none", "followed", "not followed"] | None = None
         self.removals = removals or Removals(unverifiable=None if verify else "verify=False")
@@ -319,7 +320,7 @@ class ReplayTrajectory:
             )
         own = [k for k in gradients if k in planned.hyper]
         columns = (planned.sample_ids, planned.loss_weights, planned.numbers)
-        if evaluation.measured:  # one row a sample, whatever it consists of
+        if evaluation.measured:  # one row a set, whatever it consists of
             ids = self._asked_of(planned)
             columns = (ids, torch.ones(len(ids), dtype=torch.float64), torch.zeros_like(ids))
         return StepRecord(
@@ -534,7 +535,7 @@ class ReplayTrajectory:
         buffers: Sequence[Mapping[str, Tensor]],
         gradients: Vectors,
     ) -> dict[str, Form]:
-        """The change of the gradient by the removal of every sample, each by evaluating the step without it."""
+        """The change of the gradient by every removal, each by evaluating the step without what is removed."""
         asked = self._asked_of(planned)
         started = time.perf_counter()
         changes = self._changes(planned, parameters, buffers, gradients, asked)
@@ -558,9 +559,8 @@ class ReplayTrajectory:
         return self._asked_of_ids(planned.sample_ids)
 
     def _asked_of_ids(self, sample_ids: Tensor) -> Tensor:
-        """The samples of a step whose removal is asked for, each once, in order of first appearance."""
-        each = list(dict.fromkeys(sample_ids.tolist()))
-        return torch.tensor([z for z in each if self._samples is None or z in self._samples], dtype=torch.int64)
+        """The sets, by number, whose removal from a step is asked for."""
+        return self._sets.within(sample_ids).sets
 
     def _changes(
         self,
@@ -568,16 +568,18 @@ class ReplayTrajectory:
         parameters: Mapping[str, Tensor],
         buffers: Sequence[Mapping[str, Tensor]],
         gradients: Vectors,
-        samples: Tensor,
+        sets: Tensor,
     ) -> Vectors:
-        """``e_z = grad L(B without z) - grad L(B)`` ``(len(samples), d)`` each (method.md section 11)."""
+        """``e_z = grad L(B without z) - grad L(B)`` ``(len(sets), d)`` each, of sets by number."""
         leaves = {k: p.detach().requires_grad_() for k, p in parameters.items()}
         rows: list[Vectors] = []
-        for z in samples.tolist():
+        for number_of_set in sets.tolist():
+            gone = self._sets.members(number_of_set)
+            removed = torch.tensor(sorted(gone))
             change = {k: torch.zeros_like(g) for k, g in gradients.items()}
             for number, micro_batch in enumerate(planned.micro_batches):
                 here = planned.numbers == number
-                own = (planned.sample_ids[here] == z).nonzero()[:, 0]
+                own = torch.isin(planned.sample_ids[here], removed).nonzero()[:, 0]
                 if len(own) == 0:
                     continue
                 evaluate = partial(self._gradients, leaves, buffers[number], capture=None, exact=False)
@@ -592,7 +594,7 @@ class ReplayTrajectory:
                         micro_batch,
                         batch=without(micro_batch.batch, own, micro_batch.n_samples)
                         if micro_batch.less is None
-                        else micro_batch.less(z),
+                        else micro_batch.less(gone),
                         n_samples=micro_batch.n_samples - len(own),
                         factor=factor,
                     )

@@ -12,6 +12,7 @@ from torch import Tensor
 from lightning_influence.core.scores import RowScores, mean_score
 from lightning_influence.errors import ConfigurationError, InfluenceError
 from lightning_influence.report.files import Saved, read, write
+from lightning_influence.report.groups import Groups
 from lightning_influence.report.numbers import percent
 from lightning_influence.report.provenance import Provenance
 from lightning_influence.report.tables import made, write_csv
@@ -35,6 +36,7 @@ class Scores:
         query_ids: one label per query; their numbers by default.
         metadata: how the scores were made (`provenance.Provenance`), what was measured of them
             (`provenance.Measured`), and whatever else JSON can hold.
+        groups: scores of groups, each removed as a whole.
 
     Attributes:
         scores: ``(n_samples, n_queries)``, the predicted query loss without the sample minus with it:
@@ -52,9 +54,12 @@ class Scores:
         *,
         query_ids: Sequence[int | str] | None = None,
         metadata: Mapping[str, Any] | None = None,
+        groups: Groups | None = None,
     ) -> None:
         _validate(rows)
-        self.rows = rows
+        if groups is not None:
+            _validate(groups.rows)
+        self.rows, self._groups = rows, groups
         self.query_ids = _query_ids(query_ids, rows.n_queries)
         self.sample_ids, self.scores = rows.per_sample(rows.scores + rows.interaction)
         self.metadata = dict(metadata or {})
@@ -74,6 +79,22 @@ class Scores:
         """From the rows of a sweep; see `RowScores` for the shapes."""
         rows = RowScores(sample_ids, steps, scores, scores if tangent is None else tangent, interaction)  # type: ignore[arg-type]
         return cls(rows, query_ids=query_ids, metadata=metadata)
+
+    @property
+    def groups(self) -> Groups:
+        """Scores of groups of samples, each removed as a whole.
+
+        Raises:
+            ConfigurationError: the report was made without groups.
+        """
+        if self._groups is None:
+            raise ConfigurationError("this report has no groups; give them to attribute(..., groups=...).")
+        return self._groups
+
+    @property
+    def has_groups(self) -> bool:
+        """Whether the report was made with groups."""
+        return self._groups is not None
 
     @property
     def provenance(self) -> Provenance:
@@ -169,7 +190,7 @@ class Scores:
         Raises:
             ConfigurationError: `metadata` or `query_ids` hold what JSON cannot.
         """
-        write(Saved(self.rows, self.query_ids, self.metadata), path)
+        write(Saved(self.rows, self.query_ids, self.metadata, self._groups), path)
 
     @classmethod
     def load(cls, path: str | Path) -> Self:
@@ -180,7 +201,7 @@ class Scores:
         """
         saved = read(path)
         try:
-            return cls(saved.rows, query_ids=saved.query_ids, metadata=saved.metadata)
+            return cls(saved.rows, query_ids=saved.query_ids, metadata=saved.metadata, groups=saved.groups)
         except ConfigurationError as error:
             raise InfluenceError(
                 f"{path} cannot be read as a report: {error} Give a file that report.save wrote."
