@@ -47,7 +47,9 @@ def timed(into: dict[str, float], name: str) -> Iterator[None]:
     into[name] = time.perf_counter() - start
 
 
-def trained(workload: Workload, log: Path, *, lr: float, betas: tuple[float, float] = (0.9, 0.999), **options: Any) -> Trained:
+def trained(
+    workload: Workload, log: Path, *, lr: float, betas: tuple[float, float] = (0.9, 0.999), **options: Any
+) -> Trained:
     """A module trained and recorded for replay."""
     module = workload.make(lr, betas)
     options = {"record": "replay", "existing": "overwrite", **options}

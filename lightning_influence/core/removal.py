@@ -78,9 +78,7 @@ class Removal:
         return self.own[entry], self.row[entry], of
 
 
-def removal(
-    record: StepRecord, counterfactual: Literal["drop", "zero"], sets: RemovalSets = EVERY_SAMPLE
-) -> Removal:
+def removal(record: StepRecord, counterfactual: Literal["drop", "zero"], sets: RemovalSets = EVERY_SAMPLE) -> Removal:
     """Removal of each sample of a step, or of other sets of samples.
 
     For a mean with weights ``w`` (total ``W``, gradient ``G``), ``drop`` gives ``(w_z G - W s_z) / (W - w_z)`` in every
@@ -112,7 +110,7 @@ def removal(
     weights = record.loss_weights.double().cpu()
     known, numbers = torch.unique(record.micro_batches.cpu(), return_inverse=True)
     members = torch.nn.functional.one_hot(numbers, max(len(known), 1)).double()
-    leaving = (EVERY_SAMPLE if record.measured else sets).within(record.sample_ids)
+    leaving = (sets.measured if record.measured else sets.within)(record.sample_ids)
     ids, owner, row = leaving.sets, leaving.owner, leaving.row
     nothing, ones = weights.new_zeros(len(ids), members.shape[1]), torch.ones_like(weights[row])
     if record.measured:

@@ -64,6 +64,27 @@ class RemovalSets:
             torch.cat([singles.row, groups.row]),
         )
 
+    def measured(self, numbers: Tensor) -> Leaving:
+        """The same where the rows ``(n,)`` of a step are sets by number, each whatever it changes as a whole."""
+        numbers = numbers.cpu()
+        samples = (
+            torch.ones_like(numbers, dtype=torch.bool) if self._asked is None else torch.isin(numbers, self._asked)
+        )
+        rows = torch.where(numbers >= 0, samples, bool(self.groups)).nonzero()[:, 0]
+        sets, owner = _in_order(numbers[rows])
+        order = owner.argsort(stable=True)
+        return Leaving(sets, owner[order], rows[order])
+
+    @property
+    def alone(self) -> RemovalSets:
+        """Without the groups."""
+        return RemovalSets(self.samples)
+
+    @property
+    def together(self) -> RemovalSets:
+        """The groups alone."""
+        return RemovalSets((), self.groups)
+
     def split(self, rows: RowScores) -> tuple[RowScores, RowScores]:
         """Rows of samples, and those of groups, whose ids are then the numbers of the groups."""
         alone = rows.sample_ids >= 0

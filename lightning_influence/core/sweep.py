@@ -18,6 +18,7 @@ from tqdm.auto import tqdm
 from lightning_influence.core.adjoint import Adjoint, adjoint, gradient_adjoint, join_adjoints
 from lightning_influence.core.clipping import clip_adjoint
 from lightning_influence.core.curvature import CURVATURES, fisher_product
+from lightning_influence.core.joint import JointResponse
 from lightning_influence.core.optimizers import UPDATES, Moments, RecordedStep, effective_gradient, join
 from lightning_influence.core.removal import ConsumedChange, consumed_change, consumed_gradients, removal
 from lightning_influence.core.removal_sets import EVERY_SAMPLE, RemovalSets
@@ -89,7 +90,10 @@ def sweep(
     """
     scored = range(len(trajectory)) if scored is None else scored
     walk = _Walk(trajectory, method, queries, sets)
-    blocks = []
+    if sets.groups and scored != range(len(trajectory)):
+        raise ConfigurationError("groups are removed from the whole run; score all of its steps.")
+    groups = _Groups(walk, progress=progress) if sets.groups else None
+    blocks, of_groups = [], []
     last = min(scored, default=len(trajectory))
     for index in tqdm(
         range(len(trajectory) - 1, last - 1, -1),
@@ -101,7 +105,9 @@ def sweep(
         block = walk.back(index, score=index in scored, last=index == last)
         if block is not None:
             blocks.append(block)
-    return RowScores.joined(blocks[::-1], walk.n_queries)
+        if groups is not None:
+            of_groups += groups.back(index)
+    return RowScores.joined([*blocks[::-1], *of_groups[::-1]], walk.n_queries)
 
 
 @dataclass(frozen=True)
@@ -189,7 +195,7 @@ class _Walk:
         sets: RemovalSets,
         memory: int | None = None,
     ) -> None:
-        self.trajectory, self.method, self.sets = trajectory, method, sets
+        self.trajectory, self.method, self.sets, self.together = trajectory, method, sets.alone, sets.together
         self.update = UPDATES[method.optimizer or trajectory.optimizer]
         self.scales = extrapolation(trajectory.sizes)
         self.n_queries = next(iter(queries.values())).shape[0]
@@ -198,19 +204,23 @@ class _Walk:
             window = method.memory_window if self.update.moments else 0
             memory = window + 1 if method.response == "finite" else 0
         self.passed: deque[Passed] = deque(maxlen=memory)  # newest first: steps t, t+1, ...
+        self.now: Passed  # the step that was passed last, and the first-order scores of its groups
+        self.tangents: RowScores | None = None
 
     def back(self, index: int, *, score: bool, last: bool = False) -> RowScores | None:
         """Move from after step ``index`` to before it, unless it is the last; the step's scores where asked for."""
         record, shares = self.trajectory.record(index), self.trajectory.shares(index)
         # a parameter without a gradient was skipped by the optimizer: its adjoint stays as it is
-        passed = Passed(self._recorded(record), self.adjoints, {})
+        passed = Passed(self.recorded(record), self.adjoints, {})
         before, pulled = ({}, _pull_gradient(passed)) if last else _pull(passed)
         passed.gradient = clip_adjoint(record.clip, record.gradients, pulled, self.scales)
         self.passed.appendleft(passed)
+        self.now = passed
         products = torch.zeros(self.n_queries, len(record.sample_ids))
         if score or self.method.curvature == "fisher":
             products = sum_inner(shares, passed.gradient)
         rows = self._score(record, shares, products) if score else None
+        self.tangents = self._tangents(record, products)
         if last:
             return rows
         bent = self._curvature(record, shares, passed.gradient, products)
@@ -220,7 +230,15 @@ class _Walk:
         }
         return rows
 
-    def _recorded(self, record: StepRecord) -> dict[str, RecordedStep]:
+    def _tangents(self, record: StepRecord, products: Tensor) -> RowScores | None:
+        """First-order scores of the groups at a step; None where there are no groups."""
+        if not self.together.groups:
+            return None
+        removed = removal(record, self.method.counterfactual, self.together)
+        found = removed.inner(products).T.cpu()
+        return RowScores(removed.sample_ids, torch.full_like(removed.sample_ids, record.index), found, found)
+
+    def recorded(self, record: StepRecord) -> dict[str, RecordedStep]:
         if self.method.optimizer == "sgd":  # theta' = theta - lr g, nothing else
             plain = {"weight_decay": 0.0, "decoupled": 1.0}
             hyper: dict[str, Hyper] = {k: {**h, **plain} for k, h in record.hyper.items()}
@@ -235,6 +253,8 @@ class _Walk:
 
     def _score(self, record: StepRecord, shares: Mapping[str, Shares], products: Tensor) -> RowScores:
         removed = removal(record, self.method.counterfactual, self.sets)
+        if not len(removed):
+            return RowScores.joined([], self.n_queries)
         tangent = removed.inner(products)
         scores, interaction = tangent, torch.zeros_like(tangent)
         if self.method.response == "finite":
@@ -317,6 +337,34 @@ class _Walk:
                 )
             return fisher_product(record, shares, products)
         return self.trajectory.curvature_product(record.index, self.method.curvature, vectors)
+
+
+class _Groups:
+    """The rows of groups, as the walk passes their steps."""
+
+    def __init__(self, walk: _Walk, *, progress: bool) -> None:
+        method = walk.method
+        self._walk, self._joint = walk, None
+        if method.response == "finite":
+            self._joint = JointResponse(
+                walk.trajectory, walk.together, method.counterfactual, walk.recorded, progress=progress
+            )
+        self._after: list[Vectors] = []  # newest first, as the tangents
+        self._tangents: list[RowScores] = []
+
+    def back(self, index: int) -> list[RowScores]:
+        """The walk has passed a step; the rows that can be told now."""
+        walk = self._walk
+        assert walk.tangents is not None
+        if self._joint is None:
+            return [walk.tangents]
+        self._after.insert(0, {k: walk.now.after[k].parameter for k in walk.now.recorded})
+        self._tangents.insert(0, walk.tangents)
+        if index not in self._joint.anchors:
+            return []
+        rows = self._joint.rows(index, self._after, self._tangents)
+        self._after, self._tangents = [], []
+        return [rows]
 
 
 def sum_inner(shares: Mapping[str, Shares], vectors: Vectors) -> Tensor:

@@ -162,6 +162,10 @@ class ReplayTrajectory:
     def __len__(self) -> int:
         return len(self.plan)
 
+    @property
+    def starts(self) -> Sequence[int]:
+        return self.plan.snapshots
+
     def witness(self) -> Removals:
         """Verify the removals of the first step, and nothing else."""
         self._evaluate(self.plan.step(0), self.plan.snapshot(0))

@@ -42,7 +42,9 @@ class Groups:
     def __post_init__(self) -> None:
         ids = self.rows.sample_ids
         if len(self.names) != len(self.sizes) or (len(ids) and not 0 <= int(ids.min()) <= int(ids.max()) < len(self)):
-            raise ConfigurationError(f"{len(self.names)} names and {len(self.sizes)} sizes do not fit the rows of groups.")
+            raise ConfigurationError(
+                f"{len(self.names)} names and {len(self.sizes)} sizes do not fit the rows of groups."
+            )
 
     def __len__(self) -> int:
         return len(self.names)
