@@ -210,7 +210,8 @@ const open = id => {
   }
   const parts = [shown ?? element("p", { class: "meta" }, `What it is, is not in this page, which holds the ${many(contents.size)} samples of the largest scores and those on cards. It is sample ${id} of the training dataset.`),
     element("dl", { class: "facts" }, ...told.flatMap(([name, value]) => [element("dt", {}, name), element("dd", {}, value)]))];
-  if (window.tokensOf?.(id)) parts.push(part("Score of each token", window.tokensOf(id)));
+  const tokens = document.querySelector(`[data-tokens="${id}"]`);
+  if (tokens) parts.push(part("Score of each token", tokens.cloneNode(true)));
   if (detailed) {
     const from = starts[i], to = starts[i + 1], own = [...rowScores.subarray(from, to)];
     parts.push(part("Score by step", bars(own, own.map((value, k) => `step ${steps[from + k]}: ${signed(value)}`), `Scores at ${own.length} steps`)));
@@ -244,7 +245,7 @@ byId("close").addEventListener("click", () => {
   byId("sample").hidden = true;
   all("tr.open", body).forEach(row => row.classList.remove("open"));
 });
-all("main .card").forEach(card => card.addEventListener("click", () => {
+all("main .card, .texts > li").forEach(card => card.addEventListener("click", () => {
   if (!getSelection().isCollapsed) return;
   one = Number(card.querySelector(".id").dataset.sample);
   search.value = one;

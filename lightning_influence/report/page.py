@@ -30,6 +30,7 @@ from lightning_influence.report.rendering import (
     training_samples,
 )
 from lightning_influence.report.scores import Scores
+from lightning_influence.report.tokens import TokenScores
 from lightning_influence.report.trust import trust
 
 _BINS = 41  # of the histogram; odd, so that one is around zero
@@ -112,6 +113,7 @@ def page(
     groups: Sequence[Any] | Mapping[int, Any] | Tensor | None = None,
     classes: Sequence[str] | None = None,
     dynamics: Dynamics | None = None,
+    tokens: TokenScores | None = None,
     k: int = 8,
     title: str = "Influence report",
 ) -> str:
@@ -149,6 +151,7 @@ def page(
         left_out=len(report.query_ids) - len(shown) if several else 0,
         suspects=suspects,
         mislabelled=mislabelled,
+        texts=[] if tokens is None else _texts(report, tokens, tokenizer),
         histogram=_histogram(mean),
         over_time=_over_time(report),
         rows=rows,
@@ -156,7 +159,7 @@ def page(
         joint=_joint(getattr(report, "groups", None)),
         contents=list(samples.in_full(opened)),
         data=arrays(report, order, labels=labels, groups=grouped, dynamics=dynamics) | {"classes": classes},
-        token_ids=samples.token_ids and show is None and tokenizer is None,
+        token_ids=(samples.token_ids or tokens is not None) and show is None and tokenizer is None,
         trust=trust(report),
         coverage=made.coverage,
         facts=_facts(report.metadata),
@@ -247,6 +250,24 @@ def _mislabelled(report: Scores, dynamics: Dynamics, samples: _Samples, k: int) 
         )
         for row in found.itertuples()
     ]
+
+
+def _texts(report: Scores, tokens: TokenScores, tokenizer: Any) -> list[dict[str, Any]]:
+    """The tokens of samples with their scores, and these relative to the largest of the text."""
+    missing = tokens.sample_ids[~torch.isin(tokens.sample_ids, report.sample_ids)].tolist()
+    if missing:
+        raise ConfigurationError(f"tokens has scores of sample {missing[0]}, which is not in the report.")
+    texts = []
+    for sample_id in tokens.sample_ids.tolist():
+        table = tokens.of(sample_id)
+        largest = float(table.score.abs().max()) or 1.0
+        spelt = [f"{z} " if tokenizer is None else str(tokenizer.decode([z])) for z in table.token.tolist()]
+        told = [
+            {"text": text, "score": score, "share": abs(score) / largest}
+            for text, score in zip(spelt, table.score.tolist(), strict=True)
+        ]
+        texts.append({"sample_id": sample_id, "score": float(table.score.sum()), "tokens": told})
+    return texts
 
 
 def _order(report: Scores, carded: Iterable[int]) -> Tensor:

@@ -17,9 +17,11 @@ from test_report import images, some_report
 from test_report_page import Opened, written
 
 from lightning_influence import InfluenceReport
+from lightning_influence.errors import ConfigurationError
 from lightning_influence.report import arrays as module
 from lightning_influence.report.arrays import arrays, packed
 from lightning_influence.report.numbers import signed
+from lightning_influence.report.tokens import TokenScores
 from lightning_influence.run.losses import Dynamics
 from lightning_influence.trust.dynamics import TrainingDynamics, visit_numbers
 
@@ -141,6 +143,39 @@ def test_numbers_without_a_tokenizer_suggest_one(tmp_path: Path) -> None:
     spelt = SimpleNamespace(decode=lambda ids: " ".join(map(str, ids)))
     for options in ({"data": ids, "tokenizer": spelt}, {"data": images()}, {"data": ids, "show": str}, {}):
         assert "tokenizer=" not in written(report, tmp_path, **options)
+
+
+def spelt(tokens: list[int]) -> str:
+    return "".join("<&ab"[t] for t in tokens)
+
+
+def some_tokens() -> TokenScores:
+    scores = [torch.tensor([[0.5], [-1.0], [0.25]]), torch.tensor([[2.0], [0.0]])]
+    return TokenScores(
+        torch.tensor([3, 17]),
+        [torch.tensor([0, 1, 2]), torch.tensor([3, 3])],
+        [torch.arange(3), torch.arange(2)],
+        scores,
+    )
+
+
+def test_texts_are_shaded_by_their_tokens(tmp_path: Path) -> None:
+    text = written(some_report(), tmp_path, tokens=some_tokens(), tokenizer=SimpleNamespace(decode=spelt))
+    part = text.split('<section id="tokens">')[1].split("</section>")[0]
+    found = re.findall(r'<span class="(\w+)" style="--share: ([\d.]+)%" title="([^"]+)">([^<]*)</span>', part)
+    assert found == [
+        ("help", "35.0", "+0.500", "&lt;"),
+        ("harm", "70.0", "−1.00", "&amp;"),
+        ("help", "17.5", "+0.250", "a"),
+        ("help", "70.0", "+2.00", "b"),
+        ("harm", "0.0", "+0.00", "b"),
+    ]
+    assert [signed(-0.25), signed(2.0)] == re.findall(r'<strong class="number \w+">([^<]+)<', part)
+    bare = written(some_report(), tmp_path, tokens=some_tokens())
+    assert ">0 </span>" in bare and "tokenizer=" in bare, "token ids as numbers, and what to do about it"
+    few = InfluenceReport.from_rows(torch.arange(4), torch.arange(4), torch.randn(4, 1))
+    with pytest.raises(ConfigurationError, match="tokens has scores of sample 17, which is not in the report"):
+        written(few, tmp_path, tokens=some_tokens())
 
 
 # -- in a browser -----------------------------------------------------------------------------------------------
@@ -269,6 +304,17 @@ def test_what_users_bring_is_text_in_an_opened_sample(browser: Any, tmp_path: Pa
 )
 def test_the_script_prints_numbers_as_python_does(browser: Any, path: Path, value: float, digits: int) -> None:
     assert Opened(browser, path).page.evaluate(f"signed({value!r}, {digits})") == signed(value, digits)
+
+
+def test_a_text_opens_with_its_tokens(browser: Any, tmp_path: Path) -> None:
+    options: dict[str, Any] = {"tokens": some_tokens(), "tokenizer": SimpleNamespace(decode=spelt)}
+    shown = Opened(browser, some_report().to_html(tmp_path / "r.html", data=["text"] * 40, **options))
+    shown.page.locator(".texts > li").nth(1).click()
+    assert "Sample 17" in opened(shown) and shown.page.locator("#sample .tokens span").all_inner_texts() == ["b", "b"]
+    green, clear = shown.page.locator("#sample .tokens span").evaluate_all(
+        "spans => spans.map(s => getComputedStyle(s).backgroundColor)"
+    )
+    assert green != clear and shown.problems == []
 
 
 def test_a_phone_shows_an_opened_sample(browser: Any, path: Path) -> None:
