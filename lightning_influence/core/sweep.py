@@ -48,14 +48,14 @@ class Method:
     response: Literal["finite", "tangent"] = "finite"
     memory_window: int = 8
     counterfactual: Literal["drop", "zero"] = "drop"
-    optimizer: Literal["sgd"] | None = None
+    optimizer_assumption: Literal["sgd"] | None = None
     """None: the optimizer that trained; ``"sgd"``: the assumption that the paper refutes."""
 
     def __post_init__(self) -> None:
         for name, value, known in (
             ("curvature", self.curvature, CURVATURES),
             ("response", self.response, RESPONSES),
-            ("optimizer_assumption", self.optimizer, (None, "sgd")),
+            ("optimizer_assumption", self.optimizer_assumption, (None, "sgd")),
         ):
             if value not in known:
                 raise ConfigurationError(f"{name}={value!r}; choose one of {', '.join(map(str, known))}")
@@ -180,7 +180,7 @@ class _Walk:
 
     def __init__(self, trajectory: Trajectory, method: Method, queries: Vectors, memory: int | None = None) -> None:
         self.trajectory, self.method = trajectory, method
-        self.update = UPDATES[method.optimizer or trajectory.optimizer]
+        self.update = UPDATES[method.optimizer_assumption or trajectory.optimizer]
         self.scales = extrapolation(trajectory.sizes)
         self.n_queries = next(iter(queries.values())).shape[0]
         self.adjoints: Adjoints = {k: Adjoint(q) for k, q in queries.items()}
@@ -211,7 +211,7 @@ class _Walk:
         return rows
 
     def _recorded(self, record: StepRecord) -> dict[str, RecordedStep]:
-        if self.method.optimizer == "sgd":  # theta' = theta - lr g, nothing else
+        if self.method.optimizer_assumption == "sgd":  # theta' = theta - lr g, nothing else
             plain = {"weight_decay": 0.0, "decoupled": 1.0}
             hyper: dict[str, Hyper] = {k: {**h, **plain} for k, h in record.hyper.items()}
             moments: dict[str, Moments] = dict.fromkeys(record.gradients, ())

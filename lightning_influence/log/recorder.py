@@ -269,7 +269,7 @@ class Recorder:
 def _with_moments(writer: StoreWriter) -> set[str]:
     """Parameters whose moments are already in the block of steps with which a log goes on."""
     begun = range(len(writer) // MOMENTS_EVERY * MOMENTS_EVERY, len(writer))
-    reader = StoreReader(writer.dirpath) if len(begun) else None
+    reader = StoreReader(writer.log) if len(begun) else None
     names = [name for index in begun for name in reader.names(index)] if reader is not None else []
     return {name.split("/", 2)[2] for name in names if name.startswith("moment/")}
 
@@ -278,7 +278,7 @@ def _in_snapshots(writer: StoreWriter) -> set[str]:
     """Parameters that the snapshots of a log hold with which a run goes on."""
     if len(writer) == 0:
         return set()
-    reader = StoreReader(writer.dirpath)
+    reader = StoreReader(writer.log)
     snapshots = [name for name in reader.artifacts() if name.startswith(SNAPSHOT)]
     kind = "parameter/"
     names = reader.artifact_names(max(snapshots)) if snapshots else []

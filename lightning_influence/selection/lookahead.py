@@ -150,14 +150,14 @@ class Rollout:
 def look_ahead(
     trainer: L.Trainer,
     candidates: Sequence[Sequence[Candidates]],
-    target: Any,
+    queries: Any,
     horizon: int,
     method: Method,
     scored: int,
     options: StepOptions | None = None,
     removals: Removals | None = None,
 ) -> list[Tensor]:
-    """Scores of the samples of the next steps, each against the target ``horizon`` steps after its own step.
+    """Scores of the samples of the next steps, each against the mean query loss ``horizon`` steps after its own step.
 
     Everything about the run is afterwards as it was, bit for bit. What a removal does to the gradient is verified by the
     roll-out, and measured where per-sample gradients do not say it.
@@ -165,7 +165,7 @@ def look_ahead(
     Args:
         candidates: the micro-batches of the steps to come, up to ``scored + horizon``; where there are fewer,
             the last steps are read sooner.
-        target: batches of target examples, or a `target.TargetLoss`.
+        queries: batches, or a `target.TargetLoss`.
         scored: the number of steps to score.
         options: of the steps.
         removals: what an earlier roll-out of the run has verified.
@@ -197,7 +197,7 @@ def look_ahead(
             stop = min(start + 1 + horizon, len(run))
             run.place(stop)
             _refuse_not_finite(run, range(start, stop))
-            gradients = target_gradient(module, target, list(run.sizes), run.select)
+            gradients = target_gradient(module, queries, list(run.sizes), run.select)
             window = Window(run, start, stop)
             rows = sweep(window, gradients, method, scored=range(1), progress=False)
             found.append(rows.of(torch.cat([c.sample_ids for c in candidates[start]]))[:, 0])

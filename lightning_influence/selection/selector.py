@@ -76,7 +76,7 @@ class LookAhead:
     """Scores by rolling the run out (`lookahead.look_ahead`).
 
     Args:
-        target: gives the target, as `look_ahead` takes it.
+        queries: gives the queries, as `look_ahead` takes them.
         settings: of the selection.
 
     Attributes:
@@ -85,13 +85,13 @@ class LookAhead:
 
     reads_batches = True
 
-    def __init__(self, target: Callable[[], Any], settings: Settings) -> None:
-        self.target, self.settings, self.removals = target, settings, Removals()
+    def __init__(self, queries: Callable[[], Any], settings: Settings) -> None:
+        self.queries, self.settings, self.removals = queries, settings, Removals()
 
     def __call__(self, trainer: L.Trainer, candidates: Sequence[Sequence[Candidates]], scored: int) -> list[Tensor]:
         s = self.settings
         return look_ahead(
-            trainer, candidates, self.target(), s.horizon, s.method, scored, options=s.options, removals=self.removals
+            trainer, candidates, self.queries(), s.horizon, s.method, scored, options=s.options, removals=self.removals
         )
 
 
