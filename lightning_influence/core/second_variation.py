@@ -19,7 +19,7 @@ from tqdm.auto import tqdm
 from lightning_influence.core.clipping import apply_clip, norm_coefficient
 from lightning_influence.core.curvature import fisher_product
 from lightning_influence.core.optimizers import UPDATES, decay, effective_gradient
-from lightning_influence.core.removal import consumed_change, removal
+from lightning_influence.core.removal import consumed_change, gradient_change
 from lightning_influence.core.response import finite_response
 from lightning_influence.core.sweep import Method, Passed, sum_inner, walk_back
 from lightning_influence.core.trajectory import Hyper, Shares, StepRecord, Trajectory, Vectors, extrapolation
@@ -222,7 +222,7 @@ class _Variation:
         """What the removals of the pairs of a step do to its gradient, before and after clipping."""
         if not here.any():
             return _Removed(dict.fromkeys(record.gradients), {})
-        removed, shares = removal(record, self.method.counterfactual), self.trajectory.shares(record.index)
+        removed, shares = gradient_change(record, self.method.counterfactual), self.trajectory.shares(record.index)
         ids = removed.sample_ids.tolist()
         samples = [z for z, t in self.pairs if t == record.index]
         missing = [z for z in samples if z not in ids]

@@ -19,7 +19,7 @@ from lightning_influence.core.adjoint import Adjoint, adjoint, gradient_adjoint,
 from lightning_influence.core.clipping import clip_adjoint
 from lightning_influence.core.curvature import CURVATURES, fisher_product
 from lightning_influence.core.optimizers import UPDATES, Moments, RecordedStep, effective_gradient, join
-from lightning_influence.core.removal import ConsumedChange, consumed_change, consumed_gradients, removal
+from lightning_influence.core.removal import ConsumedChange, consumed_change, consumed_gradients, gradient_change
 from lightning_influence.core.response import finite_response
 from lightning_influence.core.scores import RowScores
 from lightning_influence.core.trajectory import Hyper, Shares, StepRecord, Trajectory, Vectors, extrapolation
@@ -111,7 +111,7 @@ class StepRemovals:
 
     def of(self, names: Sequence[str], sample_ids: Tensor) -> Tensor | None:
         """Changes ``(n, d)`` of some parameters end to end; zero for samples that the step does not hold, None if all."""
-        position = {z: i for i, z in enumerate(self.consumed.removal.sample_ids.tolist())}
+        position = {z: i for i, z in enumerate(self.consumed.before_clipping.sample_ids.tolist())}
         held = [i for i, z in enumerate(sample_ids.tolist()) if z in position]
         if not held:
             return None
@@ -119,7 +119,7 @@ class StepRemovals:
         parts = []
         for name in names:
             gradient, share = self.gradients[name], self.shares[name]
-            totals = self.consumed.removal.totals(share, gradient)
+            totals = self.consumed.before_clipping.totals(share, gradient)
             rows = self.consumed.change(gradient, share, own, totals)
             parts.append(
                 rows.new_zeros(len(sample_ids), rows.shape[1]).index_copy_(0, torch.tensor(held).to(rows.device), rows)
@@ -224,7 +224,7 @@ class _Walk:
         }
 
     def _score(self, record: StepRecord, shares: Mapping[str, Shares], products: Tensor) -> RowScores:
-        removed = removal(record, self.method.counterfactual)
+        removed = gradient_change(record, self.method.counterfactual)
         tangent = removed.inner(products)
         scores, interaction = tangent, torch.zeros_like(tangent)
         if self.method.response == "finite":
@@ -246,7 +246,7 @@ class _Walk:
         """Finite response ``(q, u)`` of a block of parameters, over the window of the newest passed step; in the precision
         and on the device of ``like``.
         """
-        removed = own.consumed.removal
+        removed = own.consumed.before_clipping
         scores = torch.zeros_like(like)
         names = [name for name in block if name in own.shares]
         if not names:
@@ -268,7 +268,7 @@ class _Walk:
         window, after, closing, passed = self._window(names)
         size = sum(own.shares[name].n_coordinates for name in names)
         for part in sample_chunks(len(again), size):
-            ids = own.consumed.removal.sample_ids[again[part]]
+            ids = own.consumed.before_clipping.sample_ids[again[part]]
             change = own.of(names, ids)
             later = [None if p.removals is None else p.removals.of(names, ids) for p in passed]
             assert change is not None
@@ -284,7 +284,7 @@ class _Walk:
 
     def _again(self, sample_ids: Tensor) -> Tensor:
         """Positions of the samples that later steps of the window hold, too."""
-        later = [p.removals.consumed.removal.sample_ids for p in list(self.passed)[1:] if p.removals is not None]
+        later = [p.removals.consumed.before_clipping.sample_ids for p in list(self.passed)[1:] if p.removals is not None]
         return torch.isin(sample_ids, torch.cat(later)).nonzero()[:, 0] if later else torch.zeros(0, dtype=torch.int64)
 
     def _earlier(self, index: int, sample_ids: Tensor) -> bool:

@@ -16,7 +16,7 @@ from torch import Tensor
 from lightning_influence.capture import GradientCapture
 from lightning_influence.capture.step import StepCollector, total_norm
 from lightning_influence.core.clipping import norm_coefficient
-from lightning_influence.core.coordinates import Keep, plan
+from lightning_influence.core.coordinates import Coordinates, choose_coordinates
 from lightning_influence.core.shares import Form
 from lightning_influence.core.trajectory import Clip, StepRecord
 from lightning_influence.errors import ConfigurationError
@@ -42,7 +42,7 @@ _CLIP_TOLERANCE = 1e-3
 
 @dataclass(frozen=True)
 class Compression:
-    """What is kept of the per-sample gradients (`compression.plan`)."""
+    """What is kept of the per-sample gradients (`coordinates.choose_coordinates`)."""
 
     kind: CompressionName = "auto"
     mask_size: int = 8192
@@ -77,7 +77,7 @@ class Recorder:
         self.collector, self.writer = collector, writer
         self.module, self.optimizer, self.ranks = collector.module, collector.optimizer, collector.ranks
         self.replay, self.compression = replay, compression
-        self.keeps: dict[str, Keep] | None = None
+        self.keeps: dict[str, Coordinates] | None = None
         self._with_moments = _with_moments(writer)  # parameters whose moments the present block of steps holds
         self._names = {id(p): name for name, p in self.module.named_parameters()}
         self._between = BetweenSteps(self.module)
@@ -193,7 +193,7 @@ class Recorder:
     def _plan(self, shares: dict[str, Form], capture: GradientCapture) -> dict[str, Form]:
         """Decide at the first step what is kept."""
         parameters = capture.parameters
-        keeps = plan(
+        keeps = choose_coordinates(
             shares,
             {name: tuple(parameters[name].shape) for name in shares},
             compression=self.compression.kind,

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_influence.core.coordinates import Keep, pack_keep, unpack_keep
+from lightning_influence.core.coordinates import Coordinates, pack_coordinates, unpack_coordinates
 from lightning_influence.core.optimizers import UPDATES, Moments, coupling, effective_gradient
 from lightning_influence.core.removal import consumed_gradients
 from lightning_influence.core.shares import Form, Stack, pack, unpack
@@ -98,12 +98,12 @@ def pack_dynamics(dynamics: Dynamics | None) -> dict[str, Tensor]:
     return {} if dynamics is None else {f"dynamics/{name}": t for name, t in dynamics.columns().items()}
 
 
-def pack_layout(keeps: Mapping[str, Keep], optimizer: str) -> Packed:
+def pack_layout(keeps: Mapping[str, Coordinates], optimizer: str) -> Packed:
     """The artifact that says which coordinates of which parameters a log holds."""
     tensors: dict[str, Tensor] = {}
     forms: dict[str, Any] = {}
     for name, keep in keeps.items():
-        parts, forms[name] = pack_keep(keep)
+        parts, forms[name] = pack_coordinates(keep)
         tensors |= {f"{name}/{key}": value for key, value in parts.items()}
     return tensors, {"parameters": forms, "optimizer": optimizer}
 
@@ -263,7 +263,7 @@ class LoggedTrajectory(LoggedSteps):
             layout = self.reader.artifact_meta(LAYOUT)
             self.optimizer: str = layout["optimizer"]
             self.keeps = {
-                name: unpack_keep(form, self._layout_tensor(name)) for name, form in layout["parameters"].items()
+                name: unpack_coordinates(form, self._layout_tensor(name)) for name, form in layout["parameters"].items()
             }
             self.sizes = {name: (keep.size, keep.total) for name, keep in self.keeps.items()}
             _check_layout(self.optimizer, self.keeps, self.reader.manifest["shapes"])
@@ -342,7 +342,7 @@ def _check_final(meta: Mapping[str, Any], manifest: Mapping[str, Any]) -> None:
     _expect(bool(meta.get("moved")) or meta["checksums"].keys() <= manifest["shapes"].keys(), "an unknown parameter")
 
 
-def _check_layout(optimizer: str, keeps: Mapping[str, Keep], shapes: Mapping[str, Any]) -> None:
+def _check_layout(optimizer: str, keeps: Mapping[str, Coordinates], shapes: Mapping[str, Any]) -> None:
     _expect(optimizer in UPDATES, "an unknown update")
     _expect(bool(keeps), "no parameters")
     for name, keep in keeps.items():
