@@ -53,7 +53,7 @@ def write(log: Path, steps: int, batch: int) -> None:
                 index=t,
                 sample_ids=torch.arange(t * batch, (t + 1) * batch),
                 loss_weights=torch.full((batch,), 1 / batch, dtype=torch.float64),
-                micro_batches=torch.zeros(batch, dtype=torch.int64),
+                micro_batch_numbers=torch.zeros(batch, dtype=torch.int64),
                 gradients=gradients,
                 moments=moments if t % MOMENTS_EVERY == 0 else {},
                 hyper=hyper,

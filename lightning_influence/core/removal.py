@@ -94,7 +94,7 @@ def gradient_change(record: StepRecord, counterfactual: Literal["drop", "zero"])
     if counterfactual not in COUNTERFACTUALS:
         raise ConfigurationError(f"counterfactual={counterfactual!r}; choose one of {', '.join(COUNTERFACTUALS)}")
     weights = record.loss_weights.double()
-    known, numbers = torch.unique(record.micro_batches, return_inverse=True)
+    known, numbers = torch.unique(record.micro_batch_numbers, return_inverse=True)
     members = torch.nn.functional.one_hot(numbers, max(len(known), 1)).double()
     sample_ids, owner = _in_order(record.sample_ids)
     nothing = weights.new_zeros(len(sample_ids), members.shape[1])

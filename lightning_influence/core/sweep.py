@@ -18,7 +18,7 @@ from tqdm.auto import tqdm
 from lightning_influence.core.adjoint import Adjoint, adjoint, gradient_adjoint, join_adjoints
 from lightning_influence.core.clipping import clip_adjoint
 from lightning_influence.core.curvature import CURVATURES, fisher_product
-from lightning_influence.core.optimizers import UPDATES, Moments, RecordedStep, effective_gradient, join
+from lightning_influence.core.optimizers import UPDATES, Moments, ParameterStep, effective_gradient, join
 from lightning_influence.core.removal import ConsumedChange, consumed_change, consumed_gradients, gradient_change
 from lightning_influence.core.response import finite_response
 from lightning_influence.core.scores import RowScores
@@ -138,13 +138,13 @@ class Passed:
         removals: of its samples, where an earlier step of the window holds one of them, too.
     """
 
-    recorded: dict[str, RecordedStep]
+    recorded: dict[str, ParameterStep]
     after: Adjoints
     gradient: Vectors
     removals: StepRemovals | None = None
-    _joined: dict[Block, tuple[RecordedStep, Adjoint]] = field(default_factory=dict)
+    _joined: dict[Block, tuple[ParameterStep, Adjoint]] = field(default_factory=dict)
 
-    def of(self, block: Block) -> tuple[RecordedStep, Adjoint]:
+    def of(self, block: Block) -> tuple[ParameterStep, Adjoint]:
         """Step and adjoint of a block of parameters, end to end."""
         if block not in self._joined:
             step = join([self.recorded[name] for name in block])
@@ -152,7 +152,7 @@ class Passed:
         return self._joined[block]
 
 
-def blocks_of(steps: Sequence[Mapping[str, RecordedStep]]) -> list[Block]:
+def blocks_of(steps: Sequence[Mapping[str, ParameterStep]]) -> list[Block]:
     """Parameters that can go through the elementwise algebra end to end: they took the same steps with the
     same hyperparameters. Only small ones are joined; large ones would be copied for nothing.
     """
@@ -210,7 +210,7 @@ class _Walk:
         }
         return rows
 
-    def _recorded(self, record: StepRecord) -> dict[str, RecordedStep]:
+    def _recorded(self, record: StepRecord) -> dict[str, ParameterStep]:
         if self.method.optimizer_assumption == "sgd":  # theta' = theta - lr g, nothing else
             plain = {"weight_decay": 0.0, "decoupled": 1.0}
             hyper: dict[str, Hyper] = {k: {**h, **plain} for k, h in record.hyper.items()}
@@ -219,7 +219,7 @@ class _Walk:
             hyper, moments = dict(record.hyper), record.moments
         consumed, parameters = consumed_gradients(record), record.parameters or {}
         return {
-            k: RecordedStep(self.update, moments[k], effective_gradient(g, parameters.get(k), hyper[k]), hyper[k])
+            k: ParameterStep(self.update, moments[k], effective_gradient(g, parameters.get(k), hyper[k]), hyper[k])
             for k, g in consumed.items()
         }
 
@@ -276,7 +276,7 @@ class _Walk:
             added[:, part] = (joint - finite_response(window, after, closing, change)).to(added)
         return added
 
-    def _window(self, names: Sequence[str]) -> tuple[list[RecordedStep], list[Tensor], Moments, list[Passed]]:
+    def _window(self, names: Sequence[str]) -> tuple[list[ParameterStep], list[Tensor], Moments, list[Passed]]:
         """Steps, adjoints of the parameters and closing adjoint of the moments of some parameters, joined."""
         passed = [p for p in self.passed if names[0] in p.recorded]
         joined = [p.of(tuple(names)) for p in passed]
@@ -284,7 +284,9 @@ class _Walk:
 
     def _again(self, sample_ids: Tensor) -> Tensor:
         """Positions of the samples that later steps of the window hold, too."""
-        later = [p.removals.consumed.before_clipping.sample_ids for p in list(self.passed)[1:] if p.removals is not None]
+        later = [
+            p.removals.consumed.before_clipping.sample_ids for p in list(self.passed)[1:] if p.removals is not None
+        ]
         return torch.isin(sample_ids, torch.cat(later)).nonzero()[:, 0] if later else torch.zeros(0, dtype=torch.int64)
 
     def _earlier(self, index: int, sample_ids: Tensor) -> bool:

@@ -49,7 +49,7 @@ class StepRecord:
         loss_weights: ``(n,)`` float64, the coefficient of each sample's own loss in the loss that was
             differentiated: ``1/n`` under a mean, ``w_z/w`` under a token mean, divided by the number
             of accumulated micro-batches and of ranks.
-        micro_batches: ``(n,)`` int64, samples averaged together share a number.
+        micro_batch_numbers: ``(n,)`` int64, samples averaged together share a number.
         averaged: whether the loss is a mean over its samples (otherwise a sum).
         measured: whether the shares are the changes of the batch gradient by the removal of each sample (``drop``),
             found by evaluating the step without it, rather than additive parts of the gradient.
@@ -66,7 +66,7 @@ class StepRecord:
     index: int
     sample_ids: Tensor
     loss_weights: Tensor
-    micro_batches: Tensor
+    micro_batch_numbers: Tensor
     gradients: Vectors
     moments: dict[str, tuple[Tensor, ...]]
     hyper: Mapping[str, Hyper]

@@ -15,7 +15,7 @@ from torch import Tensor
 from lightning_influence.capture import GradientCapture, freeze_batch_norm, refuse_batch_norm, refuse_compiled
 from lightning_influence.capture.step import Samples, StepCollector, StepOptions
 from lightning_influence.errors import ConfigurationError
-from lightning_influence.replay.plan import ReplayMicroBatch
+from lightning_influence.replay.plan import PlannedMicroBatch
 from lightning_influence.replay.witness import Trial, evaluated, rehearse, twin_of, witness
 from lightning_influence.run.batches import copied
 from lightning_influence.run.lightning_names import overrides
@@ -159,7 +159,7 @@ class LiveRun:
             self._twin = self._twin or twin_of(module)
             less = self.recollated()
             rest = None if less is None else less.__getitem__
-            micro_batch = ReplayMicroBatch(copied(batch), moment, 1.0, self._n, read_random_state(), rest)
+            micro_batch = PlannedMicroBatch(copied(batch), moment, 1.0, self._n, read_random_state(), rest)
             buffers = {name: b.detach().clone() for name, b in module.named_buffers()}
             self._trial = Trial(micro_batch, self.ids, buffers)
         self._collector.begin(self.ids, weights, trainer.accumulate_grad_batches)

@@ -88,7 +88,7 @@ class StepSelection(L.Callback):
             target = self._target_after(trainer, step)
             rows = sweep(step, target, self.selector.settings.method, progress=False)
             scores[left] = rows.of(step.full.sample_ids[left])[:, 0].to(scores)
-            weights = self.selector.decide(policy, scores, step.full.sample_ids, step.full.micro_batches, left)
+            weights = self.selector.decide(policy, scores, step.full.sample_ids, step.full.micro_batch_numbers, left)
             step = step.weighted(weights)
         step.write(pl_module)
         self.selector.note(trainer, step.full.sample_ids, scores, step.weights)

@@ -59,7 +59,7 @@ def pack_step(record: StepRecord, shares: Mapping[str, Shares], *, state: bool) 
     tensors = {
         "sample_ids": record.sample_ids,
         "loss_weights": record.loss_weights,
-        "micro_batches": record.micro_batches,
+        "micro_batches": record.micro_batch_numbers,
     }
     forms = {}
     for name, share in shares.items():
@@ -161,7 +161,7 @@ class LoggedSteps:
                 )
                 for m in noted
             ]
-        return [*moments] or [None] * len(record.micro_batches.unique())
+        return [*moments] or [None] * len(record.micro_batch_numbers.unique())
 
     def sample_ids(self, index: int) -> Tensor:
         """Samples ``(n,)`` that a step consumed."""
@@ -201,14 +201,14 @@ class LoggedSteps:
 
     def _stored(self, index: int) -> StepRecord:
         meta = self.reader.meta(index)
-        ids, weights, micro_batches = self._samples(index)
+        ids, weights, numbers = self._samples(index)
         hyper = {name: meta["hyper"][i] for name, i in meta["hyper_of"].items()}
         stored = set(self.reader.names(index))
         return StepRecord(
             index=index,
             sample_ids=ids,
             loss_weights=weights,
-            micro_batches=micro_batches,
+            micro_batch_numbers=numbers,
             gradients={name: self._state(index, f"gradient/{name}") for name in hyper if f"gradient/{name}" in stored},
             moments={},
             hyper=hyper,
@@ -356,7 +356,7 @@ def _check_layout(optimizer: str, keeps: Mapping[str, Coordinates], shapes: Mapp
 
 
 def _check_record(record: StepRecord) -> None:
-    columns = (record.sample_ids, record.loss_weights, record.micro_batches)
+    columns = (record.sample_ids, record.loss_weights, record.micro_batch_numbers)
     _expect([c.dtype for c in columns] == [torch.int64, torch.float64, torch.int64], "samples of another type")
     _expect(all(c.shape == (len(record.sample_ids),) for c in columns), "samples of another shape")
     numbers = [v for hyper in record.hyper.values() for v in hyper.values()]

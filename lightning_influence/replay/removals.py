@@ -19,7 +19,7 @@ _BLOCK = 4  # coordinates along each of the two ends of a parameter that are sum
 
 
 @dataclass
-class Removals:
+class RemovalCheck:
     """How the changes of the gradient by removals are found.
 
     Attributes:

@@ -23,7 +23,7 @@ from lightning_influence.log.steps import FINAL, LoggedSteps, LoggedTrajectory, 
 from lightning_influence.replay.logged_plan import LoggedPlan
 from lightning_influence.replay.trajectory import ReplayTrajectory
 from lightning_influence.report import InfluenceReport
-from lightning_influence.report.provenance import Coverage, Provenance, Removals
+from lightning_influence.report.provenance import Coverage, Provenance, RemovalSummary
 from lightning_influence.run.data import TrainingData
 from lightning_influence.run.lightning_names import is_a
 from lightning_influence.scoring.queries import Queries, Target, check_target, query_gradients
@@ -285,7 +285,7 @@ def _provenance(
     )
     if not isinstance(trajectory, ReplayTrajectory):
         return made
-    removals = Removals.from_json(trajectory.removals.to_metadata())
+    removals = RemovalSummary.from_json(trajectory.removals.to_metadata())
     return replace(
         made,
         removals=removals,

@@ -17,8 +17,8 @@ from lightning_influence.core.optimizers import UPDATES
 from lightning_influence.core.sweep import Method, sweep
 from lightning_influence.core.trajectory import Hyper, Shares, StepRecord, Trajectory, Vectors
 from lightning_influence.errors import ConfigurationError, InfluenceError
-from lightning_influence.replay.plan import ReplayMicroBatch, ReplayStep, State
-from lightning_influence.replay.removals import Removals
+from lightning_influence.replay.plan import PlannedMicroBatch, PlannedStep, State
+from lightning_influence.replay.removals import RemovalCheck
 from lightning_influence.replay.trajectory import ReplayTrajectory
 from lightning_influence.run.batches import batch_size
 from lightning_influence.run.optimizer import read_hypers, read_moments, update_name
@@ -70,7 +70,7 @@ class Rollout:
             _check_batch(c)
         hypers, self._moment = _hypers(trainer, trained, len(candidates)), Moment.now(trainer, module)
         first = trainer.fit_loop.epoch_loop.batch_progress.current.ready  # index of the batch that comes next
-        self._steps, random = list[ReplayStep](), _random_states()
+        self._steps, random = list[PlannedStep](), _random_states()
         for ahead, (parts, hyper) in enumerate(zip(candidates, hypers, strict=True)):
             self._steps.append(self._planned(parts, hyper, first, trainer.global_step + ahead, random))
             first += len(parts)
@@ -82,10 +82,10 @@ class Rollout:
         first: int,
         global_step: int,
         random: Iterator[dict[str, Tensor]],
-    ) -> ReplayStep:
+    ) -> PlannedStep:
         accumulated = self._trainer.accumulate_grad_batches  # also where an epoch ends with fewer
         micro_batches = [
-            ReplayMicroBatch(
+            PlannedMicroBatch(
                 c.batch,
                 replace(self._moment, batch_idx=first + i, global_step=global_step),
                 1 / accumulated,
@@ -104,7 +104,7 @@ class Rollout:
             for c in parts
         ]
         averaged = self._options.averaged
-        return ReplayStep(micro_batches, *Samples.columns(samples), hyper, clip_of(self._trainer), averaged)
+        return PlannedStep(micro_batches, *Samples.columns(samples), hyper, clip_of(self._trainer), averaged)
 
     def weigh(self) -> None:
         """Take the weights of the samples from the losses that the training step calls, where it tells them.
@@ -113,10 +113,10 @@ class Rollout:
         """
         self._steps = [self._weighed(step) for step in self._steps]
 
-    def _weighed(self, step: ReplayStep) -> ReplayStep:
+    def _weighed(self, step: PlannedStep) -> PlannedStep:
         module, samples = self._trainer.lightning_module, []
         for number, micro_batch in enumerate(step.micro_batches):
-            here = step.numbers == number
+            here = step.micro_batch_numbers == number
             own, seen = Samples(step.sample_ids[here], step.loss_weights[here]), list[LossTap]()
             set_modes(module, micro_batch.moment.in_eval)
             with (
@@ -140,7 +140,7 @@ class Rollout:
     def sample_ids(self, index: int) -> Tensor:
         return self._steps[index].sample_ids
 
-    def step(self, index: int) -> ReplayStep:
+    def step(self, index: int) -> PlannedStep:
         return self._steps[index]
 
     def snapshot(self, index: int) -> State:
@@ -155,7 +155,7 @@ def look_ahead(
     method: Method,
     scored: int,
     options: StepOptions | None = None,
-    removals: Removals | None = None,
+    removals: RemovalCheck | None = None,
 ) -> list[Tensor]:
     """Scores of the samples of the next steps, each against the mean query loss ``horizon`` steps after its own step.
 

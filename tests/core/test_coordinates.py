@@ -113,5 +113,7 @@ def test_a_mask_over_a_product_is_some_rows_times_some_columns() -> None:
     assert narrow["a"].size == 75 and len((narrow["a"].index // 4).unique()) == 25, (
         "few columns leave room for more rows"
     )
-    few = choose_coordinates({"a": Dense(torch.zeros(4, 3000))}, {"a": (60, 50)}, compression="mask", mask_size=100)["a"].index
+    few = choose_coordinates({"a": Dense(torch.zeros(4, 3000))}, {"a": (60, 50)}, compression="mask", mask_size=100)[
+        "a"
+    ].index
     assert len((few // 50).unique()) > 40, "of rows that were not captured as products, single coordinates"

@@ -7,7 +7,19 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lightning_influence.core.shares import Dense, Form, Outer, SparseRows, Stack, Sum, add, merged, nbytes, pack, unpack
+from lightning_influence.core.shares import (
+    Dense,
+    Form,
+    Outer,
+    SparseRows,
+    Stack,
+    Sum,
+    add,
+    merged,
+    nbytes,
+    pack,
+    unpack,
+)
 
 ROWS, COLUMNS = 5, 3
 
