@@ -137,7 +137,7 @@ def check(
         removals: samples to remove, one at a time.
         subsets: random subsets to remove besides.
         workers: processes that retrain side by side.
-        results: file of finished retrainings, with which an interrupted check goes on.
+        results: file that keeps finished retrainings, so that an interrupted check can be continued.
     """
     for name, value, least in (("removals", removals, 3), ("subsets", subsets, 0), ("workers", workers, 0)):
         if value < least:

@@ -1,4 +1,4 @@
-"""The adjoint of an optimizer's step: derivatives of the queries pulled back through it (method.md section 3).
+"""The adjoint of an optimizer's step: derivatives of the queries pulled back through it (docs/method.md, "The sweep").
 
 The maps are elementwise, so their Jacobians are a handful of diagonals, shared by all queries.
 """
@@ -42,14 +42,14 @@ def join_adjoints(adjoints: Sequence[Adjoint]) -> Adjoint:
 
 _SETTLED = 3
 """The step from which an update is differentiated in the run's own precision: at the first, the derivative of Adam's is a
-difference of nearly equal numbers (method.md section 2), which at the third cost one digit at most."""
+difference of nearly equal numbers (docs/method.md, "One optimizer step"), which at the third cost one digit at most."""
 
 _BLOCK = 2**17
 """Coordinates that a processor differentiates at a time: its cache then holds what is computed on the way."""
 
 
 def adjoint(recorded: ParameterStep, after: Adjoint) -> tuple[Adjoint, Tensor]:
-    """Pull the adjoint back through one step (method.md section 3).
+    """Pull the adjoint back through one step (docs/method.md, "The sweep").
 
     Returns:
         The adjoint before the step, with the loss gradient held fixed, and that of the gradient (`gradient_adjoint`).

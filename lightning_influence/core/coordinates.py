@@ -1,4 +1,4 @@
-"""Which coordinates of every parameter a log keeps, and in which form (method.md section 7)."""
+"""Which coordinates of every parameter a log keeps, and in which form (docs/method.md, "Where a trajectory comes from")."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """An optimizer's step as one pure elementwise function; its Jacobian, adjoint and finite response.
 
-Each update rule is written once (method.md section 2). Everything else follows from that function,
+Each update rule is written once (docs/method.md, "One optimizer step"). Everything else follows from that function,
 by differentiating it or by calling it on changed inputs. Because the maps are elementwise, their
 Jacobians are a handful of diagonals, shared by all queries.
 """
@@ -130,7 +130,7 @@ def effective_gradient(gradient: Tensor, parameter: Tensor | None, hyper: Hyper)
 
 
 def step(update: Update, parameter: Tensor, moments: Moments, gradient: Tensor, hyper: Hyper) -> tuple[Tensor, Moments]:
-    """One optimizer step (method.md section 2): new parameter and moments, shapes as given.
+    """One optimizer step (docs/method.md, "One optimizer step"): new parameter and moments, shapes as given.
 
     Args:
         gradient: the gradient that the optimizer consumes, after clipping.

@@ -1,4 +1,4 @@
-"""What a batch gradient becomes when one of its samples is removed (method.md section 6).
+"""What a batch gradient becomes when one of its samples is removed (docs/method.md, "What a removal changes").
 
 A removal is linear in the shares before clipping: ``e_z = sum_b shared_zb G_b + sum_i own_i s_i``, with ``s_i`` the shares
 of the sample and ``G_b`` the gradient of each micro-batch ``b``.
@@ -68,9 +68,9 @@ def gradient_change(record: StepRecord, counterfactual: Literal["drop", "zero"])
     """The change by the removal of each sample of a step.
 
     For a mean with weights ``w`` (total ``W``, gradient ``G``), ``drop`` gives ``(w_z G - W s_z) / (W - w_z)`` in every
-    micro-batch that holds the sample, and ``zero`` keeps the denominator: ``-s_z``. Under a sum the two are the same. A
-    sample that was alone in its micro-batch takes the whole loss of that micro-batch with it in both. Where the
-    changes were measured, the shares are the changes themselves.
+    micro-batch that holds the sample, and ``zero`` keeps the denominator: ``-s_z``. Under a sum the two are the same. If a
+    sample was alone in its micro-batch, the whole loss of that micro-batch vanishes with it, under either counterfactual. Where
+    the changes were measured, the shares are the changes themselves.
 
     Raises:
         ConfigurationError: unknown counterfactual.

@@ -1,4 +1,4 @@
-"""The optimizer's exact response to a finite change of one step's gradient (method.md section 5)."""
+"""The optimizer's exact response to a finite change of one step's gradient (docs/method.md, "The finite response")."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def finite_response(
     change: Tensor,
     later: Sequence[Tensor | None] | None = None,
 ) -> Tensor:
-    """Exact response of the queries to a finite change of one step's gradient (method.md section 5).
+    """Exact response of the queries to a finite change of one step's gradient (docs/method.md, "The finite response").
 
     The elementwise step runs forward through the window on the changed and on the recorded moments,
     with the recorded gradients; the difference of the parameter updates is contracted with the

@@ -1,7 +1,7 @@
 """How far off a first-order score is, predicted without retraining: the second variation of the run.
 
 With ``theta(eps)`` the run with a share ``eps`` of one sample removed, a first-order score is the slope of
-the query loss in ``eps`` and the proxy is half its second derivative (method.md section 9). The first
+the query loss in ``eps`` and the proxy is half its second derivative (docs/method.md, "How far to trust a score"). The first
 variation is carried forward along the recorded run; what it forces at second order is contracted with
 the adjoint, so the second variation itself is never formed.
 """
@@ -62,7 +62,7 @@ class ErrorProxy:
 
     @property
     def second_order(self) -> Tensor:
-        """Half the second variation, ``(k, q)`` (method.md section 9)."""
+        """Half the second variation, ``(k, q)`` (docs/method.md, "How far to trust a score")."""
         return self.step + self.memory + self.curvature
 
     @property

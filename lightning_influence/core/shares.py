@@ -2,7 +2,8 @@
 
 Forms (all are `trajectory.Shares`): `Dense` rows, `Outer` products of layer inputs and output gradients,
 sparse `SparseRows` of an embedding, `Sum` over several uses of a parameter, `Stack` over micro-batches.
-`Coordinates` says which coordinates of a parameter a log holds; `choose_coordinates` chooses it (method.md section 7).
+`Coordinates` says which coordinates of a parameter a log holds; `choose_coordinates` chooses it
+(docs/method.md, "Where a trajectory comes from").
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """The backward sweep: from the gradient of the queries to a score for every (sample, step).
 
 One walk serves post-hoc attribution (a whole run), look-ahead selection (a short roll-out) and the
-SGD baseline (another update rule). Its cost is linear in the number of steps (method.md section 3).
+SGD baseline (another update rule). Its cost is linear in the number of steps (docs/method.md, "The sweep").
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ _JOINED_COORDINATES = 2**14  # of a parameter that is joined with others
 
 @dataclass(frozen=True)
 class Method:
-    """Which estimator a sweep evaluates (method.md sections 3 to 6).
+    """Which estimator a sweep evaluates (docs/method.md).
 
     Example:
         >>> Method(curvature="hessian", memory_window=4).response
@@ -49,7 +49,7 @@ class Method:
     memory_window: int = 8
     counterfactual: Literal["drop", "zero"] = "drop"
     optimizer_assumption: Literal["sgd"] | None = None
-    """None: the optimizer that trained; ``"sgd"``: the assumption that the paper refutes."""
+    """None: the optimizer that trained; ``"sgd"``: the usual assumption of earlier methods, as a baseline."""
 
     def __post_init__(self) -> None:
         for name, value, known in (
@@ -297,7 +297,7 @@ class _Walk:
     def _curvature(
         self, record: StepRecord, shares: Mapping[str, Shares], vectors: Vectors, products: Tensor
     ) -> Vectors:
-        """Curvature of the batch loss times the gradient adjoints, ``(q, d)`` each (method.md section 4)."""
+        """Curvature of the batch loss times the gradient adjoints, ``(q, d)`` each (docs/method.md, "Curvature")."""
         if self.method.curvature == "none":
             return {}
         if self.method.curvature == "fisher":

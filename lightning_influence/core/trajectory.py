@@ -25,7 +25,7 @@ Vectors: TypeAlias = dict[str, Tensor]
 
 @dataclass(frozen=True)
 class Clip:
-    """Gradient clipping of one step (method.md section 6).
+    """Gradient clipping of one step (docs/method.md, "What a removal changes").
 
     Attributes:
         rule: ``"none"``, ``"norm"`` (global norm) or ``"value"`` (elementwise clamp).
@@ -79,7 +79,7 @@ class StepRecord:
 class Shares(Protocol):
     """Per-sample gradient shares of one parameter in one step, in whatever form they are kept.
 
-    Row ``z`` is sample ``z``'s additive share of the batch gradient as trained (method.md section 6).
+    Row ``z`` is sample ``z``'s additive share of the batch gradient as trained (docs/method.md, "What a removal changes").
     """
 
     @property
@@ -129,7 +129,7 @@ class Trajectory(Protocol):
 
 
 def extrapolation(sizes: Mapping[str, tuple[int, int]]) -> dict[str, float]:
-    """All coordinates over kept ones, by parameter: by which inner products over a mask are extrapolated.
+    """All coordinates over kept ones, by parameter: the factor that extrapolates an inner product over a mask.
 
     Example:
         >>> extrapolation({"weight": (100, 400), "bias": (10, 10)})

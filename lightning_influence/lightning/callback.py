@@ -66,8 +66,9 @@ class InfluenceCallback(L.Callback):
         reduction: whether the training loss is a mean or a sum over the samples.
         frozen_batch_norm: train batch normalisation with its running statistics, so that samples do not
             depend on each other; refused otherwise.
-        report: attribute the run when ``fit`` ends; the queries are the validation data, the target is their mean loss: ``report.html`` and ``report.safetensors`` in
-            ``log``, a figure and numbers through the trainer's loggers, and the `report` attribute.
+        report: attribute the run when ``fit`` ends, with the validation data as queries and their mean loss as target:
+            ``report.html`` and ``report.safetensors`` in ``log``, a figure and numbers through the trainer's loggers, and
+            the `report` attribute.
         existing: what to do where the directory already holds a log. A run resumed from a checkpoint goes on
             with its own log in any case, also where that was moved to this directory.
         seed: of the mask.
@@ -135,7 +136,7 @@ class InfluenceCallback(L.Callback):
     def state_dict(self) -> dict[str, Any]:
         if self._recorder is None:
             return {"steps": self._steps, "run": self._run}
-        self._recorder.writer.flush()  # a checkpoint never knows of more steps than the log
+        self._recorder.writer.flush()  # so that a checkpoint is never ahead of the log
         return {"steps": len(self._recorder.writer), "run": self._run}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -323,7 +324,7 @@ def _not_its_log(log: Path) -> ConfigurationError:
 
 
 def _refuse_another_run(log: Path, manifest: dict[str, Any]) -> None:
-    """A log goes on only as it began: other settings would make its first steps mean something else."""
+    """Refuse to continue a log with settings other than those it began with."""
     if not (log / MANIFEST).exists():
         return
     recorded = StoreReader(log).manifest

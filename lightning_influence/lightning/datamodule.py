@@ -60,8 +60,8 @@ class SelectionDataModule(L.LightningDataModule):
         rebatch: deliver full batches of kept samples, drawing on further passes over the candidates until the
             epoch has as many batches as before; otherwise batches shrink.
         floor: least fraction of a batch that stays whatever the scores.
-        refresh_target_every: inside the step, optimizer steps in which the whole target is read once; in between, a part of
-            it at a time tells how its gradient moves. A function is read at every step.
+        refresh_target_every: inside the step, all queries are read once in this many optimizer steps; in between, a part of
+            them at a time tells how the gradient of the target moves. A function is read at every step.
         curvature: as of `attribute`, where ``"auto"`` is ``"hessian"``, since the steps to come can be run; ``horizon=0``
             needs none.
         response: as of `attribute`, but first order unless asked: a selection needs only the ranking inside a batch, and

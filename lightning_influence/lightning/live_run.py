@@ -31,7 +31,7 @@ from lightning_influence.run.tap import LossTap, tapped
 from lightning_influence.run.trainer import loss_scaler, only_optimizer
 from lightning_influence.run.training_step import Moment
 
-_REHEARSALS = 2  # the second sees what the first has left behind
+_REHEARSALS = 2  # the second sees state that the first left behind
 
 
 class LiveRun:
@@ -187,7 +187,7 @@ class LiveRun:
         self._collector.before_backward(trainer.global_step)
 
     def _asks_plainly(self) -> bool:
-        """Whether the training step does without reentrant checkpointing in eval mode, in which queries are asked."""
+        """Whether the training step uses no reentrant checkpointing in eval mode, the mode in which query losses are computed."""
         return (
             self._twin is not None and self._trial is not None and not is_reentrant(evaluated(self._twin, self._trial))
         )

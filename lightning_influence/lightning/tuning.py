@@ -1,4 +1,4 @@
-"""Horizon and learning rate belong together: both are swept on short runs (method.md section 8)."""
+"""Horizon and learning rate belong together: both are swept on short runs (docs/method.md, "Look-ahead selection")."""
 
 from __future__ import annotations
 

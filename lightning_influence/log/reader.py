@@ -90,7 +90,7 @@ class StoreReader:
         return _Manifest(body["content"], path)
 
     def _count_ranks(self) -> int:
-        """The number of ranks that the manifest says, all of which are there and no other."""
+        """The number of ranks according to the manifest; the directories of all of them exist, and no other."""
         ranks, found = self.manifest["ranks"], rank_names(self._root)
         if ranks != len(found) or found != names_of(len(found)):
             raise LogCorrupted(

@@ -143,7 +143,7 @@ class Recorder:
         """Write what is pending and let go of the optimizer.
 
         Args:
-            finished: the run ended as intended; the log then notes by which parameters.
+            finished: the run ended as intended; the log then notes its last parameters.
         """
         self._post_hook.remove()
         try:
@@ -153,7 +153,7 @@ class Recorder:
             self.writer.close()
 
     def _finish(self) -> None:
-        """Note by which parameters the run ended, unless they are no longer those of its last step."""
+        """Note the parameters that the run ended with, and whether they are still those of its last step."""
         self.writer.flush()
         self.ranks.wait()  # the note also says that the log is whole, so every process has written its steps before it
         if self.ranks.rank > 0:
@@ -267,7 +267,7 @@ class Recorder:
 
 
 def _with_moments(writer: StoreWriter) -> set[str]:
-    """Parameters whose moments are already in the block of steps with which a log goes on."""
+    """Parameters whose moments are already in the last block of steps of a log that is continued."""
     begun = range(len(writer) // MOMENTS_EVERY * MOMENTS_EVERY, len(writer))
     reader = StoreReader(writer.log) if len(begun) else None
     names = [name for index in begun for name in reader.names(index)] if reader is not None else []
@@ -275,7 +275,7 @@ def _with_moments(writer: StoreWriter) -> set[str]:
 
 
 def _in_snapshots(writer: StoreWriter) -> set[str]:
-    """Parameters that the snapshots of a log hold with which a run goes on."""
+    """Parameters that the snapshots of a log hold, when a resumed run continues it."""
     if len(writer) == 0:
         return set()
     reader = StoreReader(writer.log)

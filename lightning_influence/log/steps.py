@@ -109,7 +109,7 @@ def pack_layout(keeps: Mapping[str, Coordinates], optimizer: str) -> Packed:
 
 
 def checksum(parameter: Tensor) -> int:
-    """CRC32 of a parameter's bytes, by which a log knows the model it ended with."""
+    """CRC32 of a parameter's bytes, from which a log tells whether a model is the one that the run ended with."""
     return zlib.crc32(parameter.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
 
 

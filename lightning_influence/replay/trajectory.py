@@ -66,12 +66,12 @@ class ReplayTrajectory:
         samples: the only ones whose removals are measured; None for all.
         verify: hold the removals that shares give against evaluations without the sample.
         progress: show a bar where replaying a segment takes longer than two seconds.
-        removals: what was verified of an earlier part of the same run, with which this one goes on.
+        removals: what was verified in an earlier part of the same run, so that it is not verified again.
 
     Attributes:
         removals: how the changes of the gradient by the removal of a sample are found, and what was verified of it.
         differenced: whether Hessian products are differences of gradients, since the step cannot be differentiated twice.
-        drift: relative distance to each snapshot on arrival, by step (the system error, method.md section 9).
+        drift: relative distance to each snapshot on arrival, by step (the system error; docs/method.md, "How far to trust a score").
     """
 
     def __init__(
@@ -224,7 +224,7 @@ class ReplayTrajectory:
             raise IndexError(f"step {index} of a run of {len(self)} steps")
         start = max(s for s in self.plan.snapshots if s <= index)
         if self._segment is None or self._segment.start != start:
-            self._segment = None  # before the next is built, so that two are never held
+            self._segment = None  # released before the next is built, so that memory holds one segment
             self._segment = self._replay(start)
         return self._segment
 

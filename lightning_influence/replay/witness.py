@@ -95,7 +95,9 @@ def witness(
     frozen_batch_norm: bool = False,
     autocast: Callable[[], AbstractContextManager[Any]] = nullcontext,
 ) -> RemovalCheck:
-    """Hold the removals that shares give at a micro-batch against evaluations without the sample (method.md section 11)."""
+    """Compare the removals that shares give at a micro-batch with evaluations without the sample (docs/method.md, "Removals in
+    any module").
+    """
     with ReplayTrajectory(
         twin,
         trial.plan(twin, trained, loss_weights, averaged),

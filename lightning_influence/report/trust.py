@@ -1,4 +1,4 @@
-"""Reasons to trust scores more or less, none of which contradicts another."""
+"""Reasons to trust scores more or less; they are worded so that no two contradict each other."""
 
 from __future__ import annotations
 

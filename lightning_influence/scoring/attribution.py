@@ -63,10 +63,10 @@ def attribute(
         data: the training data of the run, where replay finds the samples again: a datamodule, a loader or a dataset.
         target: what is asked of the queries: None for the loss of each, one column per query; ``"mean"`` or weights
             ``(n_queries,)`` for one column at the cost of one query.
-        curvature: what stands for the Hessian (method.md section 4). ``"auto"`` takes the best the
+        curvature: what stands for the Hessian (docs/method.md, "Curvature"). ``"auto"`` takes the best the
             log allows: ``"hessian"`` where it can be replayed, ``"fisher"`` otherwise.
         response: ``"finite"`` evaluates the optimizer's response to the removal exactly, ``"tangent"`` is
-            the paper's first-order score (method.md section 5).
+            the paper's first-order score (docs/method.md, "The finite response").
         memory_window: steps for which the optimizer's memory of a removal is followed exactly.
         counterfactual: ``"drop"``, a batch of one sample fewer; ``"zero"``, the same denominator.
         optimizer_assumption: ``"sgd"`` for the SGD-influence baseline from the same log.
@@ -74,8 +74,8 @@ def attribute(
             example (`queries.query_losses`).
         samples: ids of the training samples to score; None for all. Where a replay has to measure removals by running
             steps without the sample, this bounds its cost.
-        verify: hold the effect of a few removals at a replay's first step against running it without them, and measure
-            all removals where they differ. The report says what was verified.
+        verify: compare the effect of a few removals at a replay's first step with running that step without them, and
+            measure all removals where they differ. The report says what was verified.
         max_memory: bytes that the adjoints of the queries may take; more queries go through the run in turns.
         fabric: a launched `lightning.Fabric`, over whose processes the queries are spread; each process gets the
             whole report.
@@ -182,7 +182,8 @@ def open_trajectory(
 ) -> Iterator[LoggedTrajectory | ReplayTrajectory]:
     """The run of a log, read back or, where the curvature asks for it and the log allows it, replayed.
 
-    Args and errors as of `attribute`; ``replay`` are further ones of `ReplayTrajectory`. While a replay is open the model's parameters move.
+    Arguments and errors are as of `attribute`; ``replay`` are further arguments of `ReplayTrajectory`. While a replay is open,
+    the model's parameters move.
     """
     steps = LoggedSteps(log)
     manifest = steps.reader.manifest

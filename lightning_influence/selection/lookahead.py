@@ -1,4 +1,7 @@
-"""Look-ahead scores: the run is rolled out for some steps, scored by the sweep, and put back (method.md section 8)."""
+"""Look-ahead scores: the run is rolled out for some steps, scored by the sweep, and put back.
+
+The mathematics is in docs/method.md, "Look-ahead selection".
+"""
 
 from __future__ import annotations
 

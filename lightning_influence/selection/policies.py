@@ -89,7 +89,7 @@ def decide(policy: Policy, scores: Tensor, sample_ids: Tensor, batches: Tensor, 
 
     Raises:
         ConfigurationError: the policy returned something else than weights.
-        InfluenceError: a score is NaN, by which nothing can be ranked.
+        InfluenceError: a score is NaN, so that samples cannot be ranked.
     """
     if scores.isnan().any():
         raise InfluenceError(

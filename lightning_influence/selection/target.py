@@ -199,7 +199,7 @@ class LiveTarget:
         with random_state(None):
             if self._parts is None:
                 self._parts = _round_and_round(batches, -(-self._reading.n_examples // self.every))
-                for _ in range(self._reading.taken):  # a run that is resumed goes on with the part that comes next
+                for _ in range(self._reading.taken):  # a resumed run continues with the next part
                     next(self._parts)
             self._reading.taken += 1
             return next(self._parts)

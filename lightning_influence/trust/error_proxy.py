@@ -118,10 +118,11 @@ def error_proxy(
     progress: bool = True,
 ) -> PredictedErrors:
     """Predicted error (truth minus score) of first-order scores: `ErrorProxy.total`, which is half the run's second
-    variation (method.md section 9) with its elementwise part in closed form.
+    variation (docs/method.md, "How far to trust a score") with its elementwise part in closed form.
 
-    The other arguments are as of `attribute`, whose ``response`` is ``"tangent"`` here by definition. Needs no retraining. From a log of gradients the Hessian is the Fisher matrix and the loss's third derivative is
-    left out; replayed, it is exact.
+    The other arguments are as of `attribute`, whose ``response`` is ``"tangent"`` here by definition. No retraining is needed.
+    From a replay the second variation is exact; from a log of gradients the Fisher matrix stands for the Hessian, and the
+    third derivative of the loss is left out.
 
     Args:
         pairs: (sample id, step) pairs, or how many to draw at random.

@@ -1,4 +1,4 @@
-"""How far the scores of one's own run can be trusted: measured by really training again (method.md sections 9, 10)."""
+"""How far the scores of one's own run can be trusted: measured by really training again (docs/method.md, "Training again")."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ class Faithfulness:
         truth: ``(n_removals, n_queries)``, single removals first.
         scores: predictions of the same, by estimator.
         removals: in the order of the rows.
-        levels: measured size of the config, algorithm and system errors (method.md section 9).
+        levels: measured size of the config, algorithm and system errors (docs/method.md, "How far to trust a score").
     """
 
     single: Mapping[str, Agreement]
@@ -173,7 +173,7 @@ def check_faithfulness(
         ceiling: measure the truth once more from a slightly moved initialisation, and with other random numbers where
             the module draws any.
         dtype: of retraining; None for the run's own.
-        results: a file in which finished retrainings are kept, so that an interrupted check goes on with it; that of
+        results: a file that keeps finished retrainings, so that an interrupted check can be continued; the file of
             another run, other queries or another counterfactual is refused.
         workers: processes that retrain side by side (`retraining.each_effect`).
 

@@ -1,4 +1,4 @@
-"""The same run again without some of its samples: the ground truth of attribution (method.md section 10).
+"""The same run again without some of its samples: the ground truth of attribution (docs/method.md, "Training again").
 
 A plain loop over the recorded batches, hyperparameters and clipping, with the module's own training step
 and optimizer. It shares no formula with the estimators it judges.
@@ -218,7 +218,7 @@ def each_effect(
 
 def moved_initialisation(run: Run, scale: float = 1e-3, seed: int = 0) -> Run:
     """The same run from an initialisation moved by ``scale`` times each parameter's root mean square: how well
-    the truth it gives agrees with that of the run itself is the ceiling of method.md section 9.
+    the truth it gives agrees with that of the run itself is the ceiling (docs/method.md, "Training again").
     """
 
     def make_module() -> LightningModule:
@@ -378,7 +378,7 @@ def _only_optimizer(configured: Any) -> torch.optim.Optimizer:
 # -- worker processes ----------------------------------------------------------------------------------------
 
 _job: tuple[_Retraining, Sequence[Removal], Losses]
-"""In a worker: what it was forked with."""
+"""In a worker process: its own copy of what to retrain."""
 
 
 def _start_worker(retraining: _Retraining, removals: Sequence[Removal], query_losses: Losses) -> None:

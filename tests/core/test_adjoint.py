@@ -55,7 +55,7 @@ def test_adjoint_is_the_jacobian_of_the_step(kind: str, count: int, seed: int) -
 
 @pytest.mark.parametrize("count", [1, 2, 10])
 def test_float32_records_give_the_float64_adjoint(count: int) -> None:
-    """At the first step the derivative is a difference of nearly equal numbers (method.md section 2)."""
+    """At the first step the derivative is a difference of nearly equal numbers (docs/method.md, "One optimizer step")."""
     torch.manual_seed(0)
     hyper = hyper_of("adamw", count)
     gradient = torch.randn(1000) * 1e-3
