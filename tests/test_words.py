@@ -113,6 +113,11 @@ def test_selection_has_the_words_of_attribute_and_says_why_its_response_differs(
     assert own["response"].default == "tangent" and "fraction of the time" in (SelectionDataModule.__doc__ or "")
 
 
+def test_selection_reads_a_step_by_the_words_of_the_recorder() -> None:
+    for name in ("reduction", "sample_weights", "exclude", "frozen_batch_norm"):
+        assert arguments(SelectionDataModule)[name].default == arguments(InfluenceCallback)[name].default
+
+
 @pytest.mark.parametrize("command", COMMANDS, ids=lambda command: command.__name__)
 def test_options_are_the_words_of_the_verb(command: Callable[..., Any]) -> None:
     options, own = (current(of) for of in (command, COMMANDS[command]))

@@ -58,12 +58,12 @@ class InfluenceCallback(L.Callback):
             without loss in fewer bytes where a layer allows it, ``"mask"`` a fixed random set of
             coordinates per parameter, ``"auto"`` the smallest lossless form within a budget and masks beyond.
         mask_size: coordinates kept per parameter under a mask.
-        exclude: pattern or patterns (`fnmatch`) of parameter names that train but are not recorded.
         sample_ids: how a batch says which samples it holds, for data that is not a map-style dataset:
             a key of the batch or a function of it. By default the indices that the sampler drew.
+        reduction: whether the training loss is a mean or a sum over the samples.
         sample_weights: function of the batch that gives the relative weight ``(n,)`` of every sample in the
             batch's mean loss; see `sample_weights.sample_weights` for the default.
-        reduction: whether the training loss is a mean or a sum over the samples.
+        exclude: pattern or patterns (`fnmatch`) of parameter names that train but are not recorded.
         frozen_batch_norm: train batch normalisation with its running statistics, so that samples do not
             depend on each other; refused otherwise.
         report: attribute the run when ``fit`` ends, with the validation data as queries and their mean loss as target:
@@ -75,11 +75,11 @@ class InfluenceCallback(L.Callback):
         dirpath: the old word for ``log``.
 
     Attributes:
-        dirpath: the directory of the log.
+        dirpath: the directory of the log; an attribute called ``log`` is overwritten by the trainer.
         report: of the run that has ended, with ``report=True``.
 
     Raises:
-        ConfigurationError: at the start of ``fit``, where the run cannot be attributed.
+        ConfigurationError: no directory, or an unknown choice; at the start of ``fit``, where the run cannot be attributed.
     """
 
     def __init__(
@@ -91,10 +91,10 @@ class InfluenceCallback(L.Callback):
         store_batches: bool | None = None,
         compression: CompressionName = "auto",
         mask_size: int = 8192,
-        exclude: str | Sequence[str] = (),
         sample_ids: IdSource = None,
-        sample_weights: WeightSource = None,
         reduction: Literal["mean", "sum"] = "mean",
+        sample_weights: WeightSource = None,
+        exclude: str | Sequence[str] = (),
         frozen_batch_norm: bool = False,
         report: bool = False,
         existing: Literal["error", "overwrite", "resume"] = "error",
