@@ -11,12 +11,12 @@ import torch
 from lightning import LightningModule
 from torch import Tensor
 
-from lightning_influence.core.removal import removal
+from lightning_influence.core.removal import gradient_change
 from lightning_influence.core.sweep import Method, gradient_adjoints
 from lightning_influence.core.trajectory import StepRecord
 from lightning_influence.errors import ConfigurationError
 from lightning_influence.log.reader import StoreReader
-from lightning_influence.replay.plan import ReplayStep
+from lightning_influence.replay.plan import PlannedStep
 from lightning_influence.replay.token_products import TokenProducts
 from lightning_influence.replay.trajectory import ReplayTrajectory
 from lightning_influence.report.tokens import TokenScores
@@ -108,18 +108,18 @@ def token_scores(
 
 
 def _of_step(
-    planned: ReplayStep, products: list[TokenProducts], asked: Tensor, counterfactual: Literal["drop", "zero"]
+    planned: PlannedStep, products: list[TokenProducts], asked: Tensor, counterfactual: Literal["drop", "zero"]
 ) -> Iterator[tuple[int, tuple[Tensor, Tensor, Tensor]]]:
     """Scores ``(q, labels)``, labels and their weights of each row of the step that is a chosen sample's.
 
     The change of the gradient, ``sum_b shared_b G_b + sum_i own_i s_i``, is split by the labels: ``s_i`` is the sum of theirs, and
     the other term, which the smaller denominator causes, goes by their weights in it.
     """
-    columns = (planned.sample_ids, planned.loss_weights, planned.numbers)
-    removed = removal(StepRecord(0, *columns, {}, {}, {}, averaged=planned.averaged), counterfactual)
+    columns = (planned.sample_ids, planned.loss_weights, planned.micro_batch_numbers)
+    removed = gradient_change(StepRecord(0, *columns, {}, {}, {}, averaged=planned.averaged), counterfactual)
     position = {z: i for i, z in enumerate(removed.sample_ids.tolist())}
     for b, part in enumerate(products):
-        rows = (planned.numbers == b).nonzero()[:, 0]
+        rows = (planned.micro_batch_numbers == b).nonzero()[:, 0]
         if part.products.shape[1] % len(rows):
             raise ConfigurationError(
                 f"the training step has {part.products.shape[1]} labels for {len(rows)} samples; scores of tokens need the same "
