@@ -31,7 +31,7 @@ MAX_CLASSES = 128
 _CHUNK = 2**24  # logits that are looked at together, which bounds the memory under a large vocabulary
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Dynamics:
     """What a loss over classes said of each of ``n`` samples, on the CPU: the raw material of training dynamics.
 
@@ -56,6 +56,9 @@ class Dynamics:
 
     def __len__(self) -> int:
         return len(self.losses)
+
+    def __repr__(self) -> str:
+        return f"Dynamics({len(self)} visits, {self.log_probabilities.shape[1]} classes)"
 
     def columns(self) -> dict[str, Tensor]:
         """Its tensors by name."""
