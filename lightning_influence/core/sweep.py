@@ -7,7 +7,7 @@ SGD baseline (another update rule). Its cost is linear in the number of steps (d
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, TypeAlias
 
@@ -173,6 +173,17 @@ def walk_back(trajectory: Trajectory, queries: Vectors, method: Method) -> dict[
     for index in range(len(trajectory) - 1, -1, -1):
         walk.back(index, score=False)
     return dict(enumerate(walk.passed))
+
+
+def gradient_adjoints(
+    trajectory: Trajectory, queries: Vectors, method: Method, *, first: int = 0, progress: bool = True
+) -> Iterator[tuple[int, Vectors]]:
+    """The adjoints ``(q, d)`` of the batch gradient before clipping, by parameter, from the last step back to ``first``."""
+    walk = _Walk(trajectory, method, queries, memory=1)
+    steps = range(len(trajectory) - 1, first - 1, -1)
+    for index in tqdm(steps, desc="backward sweep", unit="step", delay=2, disable=not progress):
+        walk.back(index, score=False, last=index == first)
+        yield index, walk.passed[0].gradient
 
 
 class _Walk:

@@ -29,6 +29,7 @@ from lightning_influence.log.recorder import Compression, CompressionName, Recor
 from lightning_influence.log.snapshots import ReplaySettings
 from lightning_influence.log.writer import StoreWriter
 from lightning_influence.report import InfluenceReport
+from lightning_influence.report.tables import in_notebook
 from lightning_influence.run.optimizer import update_name
 from lightning_influence.run.ranks import Ranks
 from lightning_influence.run.sample_ids import IdSource, SampleIds
@@ -128,6 +129,17 @@ class InfluenceCallback(L.Callback):
         self._steps: int | None = None  # of the run that the trainer's present state comes from
         self._run: str | None = None  # identifies a log even if it is moved; on the process that saves checkpoints
         self._resume_at: int | None = None
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({str(self.dirpath)!r}, {', '.join(f'{k}={v!r}' for k, v in self._settings())})"
+
+    def _repr_html_(self) -> str:
+        import pandas as pd
+
+        return in_notebook(repr(self), pd.DataFrame(self._settings(), columns=["setting", "value"]))
+
+    def _settings(self) -> list[tuple[str, Any]]:
+        return [("record", self.record), ("compression", self.compression.kind), ("report", self.writes_report)]
 
     @property
     def state_key(self) -> str:

@@ -28,6 +28,7 @@ from lightning_influence.replay.measured_removals import MeasuredRemovals
 from lightning_influence.replay.passes import Passes, copies
 from lightning_influence.replay.plan import Plan, PlannedStep, State
 from lightning_influence.replay.removals import RemovalCheck
+from lightning_influence.replay.token_products import TokenProducts, token_products
 from lightning_influence.run.random_state import random_state
 from lightning_influence.run.training_step import placed, quiet
 
@@ -202,6 +203,14 @@ class ReplayTrajectory:
     def third_derivative(self, index: int, vectors: Vectors) -> Vectors:
         """``D3L[u, u]`` of the step's batch loss along each direction ``u``, ``(k, d)``."""
         return self._product(third_derivative, index, vectors)
+
+    def token_products(self, index: int, vectors: Vectors) -> list[TokenProducts]:
+        """What vectors ``(q, d)`` have in common with the gradient of each label's loss, for each micro-batch of a step."""
+        planned, state = self.plan.step(index), self._state(index)
+        return [
+            token_products(self._passes.loss_at(one, state), {k: state.parameters[k] for k in vectors}, vectors)
+            for one in planned.micro_batches
+        ]
 
     def _product(self, product: Callable[..., Vectors], index: int, vectors: Vectors) -> Vectors:
         state = self._state(index)
