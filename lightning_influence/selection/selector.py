@@ -86,7 +86,8 @@ class LookAhead:
     reads_batches = True
 
     def __init__(self, target: Callable[[], Any], settings: Settings) -> None:
-        self.target, self.settings, self.removals = target, settings, Removals()
+        self.target, self.settings = target, settings
+        self.removals = Removals(unverifiable=None if settings.options.verify else "verify=False")
 
     def __call__(self, trainer: L.Trainer, candidates: Sequence[Sequence[Candidates]], scored: int) -> list[Tensor]:
         s = self.settings
