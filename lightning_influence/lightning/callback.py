@@ -67,6 +67,9 @@ class InfluenceCallback(L.Callback):
         exclude: pattern or patterns (`fnmatch`) of parameter names that train but are not recorded.
         frozen_batch_norm: train batch normalisation with its running statistics, so that samples do not
             depend on each other; refused otherwise.
+        verify: hold what per-sample gradients say of a removal against training steps without the sample, at the first step,
+            and their sum against the gradient at every step; of a run that is to be replayed, run the first steps again.
+            What disagrees is refused. Reports say what was verified.
         report: attribute the run when ``fit`` ends, with the validation data as queries and their mean loss as target:
             ``report.html`` and ``report.safetensors`` in ``log``, a figure and numbers through the trainer's loggers, and
             the `report` attribute.
@@ -97,6 +100,7 @@ class InfluenceCallback(L.Callback):
         sample_weights: WeightSource = None,
         exclude: str | Sequence[str] = (),
         frozen_batch_norm: bool = False,
+        verify: bool = True,
         report: bool = False,
         existing: Literal["error", "overwrite", "resume"] = "error",
         seed: int = 0,
@@ -119,7 +123,7 @@ class InfluenceCallback(L.Callback):
             raise ConfigurationError(f"snapshot_every={snapshot_every}; it counts steps and is at least 1")
         self.record, self.snapshot_every, self.store_batches = record, snapshot_every, store_batches
         self.compression = Compression(compression, mask_size, seed)
-        self.options = StepOptions(reduction, sample_weights, exclude, frozen_batch_norm)
+        self.options = StepOptions(reduction, sample_weights, exclude, frozen_batch_norm, verify)
         self.sample_ids = SampleIds(sample_ids, random=record != "gradients")
         self._live = LiveRun(self.options, self.sample_ids, self, otherwise="use record='replay'")
         self.existing = existing

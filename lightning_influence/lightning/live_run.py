@@ -102,7 +102,7 @@ class LiveRun:
             capture = GradientCapture(
                 module, exclude=options.exclude, frozen_batch_norm=options.frozen_batch_norm, trained=trained
             )
-            self._unverified = sorted(capture.parameters)
+            self._unverified = sorted(capture.parameters) if options.verify else None
         self._collector = StepCollector(
             module,
             optimizer,
@@ -110,7 +110,9 @@ class LiveRun:
             averaged=options.averaged,
             ranks=Ranks.of(trainer),
             otherwise=self._otherwise,
+            verify=options.verify,
         )
+        self._undo.callback(self._collector.close)
         self.sample_ids.start(trainer.train_dataloader)
         self._row_order = row_order(trainer.train_dataloader, module) if self.sample_ids.source is None else None
         if capture is not None:
@@ -121,7 +123,7 @@ class LiveRun:
                 self._undo.callback(handle.remove)
         self._undo.enter_context(tapped(module, self._read_loss))
         self._first_backward, self._replayed = True, rehearses
-        self._rehearsals = _REHEARSALS if rehearses and self._collector.ranks.size == 1 else 0
+        self._rehearsals = _REHEARSALS if rehearses and options.verify and self._collector.ranks.size == 1 else 0
         self._watches = self._changes_gradients(trainer, module)
         return self._collector
 
