@@ -30,6 +30,7 @@ from lightning_influence.log.snapshots import ReplaySettings
 from lightning_influence.log.writer import StoreWriter
 from lightning_influence.report import InfluenceReport
 from lightning_influence.run.optimizer import update_name
+from lightning_influence.run.random_state import generator_as_it_was, random_state
 from lightning_influence.run.ranks import Ranks
 from lightning_influence.run.sample_ids import IdSource, SampleIds
 from lightning_influence.run.sample_weights import WeightSource
@@ -204,7 +205,8 @@ class InfluenceCallback(L.Callback):
         """Scores against the mean validation loss, written and logged."""
         (queries,), _ = tree_flatten(trainer.val_dataloaders)
         training = trainer.train_dataloader
-        report = attribute(self.dirpath, queries=queries, model=module, target="mean", data=training)
+        with random_state(None), generator_as_it_was(queries):  # a loader draws random numbers
+            report = attribute(self.dirpath, queries=queries, model=module, target="mean", data=training)
         saved, page = self.dirpath / "report.safetensors", self.dirpath / "report.html"
         for path in (saved, page):
             path.unlink(missing_ok=True)  # it may be a link, which must not be written through

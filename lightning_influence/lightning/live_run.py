@@ -30,6 +30,7 @@ from lightning_influence.run.sample_weights import sample_weights
 from lightning_influence.run.tap import LossTap, tapped
 from lightning_influence.run.trainer import loss_scaler, only_optimizer
 from lightning_influence.run.training_step import Moment
+from lightning_influence.run.unchanged import unchanged
 
 _REHEARSALS = 2  # the second sees what the first has left behind
 
@@ -203,9 +204,11 @@ class LiveRun:
         scale = scaler.get_scale() if scaler is not None else 1.0
         samples = self._collector.after_backward(scale, watch=self._watches)
         if self._unverified is not None and samples is not None:
-            self._verify(trainer, module, samples)
+            with unchanged(module):  # a copy may share with the module what a hook closes over
+                self._verify(trainer, module, samples)
         if self._rehearsals and samples is not None and self._collector.first_of_step:
-            self._rehearse(trainer, scale)
+            with unchanged(module):
+                self._rehearse(trainer, scale)
         elif not self._rehearsals:
             self._twin = None
 

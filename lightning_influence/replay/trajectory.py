@@ -40,6 +40,7 @@ from lightning_influence.replay.stopped_paths import NotedPaths, OpenPaths, Stop
 from lightning_influence.run.batches import without
 from lightning_influence.run.random_state import random_state, read_random_state, write_random_state
 from lightning_influence.run.training_step import at_moment, placed, quiet, set_modes, training_loss
+from lightning_influence.run.unchanged import unchanged
 
 _TOLERANCE = 1e-2  # of a segment's movement
 _NORM_TOLERANCE = 1e-3  # of a gradient's norm
@@ -147,7 +148,7 @@ class ReplayTrajectory:
 
     def __enter__(self) -> ReplayTrajectory:
         self._open = ExitStack()
-        self._open.enter_context(_as_it_was(self.module))
+        self._open.enter_context(_tried(self.module))
         self._open.enter_context(random_state(None))
         if self._frozen_batch_norm:
             for handle in freeze_batch_norm(self.module):
@@ -687,22 +688,10 @@ def _saved_bytes() -> Iterator[list[int]]:
 
 
 @contextmanager
-def _as_it_was(module: LightningModule) -> Iterator[None]:
-    """Quiet, and restored afterwards: parameters, buffers, gradients and modes."""
-    values = {k: t.detach().clone() for k, t in [*module.named_parameters(), *module.named_buffers()]}
-    gradients = {k: p.grad for k, p in module.named_parameters()}
-    modes = {m: m.training for m in module.modules()}
-    try:
-        with quiet(module), torch.enable_grad():
-            yield
-    finally:
-        with torch.no_grad():
-            for k, t in [*module.named_parameters(), *module.named_buffers()]:
-                t.copy_(values[k])
-        for k, p in module.named_parameters():
-            p.grad = gradients[k]
-        for m, mode in modes.items():
-            m.training = mode
+def _tried(module: LightningModule) -> Iterator[None]:
+    """Quiet, with gradients, and as it was afterwards."""
+    with unchanged(module), quiet(module), torch.enable_grad():
+        yield
 
 
 def _distance(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> float:

@@ -17,6 +17,7 @@ from lightning_influence.run.ranks import Ranks
 from lightning_influence.run.rows import row_order
 from lightning_influence.run.sample_ids import RecordedBatchSampler
 from lightning_influence.run.training_step import prepared
+from lightning_influence.run.unchanged import unchanged
 from lightning_influence.selection.lookahead import Candidates
 from lightning_influence.selection.selector import Scorer, Selector
 
@@ -190,7 +191,8 @@ class SelectingLoader:
         if not self._scorer.reads_batches:
             return [Candidates(None, ids) for ids in drawn]
         module = self.trainer.lightning_module
-        fetched = [prepared(module, batch) for batch in self._fetch(batches)]
+        with unchanged(module):
+            fetched = [prepared(module, batch) for batch in self._fetch(batches)]
         order = self._row_order
         return [
             Candidates(b, ids, None if order is None else order(b, ids)) for b, ids in zip(fetched, drawn, strict=True)
