@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from lightning_influence.core.shares import Dense, Outer, Rows, Stack, Sum
+from lightning_influence.core.shares import Dense, Outer, SparseRows, Stack, Sum
 from lightning_influence.core.trajectory import Shares, StepRecord, Trajectory, Vectors
 
 _COORDINATES = 2**17
@@ -129,7 +129,7 @@ def within(shares: Shares, start: int, stop: int) -> Shares:
         return Dense(shares.values[:, start:stop])
     if isinstance(shares, Sum | Stack):
         return type(shares)([within(part, start, stop) for part in shares.parts])  # type: ignore[misc]
-    if not isinstance(shares, Outer | Rows):
+    if not isinstance(shares, Outer | SparseRows):
         return Dense(shares.dense()[:, start:stop])
     columns = (shares.right if isinstance(shares, Outer) else shares.values).shape[2]
     first, last = start // columns, -(-stop // columns)
@@ -138,21 +138,21 @@ def within(shares: Shares, start: int, stop: int) -> Shares:
     return rows if (last - first) * columns == stop - start else _Range(rows, inside)
 
 
-def _of_rows(shares: Outer | Rows, first: int, last: int) -> Outer | Rows:
+def _of_rows(shares: Outer | SparseRows, first: int, last: int) -> Outer | SparseRows:
     """Shares of some rows of a matrix."""
     if isinstance(shares, Outer):
         return Outer(shares.left[..., first:last], shares.right)
     inside = (shares.rows >= first) & (shares.rows < last)
     used = inside.any(0)
     rows, values, inside = shares.rows[:, used], shares.values[:, used], inside[:, used]
-    return Rows((rows - first).clamp(0, last - first - 1), values * inside[..., None], last - first)
+    return SparseRows((rows - first).clamp(0, last - first - 1), values * inside[..., None], last - first)
 
 
 @dataclass(frozen=True)
 class _Range:
     """Consecutive coordinates of shares, where they are no whole rows."""
 
-    whole: Outer | Rows
+    whole: Outer | SparseRows
     coordinates: slice
 
     @property

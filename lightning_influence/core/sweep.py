@@ -1,7 +1,7 @@
 """The backward sweep: from the gradient of the queries to a score for every (sample, step).
 
 One walk serves post-hoc attribution (a whole run), look-ahead selection (a short roll-out) and the
-SGD baseline (another update rule). Its cost is linear in the number of steps (method.md section 3).
+SGD baseline (another update rule). Its cost is linear in the number of steps (docs/method.md, "The sweep").
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ from tqdm.auto import tqdm
 from lightning_influence.core.adjoint import Adjoint, adjoint, gradient_adjoint, join_adjoints
 from lightning_influence.core.clipping import clip_adjoint
 from lightning_influence.core.curvature import CURVATURES, fisher_product
-from lightning_influence.core.optimizers import UPDATES, Moments, RecordedStep, Update, effective_gradient, join
+from lightning_influence.core.optimizers import UPDATES, Moments, ParameterStep, Update, effective_gradient, join
 from lightning_influence.core.pieces import Pieces
-from lightning_influence.core.removal import consumed_change, consumed_gradients, removal
+from lightning_influence.core.removal import consumed_change, consumed_gradients, gradient_change
 from lightning_influence.core.response import finite_response
 from lightning_influence.core.scores import RowScores
 from lightning_influence.core.trajectory import Hyper, Shares, StepRecord, Trajectory, Vectors, extrapolation
@@ -33,7 +33,7 @@ _CHUNK_ELEMENTS = 2**15  # of one dense block of per-sample gradients: what a pr
 
 @dataclass(frozen=True)
 class Method:
-    """Which estimator a sweep evaluates (method.md sections 3 to 6).
+    """Which estimator a sweep evaluates (docs/method.md).
 
     Example:
         >>> Method(curvature="hessian", memory_window=4).response
@@ -48,14 +48,14 @@ class Method:
     response: Literal["finite", "tangent"] = "finite"
     memory_window: int = 8
     counterfactual: Literal["drop", "zero"] = "drop"
-    optimizer: Literal["sgd"] | None = None
-    """None: the optimizer that trained; ``"sgd"``: the assumption that the paper refutes."""
+    optimizer_assumption: Literal["sgd"] | None = None
+    """None: the optimizer that trained; ``"sgd"``: the usual assumption of earlier methods, as a baseline."""
 
     def __post_init__(self) -> None:
         for name, value, known in (
             ("curvature", self.curvature, CURVATURES),
             ("response", self.response, RESPONSES),
-            ("optimizer_assumption", self.optimizer, (None, "sgd")),
+            ("optimizer_assumption", self.optimizer_assumption, (None, "sgd")),
         ):
             if value not in known:
                 raise ConfigurationError(f"{name}={value!r}; choose one of {', '.join(map(str, known))}")
@@ -126,7 +126,7 @@ def walk_back(trajectory: Trajectory, queries: Vectors, method: Method) -> dict[
 
 
 def _update(trajectory: Trajectory, method: Method) -> Update:
-    return UPDATES[method.optimizer or trajectory.optimizer]
+    return UPDATES[method.optimizer_assumption or trajectory.optimizer]
 
 
 def window_length(trajectory: Trajectory, method: Method) -> int:
@@ -169,7 +169,7 @@ class _Walk:
                 self.adjoints[k].parameter.add_(bent)  # a tensor that `_pull` has made
         return rows
 
-    def _pull(self, recorded: Mapping[str, RecordedStep]) -> Vectors:
+    def _pull(self, recorded: Mapping[str, ParameterStep]) -> Vectors:
         """Move the adjoints to before a step, its gradient held fixed; the adjoint of its consumed gradient."""
         gradients = Vectors()
         for block in _blocks(recorded):
@@ -181,7 +181,7 @@ class _Walk:
             gradients |= dict(zip(block, gradient.split(sizes, 1), strict=True))
         return gradients
 
-    def _pull_gradient(self, recorded: Mapping[str, RecordedStep]) -> Vectors:
+    def _pull_gradient(self, recorded: Mapping[str, ParameterStep]) -> Vectors:
         """The adjoint of a step's consumed gradient alone, by parameter."""
         gradients = Vectors()
         for block in _blocks(recorded):
@@ -190,11 +190,11 @@ class _Walk:
             gradients |= dict(zip(block, parts, strict=True))
         return gradients
 
-    def _joined(self, recorded: Mapping[str, RecordedStep], block: Block) -> tuple[RecordedStep, Adjoint]:
+    def _joined(self, recorded: Mapping[str, ParameterStep], block: Block) -> tuple[ParameterStep, Adjoint]:
         return join([recorded[name] for name in block]), join_adjoints([self.adjoints[name] for name in block])
 
-    def _recorded(self, record: StepRecord) -> dict[str, RecordedStep]:
-        if self.method.optimizer == "sgd":  # theta' = theta - lr g, nothing else
+    def _recorded(self, record: StepRecord) -> dict[str, ParameterStep]:
+        if self.method.optimizer_assumption == "sgd":  # theta' = theta - lr g, nothing else
             plain = {"weight_decay": 0.0, "decoupled": 1.0}
             hyper: dict[str, Hyper] = {k: {**h, **plain} for k, h in record.hyper.items()}
             moments: dict[str, Moments] = dict.fromkeys(record.gradients, ())
@@ -202,12 +202,12 @@ class _Walk:
             hyper, moments = dict(record.hyper), record.moments
         consumed, parameters = consumed_gradients(record), record.parameters or {}
         return {
-            k: RecordedStep(self.update, moments[k], effective_gradient(g, parameters.get(k), hyper[k]), hyper[k])
+            k: ParameterStep(self.update, moments[k], effective_gradient(g, parameters.get(k), hyper[k]), hyper[k])
             for k, g in consumed.items()
         }
 
     def _score(self, record: StepRecord, shares: Mapping[str, Shares], products: Tensor) -> RowScores:
-        removed = removal(record, self.method.counterfactual)
+        removed = gradient_change(record, self.method.counterfactual)
         tangent = removed.inner(products)
         scores, interaction = tangent, torch.zeros_like(tangent)
         if self.method.response == "finite":
@@ -230,7 +230,7 @@ class _Walk:
         """Finite response ``(q, u)`` of a block of parameters, over the window of the newest passed step; in the precision
         and on the device of ``like``.
         """
-        removed = own.consumed.removal
+        removed = own.consumed.before_clipping
         scores = torch.zeros_like(like)
         names = [name for name in block if name in own.shares]
         if not names:
@@ -254,7 +254,7 @@ class _Walk:
         window, after, closing, passed = self.window.of(tuple(names))
         size = sum(own.shares[name].n_coordinates for name in names)
         for part in sample_chunks(len(again), size):
-            ids = own.consumed.removal.sample_ids[again[part]]
+            ids = own.consumed.before_clipping.sample_ids[again[part]]
             change = own.of(names, ids)
             later = [None if p.removals is None else p.removals.of(names, ids) for p in passed]
             assert change is not None
@@ -265,7 +265,11 @@ class _Walk:
     def _again(self, sample_ids: Tensor) -> Tensor:
         """Positions of the samples that later steps of the window hold, too."""
         assert self.window is not None
-        later = [p.removals.consumed.removal.sample_ids for p in list(self.window.steps)[1:] if p.removals is not None]
+        later = [
+            p.removals.consumed.before_clipping.sample_ids
+            for p in list(self.window.steps)[1:]
+            if p.removals is not None
+        ]
         return torch.isin(sample_ids, torch.cat(later)).nonzero()[:, 0] if later else torch.zeros(0, dtype=torch.int64)
 
     def _earlier(self, index: int, sample_ids: Tensor) -> bool:
@@ -277,7 +281,7 @@ class _Walk:
     def _curvature(
         self, record: StepRecord, shares: Mapping[str, Shares], vectors: Vectors, products: Tensor
     ) -> Vectors:
-        """Curvature of the batch loss times the gradient adjoints, ``(q, d)`` each (method.md section 4)."""
+        """Curvature of the batch loss times the gradient adjoints, ``(q, d)`` each (docs/method.md, "Curvature")."""
         if self.method.curvature == "none":
             return {}
         if self.method.curvature == "fisher":
@@ -295,7 +299,7 @@ def sum_inner(shares: Mapping[str, Shares], vectors: Vectors) -> Tensor:
     return torch.stack([share.inner(vectors[name]) for name, share in shares.items()]).sum(0)
 
 
-def _blocks(recorded: Mapping[str, RecordedStep]) -> list[Block]:
+def _blocks(recorded: Mapping[str, ParameterStep]) -> list[Block]:
     return blocks_of([{k: r.hyper for k, r in recorded.items()}], {k: len(r.gradient) for k, r in recorded.items()})
 
 

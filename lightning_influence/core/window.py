@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from lightning_influence.core.adjoint import Adjoint, adjoint
-from lightning_influence.core.optimizers import Moments, RecordedStep, Update
+from lightning_influence.core.optimizers import Moments, ParameterStep, Update
 from lightning_influence.core.removal import ConsumedChange
 from lightning_influence.core.trajectory import Hyper, Shares, Vectors
 
@@ -53,7 +53,7 @@ class StepRemovals:
 
     def of(self, names: Sequence[str], sample_ids: Tensor) -> Tensor | None:
         """Changes ``(n, d)`` of some parameters end to end; zero for samples that the step does not hold, None if all."""
-        position = {z: i for i, z in enumerate(self.consumed.removal.sample_ids.tolist())}
+        position = {z: i for i, z in enumerate(self.consumed.before_clipping.sample_ids.tolist())}
         held = [i for i, z in enumerate(sample_ids.tolist()) if z in position]
         if not held:
             return None
@@ -61,7 +61,7 @@ class StepRemovals:
         parts = []
         for name in names:
             gradient, share = self.gradients[name], self.shares[name]
-            totals = self.consumed.removal.totals(share, gradient)
+            totals = self.consumed.before_clipping.totals(share, gradient)
             rows = self.consumed.change(gradient, share, own, totals)
             parts.append(
                 rows.new_zeros(len(sample_ids), rows.shape[1]).index_copy_(0, torch.tensor(held).to(rows.device), rows)
@@ -110,7 +110,7 @@ class Window:
         self._moments: dict[str, Moments] = {}  # before the newest step of each parameter
         self._closing: dict[str, Moments] = {}  # adjoint of the moments after its oldest one
 
-    def push(self, recorded: Mapping[str, RecordedStep], after: Mapping[str, Adjoint]) -> None:
+    def push(self, recorded: Mapping[str, ParameterStep], after: Mapping[str, Adjoint]) -> None:
         """The walk has come to a step.
 
         Args:
@@ -130,14 +130,14 @@ class Window:
         sizes = {k: len(g) for k, g in self.steps[0].gradients.items()}
         return blocks_of([step.hyper for step in self.steps], sizes)
 
-    def of(self, block: Block) -> tuple[list[RecordedStep], list[Tensor], Moments, list[WindowStep]]:
+    def of(self, block: Block) -> tuple[list[ParameterStep], list[Tensor], Moments, list[WindowStep]]:
         """The steps of a block, the adjoint of its parameters after each, and that of its moments after the last."""
         steps = [step for step in self.steps if block[0] in step.hyper]
         joined = [step.of(block) for step in steps]
         moments = _joined([self._moments[name] for name in block])
-        recorded: list[RecordedStep] = []
+        recorded: list[ParameterStep] = []
         for step, (gradient, _) in zip(steps, joined, strict=True):
-            recorded.append(RecordedStep(self._update, moments, gradient, step.hyper[block[0]]))
+            recorded.append(ParameterStep(self._update, moments, gradient, step.hyper[block[0]]))
             moments = recorded[-1].taken[1]
         closings = [self._closing[name] for name in block]
         closing = _joined_adjoints(closings, [steps[-1].after[name] for name in block])

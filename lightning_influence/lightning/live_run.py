@@ -15,7 +15,7 @@ from torch import Tensor
 from lightning_influence.capture import GradientCapture, freeze_batch_norm, refuse_batch_norm, refuse_compiled
 from lightning_influence.capture.step import Samples, StepCollector, StepOptions
 from lightning_influence.errors import ConfigurationError
-from lightning_influence.replay.plan import ReplayMicroBatch
+from lightning_influence.replay.plan import PlannedMicroBatch
 from lightning_influence.replay.witness import Trial, evaluated, rehearse, twin_of, witness
 from lightning_influence.run.batches import copied
 from lightning_influence.run.lightning_names import overrides
@@ -31,7 +31,7 @@ from lightning_influence.run.tap import LossTap, tapped
 from lightning_influence.run.trainer import loss_scaler, only_optimizer
 from lightning_influence.run.training_step import Moment
 
-_REHEARSALS = 2  # the second sees what the first has left behind
+_REHEARSALS = 2  # the second sees state that the first left behind
 
 
 class LiveRun:
@@ -159,7 +159,7 @@ class LiveRun:
             self._twin = self._twin or twin_of(module)
             less = self.recollated()
             rest = None if less is None else less.__getitem__
-            micro_batch = ReplayMicroBatch(copied(batch), moment, 1.0, self._n, read_random_state(), rest)
+            micro_batch = PlannedMicroBatch(copied(batch), moment, 1.0, self._n, read_random_state(), rest)
             buffers = {name: b.detach().clone() for name, b in module.named_buffers()}
             self._trial = Trial(micro_batch, self.ids, buffers)
         self._collector.begin(self.ids, weights, trainer.accumulate_grad_batches)
@@ -187,7 +187,7 @@ class LiveRun:
         self._collector.before_backward(trainer.global_step)
 
     def _asks_plainly(self) -> bool:
-        """Whether the training step does without reentrant checkpointing in eval mode, in which queries are asked."""
+        """Whether the training step uses no reentrant checkpointing in eval mode, the mode in which query losses are computed."""
         return (
             self._twin is not None and self._trial is not None and not is_reentrant(evaluated(self._twin, self._trial))
         )
