@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from lightning_influence.core.optimizers import Moments, RecordedStep
-from lightning_influence.core.removal import consumed_change, removal
+from lightning_influence.core.optimizers import Moments, ParameterStep
+from lightning_influence.core.removal import consumed_change, gradient_change
 from lightning_influence.core.removal_sets import RemovalSets
 from lightning_influence.core.scores import RowScores
 from lightning_influence.core.trajectory import StepRecord, Trajectory, Vectors, extrapolation
@@ -33,7 +33,7 @@ class JointResponse:
 
     Args:
         groups: sets of which the groups are removed.
-        counterfactual: as of `removal.removal`.
+        counterfactual: as of `removal.gradient_change`.
         recorded: the steps of a record, by parameter.
         progress: show a bar where the walk forward takes longer than two seconds.
     """
@@ -43,7 +43,7 @@ class JointResponse:
         trajectory: Trajectory,
         groups: RemovalSets,
         counterfactual: str,
-        recorded: Callable[[StepRecord], dict[str, RecordedStep]],
+        recorded: Callable[[StepRecord], dict[str, ParameterStep]],
         *,
         progress: bool = True,
     ) -> None:
@@ -92,7 +92,7 @@ class JointResponse:
                 the response ``(q, n_groups)``.
         """
         record, shares = self._trajectory.record(index), self._trajectory.shares(index)
-        removed = removal(record, self._counterfactual, self._groups)  # type: ignore[arg-type]
+        removed = gradient_change(record, self._counterfactual, self._groups)  # type: ignore[arg-type]
         held = -1 - removed.sample_ids  # groups of which the step holds something, ascending
         whole = {k: [slice(a, b) for a, b in _chunks(len(held), s.n_coordinates)] for k, s in shares.items()}
         consumed = consumed_change(removed, record, shares, self._scales, whole)
@@ -115,7 +115,7 @@ class JointResponse:
             new[name] = tuple(torch.cat(column) for column in zip(*parts, strict=True))
         return new
 
-    def _before(self, moments: Moments | None, step: RecordedStep, groups: slice) -> Moments:
+    def _before(self, moments: Moments | None, step: ParameterStep, groups: slice) -> Moments:
         """Changed moments of some groups; the recorded ones where the parameter has not been stepped before."""
         if moments is None:
             return tuple(m.expand(groups.stop - groups.start, -1) for m in step.moments)

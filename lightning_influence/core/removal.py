@@ -1,6 +1,6 @@
-"""What a batch gradient becomes when a sample, or a group of samples, is removed.
+"""What a batch gradient becomes when a sample, or a group of samples, is removed (docs/method.md, "What a removal changes").
 
-Removal is linear in the shares before clipping: ``e_z = sum_b shared_zb G_b + sum_i own_i s_i``, with ``s_i`` the shares
+A removal is linear in the shares before clipping: ``e_z = sum_b shared_zb G_b + sum_i own_i s_i``, with ``s_i`` the shares
 of what is removed and ``G_b`` the gradient of each micro-batch ``b``.
 """
 
@@ -22,7 +22,7 @@ COUNTERFACTUALS = ("drop", "zero")
 
 
 @dataclass(frozen=True)
-class Removal:
+class GradientChange:
     """The change ``e_z`` of the batch gradient before clipping, for every set ``z`` of samples that may leave a step.
 
     A set leaves as a whole: a sample that a step holds several times, or a group, with all its rows together.
@@ -78,8 +78,10 @@ class Removal:
         return self.own[entry], self.row[entry], of
 
 
-def removal(record: StepRecord, counterfactual: Literal["drop", "zero"], sets: RemovalSets = EVERY_SAMPLE) -> Removal:
-    """Removal of each sample of a step, or of other sets of samples.
+def gradient_change(
+    record: StepRecord, counterfactual: Literal["drop", "zero"], sets: RemovalSets = EVERY_SAMPLE
+) -> GradientChange:
+    """The change by the removal of each sample of a step, or of other sets of samples.
 
     For a mean with weights ``w`` (total ``W``, gradient ``G``), ``drop`` gives ``(w_z G - W s_z) / (W - w_z)`` in every
     micro-batch that holds the sample, and ``zero`` keeps the denominator: ``-s_z``. Under a sum the two are the same. Of a
@@ -97,26 +99,26 @@ def removal(record: StepRecord, counterfactual: Literal["drop", "zero"], sets: R
         >>> gradients = {"weight": torch.tensor([3.0])}
         >>> record = StepRecord(0, ids, mean, one_batch, gradients, moments={}, hyper={})
         >>> shares = Dense(torch.tensor([[1.0], [2.0], [6.0]]) / 3)
-        >>> removed = removal(record, "drop")
+        >>> removed = gradient_change(record, "drop")
         >>> removed.change(shares, slice(None), removed.totals(shares, like=gradients["weight"]))
         tensor([[ 1.0000],
                 [ 0.5000],
                 [-1.5000]])
-        >>> removal(record, "zero").inner(shares.inner(torch.ones(1, 1)))
+        >>> gradient_change(record, "zero").inner(shares.inner(torch.ones(1, 1)))
         tensor([[-0.3333, -0.6667, -2.0000]])
     """
     if counterfactual not in COUNTERFACTUALS:
         raise ConfigurationError(f"counterfactual={counterfactual!r}; choose one of {', '.join(COUNTERFACTUALS)}")
     weights = record.loss_weights.double().cpu()
-    known, numbers = torch.unique(record.micro_batches.cpu(), return_inverse=True)
+    known, numbers = torch.unique(record.micro_batch_numbers.cpu(), return_inverse=True)
     members = torch.nn.functional.one_hot(numbers, max(len(known), 1)).double()
     leaving = (sets.measured if record.measured else sets.within)(record.sample_ids)
     ids, owner, row = leaving.sets, leaving.owner, leaving.row
     nothing, ones = weights.new_zeros(len(ids), members.shape[1]), torch.ones_like(weights[row])
     if record.measured:
-        return Removal(ids, nothing, ones, owner, row, members)
+        return GradientChange(ids, nothing, ones, owner, row, members)
     if counterfactual == "zero" or not record.averaged:
-        return Removal(ids, nothing, -ones, owner, row, members)
+        return GradientChange(ids, nothing, -ones, owner, row, members)
     # by set and micro-batch: the weight that leaves, and what is left
     leaves = nothing.index_add(0, owner, (weights[:, None] * members)[row])
     total = weights @ members
@@ -126,7 +128,7 @@ def removal(record: StepRecord, counterfactual: Literal["drop", "zero"], sets: R
     rest = torch.where(alone, 1.0, rest)
     shared = torch.where(alone, 0.0, leaves / rest)
     own = torch.where(alone, -1.0, -total / rest)[owner, numbers[row]]
-    return Removal(ids, shared, own, owner, row, members)
+    return GradientChange(ids, shared, own, owner, row, members)
 
 
 @dataclass(frozen=True)
@@ -134,16 +136,18 @@ class ConsumedChange:
     """The change of the gradient that the optimizer consumes, clipping included.
 
     Attributes:
+        before_clipping: the same before clipping.
+        clip: of the step.
         coefficients: ``(u,)``, factor of norm clipping without each set.
     """
 
-    removal: Removal
+    before_clipping: GradientChange
     clip: Clip
     coefficients: Tensor
 
     def change(self, gradient: Tensor, shares: Shares, samples: slice | Tensor, totals: Tensor) -> Tensor:
         """Rows ``(n', d)`` for one parameter; ``gradient`` ``(d,)`` before clipping."""
-        raw = self.removal.change(shares, samples, totals)
+        raw = self.before_clipping.change(shares, samples, totals)
         if self.clip.rule == "none":
             return raw
         before = apply_clip(self.clip, gradient, norm_coefficient(self.clip, self.clip.raw_norm))
@@ -152,15 +156,15 @@ class ConsumedChange:
 
 
 def consumed_change(
-    removed: Removal,
+    removed: GradientChange,
     record: StepRecord,
     shares: Mapping[str, Shares],
     scales: Mapping[str, float],
     chunks: Mapping[str, list[slice]],
 ) -> ConsumedChange:
-    """How each removal changes the consumed gradient.
+    """How each sample's removal changes the consumed gradient.
 
-    Norm clipping needs the norm of the whole gradient without the set, one pass over all
+    Norm clipping needs the norm of the whole gradient without the sample, one pass over all
     parameters; ``scales`` extrapolates masked ones, ``chunks`` bounds the memory.
     """
     clip = record.clip

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from lightning_influence.errors import ConfigurationError, LogError
 from lightning_influence.log.steps import LoggedSteps
+from lightning_influence.report.tables import in_notebook
 from lightning_influence.run.batches import batch_size
 from lightning_influence.run.data import TrainingData
 from lightning_influence.run.losses import Dynamics, joined
@@ -226,6 +227,9 @@ class TrainingDynamics:
     def __repr__(self) -> str:
         return f"TrainingDynamics({len(self.sample_ids)} samples, {len(self.owner)} visits)"
 
+    def _repr_html_(self) -> str:
+        return in_notebook(repr(self), self.to_pandas())
+
 
 def visit_numbers(sample_ids: Tensor) -> Tensor:
     """How often the sample of each visit ``(v,)`` had been visited before."""
@@ -238,7 +242,7 @@ def visit_numbers(sample_ids: Tensor) -> Tensor:
 def epoch_weights(numbers: Tensor, margins: Tensor) -> Tensor:
     """How much the first, second, ... visits count ``(n_visits,)``: the share of samples that are not yet fitted.
 
-    The share is estimated with one success and one failure more, so that it is never nothing; the first visits count nothing.
+    The share is estimated with one success and one failure more, so that it is never zero; the first visits count nothing.
 
     Args:
         numbers: ``(v,)`` int64, of the visits.

@@ -1,4 +1,4 @@
-"""How far the scores of one's own run can be trusted: measured by really training again (method.md sections 9, 10)."""
+"""How far the scores of one's own run can be trusted: measured by really training again (docs/method.md, "Training again")."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from lightning_influence.run.data import TrainingData
 from lightning_influence.run.training_step import prepared
 from lightning_influence.scoring.attribution import attribute
 from lightning_influence.scoring.groups import GroupsOf, named_groups
-from lightning_influence.scoring.queries import Queries, query_losses
+from lightning_influence.scoring.queries import Queries, Target, asked_of, check_target, query_losses
 from lightning_influence.scoring.query_loss import QueryLoss
 from lightning_influence.trust.agreement import Agreement, compare
 from lightning_influence.trust.results import Results
@@ -55,7 +55,7 @@ class Faithfulness:
         truth: ``(n_removals, n_queries)``, single removals first, then subsets, then groups.
         scores: predictions of the same, by estimator.
         removals: in the order of the rows.
-        levels: measured size of the config, algorithm and system errors.
+        levels: measured size of the config, algorithm and system errors (docs/method.md, "How far to trust a score").
         groups: the same over removals of the groups given; empty if none.
     """
 
@@ -147,18 +147,18 @@ class Faithfulness:
 def check_faithfulness(
     log: str | Path,
     *,
+    queries: Any,
     model: LightningModule,
     data: Any,
-    queries: Any,
+    target: Target = None,
+    counterfactual: Literal["drop", "zero"] = "drop",
+    query_loss: QueryLoss | None = None,
     make_model: Callable[[], LightningModule] | None = None,
     estimators: Mapping[str, Mapping[str, Any]] = ESTIMATORS,
     removals: int | Sequence[int] = 30,
     subsets: int = 0,
     subset_size: float = 0.1,
     groups: GroupsOf | None = None,
-    counterfactual: Literal["drop", "zero"] = "drop",
-    target: Literal["mean"] | None = None,
-    query_loss: QueryLoss | None = None,
     ceiling: bool = True,
     dtype: torch.dtype | None = torch.float64,
     results: str | Path | None = None,
@@ -168,21 +168,21 @@ def check_faithfulness(
 ) -> Faithfulness:
     """Train the recorded run again without some samples, and compare what happens with what was predicted.
 
-    ``log``, ``model`` (as it left ``fit``), ``queries``, ``query_loss`` and ``counterfactual`` are as of `attribute`.
+    ``log``, ``queries``, ``model`` (as it left ``fit``), ``target``, ``counterfactual`` and ``query_loss`` are as of
+    `attribute`; its other arguments are those of the ``estimators``.
 
     Args:
         data: the training data of the run: a datamodule, a loader or a dataset.
-        make_model: the module at its initialisation; by default taken from the log's first snapshot.
+        make_model: gives the module at its initialisation; by default taken from the log's first snapshot.
         estimators: `attribute`'s keyword arguments by name.
         removals: sample ids to remove, or how many to draw.
         subsets: how many random subsets of ``subset_size`` of the samples to remove besides, for the linear
             datamodeling score.
-        groups: as of `attribute`, to remove besides: what their removal as a whole does is predicted and measured.
-        target: None compares per query, ``"mean"`` their mean.
+        groups: as of `attribute`, to remove besides: what removing each as a whole does is predicted and measured.
         ceiling: measure the truth once more from a slightly moved initialisation, and with other random numbers where
             the module draws any.
         dtype: of retraining; None for the run's own.
-        results: a file in which finished retrainings are kept, so that an interrupted check goes on with it; that of
+        results: a file that keeps finished retrainings, so that an interrupted check can be continued; the file of
             another run, other queries or another counterfactual is refused.
         workers: processes that retrain side by side (`retraining.each_effect`).
 
@@ -190,16 +190,17 @@ def check_faithfulness(
         ConfigurationError: no initialisation, samples that the run did not use, too few removals, no estimator, or
             ``results`` of another check.
     """
+    check_target(target)
     if not estimators:
         raise ConfigurationError("estimators is empty; name at least one, as in faithfulness.ESTIMATORS.")
     source, precision = TrainingData.of(data), str(LoggedSteps(log).reader.manifest["precision"])
-    asked_of = Queries.of(queries, data=source, precision=precision).held()
+    held = Queries.of(queries, data=source, precision=precision).held()
     named = {} if groups is None else named_groups(groups)
     asked = _removals(_used(log), removals, subsets, subset_size, named, seed)
     together = {str(number): sorted(r) for number, r in enumerate(asked) if isinstance(r, frozenset)}
     reports = {
         name: attribute(
-            log, queries=asked_of, model=model, data=source, target=target, query_loss=query_loss,
+            log, queries=held, model=model, data=source, target=target, query_loss=query_loss,
             counterfactual=counterfactual, groups=together or None, progress=progress, **options,
         )
         for name, options in estimators.items()
@@ -208,14 +209,19 @@ def check_faithfulness(
     prepare = partial(prepared, datamodule=source.datamodule, precision=precision)
     options = {"collate": source.collate, "dtype": dtype, "seed": seed, "prepare": prepare}
     run = recorded_run(log, initial, source.dataset, **options)
-    truth_queries = asked_of if dtype is None else asked_of.to_dtype(dtype)
+    truth_queries = held if dtype is None else held.to_dtype(dtype)
 
     def losses(module: LightningModule) -> Tensor:
-        each = query_losses(module, truth_queries, query_loss)
-        return each.mean()[None] if target == "mean" else each
+        return asked_of(query_losses(module, truth_queries, query_loss), target)
 
     baseline = losses(retrain(run))
-    subject = {"baseline": baseline.tolist(), "counterfactual": counterfactual, "target": target, "dtype": str(dtype)}
+    asked_for = target if target is None or isinstance(target, str) else torch.as_tensor(target).tolist()
+    subject = {
+        "baseline": baseline.tolist(),
+        "counterfactual": counterfactual,
+        "target": asked_for,
+        "dtype": str(dtype),
+    }
     kept = None if results is None else Results(Path(results), subject)
     effects = _Effects(run, asked, losses, counterfactual, workers, progress, kept)
     truth = effects.measure("retraining")
