@@ -39,6 +39,7 @@ def study(name: str, lr: float, n: int, size: float, window: int) -> list[dict[s
             alone = scores(workload, log, module, memory_window=window)
         with timed(seconds, "groups"):
             report = scores(workload, log, module, groups=groups, samples=(), memory_window=window)
+    assert report.groups is not None
     found = {
         "sum of single scores": sums_over(alone.scores, alone.sample_ids, chosen),
         "joint response": report.groups.scores,

@@ -36,12 +36,13 @@ class Scores:
         query_ids: one label per query; their numbers by default.
         metadata: how the scores were made (`provenance.Provenance`), what was measured of them
             (`provenance.Measured`), and whatever else JSON can hold.
-        groups: scores of groups, each removed as a whole.
+        groups: scores of groups, each removed as a whole; None where none were asked for.
 
     Attributes:
         scores: ``(n_samples, n_queries)``, the predicted query loss without the sample minus with it:
             positive where the sample helps, negative where it harms.
         sample_ids: ``(n_samples,)`` int64, indices into the training dataset, ascending.
+        groups: scores of groups of samples, each removed as a whole; None where `attribute` was given none.
 
     Raises:
         ConfigurationError: shapes or types that do not fit together.
@@ -59,7 +60,7 @@ class Scores:
         _validate(rows)
         if groups is not None:
             _validate(groups.rows)
-        self.rows, self._groups = rows, groups
+        self.rows, self.groups = rows, groups
         self.query_ids = _query_ids(query_ids, rows.n_queries)
         self.sample_ids, self.scores = rows.per_sample(rows.scores + rows.interaction)
         self.metadata = dict(metadata or {})
@@ -79,22 +80,6 @@ class Scores:
         """From the rows of a sweep; see `RowScores` for the shapes."""
         rows = RowScores(sample_ids, steps, scores, scores if tangent is None else tangent, interaction)  # type: ignore[arg-type]
         return cls(rows, query_ids=query_ids, metadata=metadata)
-
-    @property
-    def groups(self) -> Groups:
-        """Scores of groups of samples, each removed as a whole.
-
-        Raises:
-            ConfigurationError: the report was made without groups.
-        """
-        if self._groups is None:
-            raise ConfigurationError("this report has no groups; give them to attribute(..., groups=...).")
-        return self._groups
-
-    @property
-    def has_groups(self) -> bool:
-        """Whether the report was made with groups."""
-        return self._groups is not None
 
     @property
     def provenance(self) -> Provenance:
@@ -190,7 +175,7 @@ class Scores:
         Raises:
             ConfigurationError: `metadata` or `query_ids` hold what JSON cannot.
         """
-        write(Saved(self.rows, self.query_ids, self.metadata, self._groups), path)
+        write(Saved(self.rows, self.query_ids, self.metadata, self.groups), path)
 
     @classmethod
     def load(cls, path: str | Path) -> Self:

@@ -325,7 +325,7 @@ def _predicted(report: InfluenceReport, removals: Sequence[Removal]) -> Tensor:
     """Scores ``(n_removals, n_queries)``, of what leaves together by the joint response."""
     singles = [r for r in removals if not isinstance(r, frozenset)]
     rows = report.scores[torch.searchsorted(report.sample_ids, torch.tensor(singles))]
-    return torch.cat([rows, report.groups.scores]).double() if len(singles) < len(removals) else rows.double()
+    return (rows if report.groups is None else torch.cat([rows, report.groups.scores])).double()
 
 
 def _levels(

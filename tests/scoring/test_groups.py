@@ -13,6 +13,7 @@ from torch.utils.data import DataLoader
 
 from lightning_influence import InfluenceCallback, InfluenceReport, attribute
 from lightning_influence.errors import ConfigurationError
+from lightning_influence.report.groups import Groups
 from lightning_influence.run.batches import to_dtype
 from lightning_influence.scoring.groups import named_groups
 from lightning_influence.trust.retraining import leave_one_out, recorded_run
@@ -32,6 +33,11 @@ class SeesTheBatch(Classifier):
         return torch.nn.functional.cross_entropy(self.net(x - x.mean(0)), y)
 
 
+def groups_of(report: InfluenceReport) -> Groups:
+    assert report.groups is not None
+    return report.groups
+
+
 def each_loss(module: Any, batch: Any) -> torch.Tensor:
     x, y = batch
     return torch.nn.functional.cross_entropy(module.net(x), y, reduction="none")
@@ -48,7 +54,7 @@ def test_groups_are_those_of_retraining(make: Any, tmp_path: Path) -> None:
     module, queries = trained(make, tmp_path, "replay")
     options: dict[str, Any] = {"data": digits(48), "groups": GROUPS, "samples": (), "progress": False}
     report = attribute(tmp_path, queries=queries, model=module, query_loss=each_loss, **options)
-    assert report.groups.names == list(GROUPS) and list(report.groups.sizes) == [24, 6, 0]
+    assert groups_of(report).names == list(GROUPS) and list(groups_of(report).sizes) == [24, 6, 0]
     assert report.provenance.removals is not None
     assert report.provenance.removals.by == ("shares" if make is Classifier else "rerun")
     (query,) = (to_dtype(q, torch.float64) for q in queries)
@@ -60,7 +66,7 @@ def test_groups_are_those_of_retraining(make: Any, tmp_path: Path) -> None:
     run = recorded_run(tmp_path, lambda: make(optimizer, width=8), digits(48), dtype=torch.float64)
     removed = [frozenset(ids) for ids in list(GROUPS.values())[:2]]
     truth = leave_one_out(run, removed, losses, progress=False)
-    found = report.groups.scores
+    found = groups_of(report).scores
     assert float((found[:2] - truth).norm() / truth.norm()) < 0.03
     assert float(found[2].abs().max()) < 1e-5 * float(truth.norm())
 
@@ -72,12 +78,12 @@ def test_gradient_logs_know_groups(tmp_path: Path) -> None:
     replayed, logged = (
         attribute(tmp_path, **options, data=digits(48), groups=labels, curvature=c) for c in ("hessian", "none")
     )
-    assert len(logged.sample_ids) == 48 and logged.groups.names == ["even"]
+    assert len(logged.sample_ids) == 48 and groups_of(logged).names == ["even"]
     # without curvature the two differ by little: the learning rate is small
-    torch.testing.assert_close(logged.groups.scores, replayed.groups.scores, rtol=0.2, atol=1e-5)
+    torch.testing.assert_close(groups_of(logged).scores, groups_of(replayed).scores, rtol=0.2, atol=1e-5)
     first_order = attribute(tmp_path, **options, groups=labels, curvature="none", response="tangent")
-    assert not torch.equal(first_order.groups.scores, logged.groups.scores)
-    assert not first_order.groups.nonlinearity.any()
+    assert not torch.equal(groups_of(first_order).scores, groups_of(logged).scores)
+    assert not groups_of(first_order).nonlinearity.any()
 
 
 def test_a_report_keeps_its_groups(tmp_path: Path) -> None:
@@ -85,20 +91,18 @@ def test_a_report_keeps_its_groups(tmp_path: Path) -> None:
     options: dict[str, Any] = {"queries": queries, "model": module, "progress": False}
     report = attribute(tmp_path / "log", **options, groups={"=1+1": [0, 5], "b": [1]})
     report.save(tmp_path / "report.safetensors")
-    again = InfluenceReport.load(tmp_path / "report.safetensors").groups
-    assert torch.equal(again.scores, report.groups.scores) and again.names == report.groups.names
+    again = groups_of(InfluenceReport.load(tmp_path / "report.safetensors"))
+    assert torch.equal(again.scores, groups_of(report).scores) and again.names == groups_of(report).names
     table = again.to_pandas()
     assert list(table.columns) == ["group", "samples", *map(str, range(12)), "per_sample", "nonlinearity"]
-    torch.testing.assert_close(torch.tensor(table[["3"]].to_numpy()), report.groups.scores[:, 3:4])
+    torch.testing.assert_close(torch.tensor(table[["3"]].to_numpy()), groups_of(report).scores[:, 3:4])
     torch.testing.assert_close(
-        torch.tensor(table.per_sample.to_numpy()), report.groups.scores.double().mean(1) / torch.tensor([2, 1])
+        torch.tensor(table.per_sample.to_numpy()), groups_of(report).scores.double().mean(1) / torch.tensor([2, 1])
     )
-    report.groups.to_csv(tmp_path / "groups.csv")
+    groups_of(report).to_csv(tmp_path / "groups.csv")
     assert pd.read_csv(tmp_path / "groups.csv").group[0] == "'=1+1"
     without = attribute(tmp_path / "log", **options)
-    assert not without.has_groups and report.has_groups
-    with pytest.raises(ConfigurationError, match=r"groups=\.\.\."):
-        _ = without.groups
+    assert without.groups is None
     assert torch.equal(without.scores, report.scores)
 
 
@@ -108,7 +112,7 @@ def test_queries_in_turns_are_the_same(tmp_path: Path) -> None:
     whole, turns = (
         attribute(tmp_path, **options, groups=GROUPS, samples=[3], max_memory=memory) for memory in (2**32, 2**20)
     )
-    torch.testing.assert_close(whole.groups.scores, turns.groups.scores)
+    torch.testing.assert_close(groups_of(whole).scores, groups_of(turns).scores)
     torch.testing.assert_close(whole.scores, turns.scores)
     assert whole.sample_ids.tolist() == [3]
 
