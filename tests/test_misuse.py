@@ -61,7 +61,7 @@ class Here:
         fit(
             module or Classifier(),
             loader(TRAIN) if data is None else data,
-            InfluenceCallback(self.path / "new", **options),
+            InfluenceCallback(self.path / "new", **{"record": "gradients", **options}),
         )
 
     def copy(self) -> Path:
@@ -109,13 +109,13 @@ def test_the_table_is_whole() -> None:
 # -- recording ---------------------------------------------------------------------------------------------
 
 misuse("an unknown `record`")(lambda here: InfluenceCallback(here.path, record="everything"))
-misuse("an unknown `compression`")(lambda here: InfluenceCallback(here.path, compression="pca"))
-misuse("an unknown `reduction`")(lambda here: InfluenceCallback(here.path, reduction="max"))
-misuse("an unknown `existing`")(lambda here: InfluenceCallback(here.path, existing="append"))
+misuse("an unknown `compression`")(lambda here: InfluenceCallback(here.path, compression="pca", record="gradients"))
+misuse("an unknown `reduction`")(lambda here: InfluenceCallback(here.path, reduction="max", record="gradients"))
+misuse("an unknown `existing`")(lambda here: InfluenceCallback(here.path, existing="append", record="gradients"))
 misuse("an old word beside the new one")(lambda here: InfluenceCallback(here.path, dirpath=here.path))
 misuse("a callback without a directory")(lambda here: InfluenceCallback())
-misuse("a mask without coordinates")(lambda here: InfluenceCallback(here.path, mask_size=0))
-misuse("snapshots every 0 steps")(lambda here: InfluenceCallback(here.path, snapshot_every=0))
+misuse("a mask without coordinates")(lambda here: InfluenceCallback(here.path, mask_size=0, record="gradients"))
+misuse("snapshots every 0 steps")(lambda here: InfluenceCallback(here.path, snapshot_every=0, record="gradients"))
 misuse("an optimizer that is not Adam, AdamW or SGD")(
     lambda here: here.record(Classifier(lambda m: torch.optim.RMSprop(m.parameters())))
 )
@@ -123,11 +123,16 @@ misuse("a second run into the same directory")(lambda here: (here.record(), here
 misuse("going on with other settings")(lambda here: (here.record(), here.record(existing="resume", compression="full")))
 misuse("going on from another run's checkpoint")(
     lambda here: (
-        fit(Classifier(), loader(TRAIN), InfluenceCallback(here.path / "new")).save_checkpoint(here.path / "ckpt"),
-        here.record(existing="overwrite"),
-        L.Trainer(callbacks=[InfluenceCallback(here.path / "new")], max_epochs=2, accelerator="cpu", logger=False).fit(
-            Classifier(), loader(TRAIN), ckpt_path=here.path / "ckpt"
+        fit(Classifier(), loader(TRAIN), InfluenceCallback(here.path / "new", record="gradients")).save_checkpoint(
+            here.path / "ckpt"
         ),
+        here.record(existing="overwrite"),
+        L.Trainer(
+            callbacks=[InfluenceCallback(here.path / "new", record="gradients")],
+            max_epochs=2,
+            accelerator="cpu",
+            logger=False,
+        ).fit(Classifier(), loader(TRAIN), ckpt_path=here.path / "ckpt"),
     )
 )
 misuse("a report without validation data")(lambda here: here.record(report=True))
@@ -135,7 +140,7 @@ misuse("a report without validation batches")(
     lambda here: fit(
         Classifier(),
         loader(TRAIN),
-        InfluenceCallback(here.path / "new", report=True),
+        InfluenceCallback(here.path / "new", report=True, record="gradients"),
         val=QUERIES,
         limit_val_batches=0,
     )
@@ -144,7 +149,7 @@ misuse("a report over two validation loaders")(
     lambda here: fit(
         Classifier(),
         loader(TRAIN),
-        InfluenceCallback(here.path / "new", report=True),
+        InfluenceCallback(here.path / "new", report=True, record="gradients"),
         val=[QUERIES, QUERIES],
         num_sanity_val_steps=0,
     )
@@ -154,7 +159,7 @@ misuse("excluding everything")(lambda here: here.record(exclude="*"))
 misuse("a log below a file")(
     lambda here: (
         (here.path / "new").write_text(""),
-        fit(Classifier(), loader(TRAIN), InfluenceCallback(here.path / "new" / "x")),
+        fit(Classifier(), loader(TRAIN), InfluenceCallback(here.path / "new" / "x", record="gradients")),
     )
 )
 
@@ -167,7 +172,7 @@ class Deletes(L.Callback):
 
 @misuse("an index deleted while the run writes")
 def _(here: Here) -> None:
-    callbacks = [InfluenceCallback(here.path / "new", on_error="raise"), Deletes()]
+    callbacks = [InfluenceCallback(here.path / "new", on_error="raise", record="gradients"), Deletes()]
     fit(Classifier(), loader(TRAIN), *callbacks, default_root_dir=here.path)
 
 
@@ -239,7 +244,7 @@ class Thaws(L.Callback):
 def _(here: Here) -> None:
     module = Classifier()
     module.net[0].requires_grad_(False)
-    fit(module, loader(TRAIN), Thaws(), InfluenceCallback(here.path / "new", on_error="raise"))
+    fit(module, loader(TRAIN), Thaws(), InfluenceCallback(here.path / "new", on_error="raise", record="gradients"))
 
 
 class Shrinks(L.Callback):
@@ -250,7 +255,7 @@ class Shrinks(L.Callback):
 
 @misuse("a callback that changes gradients after ours")
 def _(here: Here) -> None:
-    fit(Classifier(), loader(TRAIN), InfluenceCallback(here.path / "new"), Shrinks())
+    fit(Classifier(), loader(TRAIN), InfluenceCallback(here.path / "new", record="gradients"), Shrinks())
 
 
 class Stream(IterableDataset[Any]):
@@ -438,7 +443,7 @@ misuse("a keep policy that returns ids")(
 )
 misuse("selection without a target")(lambda here: fit(Classifier(), SelectionDataModule(loader(TRAIN))))
 misuse("recording beside selection inside the step")(
-    lambda here: fit(Classifier(), select(every=1), InfluenceCallback(here.path / "new"))
+    lambda here: fit(Classifier(), select(every=1), InfluenceCallback(here.path / "new", record="gradients"))
 )
 misuse("selection by a target that is not finite")(
     lambda here: fit(Classifier(), SelectionDataModule(loader(TRAIN), [not_a_number()], every=1))

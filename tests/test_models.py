@@ -171,7 +171,7 @@ CASES: dict[str, tuple[Callable[[], L.LightningModule], Callable[[], Dataset[Any
 def recorded(
     tmp_path: Path, module: L.LightningModule, data: Any, *callbacks: L.Callback, **options: Any
 ) -> LoggedTrajectory:
-    influence = InfluenceCallback(tmp_path / "log", compression="factored")
+    influence = InfluenceCallback(tmp_path / "log", compression="factored", record="gradients")
     # the callback under test comes last: the others run the module outside the recorded forward
     fit(module, loader(data, BATCH), *callbacks, influence, max_steps=STEPS, **options)
     return LoggedTrajectory(tmp_path / "log")
@@ -216,7 +216,7 @@ def test_half_precision(tmp_path: Path, name: str) -> None:
 
 def test_dropout_stays_what_it_was(tmp_path: Path) -> None:
     states = []
-    for callbacks in ([], [InfluenceCallback(tmp_path / "log")]):
+    for callbacks in ([], [InfluenceCallback(tmp_path / "log", record="gradients")]):
         module = Text(lambda: gpt2(dropout=0.1))
         torch.manual_seed(1)
         fit(module, DataLoader(text(), BATCH, shuffle=True), *callbacks, max_steps=STEPS)  # type: ignore[arg-type]

@@ -97,6 +97,11 @@ class GradientCapture:
             if id(p) in self._names
         }
 
+    @property
+    def slow(self) -> list[str]:
+        """The modules that no rule covers, which run once more per step, one sample at a time."""
+        return sorted({row["module"] for row in self.table if row["rule"] == "generic"})
+
     def _rows(self, path: str, layer: nn.Module) -> list[dict[str, Any]]:
         function = rule_for(layer)
         return [
@@ -124,10 +129,9 @@ class GradientCapture:
                 f"{names} belongs to {type(module).__name__} itself, whose forward the training step need not call. Move "
                 "it into a submodule with a forward of its own, freeze it, name it in exclude=, or use record='replay'."
             )
-        slow = sorted({row["module"] for row in self.table if row["rule"] == "generic"})
-        if slow:
+        if self.slow:
             warnings.warn(
-                f"no rule for {', '.join(slow)}: these modules run once more per step, one sample at a time (slower).",
+                f"no rule for {', '.join(self.slow)}: these modules run once more per step, one sample at a time (slower).",
                 stacklevel=3,
             )
 

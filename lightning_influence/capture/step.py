@@ -6,7 +6,8 @@ once, when all gradients are there and none is clipped.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from typing import Literal
@@ -142,6 +143,7 @@ class StepCollector:
         ranks: the processes whose gradients are averaged.
         otherwise: what a user can do whose per-sample gradients do not add up to the gradient, for the error's text.
         verify: hold their sum against the gradient: on all coordinates at the first step, on a few at every step.
+        give_up: told why per-sample gradients cannot be collected, and that they are not from here on; None to raise that.
 
     Attributes:
         compress: what is kept of a parameter's shares, as soon as they are there; None for everything.
@@ -160,7 +162,9 @@ class StepCollector:
         ranks: Ranks | None = None,
         otherwise: str = "use record='replay'",
         verify: bool = True,
+        give_up: Callable[[ConfigurationError], None] | None = None,
     ) -> None:
+        self._give_up = give_up
         self.module, self.optimizer, self.capture = module, optimizer, capture
         self.averaged, self.ranks, self.update_name = averaged, ranks or Ranks(), update_name(optimizer)
         self.compress: Callable[[str, Form], Form] | None = None
@@ -240,7 +244,8 @@ class StepCollector:
         shares: dict[str, Form] = {}
         if self.capture is not None:
             self._local_scale = 1.0 / (loss_scale * self.ranks.size)
-            shares = self.capture.take(self._local_scale)
+            with self._may_give_up():
+                shares = self.capture.take(self._local_scale)
             if self._sums is not None:
                 self._sums.add(shares)
         if self.compress is not None:
@@ -278,13 +283,13 @@ class StepCollector:
                 "clip the gradient, or look for the loss that is not finite with Trainer(detect_anomaly=True)."
             )
         self._refuse_changed(index, norm)
-        self._refuse_uncollected(index)
-        parts = [shares for _, shares in micro_batches]
-        shares: dict[str, Form] = {
-            name: share if len(parts) == 1 else Stack([part[name] for part in parts])
-            for name, share in parts[0].items()
-        }
-        self._refuse_other_sums(index, shares, float(norm))
+        shares: dict[str, Form] = {}
+        with self._may_give_up():
+            self._refuse_uncollected(index)
+            shares = self._of_step([part for _, part in micro_batches])
+            self._refuse_other_sums(index, shares, float(norm))
+        if self.capture is None:
+            shares = {}
         refuse_unowned(self.module, self.optimizer)
         ids, loss_weights, numbers = Samples.columns([samples for samples, _ in micro_batches])
         trained = {self._names[id(p)]: p for p in self.parameters() if p.grad is not None}
@@ -306,6 +311,35 @@ class StepCollector:
             parameters={k: p.detach().flatten() for k, p in collected.items() if coupling(hyper[k])},
         )
         return CollectedStep(record, shares)
+
+    def _of_step(self, parts: Sequence[Mapping[str, Form]]) -> dict[str, Form]:
+        """The shares of a step's micro-batches together; none where they are not collected any more."""
+        if self.capture is None:
+            return {}
+        return {
+            name: share if len(parts) == 1 else Stack([part[name] for part in parts])
+            for name, share in parts[0].items()
+        }
+
+    @contextmanager
+    def _may_give_up(self) -> Iterator[None]:
+        try:
+            yield
+        except ConfigurationError as error:
+            self.give_up(error)
+
+    def give_up(self, error: ConfigurationError) -> None:
+        """Collect no per-sample gradients from here on.
+
+        Raises:
+            ConfigurationError: the reason, where a run is not to go on without them.
+        """
+        if self._give_up is None or self.capture is None:
+            raise error
+        self._give_up(error)
+        self.capture.detach()
+        self.close()
+        self.capture = self._sums = None
 
     def parameters(self) -> Iterable[torch.nn.Parameter]:
         """Those that the optimizer moves."""

@@ -16,6 +16,9 @@ from lightning_influence.core.trajectory import Shares
 COMPRESSIONS = ("auto", "full", "factored", "mask")
 
 _BUDGET = 2**22  # bytes per sample and step that "auto" spends on all parameters together
+_STATE = (
+    1.25  # numbers that a step keeps of every coordinate besides the shares: its gradient, and moments every few steps
+)
 # -- what is kept ------------------------------------------------------------------------------------
 
 
@@ -100,6 +103,40 @@ def choose_coordinates(
         name: _mask(shape, mask_size, shares[name], seed + i)
         if name in masked and math.prod(shape) > mask_size
         else Coordinates(lossless[name][0], shape)
+        for i, (name, shape) in enumerate(shapes.items())
+    }
+
+
+def within_budget(
+    shares: Mapping[str, Shares], shapes: Mapping[str, tuple[int, ...]], budget: int, *, seed: int = 0
+) -> dict[str, Coordinates]:
+    """What to keep of every parameter so that a sample and step costs about ``budget`` bytes, the step's gradient and moments
+    included: one size of mask for all parameters, and those whole that cost less than their mask.
+
+    Example:
+        >>> shares = {"weight": Dense(torch.zeros(8, 5000)), "bias": Dense(torch.zeros(8, 100))}
+        >>> kept = within_budget(shares, {"weight": (100, 50), "bias": (100,)}, budget=4096)
+        >>> {name: (keep.kind, keep.size) for name, keep in kept.items()}
+        {'weight': ('mask', 799), 'bias': ('full', 100)}
+    """
+    n = {name: max(share.n_samples, 1) for name, share in shares.items()}
+    coordinate = {name: 4 * (1 + _STATE / n[name]) for name in shares}  # bytes of one that is kept
+    whole = {}
+    for name, share in shares.items():
+        kind, size = _smaller(share, shapes[name])
+        whole[name] = kind, size + 4 * _STATE / n[name] * math.prod(shapes[name])
+
+    def cost(mask_size: int) -> float:
+        return sum(min(whole[k][1], coordinate[k] * min(mask_size, math.prod(shapes[k]))) for k in shares)
+
+    low, high = 1, max((math.prod(shape) for shape in shapes.values()), default=1)
+    while low < high:  # the largest mask within the budget
+        middle = (low + high + 1) // 2
+        low, high = (middle, high) if cost(middle) <= budget else (low, middle - 1)
+    return {
+        name: Coordinates(whole[name][0], shape)
+        if whole[name][1] <= coordinate[name] * min(low, math.prod(shape))
+        else _mask(shape, min(low, math.prod(shape)), shares[name], seed + i)
         for i, (name, shape) in enumerate(shapes.items())
     }
 

@@ -16,6 +16,7 @@ from uuid import uuid4
 
 import lightning as L
 import torch
+from lightning.pytorch.utilities import rank_zero_info
 
 from lightning_influence.capture import GradientCapture
 from lightning_influence.capture.step import StepOptions
@@ -30,6 +31,7 @@ from lightning_influence.log.recorder import Compression, CompressionName, Recor
 from lightning_influence.log.snapshots import ReplaySettings
 from lightning_influence.log.writer import StoreWriter
 from lightning_influence.report import InfluenceReport
+from lightning_influence.report.numbers import in_bytes
 from lightning_influence.report.tables import in_notebook
 from lightning_influence.run.optimizer import update_name
 from lightning_influence.run.ranks import Ranks
@@ -38,6 +40,9 @@ from lightning_influence.run.sample_weights import WeightSource
 from lightning_influence.run.trainer import clip_of, loss_scaler
 from lightning_influence.words import renamed
 
+RECORDS = ("auto", "gradients", "replay", "both")
+_WAYS = {"replay": "snapshots for exact replay", "gradients": "compressed per-sample gradients"}
+_BUDGET = 2**16  # bytes of a sample's gradients at a step that are recorded unasked
 _PACKAGES = ("lightning-influence", "torch", "lightning", "safetensors", "transformers", "peft")
 
 
@@ -62,9 +67,10 @@ class InfluenceCallback(L.Callback):
 
     Args:
         log: directory of the log, created at the start of ``fit``.
-        record: ``"gradients"`` writes per-sample gradients, moments and hyperparameters, from which scores
-            follow without model or data; ``"replay"`` snapshots and what is needed to run the training
-            again, for exact curvature and for any module; ``"both"``.
+        record: ``"replay"`` writes snapshots and what is needed to run the training again, for exact curvature and for any
+            module; ``"gradients"`` per-sample gradients, moments and hyperparameters, from which approximate scores follow
+            without the data; ``"both"``. ``"auto"`` is both as far as they are possible and cheap: per-sample gradients
+            within ``budget``, left out where the layers do not give them; one line says so, and how large the log will be.
         snapshot_every: steps between snapshots; None for about the square root of their number.
         store_batches: whether the batches themselves go into the log for replay; None where they are
             small or their loader has workers.
@@ -72,6 +78,8 @@ class InfluenceCallback(L.Callback):
             without loss in fewer bytes where a layer allows it, ``"mask"`` a fixed random set of
             coordinates per parameter, ``"auto"`` the smallest lossless form within a budget and masks beyond.
         mask_size: coordinates kept per parameter under a mask.
+        budget: bytes that per-sample gradients may take for a sample and step, under which ``compression="auto"`` chooses the
+            size of the masks; None for 64 kB with ``record="auto"``, and otherwise for masks of ``mask_size`` beyond 4 MB.
         sample_ids: how a batch says which samples it holds, for data that is not a map-style dataset:
             a key of the batch or a function of it. By default the indices that the sampler drew.
         reduction: whether the training loss is a mean or a sum over the samples.
@@ -108,11 +116,12 @@ class InfluenceCallback(L.Callback):
         self,
         log: str | Path | None = None,
         *,
-        record: Literal["gradients", "replay", "both"] = "gradients",
+        record: Literal["auto", "gradients", "replay", "both"] = "auto",
         snapshot_every: int | None = None,
         store_batches: bool | None = None,
         compression: CompressionName = "auto",
         mask_size: int = 8192,
+        budget: int | None = None,
         sample_ids: IdSource = None,
         reduction: Literal["mean", "sum"] = "mean",
         sample_weights: WeightSource = None,
@@ -131,7 +140,7 @@ class InfluenceCallback(L.Callback):
         self.dirpath = Path(log)  # the trainer makes a callback's attribute `log` its logging function
         refuse_undecodable(self.dirpath)
         for name, value, known in (
-            ("record", record, ("gradients", "replay", "both")),
+            ("record", record, RECORDS),
             ("compression", compression, COMPRESSIONS),
             ("existing", existing, ("error", "overwrite", "resume")),
             ("on_error", on_error, ("raise", "stop_recording")),
@@ -140,13 +149,28 @@ class InfluenceCallback(L.Callback):
                 raise ConfigurationError(f"{name}={value!r}; choose one of {', '.join(known)}")
         if mask_size < 1:
             raise ConfigurationError(f"mask_size={mask_size}; a mask keeps at least one coordinate per parameter")
+        if budget is not None and budget < 1:
+            raise ConfigurationError(f"budget={budget}; it counts the bytes of a sample and step and is at least 1")
         if snapshot_every is not None and snapshot_every < 1:
             raise ConfigurationError(f"snapshot_every={snapshot_every}; it counts steps and is at least 1")
         self.record, self.snapshot_every, self.store_batches = record, snapshot_every, store_batches
-        self.compression = Compression(compression, mask_size, seed)
+        if budget is None and record == "auto":
+            budget = _BUDGET
+        self.compression = Compression(compression, mask_size, seed, budget)
         self.options = StepOptions(reduction, sample_weights, exclude, frozen_batch_norm, verify)
         self.sample_ids = SampleIds(sample_ids, random=record != "gradients")
-        self._live = LiveRun(self.options, self.sample_ids, self, otherwise="use record='replay'", guard=self._inside)
+        self._live = LiveRun(
+            self.options,
+            self.sample_ids,
+            self,
+            otherwise="use record='replay'",
+            guard=self._inside,
+            give_up=self._leave_out if record == "auto" else None,
+        )
+        self._records: str = record  # of "gradients", "replay" and "both", what this run is recorded as
+        self._left_out: list[str] = []  # why something is not recorded
+        self._rewrite: Callable[[], None] = lambda: None  # the manifest
+        self._told = False
         self.existing, self.on_error = existing, on_error
         self.writes_report = report
         self._report: InfluenceReport | None = None
@@ -209,19 +233,68 @@ class InfluenceCallback(L.Callback):
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if self.writes_report:
             refuse_no_queries(trainer)
+        self._records, self._left_out, self._told = self._begun_as(), [], False
         collector = self._live.start(
-            trainer, pl_module, captures=self.record != "replay", rehearses=self.record != "gradients"
+            trainer, pl_module, captures=self._records != "replay", rehearses=self._records != "gradients"
         )
         manifest = self._manifest(trainer, pl_module, collector.capture, collector.optimizer)
         with ExitStack() as undo:
+            writer = self._writer(collector.ranks, manifest, undo)
             self._recorder = Recorder(
                 collector,
-                self._writer(collector.ranks, manifest, undo),
+                writer,
                 compression=self.compression,
-                replay=None if self.record == "gradients" else self._replay_settings(trainer),
+                replay=None if self._records == "gradients" else self._replay_settings(trainer),
                 guard=self._inside,
+                give_up=self._leave_out if self.record == "auto" else None,
             )
             undo.pop_all()
+
+        def rewrite() -> None:
+            capture = None if self._records == "replay" else collector.capture
+            changed = self._manifest(trainer, pl_module, capture, collector.optimizer)
+            writer.write_manifest(changed | {"run": self._run})
+
+        self._rewrite = rewrite
+
+    def _begun_as(self) -> str:
+        """What is recorded: of a log that goes on, what it began with."""
+        if self.record != "auto":
+            return self.record
+        goes_on = self._resume_at is not None or self.existing == "resume"
+        if goes_on and (self.dirpath / MANIFEST).exists():
+            return str(StoreReader(self.dirpath).manifest["record"])
+        return "both"
+
+    def _leave_out(self, what: str, error: ConfigurationError) -> None:
+        """One of the two ways of recording is not possible; the run is recorded in the other.
+
+        Raises:
+            ConfigurationError: it is not recorded in the other, or on other processes it may be possible.
+        """
+        if self._records != "both" or (self._recorder is not None and self._recorder.ranks.size > 1):
+            raise error
+        self._records = "replay" if what == "gradients" else "gradients"
+        if what == "replay":
+            self._live.rehearse_no_more()
+        self._left_out.append(f"no {_WAYS[what]} ({str(error).rstrip('.')})")
+        if self._recorder is not None:
+            if what == "replay":
+                self._recorder.replay = None
+            self._rewrite()
+            if self._told:
+                rank_zero_info(f"{self.dirpath}: {self._left_out[-1]}")
+
+    def _tell(self, trainer: L.Trainer) -> None:
+        """Say once, after the first step, what is recorded and how large the log will be."""
+        assert self._recorder is not None
+        self._told = True
+        size = self._recorder.expected_bytes(_steps_of(trainer))
+        expected = "" if size is None else f", about {in_bytes(size)} by the end of the run"
+        ways = [told for way, told in _WAYS.items() if self._records in ("both", way)]
+        rank_zero_info(
+            f"{self.dirpath} records {' and '.join(ways)}{expected}{''.join('; ' + w for w in self._left_out)}"
+        )
 
     def _writer(self, ranks: Ranks, manifest: dict[str, Any], undo: ExitStack) -> StoreWriter:
         """The log, open for the steps that come; ``undo`` closes it."""
@@ -252,9 +325,8 @@ class InfluenceCallback(L.Callback):
         return writer
 
     def _replay_settings(self, trainer: L.Trainer) -> ReplaySettings:
-        steps = trainer.estimated_stepping_batches
-        known = steps >= 0 and math.isfinite(steps)  # -1 where neither the loader nor the trainer says when a run ends
-        every = self.snapshot_every or (max(1, math.isqrt(int(steps))) if known else 100)
+        steps = _steps_of(trainer)
+        every = self.snapshot_every or (100 if steps is None else max(1, math.isqrt(steps)))
         return ReplaySettings(every, self.store_batches)
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -379,8 +451,14 @@ class InfluenceCallback(L.Callback):
         ids, drawn = self._live.ids, self._live.drawn
         assert drawn is not None
         noted = asdict(moment) | ({} if torch.equal(ids, drawn) else {"drawn": drawn.tolist()})
-        less = None if self.record == "gradients" else self._live.recollated()
+        less = None if self._records == "gradients" else self._live.recollated()
         self._recorder.begin(batch, noted, self.sample_ids.fetched, less)
+
+    @_while_recording
+    def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: Any) -> None:
+        assert self._recorder is not None
+        if not self._told and self._recorder.begun:
+            self._tell(trainer)
 
     @_while_recording
     def on_before_zero_grad(
@@ -426,7 +504,7 @@ class InfluenceCallback(L.Callback):
             "module": f"{type(pl_module).__module__}.{type(pl_module).__qualname__}",
             "optimizer": type(optimizer).__name__,
             "update": update_name(optimizer),
-            "record": self.record,
+            "record": self._records,
             "frozen_batch_norm": self.options.frozen_batch_norm,
             "parameters": [] if capture is None else capture.table,
             "shapes": {k: list(p.shape) for k, p in pl_module.named_parameters()},
@@ -434,10 +512,17 @@ class InfluenceCallback(L.Callback):
             "coverage": {"trained": size, "recorded": recorded},
             "compression": self.compression.kind,
             "mask": {"size": self.compression.mask_size, "seed": self.compression.seed},
+            "budget": self.compression.budget,
             "reduction": self.options.reduction,
             "precision": str(trainer.precision),
             "versions": _versions(),
         }
+
+
+def _steps_of(trainer: L.Trainer) -> int | None:
+    """Optimizer steps of a run; None where neither the loader nor the trainer says when it ends."""
+    steps = trainer.estimated_stepping_batches
+    return int(steps) if steps >= 0 and math.isfinite(steps) else None
 
 
 def _run_of(log: Path) -> str | None:

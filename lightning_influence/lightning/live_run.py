@@ -46,6 +46,8 @@ class LiveRun:
         follower: the callback, whose own hooks are no reason to watch the gradients.
         otherwise: what a user can do where per-sample gradients do not say what a removal does, for the errors' texts.
         guard: makes the context of what is done inside the training step, where an error would tear the run.
+        give_up: told which of ``"gradients"`` and ``"replay"`` is impossible, and why, where the other goes on without it; raises
+            the reason where it does not. None for a run that needs what it asks for.
     """
 
     def __init__(
@@ -56,7 +58,9 @@ class LiveRun:
         *,
         otherwise: str,
         guard: Callable[[], AbstractContextManager[None]] = nullcontext,
+        give_up: Callable[[str, ConfigurationError], None] | None = None,
     ) -> None:
+        self._give_up = give_up
         self.options, self.sample_ids = options, sample_ids
         self._follower, self._otherwise = follower, otherwise
         self._guard = guard
@@ -112,9 +116,8 @@ class LiveRun:
         if captures:
             optimized = {id(p) for group in optimizer.param_groups for p in group["params"]}
             trained = {name for name, p in module.named_parameters() if p.requires_grad and id(p) in optimized}
-            capture = GradientCapture(
-                module, exclude=options.exclude, frozen_batch_norm=options.frozen_batch_norm, trained=trained
-            )
+            capture = self._capture(module, trained)
+        if capture is not None:
             self._unverified = sorted(capture.parameters) if options.verify else None
         self._collector = StepCollector(
             module,
@@ -124,6 +127,7 @@ class LiveRun:
             ranks=Ranks.of(trainer),
             otherwise=self._otherwise,
             verify=options.verify,
+            give_up=None if self._give_up is None else partial(self._give_up, "gradients"),
         )
         self._undo.callback(self._collector.close)
         self.sample_ids.start(trainer.train_dataloader)
@@ -139,6 +143,29 @@ class LiveRun:
         self._rehearsals = _REHEARSALS if rehearses and options.verify and self._collector.ranks.size == 1 else 0
         self._watches = self._changes_gradients(trainer, module)
         return self._collector
+
+    def _capture(self, module: L.LightningModule, trained: set[str]) -> GradientCapture | None:
+        """Hooks for per-sample gradients; None where they are given up."""
+        try:
+            with warnings.catch_warnings():
+                if self._give_up is not None:
+                    warnings.simplefilter("ignore")  # of slow modules, for which they are given up
+                capture = GradientCapture(
+                    module,
+                    exclude=self.options.exclude,
+                    frozen_batch_norm=self.options.frozen_batch_norm,
+                    trained=trained,
+                )
+            if self._give_up is not None and capture.slow:
+                raise ConfigurationError(
+                    f"there is no rule for {', '.join(capture.slow)}, and without one they are slow"
+                )
+        except ConfigurationError as error:
+            if self._give_up is None:
+                raise
+            self._give_up("gradients", error)
+            return None
+        return capture
 
     def start_epoch(self, trainer: L.Trainer) -> None:
         """The loader may have been made anew."""
@@ -209,7 +236,10 @@ class LiveRun:
         if self._first_backward:
             self._first_backward = False
             if is_reentrant(loss) and (self._replayed or not self._asks_plainly()):
-                raise ConfigurationError(REENTRANT)
+                error = ConfigurationError(REENTRANT)
+                if self._give_up is None or not self._asks_plainly():
+                    raise error
+                self._give_up("replay", error)
         self._collector.before_backward(trainer.global_step)
 
     def _asks_plainly(self) -> bool:
@@ -271,11 +301,12 @@ class LiveRun:
         if (
             removals.measuring and removals.not_summed is None
         ):  # otherwise the collector names the parameter at the step
-            raise ConfigurationError(
+            error = ConfigurationError(
                 f"per-sample gradients do not say what removing a sample from this training step does: {removals.reason}. "
                 "Samples see each other, rows are not in the order of the samples, or the loss weighs them by hand. "
                 f"{self._otherwise[0].upper()}{self._otherwise[1:]}, which measures removals where it has to."
             )
+            self._collector.give_up(error)
 
     def _rehearse(self, trainer: L.Trainer, scale: float) -> None:
         """At the first steps: does a step that is run again give the gradient of the run?"""
@@ -286,15 +317,24 @@ class LiveRun:
         factor = trainer.accumulate_grad_batches / scale
         named = self._twin.named_parameters()  # which it shares with the module
         gradients = {k: p.grad.detach() * factor for k, p in named if p.grad is not None and id(p) in optimized}
-        rehearse(
-            self._twin,
-            self._trial,
-            gradients,
-            frozen_batch_norm=self.options.frozen_batch_norm,
-            autocast=trainer.precision_plugin.forward_context,
-        )
+        try:
+            rehearse(
+                self._twin,
+                self._trial,
+                gradients,
+                frozen_batch_norm=self.options.frozen_batch_norm,
+                autocast=trainer.precision_plugin.forward_context,
+            )
+        except ConfigurationError as error:
+            if self._give_up is None:
+                raise
+            self._give_up("replay", error)
         if not self._rehearsals:
             self._twin = None
+
+    def rehearse_no_more(self) -> None:
+        """The run is not to be replayed after all."""
+        self._rehearsals, self._replayed = 0, False
 
 
 def _without_one(batches: Mapping[int, Any], gone: frozenset[int]) -> Any:

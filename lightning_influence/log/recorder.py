@@ -17,7 +17,7 @@ from torch import Tensor
 from lightning_influence.capture import GradientCapture
 from lightning_influence.capture.step import StepCollector, total_norm
 from lightning_influence.core.clipping import norm_coefficient
-from lightning_influence.core.coordinates import Coordinates, choose_coordinates
+from lightning_influence.core.coordinates import Coordinates, choose_coordinates, within_budget
 from lightning_influence.core.shares import Form
 from lightning_influence.core.trajectory import Clip, StepRecord
 from lightning_influence.errors import ConfigurationError
@@ -43,11 +43,17 @@ _CLIP_TOLERANCE = 1e-3
 
 @dataclass(frozen=True)
 class Compression:
-    """What is kept of the per-sample gradients (`coordinates.choose_coordinates`)."""
+    """What is kept of the per-sample gradients (`coordinates.choose_coordinates`).
+
+    Attributes:
+        budget: bytes per sample and step within which ``"auto"`` chooses masks (`coordinates.within_budget`); None for lossless
+            forms as long as they are moderate, and masks of ``mask_size`` beyond.
+    """
 
     kind: CompressionName = "auto"
     mask_size: int = 8192
     seed: int = 0
+    budget: int | None = None
 
 
 @dataclass(frozen=True)
@@ -66,6 +72,7 @@ class Recorder:
         replay: what is written so that the run can be replayed; None for nothing. Of several processes, the first writes
             what they share.
         guard: makes the context of what is done inside the optimizer's step, where an error would tear the run.
+        give_up: told ``"replay"`` and why a batch cannot be kept for it, where the run is recorded without; None to raise that.
     """
 
     def __init__(
@@ -76,7 +83,9 @@ class Recorder:
         compression: Compression,
         replay: ReplaySettings | None,
         guard: Callable[[], AbstractContextManager[None]] = nullcontext,
+        give_up: Callable[[str, ConfigurationError], None] | None = None,
     ) -> None:
+        self._give_up = give_up
         self.collector, self.writer = collector, writer
         self.module, self.optimizer, self.ranks = collector.module, collector.optimizer, collector.ranks
         self.replay, self.compression = replay, compression
@@ -90,6 +99,7 @@ class Recorder:
         self._noted: list[_Noted] = []
         self._pending: tuple[StepRecord, dict[str, Form], list[_Noted]] | None = None
         self._left_by_steps: Tensor | None = None
+        self._moment_bytes = 0  # of a step that holds moments
         self._guard, self._first = guard, len(writer)  # the first step of this part of the run
         self._post_hook = self.optimizer.register_step_post_hook(lambda *_: self._after_step())
 
@@ -109,8 +119,24 @@ class Recorder:
         self._between.check()
         if self._snapshot_due() and not self.collector.inside_a_step:
             self._buffers = {name: b.detach().clone() for name, b in self.module.named_buffers()}
-        replay = None if self.replay is None else pack_micro_batch(batch, moment, fetched, self.replay, less)
-        self._begun = _Noted(replay)
+        self._begun = _Noted(self._packed(batch, moment, fetched, less))
+
+    def _packed(
+        self,
+        batch: Any,
+        moment: Mapping[str, Any],
+        fetched: Mapping[str, Tensor] | None,
+        less: Mapping[int, Any] | None,
+    ) -> Packed | None:
+        if self.replay is None:
+            return None
+        try:
+            return pack_micro_batch(batch, moment, fetched, self.replay, less)
+        except ConfigurationError as error:
+            if self._give_up is None:
+                raise
+            self._give_up("replay", error)
+            return None
 
     def observe(self, dynamics: Dynamics | None) -> None:
         """The training step has run; what the micro-batch's loss said of its samples."""
@@ -147,6 +173,17 @@ class Recorder:
     def begun(self) -> bool:
         """Whether a step was written."""
         return self.writer.complete > self._first
+
+    def expected_bytes(self, steps: int | None) -> int | None:
+        """About how large the log will be after a number of steps, from the first that was written; None where that is unknown."""
+        if steps is None:
+            return None
+        found = {path.name: path.stat().st_size for path in self.writer.part.glob("*.safetensors")}
+        of_steps = [size for name, size in found.items() if name.startswith("step-")]
+        snapshots = [size for name, size in found.items() if name.startswith(SNAPSHOT)]
+        each = self.ranks.size * sum(of_steps) / max(len(of_steps), 1) - self._moment_bytes * (1 - 1 / MOMENTS_EVERY)
+        kept = 0 if self.replay is None else steps // self.replay.snapshot_every + 2
+        return round(steps * each + kept * max(snapshots, default=0))
 
     def close(self, *, finished: bool) -> None:
         """Write what is pending and let go of the optimizer.
@@ -199,13 +236,12 @@ class Recorder:
     def _plan(self, shares: dict[str, Form], capture: GradientCapture) -> dict[str, Form]:
         """Decide at the first step what is kept."""
         parameters = capture.parameters
-        keeps = choose_coordinates(
-            shares,
-            {name: tuple(parameters[name].shape) for name in shares},
-            compression=self.compression.kind,
-            mask_size=self.compression.mask_size,
-            seed=self.compression.seed,
-        )
+        shapes = {name: tuple(parameters[name].shape) for name in shares}
+        told = self.compression
+        if told.kind == "auto" and told.budget is not None:
+            keeps = within_budget(shares, shapes, told.budget, seed=told.seed)
+        else:
+            keeps = choose_coordinates(shares, shapes, compression=told.kind, mask_size=told.mask_size, seed=told.seed)
         self.keeps = self.ranks.first(keeps)  # the sizes of the first batch may differ between the processes
         if self.ranks.rank == 0:
             self.writer.save(LAYOUT, *pack_layout(self.keeps, self.collector.update_name))
@@ -231,6 +267,8 @@ class Recorder:
             parameters={k: self._kept(k, p) for k, p in (record.parameters or {}).items()},
         )
         self._with_moments |= kept.moments.keys()
+        if kept.moments:
+            self._moment_bytes = sum(m.numel() * m.element_size() for moments in kept.moments.values() for m in moments)
         return kept
 
     def _kept(self, name: str, values: Tensor) -> Tensor:

@@ -146,6 +146,12 @@ class LoggedSteps:
                 self._records = self._with_moments(steps)
         return self._records[index]
 
+    @property
+    def holds_batches(self) -> bool:
+        """Whether the log holds the batches of its first step, as it then does of the others."""
+        with decoding(f"step 0 of {self._log}"):
+            return all("structure" in m for m in self.reader.meta(0)["micro_batches"])
+
     def moments_of(self, index: int) -> list[Moment | None]:
         """What the training step of each micro-batch read besides its batch, over all ranks; None where nothing was noted."""
         with decoding(f"step {index} of {self._log}"):
@@ -254,7 +260,7 @@ class LoggedTrajectory(LoggedSteps):
 
     def __init__(self, log: str | Path) -> None:
         super().__init__(log)
-        if LAYOUT not in self.reader.artifacts():
+        if LAYOUT not in self.reader.artifacts() or self.reader.manifest["record"] == "replay":
             raise LogError(
                 f"the log {log} holds no per-sample gradients, because it was recorded with record='replay'; attribute it "
                 "with its model and data, or record with record='gradients' or 'both'."

@@ -38,7 +38,7 @@ class GateLater(Classifier):
 
 
 def record(module: L.LightningModule, path: Path, **options: Any) -> None:
-    fit(module, loader(TRAIN), InfluenceCallback(path / "log"), max_epochs=2, **options)
+    fit(module, loader(TRAIN), InfluenceCallback(path / "log", record="gradients"), max_epochs=2, **options)
 
 
 def select(module: L.LightningModule, path: Path, **options: Any) -> None:
@@ -63,7 +63,7 @@ def test_each_process_looks_at_its_own_gradients(tmp_path: Path) -> None:
 
 
 def test_what_is_not_verified_is_not_refused(tmp_path: Path) -> None:
-    fit(GateLater(), loader(TRAIN), InfluenceCallback(tmp_path, verify=False), max_epochs=2)
+    fit(GateLater(), loader(TRAIN), InfluenceCallback(tmp_path, verify=False, record="gradients"), max_epochs=2)
 
 
 def test_a_gradient_that_is_rounding_noise_is_no_disagreement(tmp_path: Path) -> None:

@@ -164,7 +164,7 @@ def test_an_exception_leaves_a_module_without_hooks_and_a_log_of_its_steps(
 ) -> None:
     module, batches = Raises(), loader(TRAIN, BATCH)
     module.error = error
-    sampler, trainer = batches.batch_sampler, trainer_of(InfluenceCallback(tmp_path))
+    sampler, trainer = batches.batch_sampler, trainer_of(InfluenceCallback(tmp_path, record="gradients"))
     with pytest.raises(error if error is not KeyboardInterrupt else SystemExit):
         trainer.fit(module, batches)
     assert hooks_of(module) == 0
@@ -175,7 +175,7 @@ def test_an_exception_leaves_a_module_without_hooks_and_a_log_of_its_steps(
 
 
 def test_fit_twice(tmp_path: Path) -> None:
-    module, callback = Classifier(), InfluenceCallback(tmp_path, existing="resume")
+    module, callback = Classifier(), InfluenceCallback(tmp_path, existing="resume", record="gradients")
     trainer = trainer_of(callback)
     trainer.fit(module, loader(TRAIN, BATCH))
     assert len(LoggedTrajectory(tmp_path)) == 9
@@ -183,8 +183,10 @@ def test_fit_twice(tmp_path: Path) -> None:
     trainer.fit(module, loader(TRAIN, BATCH))
     assert len(LoggedTrajectory(tmp_path)) == 18
     with pytest.raises(LogError, match="already holds a log of 18 steps"):
-        trainer_of(InfluenceCallback(tmp_path)).fit(Classifier(), loader(TRAIN, BATCH))
-    trainer_of(InfluenceCallback(tmp_path, existing="overwrite")).fit(Classifier(), loader(TRAIN, BATCH))
+        trainer_of(InfluenceCallback(tmp_path, record="gradients")).fit(Classifier(), loader(TRAIN, BATCH))
+    trainer_of(InfluenceCallback(tmp_path, existing="overwrite", record="gradients")).fit(
+        Classifier(), loader(TRAIN, BATCH)
+    )
     assert len(LoggedTrajectory(tmp_path)) == 9
 
 
@@ -193,7 +195,7 @@ def test_validate_test_and_predict_record_nothing(tmp_path: Path) -> None:
         def test_step(self, batch: Any, batch_idx: int) -> None:
             self.validation_step(batch, batch_idx)
 
-    module, trainer = Whole(), trainer_of(InfluenceCallback(tmp_path / "log"))
+    module, trainer = Whole(), trainer_of(InfluenceCallback(tmp_path / "log", record="gradients"))
     for verb in (trainer.validate, trainer.test):
         verb(module, DataLoader(VAL, 8), verbose=False)
     assert not (tmp_path / "log").exists()
@@ -209,7 +211,9 @@ def test_the_learning_rate_finder_before_fit(tmp_path: Path) -> None:
 
     module = Tunable()
     trainer = trainer_of(
-        InfluenceCallback(tmp_path / "log", existing="overwrite"), default_root_dir=tmp_path, enable_checkpointing=True
+        InfluenceCallback(tmp_path / "log", existing="overwrite", record="gradients"),
+        default_root_dir=tmp_path,
+        enable_checkpointing=True,
     )
     Tuner(trainer).lr_find(module, loader(TRAIN, BATCH), num_training=20)
     assert hooks_of(module) == 0
@@ -221,7 +225,7 @@ def test_the_learning_rate_finder_before_fit(tmp_path: Path) -> None:
 
 def test_two_callbacks_write_two_logs(tmp_path: Path) -> None:
     callbacks = [
-        InfluenceCallback(tmp_path / "full", compression="full"),
+        InfluenceCallback(tmp_path / "full", compression="full", record="gradients"),
         InfluenceCallback(tmp_path / "replay", record="replay"),
     ]
     module = Classifier()

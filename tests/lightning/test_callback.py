@@ -61,7 +61,14 @@ def test_log_holds_what_the_optimizer_consumed(name: str, tmp_path: Path) -> Non
     tolerance = 2e-2 if name == "bf16" else 1e-5
     module, witness = Classifier(two_groups), Witness()
     data = digits(200)
-    fit(module, loader(data, 24), InfluenceCallback(tmp_path / "log"), witness, max_epochs=2, **options)
+    fit(
+        module,
+        loader(data, 24),
+        InfluenceCallback(tmp_path / "log", record="gradients"),
+        witness,
+        max_epochs=2,
+        **options,
+    )
     run = LoggedTrajectory(tmp_path / "log")
     assert len(run) == len(witness.consumed) > 5
     for t in range(len(run)):
@@ -82,7 +89,13 @@ def test_log_holds_what_the_optimizer_consumed(name: str, tmp_path: Path) -> Non
 
 def test_shares_are_the_per_sample_gradients(tmp_path: Path) -> None:
     module, witness = Classifier(), Witness()
-    fit(module, loader(digits(100), 16), InfluenceCallback(tmp_path / "log"), witness, precision="64-true")
+    fit(
+        module,
+        loader(digits(100), 16),
+        InfluenceCallback(tmp_path / "log", record="gradients"),
+        witness,
+        precision="64-true",
+    )
     run = LoggedTrajectory(tmp_path / "log")
 
     def loss(parameters: Any, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
@@ -106,7 +119,7 @@ def test_training_is_bitwise_the_run_without_the_callback(tmp_path: Path) -> Non
     L.seed_everything(1)
     data = DataLoader(digits(150), 16, shuffle=True)
     sampler = data.batch_sampler
-    fit(logged, data, InfluenceCallback(tmp_path / "log"), **options)
+    fit(logged, data, InfluenceCallback(tmp_path / "log", record="gradients"), **options)
     assert all(torch.equal(a, b) for a, b in zip(plain.parameters(), logged.parameters(), strict=True))
     assert data.batch_sampler is sampler
     assert dict(logged.named_modules()) == before
@@ -120,7 +133,7 @@ def test_sample_ids_under_workers(workers: int, persistent: bool, tmp_path: Path
         pytest.skip("persistence is the workers'")
     data, witness = digits(70), Witness()
     batches = DataLoader(data, 16, shuffle=True, num_workers=workers, persistent_workers=persistent)
-    fit(Classifier(), batches, InfluenceCallback(tmp_path / "log"), witness, max_epochs=3)
+    fit(Classifier(), batches, InfluenceCallback(tmp_path / "log", record="gradients"), witness, max_epochs=3)
     run = LoggedTrajectory(tmp_path / "log")
     assert len(run) == 15 and len(run.record(4).sample_ids) == 70 - 4 * 16
     for t in range(15):
@@ -140,14 +153,26 @@ class Streaming(Classifier):
 
 def test_an_iterable_dataset_needs_ids(tmp_path: Path) -> None:
     with pytest.raises(ConfigurationError, match="iterable dataset.*sample_ids"):
-        fit(Streaming(), DataLoader(Stream(), 16), InfluenceCallback(tmp_path / "log"))
+        fit(Streaming(), DataLoader(Stream(), 16), InfluenceCallback(tmp_path / "log", record="gradients"))
     for number, source in enumerate(["id", lambda batch: batch["id"]]):
-        fit(Streaming(), DataLoader(Stream(), 16), InfluenceCallback(tmp_path / f"{number}", sample_ids=source))
+        fit(
+            Streaming(),
+            DataLoader(Stream(), 16),
+            InfluenceCallback(tmp_path / f"{number}", sample_ids=source, record="gradients"),
+        )
         assert LoggedTrajectory(tmp_path / f"{number}").record(1).sample_ids.tolist() == list(range(1016, 1032))
     with pytest.raises(ConfigurationError, match="no such key, but .*'id'"):
-        fit(Streaming(), DataLoader(Stream(), 16), InfluenceCallback(tmp_path / "key", sample_ids="index"))
+        fit(
+            Streaming(),
+            DataLoader(Stream(), 16),
+            InfluenceCallback(tmp_path / "key", sample_ids="index", record="gradients"),
+        )
     with pytest.raises(ConfigurationError, match="one integer per sample"):
-        fit(Streaming(), DataLoader(Stream(), 16), InfluenceCallback(tmp_path / "x", sample_ids=lambda b: b["x"]))
+        fit(
+            Streaming(),
+            DataLoader(Stream(), 16),
+            InfluenceCallback(tmp_path / "x", sample_ids=lambda b: b["x"], record="gradients"),
+        )
 
 
 class Manual(Classifier):
@@ -171,7 +196,11 @@ def two_optimizers(module: Classifier) -> Any:
 
 def test_bad_runs_are_refused(tmp_path: Path) -> None:
     def run(module: Classifier) -> None:
-        fit(module, loader(digits(100)), InfluenceCallback(tmp_path / "log", existing="overwrite", on_error="raise"))
+        fit(
+            module,
+            loader(digits(100)),
+            InfluenceCallback(tmp_path / "log", existing="overwrite", on_error="raise", record="gradients"),
+        )
 
     with pytest.raises(ConfigurationError, match="manual optimization"):
         run(Manual())
@@ -185,7 +214,7 @@ def test_bad_runs_are_refused(tmp_path: Path) -> None:
 
 
 def test_one_pattern_is_a_pattern(tmp_path: Path) -> None:
-    fit(Classifier(), loader(digits(32)), InfluenceCallback(tmp_path / "log", exclude="net.0.*"))
+    fit(Classifier(), loader(digits(32)), InfluenceCallback(tmp_path / "log", exclude="net.0.*", record="gradients"))
     assert "net.0.weight" not in LoggedTrajectory(tmp_path / "log").sizes
     assert "net.2.weight" in LoggedTrajectory(tmp_path / "log").sizes
 
@@ -211,7 +240,7 @@ class NoSteps(L.Callback):
 def test_a_report_that_cannot_be_made_is_refused_before_training(
     val: Any, options: dict[str, Any], says: str, tmp_path: Path
 ) -> None:
-    report = InfluenceCallback(tmp_path / "log", report=True)
+    report = InfluenceCallback(tmp_path / "log", report=True, record="gradients")
     with pytest.raises(ConfigurationError, match=says):
         fit(Classifier(), loader(digits(32)), report, NoSteps(), val=val, **options)
     assert not (tmp_path / "log").exists()
@@ -219,7 +248,7 @@ def test_a_report_that_cannot_be_made_is_refused_before_training(
 
 @pytest.mark.parametrize("val", [DataLoader(digits(4), 2), [DataLoader(digits(4), 2)], {"a": DataLoader(digits(4), 2)}])
 def test_a_report_needs_no_validation_run(val: Any, tmp_path: Path) -> None:
-    report = InfluenceCallback(tmp_path / "log", report=True)
+    report = InfluenceCallback(tmp_path / "log", report=True, record="gradients")
     options = {"num_sanity_val_steps": 0, "check_val_every_n_epoch": 5}
     (tmp_path / "log").mkdir()
     (tmp_path / "precious").write_text("precious")
@@ -302,16 +331,16 @@ def test_a_log_written_anew_is_the_log(tmp_path: Path, pristine: tuple[Classifie
 
 
 def test_a_log_is_not_overwritten_silently(tmp_path: Path) -> None:
-    fit(Classifier(), loader(digits(50)), InfluenceCallback(tmp_path / "log"))
+    fit(Classifier(), loader(digits(50)), InfluenceCallback(tmp_path / "log", record="gradients"))
     with pytest.raises(LogError, match="4 steps"):
-        fit(Classifier(), loader(digits(50)), InfluenceCallback(tmp_path / "log"))
+        fit(Classifier(), loader(digits(50)), InfluenceCallback(tmp_path / "log", record="gradients"))
     assert len(LoggedTrajectory(tmp_path / "log")) == 4
 
 
 def test_bad_logs_and_queries_are_refused(tmp_path: Path) -> None:
     train, val = split_digits(64, 8)
     module, queries = Classifier(), DataLoader(val, 4)
-    fit(module, loader(train), InfluenceCallback(tmp_path / "log"))
+    fit(module, loader(train), InfluenceCallback(tmp_path / "log", record="gradients"))
     with pytest.raises(LogError, match="no such directory|not a log|does not exist"):
         attribute(tmp_path / "nowhere", queries=queries, model=module)
     (tmp_path / "empty").mkdir()

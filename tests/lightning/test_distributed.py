@@ -90,7 +90,7 @@ def test_two_processes_score_as_one(case: str, response: str, tmp_path: Path) ->
 
 @pytest.mark.parametrize("compression", ["auto", "factored", "mask"])
 def test_shards_merge_into_the_averaged_gradient(compression: Any, tmp_path: Path) -> None:
-    callback = InfluenceCallback(tmp_path, compression=compression, mask_size=50)
+    callback = InfluenceCallback(tmp_path, compression=compression, mask_size=50, record="gradients")
     together(Classifier(), callback, accumulate_grad_batches=2)
     run = LoggedTrajectory(tmp_path)
     seen = torch.cat([run.record(t).sample_ids for t in range(len(run))])
@@ -112,23 +112,23 @@ def test_recording_leaves_training_as_it_was(tmp_path: Path) -> None:
 
 
 def test_a_log_of_more_processes_is_overwritten_whole(tmp_path: Path) -> None:
-    together(Classifier(), InfluenceCallback(tmp_path))
-    fit(Classifier(), DataLoader(TRAIN, 8), InfluenceCallback(tmp_path, existing="overwrite"))
+    together(Classifier(), InfluenceCallback(tmp_path, record="gradients"))
+    fit(Classifier(), DataLoader(TRAIN, 8), InfluenceCallback(tmp_path, existing="overwrite", record="gradients"))
     run = LoggedTrajectory(tmp_path)
     assert run.reader.ranks == 1
     assert len(run) == N // 8
 
 
 def test_an_existing_log_stops_every_process(tmp_path: Path) -> None:
-    fit(Classifier(), DataLoader(TRAIN, 8), InfluenceCallback(tmp_path))
+    fit(Classifier(), DataLoader(TRAIN, 8), InfluenceCallback(tmp_path, record="gradients"))
     with pytest.raises(Exception, match="already holds a log of 12 steps"):
-        together(Classifier(), InfluenceCallback(tmp_path))
+        together(Classifier(), InfluenceCallback(tmp_path, record="gradients"))
 
 
 def test_a_resumed_log_keeps_its_processes(tmp_path: Path) -> None:
-    fit(Classifier(), DataLoader(TRAIN, 8), InfluenceCallback(tmp_path))
+    fit(Classifier(), DataLoader(TRAIN, 8), InfluenceCallback(tmp_path, record="gradients"))
     with pytest.raises(Exception, match="recorded with ranks=1 and cannot go on with 2"):
-        together(Classifier(), InfluenceCallback(tmp_path, existing="resume"))
+        together(Classifier(), InfluenceCallback(tmp_path, existing="resume", record="gradients"))
 
 
 def cut(log: Path, rank: int, *, lines: int) -> None:
@@ -137,7 +137,7 @@ def cut(log: Path, rank: int, *, lines: int) -> None:
 
 
 def test_a_process_that_is_missing_is_never_a_shorter_answer(tmp_path: Path) -> None:
-    together(module := Classifier(), InfluenceCallback(tmp_path / "log"))
+    together(module := Classifier(), InfluenceCallback(tmp_path / "log", record="gradients"))
     for name in ("cut", "missing"):
         shutil.copytree(tmp_path / "log", tmp_path / name)
     cut(tmp_path / "cut", 1, lines=1)
@@ -149,11 +149,11 @@ def test_a_process_that_is_missing_is_never_a_shorter_answer(tmp_path: Path) -> 
 
 
 def test_a_killed_run_is_read_up_to_where_every_process_came_and_goes_on_from_there(tmp_path: Path) -> None:
-    together(Classifier(), InfluenceCallback(tmp_path))
+    together(Classifier(), InfluenceCallback(tmp_path, record="gradients"))
     cut(tmp_path, 0, lines=1)  # what says that the run ended
     cut(tmp_path, 1, lines=2)
     assert len(LoggedTrajectory(tmp_path)) == N // LOCAL // PROCESSES - 2
-    together(Classifier(), InfluenceCallback(tmp_path, existing="resume"))
+    together(Classifier(), InfluenceCallback(tmp_path, existing="resume", record="gradients"))
     run = LoggedTrajectory(tmp_path)
     assert len(run) == 2 * (N // LOCAL // PROCESSES) - 2
     assert all(len(run.record(t).sample_ids) == PROCESSES * LOCAL for t in range(len(run)))
@@ -161,7 +161,7 @@ def test_a_killed_run_is_read_up_to_where_every_process_came_and_goes_on_from_th
 
 def test_report_of_two_processes(tmp_path: Path) -> None:
     loaders = DataLoader(TRAIN, LOCAL), DataLoader(QUERIES, 6)
-    callback = InfluenceCallback(tmp_path, report=True)
+    callback = InfluenceCallback(tmp_path, report=True, record="gradients")
     fit(Classifier(), loaders[0], callback, val=loaders[1], strategy="ddp_fork", devices=PROCESSES)
     report = InfluenceReport.load(tmp_path / "report.safetensors")
     assert callback.report is not None and torch.equal(callback.report.scores, report.scores)
@@ -172,7 +172,7 @@ def test_report_of_two_processes(tmp_path: Path) -> None:
 @pytest.mark.parametrize("val", [DataLoader(QUERIES, 2), DataLoader(QUERIES, 2, sampler=[5, 0, 3, 1, 2])])
 def test_a_report_of_two_processes_is_about_the_whole_validation_set(val: Any, tmp_path: Path) -> None:
     """Six examples dealt out to two processes, and five, one of which both get."""
-    module, callback = Classifier(), InfluenceCallback(tmp_path, report=True)
+    module, callback = Classifier(), InfluenceCallback(tmp_path, report=True, record="gradients")
     fit(module, DataLoader(TRAIN, LOCAL), callback, val=val, strategy="ddp_fork", devices=PROCESSES)
     asked = [[t[list(val.sampler)] for t in QUERIES.tensors]]
     expected = attribute(tmp_path, queries=asked, model=module, target="mean", progress=False)
@@ -220,7 +220,7 @@ def test_without_a_sample_its_process_averages_over_the_rest_and_the_others_stay
         fit(module, data, *callbacks, **options)
         return torch.cat([p.detach().flatten() for p in module.parameters()])
 
-    whole = step(None, InfluenceCallback(tmp_path, compression="full"))
+    whole = step(None, InfluenceCallback(tmp_path, compression="full", record="gradients"))
     log = LoggedTrajectory(tmp_path)
     removed = removal(log.record(0), "drop")
     at = removed.sample_ids.tolist().index(3)
@@ -251,7 +251,7 @@ def test_sharded_strategies_are_refused(strategy: Any, tmp_path: Path) -> None:
     trainer = L.Trainer(accelerator="cpu", devices=1, logger=False)
     trainer._accelerator_connector.strategy = strategy()  # by its name it is accepted beside a GPU only
     with pytest.raises(ConfigurationError, match=f"{strategy.__name__}, which shards"):
-        InfluenceCallback(tmp_path).setup(trainer, Classifier(), "fit")
+        InfluenceCallback(tmp_path, record="gradients").setup(trainer, Classifier(), "fit")
 
 
 # -- selection ---------------------------------------------------------------------------------------------

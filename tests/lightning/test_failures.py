@@ -121,7 +121,13 @@ def plain_net() -> nn.Module:
 def test_on_error_raise_ends_the_run(failure: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     fails = AtStep(5, lambda: PATCHES[failure](monkeypatch, tmp_path / "log"))
     with pytest.raises((RuntimeError, LogError), match="it broke|No space left"):
-        fit(Classifier(), loader(TRAIN), InfluenceCallback(tmp_path / "log", on_error="raise"), fails, max_epochs=2)
+        fit(
+            Classifier(),
+            loader(TRAIN),
+            InfluenceCallback(tmp_path / "log", on_error="raise", record="gradients"),
+            fails,
+            max_epochs=2,
+        )
 
 
 @pytest.mark.parametrize(
@@ -133,9 +139,11 @@ def test_a_failure_at_the_first_step_is_raised(failure: str, tmp_path: Path, mon
             PATCHES[failure](monkeypatch, tmp_path / "log")
 
     with pytest.raises((RuntimeError, LogError), match="it broke|No space left"):
-        fit(Classifier(), loader(TRAIN), InfluenceCallback(tmp_path / "log"), Early(), max_epochs=2)
+        fit(Classifier(), loader(TRAIN), InfluenceCallback(tmp_path / "log", record="gradients"), Early(), max_epochs=2)
     monkeypatch.undo()
-    fit(Classifier(), loader(TRAIN), InfluenceCallback(tmp_path / "log"))  # nothing is in the way of the next run
+    fit(
+        Classifier(), loader(TRAIN), InfluenceCallback(tmp_path / "log", record="gradients")
+    )  # nothing is in the way of the next run
     assert len(LoggedTrajectory(tmp_path / "log")) == 4
 
 
@@ -150,7 +158,13 @@ def test_frozen_batch_norm_stays_frozen(tmp_path: Path, monkeypatch: pytest.Monk
         fails = AtStep(3, lambda name=name: name == "stopped" and monkeypatch.setattr(Recorder, "begin", broken))  # type: ignore[misc]
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            fit(module, loader(TRAIN), InfluenceCallback(tmp_path / name, frozen_batch_norm=True), fails, max_epochs=2)
+            fit(
+                module,
+                loader(TRAIN),
+                InfluenceCallback(tmp_path / name, frozen_batch_norm=True, record="gradients"),
+                fails,
+                max_epochs=2,
+            )
         ends.append(module.state_dict())
     assert all(torch.equal(ends[0][k], ends[1][k]) for k in ends[0])
 
@@ -186,7 +200,7 @@ def test_a_failure_at_the_end_never_stops_fit(
     patch(monkeypatch)
     with warnings.catch_warnings(record=True) as seen:
         warnings.simplefilter("always")
-        callback = InfluenceCallback(tmp_path / "log", report=True, on_error=on_error)
+        callback = InfluenceCallback(tmp_path / "log", report=True, on_error=on_error, record="gradients")
         recorded = run(callback, tmp_path / "recorded", Classifier(two_groups, net=plain_net()))
     assert same(plain, recorded)
     told = [str(w.message) for w in seen if f"lacks {what}:" in str(w.message) and "Traceback" in str(w.message)]
@@ -205,12 +219,24 @@ def test_a_run_that_stopped_recording_does_not_go_on_with_the_log(
     saves = ModelCheckpoint(tmp_path, every_n_train_steps=1, save_top_k=-1, filename="{step}")
     options: dict[str, Any] = {"enable_checkpointing": True}
     with pytest.warns(UserWarning, match="Recording has stopped"):
-        fit(Classifier(), loader(TRAIN), InfluenceCallback(tmp_path / "log"), fails, saves, max_epochs=2, **options)
+        fit(
+            Classifier(),
+            loader(TRAIN),
+            InfluenceCallback(tmp_path / "log", record="gradients"),
+            fails,
+            saves,
+            max_epochs=2,
+            **options,
+        )
     monkeypatch.undo()
 
     def resume(step: int) -> None:
         trainer = L.Trainer(
-            callbacks=[InfluenceCallback(tmp_path / "log")], max_epochs=2, accelerator="cpu", logger=False, **options
+            callbacks=[InfluenceCallback(tmp_path / "log", record="gradients")],
+            max_epochs=2,
+            accelerator="cpu",
+            logger=False,
+            **options,
         )
         trainer.fit(Classifier(), loader(TRAIN), ckpt_path=tmp_path / f"step={step}.ckpt")
 
@@ -227,7 +253,7 @@ def test_a_checkpoint_is_saved_also_where_the_log_cannot_be(tmp_path: Path, monk
     fails = AtStep(5, lambda: monkeypatch.setattr(store, "_replace", full))
     plain = run(None, tmp_path / "plain")
     with pytest.warns(UserWarning, match="Recording has stopped"):
-        recorded = run(InfluenceCallback(log), tmp_path / "recorded", module, fails, saves)
+        recorded = run(InfluenceCallback(log, record="gradients"), tmp_path / "recorded", module, fails, saves)
     assert same(plain, recorded) and len(list((tmp_path / "steps").glob("*.ckpt"))) == STEPS
 
 
@@ -265,15 +291,15 @@ def test_two_processes_that_could_not_begin_are_not_in_the_way_of_one(
 ) -> None:
     store.StoreWriter(tmp_path / "log", rank=1, ranks=2).close()
     store.StoreWriter(tmp_path / "log", rank=0, ranks=2).close()
-    fit(Classifier(), loader(TRAIN), InfluenceCallback(tmp_path / "log"))
+    fit(Classifier(), loader(TRAIN), InfluenceCallback(tmp_path / "log", record="gradients"))
     assert len(LoggedTrajectory(tmp_path / "log")) == 4
 
 
 def test_steps_without_their_manifest_are_not_overwritten(tmp_path: Path) -> None:
-    fit(Classifier(), loader(TRAIN), InfluenceCallback(tmp_path / "log"))
+    fit(Classifier(), loader(TRAIN), InfluenceCallback(tmp_path / "log", record="gradients"))
     (tmp_path / "log" / "manifest.json").unlink()
     with pytest.raises(LogError, match="already holds a log of 4 steps, without its manifest.json"):
-        fit(Classifier(), loader(TRAIN), InfluenceCallback(tmp_path / "log"))
+        fit(Classifier(), loader(TRAIN), InfluenceCallback(tmp_path / "log", record="gradients"))
 
 
 def test_a_path_that_is_not_utf8_is_refused_at_the_start(tmp_path: Path) -> None:
@@ -286,7 +312,7 @@ def test_a_path_that_is_not_utf8_is_refused_at_the_start(tmp_path: Path) -> None
 
 def test_paths_of_any_language_work(tmp_path: Path) -> None:
     log = tmp_path / "журнал 日志 é"
-    fit(Classifier(), loader(TRAIN), InfluenceCallback(log, report=True), val=DataLoader(VAL, 4))
+    fit(Classifier(), loader(TRAIN), InfluenceCallback(log, report=True, record="gradients"), val=DataLoader(VAL, 4))
     assert (log / "report.html").exists()
 
 

@@ -186,7 +186,7 @@ def test_a_log_does_not_go_on_from_the_checkpoint_of_another(tmp_path: Path) -> 
 
 
 def test_a_resume_that_fails_leaves_nothing_behind(tmp_path: Path) -> None:
-    fit(Classifier(), loader(digits(64)), InfluenceCallback(tmp_path))
+    fit(Classifier(), loader(digits(64)), InfluenceCallback(tmp_path, record="gradients"))
     index = tmp_path / "rank-0" / "index.jsonl"
     whole = index.read_bytes()
     shard = tmp_path / "rank-0" / "step-00000000.safetensors"
@@ -194,20 +194,24 @@ def test_a_resume_that_fails_leaves_nothing_behind(tmp_path: Path) -> None:
     for path, content in ((index, b"x" + whole), (shard, b"")):
         path.write_bytes(content)
         with pytest.raises(LogCorrupted) as raised:
-            fit(module, loader(digits(64)), InfluenceCallback(tmp_path, existing="resume"))
+            fit(module, loader(digits(64)), InfluenceCallback(tmp_path, existing="resume", record="gradients"))
         assert not any(m._forward_hooks or m._forward_pre_hooks or m._backward_hooks for m in module.modules())
         index.write_bytes(whole)
-    fit(module, loader(digits(64)), InfluenceCallback(tmp_path, existing="overwrite"))
+    fit(module, loader(digits(64)), InfluenceCallback(tmp_path, existing="overwrite", record="gradients"))
     assert len(StoreReader(tmp_path)) == 4
     del raised  # its traceback held the writer
 
 
 def test_a_log_goes_on_only_as_it_began(tmp_path: Path) -> None:
-    fit(Classifier(), loader(digits(32)), InfluenceCallback(tmp_path, compression="mask", mask_size=50))
-    other = InfluenceCallback(tmp_path, compression="mask", mask_size=60, existing="resume")
+    fit(
+        Classifier(),
+        loader(digits(32)),
+        InfluenceCallback(tmp_path, compression="mask", mask_size=50, record="gradients"),
+    )
+    other = InfluenceCallback(tmp_path, compression="mask", mask_size=60, existing="resume", record="gradients")
     with pytest.raises(ConfigurationError, match="recorded with mask="):
         fit(Classifier(), loader(digits(32)), other)
-    again = InfluenceCallback(tmp_path, compression="mask", mask_size=50, existing="resume")
+    again = InfluenceCallback(tmp_path, compression="mask", mask_size=50, existing="resume", record="gradients")
     fit(Classifier(), loader(digits(32)), again)
     assert len(LoggedTrajectory(tmp_path)) == 4
 

@@ -21,7 +21,13 @@ def logged(tmp_path: Path, name: str = "log", compression: str = "auto", **optio
     precision = options.get("precision", "32-true")
     train, val = split_digits(96, 10)
     module = Classifier()
-    fit(module, loader(train), InfluenceCallback(tmp_path / name, compression=compression), max_epochs=2, **options)
+    fit(
+        module,
+        loader(train),
+        InfluenceCallback(tmp_path / name, compression=compression, record="gradients"),
+        max_epochs=2,
+        **options,
+    )
     queries = DataLoader(val, 4)
     if precision == "64-true":
         queries = [(x.double(), y) for x, y in queries]
@@ -99,7 +105,9 @@ def test_float32_ranks_like_float64(tmp_path: Path) -> None:
 def test_mask_sees_its_share_and_says_so(tmp_path: Path) -> None:
     train, val = split_digits(96, 10)
     module = Classifier()
-    fit(module, loader(train), InfluenceCallback(tmp_path / "log", compression="mask", mask_size=40))
+    fit(
+        module, loader(train), InfluenceCallback(tmp_path / "log", compression="mask", mask_size=40, record="gradients")
+    )
     report = attribute(tmp_path / "log", queries=DataLoader(val, 10), model=module)
     seen = 40 * 3 + 16 + 16 + 10
     assert report.metadata["coverage"]["kept"] <= seen

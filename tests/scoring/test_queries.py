@@ -45,9 +45,12 @@ class Shifted(Data):
 def test_every_form_gives_the_same_scores(tmp_path: Path) -> None:
     data, module = Data(), Classifier()
     trainer_options: dict[str, Any] = {"logger": False, "enable_checkpointing": False, "limit_val_batches": 0}
-    L.Trainer(max_epochs=1, accelerator="cpu", callbacks=[InfluenceCallback(tmp_path / "log")], **trainer_options).fit(
-        module, data
-    )
+    L.Trainer(
+        max_epochs=1,
+        accelerator="cpu",
+        callbacks=[InfluenceCallback(tmp_path / "log", record="gradients")],
+        **trainer_options,
+    ).fit(module, data)
     batches = list(data.val_dataloader())
     expected = attribute(tmp_path / "log", queries=batches, model=module).scores
     for queries in (data, data.val_dataloader, data.val_dataloader(), data.val):
@@ -65,7 +68,7 @@ def test_every_form_gives_the_same_scores(tmp_path: Path) -> None:
 )
 def test_what_is_no_queries_is_named(queries: Any, told: str, tmp_path: Path) -> None:
     module = Classifier()
-    fit(module, loader(digits(16), 8), InfluenceCallback(tmp_path / "log"))
+    fit(module, loader(digits(16), 8), InfluenceCallback(tmp_path / "log", record="gradients"))
     with pytest.raises(ConfigurationError, match=told):
         attribute(tmp_path / "log", queries=queries, model=module)
 

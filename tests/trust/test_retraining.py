@@ -33,13 +33,25 @@ def parameters(module: torch.nn.Module) -> torch.Tensor:
 def test_the_run_again_is_bitwise_lightning_s(options: dict[str, float], tmp_path: Path) -> None:
     """Two groups, a cosine schedule per step, a short last window."""
     module = Classifier(two_groups)
-    fit(module, loader(digits(110), 24), InfluenceCallback(tmp_path / "log"), max_epochs=2, **options)
+    fit(
+        module,
+        loader(digits(110), 24),
+        InfluenceCallback(tmp_path / "log", record="gradients"),
+        max_epochs=2,
+        **options,
+    )
     run = recorded_run(tmp_path / "log", lambda: Classifier(two_groups), digits(110))
     assert torch.equal(parameters(retrain(run)), parameters(module))
 
 
 def small_run(tmp_path: Path, **options):  # type: ignore[no-untyped-def]
-    fit(Classifier(two_groups), loader(digits(30), 8), InfluenceCallback(tmp_path / "log"), max_epochs=2, **options)
+    fit(
+        Classifier(two_groups),
+        loader(digits(30), 8),
+        InfluenceCallback(tmp_path / "log", record="gradients"),
+        max_epochs=2,
+        **options,
+    )
     return recorded_run(tmp_path / "log", lambda: Classifier(two_groups), digits(30))
 
 
@@ -112,7 +124,12 @@ def test_scheduled_momentum_comes_back(tmp_path: Path) -> None:
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
     module = Classifier(one_cycle)
-    fit(module, loader(digits(50), 8), InfluenceCallback(tmp_path / "log"), accumulate_grad_batches=3)
+    fit(
+        module,
+        loader(digits(50), 8),
+        InfluenceCallback(tmp_path / "log", record="gradients"),
+        accumulate_grad_batches=3,
+    )
     run = recorded_run(tmp_path / "log", lambda: Classifier(one_cycle), digits(50))
     assert len({step.hyper["net.0.bias"]["beta1"] for step in run.steps}) == len(run.steps)
     assert torch.equal(parameters(retrain(run)), parameters(module))
@@ -164,7 +181,7 @@ def test_dropout_is_reseeded_step_by_step(tmp_path: Path) -> None:
         module.load_state_dict(initial)
         return module
 
-    fit(make_module(), loader(digits(30), 8), InfluenceCallback(tmp_path / "log"))
+    fit(make_module(), loader(digits(30), 8), InfluenceCallback(tmp_path / "log", record="gradients"))
     run = recorded_run(tmp_path / "log", make_module, digits(30), seed=3)
     first, again = retrain(run), retrain(run)
     other = retrain(replace(run, seed=4))
