@@ -5,8 +5,10 @@ from lightning_influence.lightning.callback import InfluenceCallback
 from lightning_influence.lightning.datamodule import SelectionDataModule
 from lightning_influence.lightning.tuning import tune_horizon
 from lightning_influence.report import InfluenceReport
+from lightning_influence.report.comparison import compare
 from lightning_influence.scoring.attribution import attribute
 from lightning_influence.scoring.tokens import token_scores
+from lightning_influence.trust.cleaning import clean
 from lightning_influence.trust.dynamics import suspects, training_dynamics
 from lightning_influence.trust.error_proxy import error_proxy
 from lightning_influence.trust.faithfulness import check_faithfulness
@@ -20,6 +22,8 @@ __all__ = [
     "SelectionDataModule",
     "attribute",
     "check_faithfulness",
+    "clean",
+    "compare",
     "error_proxy",
     "suspects",
     "token_scores",

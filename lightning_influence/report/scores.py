@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor
@@ -168,6 +168,23 @@ class Scores:
         ).sort_values("suspicion", ascending=False, kind="stable")
         table = table[table.suspicion > 0] if k is None else table.head(k)
         return table.reset_index(drop=True)
+
+    def select(self, k: int | None = None, *, by: Literal["harm", "suspicion"] = "harm") -> list[int]:
+        """Ids of the samples that might be left out, the worst first.
+
+        Args:
+            k: how many; None for all that harm.
+            by: ``"harm"`` to the queries on average, or ``"suspicion"`` as of `suspects`.
+
+        Raises:
+            ConfigurationError: another criterion.
+        """
+        if by not in ("harm", "suspicion"):
+            raise ConfigurationError(f"by={by!r}; choose one of harm, suspicion")
+        if by == "suspicion":
+            return self.suspects(k).sample_id.tolist()  # type: ignore[no-any-return]
+        ranked = self._ranked(None).iloc[::-1]
+        return (ranked[ranked.score < 0] if k is None else ranked.head(k)).sample_id.tolist()  # type: ignore[no-any-return]
 
     def save(self, path: str | Path) -> None:
         """Write the report to one safetensors file, which `load` reads.

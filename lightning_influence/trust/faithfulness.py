@@ -205,7 +205,7 @@ def check_faithfulness(
         )
         for name, options in estimators.items()
     }  # fmt: skip
-    initial = make_model or _initialisation(log, model)
+    initial = make_model or initialisation(log, model)
     prepare = partial(prepared, datamodule=source.datamodule, precision=precision)
     options = {"collate": source.collate, "dtype": dtype, "seed": seed, "prepare": prepare}
     run = recorded_run(log, initial, source.dataset, **options)
@@ -267,7 +267,7 @@ def _key(removal: Removal) -> str:
     return json.dumps(sorted(removal) if isinstance(removal, frozenset) else removal)
 
 
-def _initialisation(log: str | Path, model: LightningModule) -> Callable[[], LightningModule]:
+def initialisation(log: str | Path, model: LightningModule) -> Callable[[], LightningModule]:
     """The module at the run's first snapshot."""
     steps = LoggedSteps(log)
     if steps.reader.manifest["record"] == "gradients":

@@ -1,0 +1,144 @@
+"""From suspects to a better data set: leave samples out, train again, and say what changed beside what was predicted."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from lightning import LightningModule
+from torch import Tensor
+
+from lightning_influence.errors import ConfigurationError
+from lightning_influence.log.steps import LoggedSteps
+from lightning_influence.report.tables import in_notebook
+from lightning_influence.run.batches import batch_size
+from lightning_influence.run.data import TrainingData
+from lightning_influence.run.tap import LossTap
+from lightning_influence.run.training_step import prepared, training_loss
+from lightning_influence.scoring.attribution import attribute
+from lightning_influence.scoring.queries import Queries, query_losses
+from lightning_influence.scoring.query_loss import QueryLoss
+from lightning_influence.trust.dynamics import suspects
+from lightning_influence.trust.faithfulness import initialisation
+from lightning_influence.trust.retraining import recorded_run, retrain
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+
+@dataclass(frozen=True, repr=False)
+class Cleaning:
+    """What leaving samples out did.
+
+    Attributes:
+        removed: sample ids.
+        predicted: ``(n_queries,)``, the predicted change of every query's loss.
+        before, after: ``(n_queries,)``, losses of the queries after training with and without the samples; None after a dry run.
+        accuracy: share of the queries whose label is the most probable class, before and after; None where the loss is not one
+            over classes.
+        model: trained without the samples.
+    """
+
+    removed: Sequence[int]
+    predicted: Tensor
+    before: Tensor | None = None
+    after: Tensor | None = None
+    accuracy: tuple[float, float] | None = None
+    model: LightningModule | None = None
+
+    def to_pandas(self) -> pd.DataFrame:
+        """One row: samples removed, mean loss and accuracy before and after, measured and predicted change of the loss."""
+        import pandas as pd
+
+        row: dict[str, Any] = {"removed": len(self.removed), "predicted_change": float(self.predicted.mean())}
+        if self.before is not None and self.after is not None:
+            before, after = float(self.before.mean()), float(self.after.mean())
+            row |= {"change": after - before, "loss_before": before, "loss_after": after}
+        if self.accuracy is not None:
+            row |= {"accuracy_before": self.accuracy[0], "accuracy_after": self.accuracy[1]}
+        return pd.DataFrame([row])
+
+    def __repr__(self) -> str:
+        row = self.to_pandas().iloc[0].to_dict()
+        told = ", ".join(f"{name} {value:.4g}" for name, value in row.items() if name != "removed")
+        return f"Cleaning({len(self.removed)} samples removed; {told})"
+
+    def _repr_html_(self) -> str:
+        return in_notebook(repr(self), self.to_pandas())
+
+
+def clean(
+    log: str | Path,
+    *,
+    queries: Any,
+    model: LightningModule,
+    data: Any,
+    samples: Sequence[int] | None = None,
+    k: int | None = None,
+    dry_run: bool = False,
+    query_loss: QueryLoss | None = None,
+    make_model: Callable[[], LightningModule] | None = None,
+    progress: bool = True,
+) -> Cleaning:
+    """Train a recorded run again without some of its samples.
+
+    The predicted change is that of the whole set, by the optimizer's joint response to its removal.
+
+    Args:
+        log: directory written by `InfluenceCallback`, of a run that can be replayed.
+        queries: held-out data on which the two runs are compared, as of `attribute`.
+        model: as it left ``fit``.
+        data: the training data of the run: a datamodule, a loader or a dataset.
+        samples: ids to leave out (``report.select()``, say); None for the `suspects` of the log.
+        k: the number of suspects; None for all.
+        dry_run: say what would be left out and what is predicted of it, and train nothing.
+        query_loss: as of `attribute`.
+        make_model: gives the module at its initialisation; by default taken from the log's first snapshot.
+
+    Raises:
+        ConfigurationError: nothing to leave out, or samples that the run did not consume.
+    """
+    source, precision = TrainingData.of(data), str(LoggedSteps(log).reader.manifest["precision"])
+    held = Queries.of(queries, data=source, precision=precision).held()
+    removed = suspects(log, k).sample_id.tolist() if samples is None else list(samples)
+    if not removed:
+        raise ConfigurationError(
+            "there is no sample to leave out; give samples=, the ids, or k=, a number of suspects."
+        )
+    report = attribute(
+        log, queries=held, model=model, data=source, query_loss=query_loss,
+        samples=(), groups={"removed": removed}, progress=progress,
+    )  # fmt: skip
+    assert report.groups is not None
+    predicted = report.groups.scores[0]
+    if dry_run:
+        return Cleaning(removed, predicted)
+    prepare = partial(prepared, datamodule=source.datamodule, precision=precision)
+    make = make_model or initialisation(log, model)
+    run = recorded_run(log, make, source.dataset, collate=source.collate, seed=0, prepare=prepare)
+    whole, rest = retrain(run), retrain(run, removed)
+    before, after = (query_losses(m, held, query_loss) for m in (whole, rest))
+    shares = [_accuracy(m, held) for m in (whole, rest)]
+    accuracy = None if shares[0] is None or shares[1] is None else (shares[0], shares[1])
+    return Cleaning(removed, predicted, before, after, accuracy, rest)
+
+
+def _accuracy(model: LightningModule, queries: Any) -> float | None:
+    """Share of the queries whose label is the most probable class; None where the loss is not one over classes."""
+    right: list[Tensor | None] = []
+
+    def look(module: LightningModule, batch: Any) -> Tensor:
+        n = batch_size(batch)
+        with LossTap() as tap:
+            training_loss(module, batch, 0)
+        dynamics = tap.dynamics(n)
+        right.append(None if dynamics is None else dynamics.margins > 0)
+        return torch.zeros(n)
+
+    query_losses(model, queries, look)
+    found = [part for part in right if part is not None]
+    return float(torch.cat(found).float().mean()) if found and len(found) == len(right) else None

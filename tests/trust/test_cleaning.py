@@ -1,0 +1,74 @@
+"""The loop: suspects, retraining without them, and what that changed."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from modules import Classifier, digits, fit, loader
+from torch.utils.data import TensorDataset
+
+from lightning_influence import InfluenceCallback, attribute, clean, compare
+from lightning_influence.errors import ConfigurationError
+
+N, HELD = 300, 100
+
+
+def wrongly_labelled() -> tuple[TensorDataset, TensorDataset, torch.Tensor]:
+    """Digits of which a tenth has a wrong label, held-out ones, and the ids of the wrong ones."""
+    x, y = digits(N + HELD).tensors
+    wrong = torch.randperm(N, generator=torch.Generator().manual_seed(1))[: N // 10]
+    labels = y[:N].clone()
+    labels[wrong] = (labels[wrong] + 3) % 10
+    return TensorDataset(x[:N], labels), TensorDataset(x[N:], y[N:]), wrong
+
+
+def test_cleaning_lowers_the_validation_loss(tmp_path: Path) -> None:
+    train, held, wrong = wrongly_labelled()
+    module = Classifier(lambda m: torch.optim.AdamW(m.parameters(), lr=5e-3), width=24)
+    fit(module, loader(train, 20), InfluenceCallback(tmp_path, record="replay"), max_epochs=8)
+    batches = [tuple(held.tensors)]
+    options: dict[str, Any] = {"queries": batches, "model": module, "data": train, "progress": False}
+    dry = clean(tmp_path, **options, k=30, dry_run=True)
+    assert dry.after is None and len(dry.removed) == 30
+    found = clean(tmp_path, **options, k=30)
+    assert found.removed == dry.removed and torch.equal(found.predicted, dry.predicted)
+    assert len(set(found.removed) & set(wrong.tolist())) >= 15  # chance would find 3
+    assert found.before is not None and found.after is not None and found.accuracy is not None
+    assert found.after.mean() < found.before.mean()
+    assert found.predicted.mean() < 0 and found.accuracy[1] >= found.accuracy[0]
+    assert found.model is not None
+    with torch.no_grad():
+        logits = found.model.net(held.tensors[0])  # type: ignore[operator]
+    assert found.accuracy[1] == pytest.approx(float((logits.argmax(1) == held.tensors[1]).float().mean()))
+    assert "30 samples removed" in repr(found)
+    with pytest.raises(ConfigurationError, match="no sample to leave out"):
+        clean(tmp_path, **options, samples=[])
+
+
+def test_reports_select_and_compare(tmp_path: Path) -> None:
+    train, held, _ = wrongly_labelled()
+    module = Classifier(width=8)
+    fit(module, loader(train, 20), InfluenceCallback(tmp_path, record="gradients"))
+    options: dict[str, Any] = {
+        "queries": [tuple(held.tensors)],
+        "model": module,
+        "curvature": "none",
+        "progress": False,
+    }
+    report = attribute(tmp_path, **options)
+    worst = report.select(5)
+    assert worst == report.bottom(5).sample_id.tolist()
+    assert len(report.select()) == int((report.mean < 0).sum())
+    assert report.select(3, by="suspicion") == report.suspects(3).sample_id.tolist()
+    with pytest.raises(ConfigurationError, match="choose one of harm, suspicion"):
+        report.select(by="size")  # type: ignore[arg-type]
+    tangent = attribute(tmp_path, **options, response="tangent")
+    table = compare(report, tangent)
+    assert len(table) == N and table.change.abs().is_monotonic_decreasing
+    row = table.iloc[0]
+    assert row.change == pytest.approx(
+        float(tangent.mean[int(row.sample_id)] - report.mean[int(row.sample_id)]), rel=1e-4
+    )
