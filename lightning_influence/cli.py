@@ -50,6 +50,7 @@ def inspect(log: Path) -> None:
         ) from error
     told["coverage"] = f"{recorded:,} of {trained:,} trained coordinates"
     lines = "".join(f"\n  {key:12s} {value}" for key, value in told.items())
+    lines += "".join(f"\n  it lacks {what}: {why}" for what, why in reader.missing.items())
     print(_printable(f"{log}: {len(reader)} optimizer steps, {size / 1e6:.1f} MB{lines}"))
 
 

@@ -31,6 +31,7 @@ from lightning_influence.replay.removals import RemovalCheck
 from lightning_influence.replay.token_products import TokenProducts, token_products
 from lightning_influence.run.random_state import random_state
 from lightning_influence.run.training_step import placed, quiet
+from lightning_influence.run.unchanged import unchanged
 
 _TOLERANCE = 1e-2  # of a segment's movement
 _NORM_TOLERANCE = 1e-3  # of a gradient's norm
@@ -111,7 +112,7 @@ class ReplayTrajectory:
 
     def __enter__(self) -> ReplayTrajectory:
         self._open = ExitStack()
-        self._open.enter_context(_as_it_was(self.module))
+        self._open.enter_context(_tried(self.module))
         self._open.enter_context(random_state(None))
         if self._frozen_batch_norm:
             for handle in freeze_batch_norm(self.module):
@@ -322,19 +323,7 @@ _CAUSES = (
 
 
 @contextmanager
-def _as_it_was(module: LightningModule) -> Iterator[None]:
-    """Quiet, and restored afterwards: parameters, buffers, gradients and modes."""
-    values = {k: t.detach().clone() for k, t in [*module.named_parameters(), *module.named_buffers()]}
-    gradients = {k: p.grad for k, p in module.named_parameters()}
-    modes = {m: m.training for m in module.modules()}
-    try:
-        with quiet(module), torch.enable_grad():
-            yield
-    finally:
-        with torch.no_grad():
-            for k, t in [*module.named_parameters(), *module.named_buffers()]:
-                t.copy_(values[k])
-        for k, p in module.named_parameters():
-            p.grad = gradients[k]
-        for m, mode in modes.items():
-            m.training = mode
+def _tried(module: LightningModule) -> Iterator[None]:
+    """Quiet, with gradients, and as it was afterwards."""
+    with unchanged(module), quiet(module), torch.enable_grad():
+        yield
