@@ -149,6 +149,9 @@ class Rollout:
     def snapshot(self, index: int) -> State:
         return self._state
 
+    def parameters(self, index: int) -> dict[str, Tensor]:
+        return self._state.parameters
+
 
 def look_ahead(
     trainer: L.Trainer,
@@ -195,7 +198,8 @@ def look_ahead(
         removals=removals,
     ) as run:
         if options.reads_the_loss:
-            plan.weigh()
+            with run.first_run():
+                plan.weigh()
         for start in range(scored):
             stop = min(start + 1 + horizon, len(run))
             run.place(stop)
