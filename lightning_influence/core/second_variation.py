@@ -38,7 +38,7 @@ class SmoothTrajectory(Trajectory, Protocol):
         """``D3L[u, u]`` ``(k, d)`` for each of ``k`` directions ``u``."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class ErrorProxy:
     """Predicted error of first-order scores, truth minus tangent, one row per (sample, step) pair.
 
@@ -78,6 +78,9 @@ class ErrorProxy:
     def corrected(self) -> Tensor:
         """The first-order scores with their predicted error put right, ``(k, q)``: right to second order."""
         return self.tangent + self.total
+
+    def __repr__(self) -> str:
+        return f"ErrorProxy({len(self.sample_ids)} pairs x {self.tangent.shape[1]} queries)"
 
 
 def second_variation(

@@ -6,7 +6,7 @@ SGD baseline (another update rule). Its cost is linear in the number of steps (d
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -133,6 +133,17 @@ def window_length(trajectory: Trajectory, method: Method) -> int:
     """Steps that a finite response runs through, the step itself included; none for a tangent."""
     window = method.memory_window if _update(trajectory, method).moments else 0
     return min(window + 1, len(trajectory)) if method.response == "finite" else 0
+
+
+def gradient_adjoints(
+    trajectory: Trajectory, queries: Vectors, method: Method, *, first: int = 0, progress: bool = True
+) -> Iterator[tuple[int, Vectors]]:
+    """The adjoints ``(q, d)`` of the batch gradient before clipping, by parameter, from the last step back to ``first``."""
+    walk = _Walk(trajectory, method, queries)
+    steps = range(len(trajectory) - 1, first - 1, -1)
+    for index in tqdm(steps, desc="backward sweep", unit="step", delay=2, disable=not progress):
+        walk.back(index, score=False, last=index == first)
+        yield index, walk.gradient
 
 
 class _Walk:

@@ -21,8 +21,10 @@ from lightning_influence.log.format import (
     own_path,
     rank_names,
     read_index,
+    refuse_undecodable,
     told_as_log_error,
 )
+from lightning_influence.log.missing import read_missing
 from lightning_influence.log.shard import Shard
 
 
@@ -53,6 +55,11 @@ class _Manifest(dict[str, Any]):
 class StoreReader:
     """Random access to a store, one tensor at a time.
 
+    Attributes:
+        manifest: what the log is of.
+        ranks: number of processes that wrote it.
+        missing: what the run was to write and did not, and why.
+
     Raises:
         LogError: no directory, not a store, one of a newer format, or one that cannot be read.
         LogCorrupted: bytes that differ from those written; also raised by every method that reads.
@@ -60,10 +67,12 @@ class StoreReader:
 
     def __init__(self, log: str | Path) -> None:
         self._root = Path(log)
+        refuse_undecodable(self._root)
         with told_as_log_error(f"the log {self._root} cannot be read"):
             self.manifest: dict[str, Any] = self._read_manifest()
             self.ranks = self._count_ranks()
             self._ranks = [_Part(self._root / f"rank-{rank}") for rank in range(self.ranks)]
+            self.missing = {k: v for rank in self._ranks for k, v in rank.missing.items()}
         self._refuse_short_ranks()
 
     def _read_manifest(self) -> _Manifest:
@@ -159,6 +168,7 @@ class _Part:
 
     def __init__(self, directory: Path) -> None:
         self._directory = directory
+        self.missing = read_missing(own_path(directory))
         try:
             entries = read_index(own_path(directory) / INDEX)
         except FileNotFoundError as error:

@@ -44,7 +44,6 @@ class Passes:
 
     Attributes:
         half: whether a pass so far ran in half precision.
-        around: makes the context of every training step.
     """
 
     def __init__(
@@ -52,14 +51,13 @@ class Passes:
     ) -> None:
         self.module, self._autocast = module, autocast
         self.half = False
-        self.around: Callable[[], AbstractContextManager[Any]] = nullcontext
 
     def loss(self, micro_batch: PlannedMicroBatch) -> Tensor:
         """A micro-batch's part in the loss of its step, at what the module now holds."""
         set_modes(self.module, micro_batch.moment.in_eval)
         if micro_batch.random is not None:
             write_random_state(micro_batch.random)
-        with self.around(), at_moment(self.module, micro_batch.moment), self._autocast():
+        with at_moment(self.module, micro_batch.moment), self._autocast():
             self.half |= torch.is_autocast_enabled(self.module.device.type)
             loss = training_loss(self.module, micro_batch.batch, micro_batch.moment.batch_idx)
         return loss * micro_batch.factor

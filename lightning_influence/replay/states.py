@@ -7,6 +7,7 @@ that each step is evaluated once; elsewhere it is run forward, keeping its gradi
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping
 
 import torch
@@ -84,9 +85,20 @@ class States:
 
     def least(self) -> int:
         """Bytes without which no step can be looked at: the state where a part begins, the one at hand, the one that is made of
-        it, and a gradient of each of two steps.
+        it, and a gradient of each of two steps; one of each where every step has its snapshot.
         """
+        if self._longest() == 1:
+            return self._state_bytes + self._gradient_bytes
         return 3 * self._state_bytes + 2 * self._gradient_bytes
+
+    def wanted(self) -> int:
+        """Bytes with which no step is run forward more than once to find the states."""
+        return self.least() + self._longest() * self._gradient_bytes
+
+    def _longest(self) -> int:
+        """Steps between two snapshots, at most."""
+        bounds = [*self._plan.snapshots, len(self._plan)]
+        return max((b - a for a, b in itertools.pairwise(bounds)), default=1)
 
     def state(self, index: int) -> State:
         """The state before a step, or after the last."""

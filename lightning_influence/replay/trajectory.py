@@ -7,8 +7,8 @@ look-ahead, from the batches to come.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, nullcontext
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import replace
 from typing import Any, Literal
 
@@ -21,15 +21,16 @@ from lightning_influence.core.curvature import gauss_newton_product, third_deriv
 from lightning_influence.core.optimizers import coupling
 from lightning_influence.core.trajectory import Shares, StepRecord, Vectors
 from lightning_influence.errors import CurvatureUnavailable
-from lightning_influence.replay.as_it_was import AsItWas
 from lightning_influence.replay.evaluation import StepEvaluator, StoppedPaths
 from lightning_influence.replay.measured_removals import MeasuredRemovals
 from lightning_influence.replay.passes import Passes, copies
 from lightning_influence.replay.plan import Plan
 from lightning_influence.replay.removals import RemovalCheck
 from lightning_influence.replay.states import States
+from lightning_influence.replay.token_products import TokenProducts, token_products
 from lightning_influence.run.random_state import random_state
 from lightning_influence.run.training_step import placed, quiet
+from lightning_influence.run.unchanged import unchanged
 
 
 class ReplayTrajectory:
@@ -92,11 +93,8 @@ class ReplayTrajectory:
         self._frozen_batch_norm, self._at_once = frozen_batch_norm, at_once
 
     def __enter__(self) -> ReplayTrajectory:
-        self._open, was = ExitStack(), AsItWas(self.module, self._trained)
-        self._open.callback(was.restore)
-        self._open.enter_context(quiet(self.module))
-        self._open.enter_context(torch.enable_grad())
-        self.first_run = self._passes.around = was.first_run
+        self._open = ExitStack()
+        self._open.enter_context(_tried(self.module))
         self._open.enter_context(random_state(None))
         if self._frozen_batch_norm:
             for handle in freeze_batch_norm(self.module):
@@ -139,10 +137,11 @@ class ReplayTrajectory:
     def place(self, index: int) -> None:
         """Put the module where the run was before a step, or after its last one."""
         state = self.states.state(index)
-        for k, p in self._trained.items():
-            p.data = state.parameters[k]
-        for k, b in self.module.named_buffers():
-            b.data = state.buffers[k].clone()
+        with torch.no_grad():
+            for k, p in self._trained.items():
+                p.copy_(state.parameters[k])
+            for k, b in self.module.named_buffers():
+                b.copy_(state.buffers[k])
 
     def record(self, index: int) -> StepRecord:
         measured = self.states.evaluation(index).measured
@@ -202,6 +201,14 @@ class ReplayTrajectory:
         """``D3L[u, u]`` of the step's batch loss along each direction ``u``, ``(k, d)``."""
         return self._product(third_derivative, index, vectors)
 
+    def token_products(self, index: int, vectors: Vectors) -> list[TokenProducts]:
+        """What vectors ``(q, d)`` have in common with the gradient of each label's loss, for each micro-batch of a step."""
+        planned, state = self.plan.step(index), self.states.state(index)
+        return [
+            token_products(self._passes.loss_at(one, state), {k: state.parameters[k] for k in vectors}, vectors)
+            for one in planned.micro_batches
+        ]
+
     def _product(self, product: Callable[..., Vectors], index: int, vectors: Vectors) -> Vectors:
         state = self.states.state(index)
         parameters = {k: state.parameters[k] for k in vectors}
@@ -212,3 +219,10 @@ class ReplayTrajectory:
             for k, part in product(loss, parameters, here, at_once=self._at_once).items():
                 total[k] += part
         return {k: total[k].to(vectors[k]) for k in vectors}
+
+
+@contextmanager
+def _tried(module: LightningModule) -> Iterator[None]:
+    """Quiet, with gradients, and as it was afterwards."""
+    with unchanged(module), quiet(module), torch.enable_grad():
+        yield

@@ -24,6 +24,7 @@ from lightning_influence.run.lightning_names import is_a
 from lightning_influence.run.rows import relates_samples
 from lightning_influence.run.sample_ids import is_map_style
 from lightning_influence.run.training_step import parameters_at, prepared, quiet
+from lightning_influence.run.unchanged import unchanged
 from lightning_influence.scoring.query_loss import LossOfQueries, QueryLoss, shape_of
 
 Target: TypeAlias = "Literal['mean'] | Sequence[float] | Tensor | None"
@@ -300,15 +301,7 @@ def _batches(model: LightningModule, queries: Queries | Iterable[Any]) -> Iterat
 @contextmanager
 def _asked(model: LightningModule) -> Iterator[None]:
     """Evaluation mode, gradients on, logging off; everything as it was afterwards."""
-    training = {module: module.training for module in model.modules()}
-    trained = {p: p.requires_grad for p in model.parameters()}
-    model.eval()
-    model.requires_grad_(True)
-    try:
-        with quiet(model), torch.enable_grad():
-            yield
-    finally:
-        for module, mode in training.items():
-            module.training = mode
-        for p, flag in trained.items():
-            p.requires_grad_(flag)
+    with unchanged(model), quiet(model), torch.enable_grad():
+        model.eval()
+        model.requires_grad_(True)
+        yield

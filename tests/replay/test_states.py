@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from modules import Classifier, fit, loader, split_digits
-from torch import Tensor, nn
+from torch import nn
 
 from lightning_influence import InfluenceCallback
 from lightning_influence.core.scores import RowScores
@@ -86,34 +86,3 @@ def test_a_walk_that_goes_astray_is_run_forward(run: tuple[Path, Any, Any], monk
     rows, replay = swept(run, 20 * gradient_bytes(run[1]))
     assert (rows.scores - whole.scores).norm() <= 1e-6 * whole.scores.norm()
     assert not any(replay.states._ways.values())
-
-
-class Averaging(Classifier):
-    """Keeps an average of its weights in parameters that do not train, as momentum encoders do."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.average = nn.Parameter(torch.zeros_like(self.net[0].weight), requires_grad=False)
-        self.untouched = nn.Parameter(torch.zeros(3), requires_grad=False)
-
-    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
-        self.average.data.mul_(0.9).add_(self.net[0].weight.detach(), alpha=0.1)
-        return super().training_step(batch, batch_idx)
-
-
-def test_frozen_parameters_are_put_back_and_only_those_written_to_are_copied() -> None:
-    from lightning_influence.replay.as_it_was import AsItWas
-
-    module = Averaging()
-    before = {k: (p.data_ptr(), p.detach().clone()) for k, p in module.named_parameters()}
-    was = AsItWas(module, ["net.0.weight"])
-    batch = split_digits(8, 4)[0].tensors
-    for _ in range(2):
-        with was.first_run():
-            module.training_step(batch, 0)
-    assert was._copies.keys() == {"average"}
-    assert not torch.equal(module.average, before["average"][1])
-    was.restore()
-    for k, p in module.named_parameters():
-        assert p.data_ptr() == before[k][0]
-        assert torch.equal(p, before[k][1])
