@@ -121,6 +121,13 @@ class LoggedPlan:
         ordered = {k: tuple(moments.get(k, {})[i] for i in sorted(moments.get(k, {}))) for k in found["parameter"]}
         return State(found["parameter"], ordered, found["buffer"])
 
+    def parameters(self, index: int) -> dict[str, Tensor]:
+        artifact, kind = snapshot_name(index), "parameter/"
+        with decoding(f"the snapshot before step {index}"):
+            held = [n.removeprefix(kind) for n in self._reader.artifact_names(artifact) if n.startswith(kind)]
+            starts = {k: artifact if k in held else snapshot_name(start) for k, start in self._first_in.items()}
+            return {k: self._reader.artifact(a, kind + k).to(self._module.device) for k, a in starts.items()}
+
     def _batch(self, read: _Read, number: int, told: dict[str, Any], ids: list[int]) -> Any:
         module = self._module
         if "structure" in told:
