@@ -7,6 +7,7 @@ look-ahead, from the batches to come.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
@@ -22,7 +23,7 @@ from lightning_influence.core.curvature import gauss_newton_product, third_deriv
 from lightning_influence.core.optimizers import UPDATES, coupling, step
 from lightning_influence.core.removal import consumed_gradients
 from lightning_influence.core.trajectory import Clip, Shares, StepRecord, Vectors
-from lightning_influence.errors import CurvatureUnavailable, ReplayDrift
+from lightning_influence.errors import CurvatureUnavailable, InfluenceError, ReplayDrift
 from lightning_influence.replay.evaluation import Evaluation, StepEvaluator, StoppedPaths, distance
 from lightning_influence.replay.measured_removals import MeasuredRemovals
 from lightning_influence.replay.passes import Passes, copies
@@ -235,16 +236,18 @@ class ReplayTrajectory:
         steps = range(start, min(stop, len(self)))
         for index in tqdm(steps, desc="replay", unit="step", delay=2, leave=False, disable=not self._progress):
             planned = self.plan.step(index)
-            if self._size is None:
-                self._size = self._evaluator.nbytes(planned, state)
-            evaluation = self._evaluator.evaluate(planned, state)
-            record = self._record(index, planned, state, evaluation)
-            if len(segment.evaluations) * self._size <= _CACHE_BYTES:
-                segment.evaluations[index] = evaluation
-            segment.states.append(state)
-            segment.records.append(record)
-            state = self._next(record, state, evaluation.buffers)
+            with _told_at(index):
+                if self._size is None:
+                    self._size = self._evaluator.nbytes(planned, state)
+                evaluation = self._evaluator.evaluate(planned, state)
+                record = self._record(index, planned, state, evaluation)
+                if len(segment.evaluations) * self._size <= _CACHE_BYTES:
+                    segment.evaluations[index] = evaluation
+                segment.states.append(state)
+                segment.records.append(record)
+                state = self._next(record, state, evaluation.buffers)
         segment.states.append(state)
+        _refuse_not_finite(segment)
         if stop in self.plan.snapshots:
             self._check_arrival(start, stop, segment.states[0], state)
         return segment
@@ -262,6 +265,11 @@ class ReplayTrajectory:
         gradients = evaluation.gradients
         norm = float(torch.linalg.vector_norm(torch.stack([g.float().norm() for g in gradients.values()])))
         recorded = planned.clip.raw_norm
+        if recorded and not math.isfinite(norm):
+            wrong = max(gradients, key=lambda k: gradients[k].double().norm().nan_to_num(math.inf, math.inf).item())
+            raise ReplayDrift(
+                f"step {index}: the replayed gradient of {wrong} is not finite, the recorded one had norm {recorded:.6g}. {_CAUSES}"
+            )
         if recorded and abs(norm - recorded) > _NORM_TOLERANCE * recorded:
             raise ReplayDrift(
                 f"step {index}: the replayed gradient has norm {norm:.6g}, the recorded one had {recorded:.6g}. {_CAUSES}"
@@ -300,11 +308,45 @@ class ReplayTrajectory:
         missed = distance(arrived.parameters, expected)
         moved = distance(first.parameters, expected)
         self.drift[stop] = missed / max(moved, 1e-30)
-        if self.drift[stop] > _TOLERANCE:
+        if not self.drift[stop] <= _TOLERANCE:  # also where it is not a number
             raise ReplayDrift(
                 f"steps {start} to {stop - 1}: the replay misses the snapshot before step {stop} by {self.drift[stop]:.2g} of "
                 f"the way it went. {_CAUSES}"
             )
+
+
+@contextmanager
+def _told_at(index: int) -> Iterator[None]:
+    """What a module's own training step raises when it is run again, as an error that says where.
+
+    Raises:
+        ReplayDrift: in the place of what was raised, unless that is for want of memory.
+    """
+    try:
+        yield
+    except (InfluenceError, MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
+        raise ReplayDrift(f"step {index} cannot be run again ({type(error).__name__}: {error}). {_CAUSES}") from error
+
+
+def _refuse_not_finite(segment: _Segment) -> None:
+    """Parameters that are not finite after finite gradients, told at the step that made them so.
+
+    Raises:
+        ReplayDrift: there are such.
+    """
+    if not segment.records or all(math.isfinite(float(p.sum())) for p in segment.states[-1].parameters.values()):
+        return
+    for record, state in zip(segment.records, segment.states[1:], strict=True):
+        wrong = [k for k, p in state.parameters.items() if not p.isfinite().all()]
+        if wrong and math.isfinite(record.clip.raw_norm):
+            hyper = record.hyper.get(wrong[0])
+            raise ReplayDrift(
+                f"step {record.index}: the optimizer's step, replayed with {hyper}, makes {wrong[0]} not finite. {_CAUSES}"
+            )
+        if wrong:
+            return  # of a gradient that is not finite, in a run that is still to come
 
 
 _CAUSES = (

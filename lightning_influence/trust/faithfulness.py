@@ -218,7 +218,9 @@ def check_faithfulness(
     scores = {name: _predicted(report.scores, report.sample_ids, asked) for name, report in reports.items()}
     measured = dict(scores)
     if ceiling:
-        measured[CEILING] = replace(effects, run=moved_initialisation(replace(run, seed=seed + 1))).measure(CEILING)
+        measured[CEILING] = replace(effects, run=moved_initialisation(replace(run, seed=seed + 1), seed=seed)).measure(
+            CEILING
+        )
     n = len(asked) - subsets
     return Faithfulness(
         {name: compare(found[:n], truth[:n]) for name, found in measured.items()},
