@@ -78,3 +78,6 @@ class Plan(Protocol):
 
     def snapshot(self, index: int) -> State:
         """The state before a step of `snapshots`."""
+
+    def parameters(self, index: int) -> dict[str, Tensor]:
+        """Of `snapshot`, the parameters alone."""

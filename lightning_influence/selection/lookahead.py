@@ -149,6 +149,9 @@ class Rollout:
     def snapshot(self, index: int) -> State:
         return self._state
 
+    def parameters(self, index: int) -> dict[str, Tensor]:
+        return self._state.parameters
+
 
 def look_ahead(
     trainer: L.Trainer,
