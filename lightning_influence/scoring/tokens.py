@@ -12,6 +12,7 @@ from lightning import LightningModule
 from torch import Tensor
 
 from lightning_influence.core.removal import gradient_change
+from lightning_influence.core.removal_sets import RemovalSets
 from lightning_influence.core.sweep import Method, gradient_adjoints
 from lightning_influence.core.trajectory import StepRecord
 from lightning_influence.errors import ConfigurationError
@@ -64,7 +65,7 @@ def token_scores(
         raise ConfigurationError(
             "scores of tokens need the run to be replayed, and this log holds gradients alone; record with record='replay'."
         )
-    replay = {"counterfactual": counterfactual, "samples": samples, "verify": False}
+    replay = {"counterfactual": counterfactual, "sets": RemovalSets(asked.tolist()), "verify": False}
     with open_trajectory(log, model, curvature, data, progress=progress, **replay) as trajectory:
         assert isinstance(trajectory, ReplayTrajectory)
         steps = [t for t in range(len(trajectory)) if bool(torch.isin(trajectory.sample_ids(t), asked).any())]

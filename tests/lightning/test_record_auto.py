@@ -76,7 +76,7 @@ def test_the_log_answers_exactly_with_the_data_and_approximately_without(tmp_pat
         fallen_back = attribute(tmp_path, **options)
     assert fallen_back.provenance.curvature == "fisher"
     torch.testing.assert_close(fallen_back.scores, meant.scores)
-    assert (exact.scores - meant.scores).norm() > 0.01 * exact.scores.norm()
+    assert (exact.scores - meant.scores).norm() > 1e-3 * exact.scores.norm()
     correlation = torch.corrcoef(torch.stack([exact.scores[:, 0], meant.scores[:, 0]]))[0, 1]
     assert correlation > 0.8
     check = check_faithfulness(tmp_path, **options, data=TRAIN, removals=4, ceiling=False, estimators={"finite": {}})
@@ -86,7 +86,7 @@ def test_the_log_answers_exactly_with_the_data_and_approximately_without(tmp_pat
 def test_logs_of_gradients_alone_say_what_they_cost(tmp_path: Path) -> None:
     module = Classifier(width=8)
     assert recorded(module, tmp_path, record="gradients") == "gradients"
-    with pytest.warns(UserWarning, match="between 0.2 and 0.7"):
+    with pytest.warns(UserWarning, match="0.24 instead of 0.96"):
         attribute(tmp_path, queries=loader(VAL, 12), model=module, data=TRAIN, target="mean", progress=False)
 
 
