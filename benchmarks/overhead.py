@@ -52,9 +52,10 @@ NETWORKS: dict[str, tuple[Any, Callable[[], nn.Module], Callable[[], TensorDatas
 }
 VARIANTS: dict[str, dict[str, Any] | None] = {
     "plain": None,
-    "mask": {"compression": "mask"},
-    "factored": {"compression": "factored"},
-    "full": {"compression": "full"},
+    "auto": {},
+    "mask": {"compression": "mask", "record": "gradients"},
+    "factored": {"compression": "factored", "record": "gradients"},
+    "full": {"compression": "full", "record": "gradients"},
     "replay": {"record": "replay"},
 }
 

@@ -38,7 +38,13 @@ class GateLater(Classifier):
 
 
 def record(module: L.LightningModule, path: Path, **options: Any) -> None:
-    fit(module, loader(TRAIN), InfluenceCallback(path / "log", record="gradients"), max_epochs=2, **options)
+    fit(
+        module,
+        loader(TRAIN),
+        InfluenceCallback(path / "log", record="gradients", on_error="raise"),
+        max_epochs=2,
+        **options,
+    )
 
 
 def select(module: L.LightningModule, path: Path, **options: Any) -> None:
