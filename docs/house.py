@@ -16,6 +16,7 @@ FLOORS = [
     "capture",
     "log",
     "replay",
+    "live",
     "report",
     "scoring",
     "selection",

@@ -7,7 +7,6 @@ import math
 import platform
 from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, Literal
@@ -33,7 +32,7 @@ from lightning_influence.run.optimizer import update_name
 from lightning_influence.run.ranks import Ranks
 from lightning_influence.run.sample_ids import IdSource, SampleIds
 from lightning_influence.run.sample_weights import WeightSource
-from lightning_influence.run.trainer import clip_of, loss_scaler
+from lightning_influence.run.trainer import clip_of, loss_scaler, ranks_of
 from lightning_influence.scoring.attribution import attribute
 
 _PACKAGES = ("lightning-influence", "torch", "lightning", "safetensors", "transformers", "peft")
@@ -196,7 +195,7 @@ class InfluenceCallback(L.Callback):
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._close(trainer, finished=True)
         if self.writes_report:
-            Ranks.of(trainer).wait()  # until the whole log is written
+            ranks_of(trainer).wait()  # until the whole log is written
             if trainer.is_global_zero:
                 self.report = self._report(trainer, pl_module)
 
@@ -240,11 +239,9 @@ class InfluenceCallback(L.Callback):
     ) -> None:
         assert self._recorder is not None
         moment = self._live.start_batch(trainer, pl_module, batch, batch_idx)
-        ids, drawn = self._live.ids, self._live.drawn
-        assert drawn is not None
-        noted = asdict(moment) | ({} if torch.equal(ids, drawn) else {"drawn": drawn.tolist()})
-        less = None if self.record == "gradients" else self._live.recollated()
-        self._recorder.begin(batch, noted, self.sample_ids.fetched, less)
+        steps = self._live.steps
+        less = None if self.record == "gradients" else steps.recollated()
+        self._recorder.begin(batch, steps.noted(moment), self.sample_ids.fetched, less)
 
     def on_before_zero_grad(
         self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: torch.optim.Optimizer
@@ -255,12 +252,12 @@ class InfluenceCallback(L.Callback):
 
     def on_before_backward(self, trainer: L.Trainer, pl_module: L.LightningModule, loss: torch.Tensor) -> None:
         assert self._recorder is not None
-        self._recorder.observe(self._live.dynamics)
+        self._recorder.observe(self._live.steps.dynamics)
         self._live.before_backward(trainer, loss)
 
     def on_after_backward(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         assert self._recorder is not None
-        self._live.after_backward(trainer, pl_module)
+        self._live.after_backward(trainer)
         self._recorder.after_backward()
 
     def on_before_optimizer_step(

@@ -28,7 +28,7 @@ from lightning_influence.log.format import FINAL as FINAL
 from lightning_influence.log.format import decoding
 from lightning_influence.log.reader import StoreReader
 from lightning_influence.run.losses import Dynamics, joined
-from lightning_influence.run.training_step import Moment
+from lightning_influence.run.moment import Moment
 
 LAYOUT = "layout"
 MOMENTS_EVERY = 8  # steps

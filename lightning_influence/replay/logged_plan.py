@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from lightning import LightningModule
 from torch import Tensor
 
 from lightning_influence.core.optimizers import UPDATES
@@ -25,7 +24,7 @@ from lightning_influence.replay.plan import ReplayMicroBatch, ReplayStep, State
 from lightning_influence.run.batches import fingerprint, unpack_batch
 from lightning_influence.run.data import TrainingData
 from lightning_influence.run.random_state import random_state
-from lightning_influence.run.training_step import prepared
+from lightning_influence.run.task import as_task
 
 _SAME = 1e-4  # relative difference of two fingerprints of one batch
 
@@ -37,7 +36,7 @@ class LoggedPlan:
 
     Args:
         steps: the log.
-        module: whose device and batch hooks the data goes through.
+        model: a `Task`, or the `LightningModule` that was trained, which prepares the data.
         data: the training data, where batches were not stored: a `LightningDataModule`, a `DataLoader`, or a
             dataset whose samples the default collate function takes.
 
@@ -45,8 +44,8 @@ class LoggedPlan:
         CurvatureUnavailable: the log was not recorded for replay.
     """
 
-    def __init__(self, steps: LoggedSteps, module: LightningModule, data: Any = None) -> None:
-        self._steps, self._reader, self._module = steps, steps.reader, module
+    def __init__(self, steps: LoggedSteps, model: Any, data: Any = None) -> None:
+        self._steps, self._reader, self._task = steps, steps.reader, as_task(model)
         names = [name for name in self._reader.artifacts() if name.startswith(SNAPSHOT)]
         with decoding("the name of a snapshot"):
             self.snapshots = sorted(int(name.removeprefix(SNAPSHOT)) for name in names)
@@ -100,7 +99,7 @@ class LoggedPlan:
         )
 
     def snapshot(self, index: int) -> State:
-        artifact, device = snapshot_name(index), self._module.device
+        artifact, device = snapshot_name(index), self._task.device
         found: dict[str, dict[str, Tensor]] = {"parameter": {}, "buffer": {}}
         moments: dict[str, dict[int, Tensor]] = {}
         with decoding(f"the snapshot before step {index}"):
@@ -122,11 +121,10 @@ class LoggedPlan:
         return State(found["parameter"], ordered, found["buffer"])
 
     def _batch(self, read: _Read, number: int, told: dict[str, Any], ids: list[int]) -> Any:
-        module = self._module
         if "structure" in told:
             with decoding(f"a batch of step {read.index}"):
                 batch = unpack_batch(told["structure"], lambda key: read.tensor(f"batch/{number}/{key}"))
-            return module.transfer_batch_to_device(batch, module.device, 0)
+            return self._task.to_device(batch)
         if self._data.dataset is None:
             raise ConfigurationError(
                 "the log holds sample ids but not the batches; give attribute(..., data=...) the training data, or record "
@@ -149,12 +147,11 @@ class LoggedPlan:
         structures = told.get("less")
         if not structures:
             return None
-        module = self._module
 
         def stored(z: int) -> Any:
             with decoding(f"a batch of step {read.index}"):
                 batch = unpack_batch(structures[str(z)], lambda key: read.tensor(f"less/{number}/{z}/{key}"))
-            return module.transfer_batch_to_device(batch, module.device, 0)
+            return self._task.to_device(batch)
 
         return stored
 
@@ -162,7 +159,7 @@ class LoggedPlan:
         with random_state(read.generators(f"fetch/{number}/") or None):
             batch = self._data.batch(ids)
         precision = str(self._reader.manifest["precision"])
-        return prepared(self._module, batch, datamodule=self._data.datamodule, precision=precision)
+        return self._task.prepared(batch, datamodule=self._data.datamodule, precision=precision)
 
 
 @dataclass(frozen=True)

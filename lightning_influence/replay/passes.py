@@ -9,7 +9,6 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from lightning import LightningModule
 from torch import Tensor
 
 from lightning_influence.capture import GradientCapture
@@ -17,8 +16,10 @@ from lightning_influence.core.shares import Form
 from lightning_influence.core.trajectory import Vectors
 from lightning_influence.replay.plan import ReplayMicroBatch, ReplayStep, State
 from lightning_influence.replay.stopped_paths import NotedPaths, OpenPaths, StopWatch
+from lightning_influence.run.moment import set_modes
+from lightning_influence.run.parameters import placed
 from lightning_influence.run.random_state import read_random_state, write_random_state
-from lightning_influence.run.training_step import at_moment, placed, set_modes, training_loss
+from lightning_influence.run.task import Task
 
 
 @dataclass(frozen=True)
@@ -37,19 +38,18 @@ class Pass:
 
 
 class Passes:
-    """Runs a module's own training step on micro-batches, in the modes and at the moment of the run.
+    """Runs a task's loss on micro-batches, in the modes and at the moment of the run.
 
     Args:
+        task: what is trained.
         autocast: makes the context of the run's mixed precision.
 
     Attributes:
         half: whether a pass so far ran in half precision.
     """
 
-    def __init__(
-        self, module: LightningModule, autocast: Callable[[], AbstractContextManager[Any]] = nullcontext
-    ) -> None:
-        self.module, self._autocast = module, autocast
+    def __init__(self, task: Task, autocast: Callable[[], AbstractContextManager[Any]] = nullcontext) -> None:
+        self.task, self.module, self._autocast = task, task.module, autocast
         self.half = False
 
     def loss(self, micro_batch: ReplayMicroBatch) -> Tensor:
@@ -57,9 +57,9 @@ class Passes:
         set_modes(self.module, micro_batch.moment.in_eval)
         if micro_batch.random is not None:
             write_random_state(micro_batch.random)
-        with at_moment(self.module, micro_batch.moment), self._autocast():
-            self.half |= torch.is_autocast_enabled(self.module.device.type)
-            loss = training_loss(self.module, micro_batch.batch, micro_batch.moment.batch_idx)
+        with self._autocast():
+            self.half |= torch.is_autocast_enabled(self.task.device.type)
+            loss = self.task.loss(micro_batch.batch, micro_batch.moment)
         return loss * micro_batch.factor
 
     def loss_at(self, micro_batch: ReplayMicroBatch, state: State) -> Callable[[dict[str, Tensor]], Tensor]:

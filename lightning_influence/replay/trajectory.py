@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
-from lightning import LightningModule
 from torch import Tensor
 from tqdm.auto import tqdm
 
@@ -28,8 +27,9 @@ from lightning_influence.replay.measured_removals import MeasuredRemovals
 from lightning_influence.replay.passes import Passes, copies
 from lightning_influence.replay.plan import Plan, ReplayStep, State
 from lightning_influence.replay.removals import Removals
+from lightning_influence.run.parameters import placed
 from lightning_influence.run.random_state import random_state
-from lightning_influence.run.training_step import placed, quiet
+from lightning_influence.run.task import Task, as_task
 
 _TOLERANCE = 1e-2  # of a segment's movement
 _NORM_TOLERANCE = 1e-3  # of a gradient's norm
@@ -55,7 +55,7 @@ class ReplayTrajectory:
     the module is as it was.
 
     Args:
-        module: as it was trained; its parameters are overwritten while the trajectory is open.
+        model: a `Task`, or the `LightningModule` that was trained; its parameters are overwritten while the trajectory is open.
         plan: what the run consumed.
         exclude: patterns of parameters that train but are not scored.
         frozen_batch_norm: as during the run.
@@ -76,7 +76,7 @@ class ReplayTrajectory:
 
     def __init__(
         self,
-        module: LightningModule,
+        model: Any,
         plan: Plan,
         *,
         exclude: Sequence[str] = (),
@@ -90,7 +90,8 @@ class ReplayTrajectory:
         progress: bool = True,
         removals: Removals | None = None,
     ) -> None:
-        self.module, self.plan, self.optimizer = module, plan, plan.optimizer
+        self.task, self.plan, self.optimizer = as_task(model), plan, plan.optimizer
+        self.module = module = self.task.module
         self._progress = progress
         self.drift: dict[int, float] = {}
         names = plan.snapshot(0).parameters.keys()
@@ -98,7 +99,7 @@ class ReplayTrajectory:
         self.sizes = {k: (p.numel(), p.numel()) for k, p in self._trained.items()}
         refuse_compiled(module)
         self.removals = removals or Removals(unverifiable=None if verify else "verify=False")
-        self._passes = Passes(module, autocast)
+        self._passes = Passes(self.task, autocast)
         self._measured = MeasuredRemovals(
             self._passes, plan, self.removals, counterfactual=counterfactual, samples=samples, announce=progress
         )
@@ -110,7 +111,7 @@ class ReplayTrajectory:
 
     def __enter__(self) -> ReplayTrajectory:
         self._open = ExitStack()
-        self._open.enter_context(_as_it_was(self.module))
+        self._open.enter_context(_as_it_was(self.task))
         self._open.enter_context(random_state(None))
         if self._frozen_batch_norm:
             for handle in freeze_batch_norm(self.module):
@@ -313,13 +314,14 @@ _CAUSES = (
 
 
 @contextmanager
-def _as_it_was(module: LightningModule) -> Iterator[None]:
+def _as_it_was(task: Task) -> Iterator[None]:
     """Quiet, and restored afterwards: parameters, buffers, gradients and modes."""
+    module = task.module
     values = {k: t.detach().clone() for k, t in [*module.named_parameters(), *module.named_buffers()]}
     gradients = {k: p.grad for k, p in module.named_parameters()}
     modes = {m: m.training for m in module.modules()}
     try:
-        with quiet(module), torch.enable_grad():
+        with task.quiet(), torch.enable_grad():
             yield
     finally:
         with torch.no_grad():

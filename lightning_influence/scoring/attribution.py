@@ -7,10 +7,9 @@ from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import fields, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import torch
-from lightning import Fabric, LightningModule
 from torch import Tensor
 
 from lightning_influence.core.optimizers import UPDATES
@@ -25,9 +24,21 @@ from lightning_influence.replay.trajectory import ReplayTrajectory
 from lightning_influence.report import InfluenceReport
 from lightning_influence.report.provenance import Coverage, Provenance, Removals
 from lightning_influence.run.data import TrainingData
-from lightning_influence.run.lightning_names import is_a
+from lightning_influence.run.task import Task, as_task
 from lightning_influence.scoring.queries import Queries, Target, query_gradients
 from lightning_influence.scoring.query_loss import QueryLoss
+
+
+class Fabric(Protocol):
+    """The processes of a launched `lightning.Fabric`, as far as they are asked."""
+
+    world_size: int
+    global_rank: int
+    device: torch.device
+
+    def all_gather(self, data: Tensor) -> Any:
+        """The tensors of all processes, stacked."""
+
 
 _COLUMNS = ("scores", "tangent", "interaction")  # of rows: one a query
 
@@ -36,7 +47,7 @@ def attribute(
     log: str | Path,
     *,
     queries: Any,
-    model: LightningModule,
+    model: Any,
     target: Target = None,
     curvature: Literal["auto", "none", "fisher", "gauss_newton", "hessian"] = "auto",
     response: Literal["finite", "tangent"] = "finite",
@@ -59,7 +70,7 @@ def attribute(
         log: directory written by `InfluenceCallback`.
         queries: a validation loader or a list of batches; also a datamodule (its validation loader), a dataset, or a method
             without arguments that gives one of them.
-        model: the module with the parameters at the end of the logged run.
+        model: the `LightningModule` with the parameters at the end of the logged run; or, of a loop of one's own, a `FunctionTask`.
         target: None for one column per query, ``"mean"`` or weights ``(n_queries,)`` for a single
             column at the cost of one.
         curvature: what stands for the Hessian (method.md section 4). ``"auto"`` takes the best the
@@ -87,9 +98,9 @@ def attribute(
     """
     if isinstance(target, str) and target != "mean":
         raise ConfigurationError(f"target={target!r}; give 'mean', weights (n_queries,), or None for each query.")
-    data = TrainingData.of(data)
+    task, data = as_task(model), TrainingData.of(data)
     replay = {"counterfactual": counterfactual, "samples": samples, "verify": verify}
-    with open_trajectory(log, model, curvature, data, progress=progress, **replay) as trajectory:
+    with open_trajectory(log, task, curvature, data, progress=progress, **replay) as trajectory:
         method = Method(
             curvature=_resolved(curvature, trajectory),
             response=response,
@@ -100,7 +111,7 @@ def attribute(
         names = list(trajectory.sizes)
         manifest = StoreReader(log).manifest
         gradients = query_gradients(
-            model,
+            task,
             Queries.of(queries, data=data, precision=str(manifest["precision"])),
             names,
             trajectory.select,
@@ -174,7 +185,7 @@ def _gathered(rows: RowScores, fabric: Fabric, n_queries: int) -> RowScores:
 @contextmanager
 def open_trajectory(
     log: str | Path,
-    model: LightningModule,
+    model: Any,
     curvature: str = "auto",
     data: Any = None,
     *,
@@ -185,21 +196,21 @@ def open_trajectory(
 
     Args and errors as of `attribute`; ``replay`` are further ones of `ReplayTrajectory`. While a replay is open the model's parameters move.
     """
-    steps = LoggedSteps(log)
+    task, steps = as_task(model), LoggedSteps(log)
     manifest = steps.reader.manifest
     replayable = manifest["record"] != "gradients"
-    _check_model(steps, model)
+    _check_model(steps, task)
     if (
         curvature in ("hessian", "gauss_newton")
         or manifest["record"] == "replay"
         or (curvature == "auto" and replayable)
     ):
         with ReplayTrajectory(
-            model,
-            LoggedPlan(steps, model, data),
+            task,
+            LoggedPlan(steps, task, data),
             exclude=manifest["excluded"],
             frozen_batch_norm=manifest["frozen_batch_norm"],
-            autocast=_autocast(manifest["precision"], model),
+            autocast=_autocast(manifest["precision"], task),
             exact=curvature in ("auto", "hessian"),
             progress=progress,
             **replay,
@@ -218,23 +229,21 @@ def _resolved(
     return "hessian" if isinstance(trajectory, ReplayTrajectory) else "fisher"
 
 
-def _autocast(precision: str, model: LightningModule) -> Callable[[], AbstractContextManager[Any]]:
+def _autocast(precision: str, task: Task) -> Callable[[], AbstractContextManager[Any]]:
     dtypes = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}
     if precision not in dtypes:
         return nullcontext
-    return lambda: torch.autocast(model.device.type, dtypes[precision])
+    return lambda: torch.autocast(task.device.type, dtypes[precision])
 
 
-def _check_model(steps: LoggedSteps, model: LightningModule) -> None:
+def _check_model(steps: LoggedSteps, task: Task) -> None:
     """Refuse a log of another model; warn where the parameters are not those the run ended with."""
-    if not is_a(model, "LightningModule"):
-        raise ConfigurationError(f"model is a {type(model).__name__}; give the LightningModule that was trained.")
-    parameters = dict(model.named_parameters())
+    parameters = dict(task.module.named_parameters())
     for name, shape in steps.reader.manifest["shapes"].items():
         if name not in parameters or list(parameters[name].shape) != shape:
             found = "no such parameter" if name not in parameters else f"shape {list(parameters[name].shape)}"
             raise LogError(
-                f"this is the log of another model: it records {name} of shape {shape}, and the {type(model).__name__} given "
+                f"this is the log of another model: it records {name} of shape {shape}, and the {type(task.module).__name__} given "
                 f"has {found}. Give the module that was trained with this log."
             )
     if FINAL not in steps.reader.artifacts():

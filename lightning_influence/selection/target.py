@@ -15,8 +15,8 @@ from torch import Tensor
 from lightning_influence.core.trajectory import Vectors
 from lightning_influence.errors import ConfigurationError, InfluenceError
 from lightning_influence.run.batches import batch_size, leaves, some
+from lightning_influence.run.parameters import parameters_at
 from lightning_influence.run.random_state import random_state
-from lightning_influence.run.training_step import parameters_at
 from lightning_influence.scoring.queries import query_gradients, query_losses
 
 TargetLoss: TypeAlias = Callable[[L.LightningModule], Tensor]

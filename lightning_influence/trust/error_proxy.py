@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast
 
 import torch
-from lightning import LightningModule
 
 from lightning_influence.core.second_variation import ErrorProxy, scaled_learning_rate, second_variation
 from lightning_influence.core.trajectory import Trajectory
@@ -106,7 +105,7 @@ def error_proxy(
     log: str | Path,
     *,
     queries: Any,
-    model: LightningModule,
+    model: Any,
     pairs: int | Sequence[tuple[int, int]] = 16,
     target: Literal["mean"] | None = "mean",
     curvature: Literal["auto", "fisher", "hessian"] = "auto",

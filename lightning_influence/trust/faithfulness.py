@@ -6,13 +6,11 @@ import copy
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
-from lightning import LightningModule
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from lightning_influence.errors import ConfigurationError
@@ -22,7 +20,8 @@ from lightning_influence.report import InfluenceReport
 from lightning_influence.report.provenance import Measured
 from lightning_influence.report.tables import in_notebook
 from lightning_influence.run.data import TrainingData
-from lightning_influence.run.training_step import prepared
+from lightning_influence.run.moment import Moment
+from lightning_influence.run.task import Task, as_task
 from lightning_influence.scoring.attribution import attribute
 from lightning_influence.scoring.queries import Queries, query_losses
 from lightning_influence.scoring.query_loss import QueryLoss
@@ -140,10 +139,10 @@ class Faithfulness:
 def check_faithfulness(
     log: str | Path,
     *,
-    model: LightningModule,
+    model: Any,
     data: Any,
     queries: Any,
-    make_model: Callable[[], LightningModule] | None = None,
+    make_model: Callable[[], Any] | None = None,
     estimators: Mapping[str, Mapping[str, Any]] = ESTIMATORS,
     removals: int | Sequence[int] = 30,
     subsets: int = 0,
@@ -164,7 +163,7 @@ def check_faithfulness(
 
     Args:
         data: the training data of the run: a datamodule, a loader or a dataset.
-        make_model: the module at its initialisation; by default taken from the log's first snapshot.
+        make_model: gives the module at its initialisation; by default taken from the log's first snapshot.
         estimators: `attribute`'s keyword arguments by name.
         removals: sample ids to remove, or how many to draw.
         subsets: how many random subsets of ``subset_size`` of the samples to remove besides, for the linear
@@ -183,25 +182,29 @@ def check_faithfulness(
     """
     if not estimators:
         raise ConfigurationError("estimators is empty; name at least one, as in faithfulness.ESTIMATORS.")
+    task = as_task(model)
     source, precision = TrainingData.of(data), str(LoggedSteps(log).reader.manifest["precision"])
     asked_of = Queries.of(queries, data=source, precision=precision).held()
     reports = {
         name: attribute(
-            log, queries=asked_of, model=model, data=source, target=target, query_loss=query_loss,
+            log, queries=asked_of, model=task, data=source, target=target, query_loss=query_loss,
             counterfactual=counterfactual, progress=progress, **options,
         )
         for name, options in estimators.items()
     }  # fmt: skip
-    initial = make_model or _initialisation(log, model)
-    prepare = partial(prepared, datamodule=source.datamodule, precision=precision)
-    options = {"collate": source.collate, "dtype": dtype, "seed": seed, "prepare": prepare}
+    initial = make_model or _initialisation(log, task)
+
+    def prepare(trained: Task, batch: Any, moment: Moment) -> Any:
+        return trained.prepared(batch, moment=moment, datamodule=source.datamodule, precision=precision)
+
+    options = {"collate": source.collate, "dtype": dtype, "seed": seed, "task": task.on, "prepare": prepare}
     run = recorded_run(log, initial, source.dataset, **options)
     used = next(iter(reports.values())).sample_ids
     asked = _removals(used, removals, subsets, subset_size, seed)
     truth_queries = asked_of if dtype is None else asked_of.to_dtype(dtype)
 
-    def losses(module: LightningModule) -> Tensor:
-        each = query_losses(module, truth_queries, query_loss)
+    def losses(module: nn.Module) -> Tensor:
+        each = query_losses(task.on(module), truth_queries, query_loss)
         return each.mean()[None] if target == "mean" else each
 
     baseline = losses(retrain(run))
@@ -220,7 +223,7 @@ def check_faithfulness(
         truth,
         scores,
         asked,
-        _levels(reports, baseline, losses, model),
+        _levels(reports, baseline, losses, task.module),
     )
 
 
@@ -230,7 +233,7 @@ class _Effects:
 
     run: Run
     removals: Sequence[Removal]
-    losses: Callable[[LightningModule], Tensor]
+    losses: Callable[[nn.Module], Tensor]
     counterfactual: Literal["drop", "zero"]
     workers: int
     progress: bool
@@ -254,7 +257,7 @@ def _key(removal: Removal) -> str:
     return json.dumps(sorted(removal) if isinstance(removal, frozenset) else removal)
 
 
-def _initialisation(log: str | Path, model: LightningModule) -> Callable[[], LightningModule]:
+def _initialisation(log: str | Path, task: Task) -> Callable[[], nn.Module]:
     """The module at the run's first snapshot."""
     steps = LoggedSteps(log)
     if steps.reader.manifest["record"] == "gradients":
@@ -262,10 +265,10 @@ def _initialisation(log: str | Path, model: LightningModule) -> Callable[[], Lig
             "this log does not hold the run's initialisation; give make_model=, a function that returns the module as it "
             "was before training, or record with InfluenceCallback(record='replay')."
         )
-    first = LoggedPlan(steps, model).snapshot(0)
+    first = LoggedPlan(steps, task).snapshot(0)
 
-    def make() -> LightningModule:
-        twin = copy.deepcopy(model)
+    def make() -> nn.Module:
+        twin = copy.deepcopy(task.module)
         twin.load_state_dict({**first.parameters, **first.buffers}, strict=False)
         return twin
 
@@ -302,8 +305,8 @@ def _predicted(scores: Tensor, sample_ids: Tensor, removals: Sequence[Removal]) 
 def _levels(
     reports: Mapping[str, InfluenceReport],
     baseline: Tensor,
-    losses: Callable[[LightningModule], Tensor],
-    model: LightningModule,
+    losses: Callable[[nn.Module], Tensor],
+    module: nn.Module,
 ) -> dict[str, float]:
     """Sizes of the three levels of error, relative to the scores, as far as the estimators asked for show them."""
     found = {}
@@ -315,7 +318,7 @@ def _levels(
     for report in reports.values():
         if report.metadata["response"] == "finite" and not report.metadata["optimizer_assumption"]:
             found["algorithm"] = float(report.nonlinearity.norm() / report.scores.norm())
-    twin = copy.deepcopy(model)
+    twin = copy.deepcopy(module)
     ended = losses(twin.to(torch.float64) if baseline.dtype == torch.float64 else twin)
     found["system"] = float((baseline - ended).abs().max() / ended.abs().max())
     return found
