@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import json
 import math
-import platform
 from collections.abc import Sequence
 from contextlib import ExitStack
-from importlib.metadata import PackageNotFoundError, version
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 from uuid import uuid4
@@ -16,26 +15,23 @@ import lightning as L
 import torch
 from torch.utils._pytree import tree_flatten
 
-from lightning_influence.capture import GradientCapture
 from lightning_influence.capture.step import StepOptions
 from lightning_influence.core.coordinates import COMPRESSIONS
 from lightning_influence.errors import ConfigurationError
 from lightning_influence.lightning.live_run import LiveRun
 from lightning_influence.lightning.loggers import log_report
 from lightning_influence.log.format import MANIFEST
+from lightning_influence.log.manifest import Manifest, Mask
 from lightning_influence.log.reader import StoreReader
 from lightning_influence.log.recorder import Compression, CompressionName, Recorder
 from lightning_influence.log.snapshots import ReplaySettings
 from lightning_influence.log.writer import StoreWriter
 from lightning_influence.report import InfluenceReport
-from lightning_influence.run.optimizer import update_name
 from lightning_influence.run.ranks import Ranks
 from lightning_influence.run.sample_ids import IdSource, SampleIds
 from lightning_influence.run.sample_weights import WeightSource
 from lightning_influence.run.trainer import clip_of, loss_scaler, ranks_of
 from lightning_influence.scoring.attribution import attribute
-
-_PACKAGES = ("lightning-influence", "torch", "lightning", "safetensors", "transformers", "peft")
 
 
 class InfluenceCallback(L.Callback):
@@ -154,7 +150,16 @@ class InfluenceCallback(L.Callback):
         collector = self._live.start(
             trainer, pl_module, captures=self.record != "replay", rehearses=self.record != "gradients"
         )
-        manifest = self._manifest(trainer, pl_module, collector.capture, collector.optimizer)
+        manifest = Manifest.of_run(
+            pl_module,
+            collector.optimizer,
+            collector.capture,
+            self.options,
+            record=self.record,
+            compression=self.compression.kind,
+            mask=Mask(self.compression.mask_size, self.compression.seed),
+            precision=str(trainer.precision),
+        )
         with ExitStack() as undo:
             self._recorder = Recorder(
                 collector,
@@ -164,12 +169,12 @@ class InfluenceCallback(L.Callback):
             )
             undo.pop_all()
 
-    def _writer(self, ranks: Ranks, manifest: dict[str, Any], undo: ExitStack) -> StoreWriter:
+    def _writer(self, ranks: Ranks, manifest: Manifest, undo: ExitStack) -> StoreWriter:
         """The log, open for the steps that come; ``undo`` closes it."""
         resume_at, self._resume_at = self._resume_at, None
         existing = self.existing if resume_at is None else "resume"
         if existing == "resume":
-            _refuse_another_run(self.dirpath, manifest | {"ranks": ranks.size})
+            _refuse_another_run(self.dirpath, manifest, ranks.size)
         recorded = _run_of(self.dirpath) if existing == "resume" else None
         if resume_at is not None and recorded not in (None, self._run):  # another run has overwritten the checkpoint's
             raise _not_its_log(self.dirpath)
@@ -181,7 +186,7 @@ class InfluenceCallback(L.Callback):
             writer.truncate(steps)
         ranks.wait()  # first the one whose part says that the log is whole; and until all have seen what was there
         if ranks.rank == 0:
-            writer.write_manifest(manifest | {"run": self._run})
+            writer.write_manifest(replace(manifest, run=self._run).to_json())
         else:
             writer.truncate(steps)
         return writer
@@ -266,40 +271,10 @@ class InfluenceCallback(L.Callback):
         assert self._recorder is not None
         self._recorder.before_step(clip_of(trainer), may_skip=loss_scaler(trainer) is not None)
 
-    # -- what the log says of itself --------------------------------------------------------------------
-
-    def _manifest(
-        self,
-        trainer: L.Trainer,
-        pl_module: L.LightningModule,
-        capture: GradientCapture | None,
-        optimizer: torch.optim.Optimizer,
-    ) -> dict[str, Any]:
-        optimized = {id(p) for group in optimizer.param_groups for p in group["params"]}
-        trained = {k: p for k, p in pl_module.named_parameters() if p.requires_grad and id(p) in optimized}
-        size = sum(p.numel() for p in trained.values())
-        recorded = size if capture is None else sum(p.numel() for p in capture.parameters.values())
-        return {
-            "module": f"{type(pl_module).__module__}.{type(pl_module).__qualname__}",
-            "optimizer": type(optimizer).__name__,
-            "update": update_name(optimizer),
-            "record": self.record,
-            "frozen_batch_norm": self.options.frozen_batch_norm,
-            "parameters": [] if capture is None else capture.table,
-            "shapes": {k: list(p.shape) for k, p in pl_module.named_parameters()},
-            "excluded": list(self.options.exclude),
-            "coverage": {"trained": size, "recorded": recorded},
-            "compression": self.compression.kind,
-            "mask": {"size": self.compression.mask_size, "seed": self.compression.seed},
-            "reduction": self.options.reduction,
-            "precision": str(trainer.precision),
-            "versions": _versions(),
-        }
-
 
 def _run_of(log: Path) -> str | None:
     """By which the log that a directory holds is known; None where it holds none."""
-    return StoreReader(log).manifest.get("run") if (log / MANIFEST).exists() else None
+    return Manifest.of(StoreReader(log)).run if (log / MANIFEST).exists() else None
 
 
 def _not_its_log(log: Path) -> ConfigurationError:
@@ -309,15 +284,16 @@ def _not_its_log(log: Path) -> ConfigurationError:
     )
 
 
-def _refuse_another_run(log: Path, manifest: dict[str, Any]) -> None:
+def _refuse_another_run(log: Path, manifest: Manifest, ranks: int) -> None:
     """A log goes on only as it began: other settings would make its first steps mean something else."""
     if not (log / MANIFEST).exists():
         return
-    recorded = StoreReader(log).manifest
-    for key, value in json.loads(json.dumps(manifest)).items():
-        if key != "versions" and recorded.get(key) != value:
+    reader = StoreReader(log)
+    recorded = Manifest.of(reader).to_json() | {"ranks": reader.ranks}
+    for key, value in json.loads(json.dumps(manifest.to_json() | {"ranks": ranks})).items():
+        if key != "versions" and recorded[key] != value:
             raise ConfigurationError(
-                f"the log {log} was recorded with {key}={recorded.get(key)!r:.200} and cannot go on with {value!r:.200}; "
+                f"the log {log} was recorded with {key}={recorded[key]!r:.200} and cannot go on with {value!r:.200}; "
                 "resume with the settings it began with, or record to another directory."
             )
 
@@ -341,13 +317,3 @@ def _refuse_no_queries(trainer: L.Trainer) -> None:
         raise ConfigurationError(
             "report=True scores against the validation loss; the validation loader has no batch, give it at least one."
         )
-
-
-def _versions() -> dict[str, str]:
-    found = {"python": platform.python_version()}
-    for package in _PACKAGES:
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            continue  # an optional one
-    return found

@@ -130,5 +130,5 @@ def _errors(
         L.Trainer(**settings, callbacks=[callback]).fit(module, SelectionDataModule(data, online_selection=False))
         steps = LoggedSteps(log)
         pairs = [(int(z), t) for h in horizons for t in [len(steps) - 1 - h] for z in steps.record(t).sample_ids[:n]]
-        found = error_proxy(log, queries=target, model=module, pairs=pairs, progress=False)
+        found = error_proxy(steps, queries=target, model=module, pairs=pairs, progress=False)
     return dict(found.curve()[1.0])

@@ -53,13 +53,18 @@ class _Manifest(dict[str, Any]):
 class StoreReader:
     """Random access to a store, one tensor at a time.
 
+    Attributes:
+        path: of its directory.
+        manifest: what was written of the store; `Manifest.of` says what it means.
+        ranks: whose parts it has.
+
     Raises:
         LogError: no directory, not a store, one of a newer format, or one that cannot be read.
         LogCorrupted: bytes that differ from those written; also raised by every method that reads.
     """
 
     def __init__(self, dirpath: str | Path) -> None:
-        self._root = Path(dirpath)
+        self.path = self._root = Path(dirpath)
         with told_as_log_error(f"the log {self._root} cannot be read"):
             self.manifest: dict[str, Any] = self._read_manifest()
             self.ranks = self._count_ranks()

@@ -54,7 +54,7 @@ class LoggedPlan:
                 "this log cannot be replayed, because it was recorded with record='gradients'; record with "
                 "InfluenceCallback(record='replay' or 'both'), or use curvature='fisher'."
             )
-        self.optimizer = str(self._reader.manifest["update"])
+        self.optimizer = steps.manifest.update
         self._data = TrainingData.of(data)
         self._first_in: dict[str, int] = {}  # the first snapshot that holds a parameter: before it, it did not train
         for start in reversed(self.snapshots):
@@ -158,7 +158,7 @@ class LoggedPlan:
     def _collated(self, read: _Read, number: int, ids: list[int]) -> Any:
         with random_state(read.generators(f"fetch/{number}/") or None):
             batch = self._data.batch(ids)
-        precision = str(self._reader.manifest["precision"])
+        precision = self._steps.manifest.precision
         return self._task.prepared(batch, datamodule=self._data.datamodule, precision=precision)
 
 

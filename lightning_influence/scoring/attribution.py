@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import fields, replace
 from pathlib import Path
@@ -17,7 +17,7 @@ from lightning_influence.core.scores import RowScores
 from lightning_influence.core.sweep import Method, sweep
 from lightning_influence.core.trajectory import Trajectory, Vectors
 from lightning_influence.errors import ConfigurationError, LogError
-from lightning_influence.log.reader import StoreReader
+from lightning_influence.log.manifest import Manifest
 from lightning_influence.log.steps import FINAL, LoggedSteps, LoggedTrajectory, checksum
 from lightning_influence.replay.logged_plan import LoggedPlan
 from lightning_influence.replay.trajectory import ReplayTrajectory
@@ -44,7 +44,7 @@ _COLUMNS = ("scores", "tangent", "interaction")  # of rows: one a query
 
 
 def attribute(
-    log: str | Path,
+    log: str | Path | LoggedSteps,
     *,
     queries: Any,
     model: Any,
@@ -67,7 +67,7 @@ def attribute(
     A positive score means that without the sample the query loss would be higher: the sample helps.
 
     Args:
-        log: directory written by `InfluenceCallback`.
+        log: directory written by `InfluenceCallback` or `recording`, or its steps where they are open already.
         queries: a validation loader or a list of batches; also a datamodule (its validation loader), a dataset, or a method
             without arguments that gives one of them.
         model: the `LightningModule` with the parameters at the end of the logged run; or, of a loop of one's own, a `FunctionTask`.
@@ -98,9 +98,9 @@ def attribute(
     """
     if isinstance(target, str) and target != "mean":
         raise ConfigurationError(f"target={target!r}; give 'mean', weights (n_queries,), or None for each query.")
-    task, data = as_task(model), TrainingData.of(data)
+    task, data, steps = as_task(model), TrainingData.of(data), LoggedSteps.of(log)
     replay = {"counterfactual": counterfactual, "samples": samples, "verify": verify}
-    with open_trajectory(log, task, curvature, data, progress=progress, **replay) as trajectory:
+    with open_trajectory(steps, task, curvature, data, progress=progress, **replay) as trajectory:
         method = Method(
             curvature=_resolved(curvature, trajectory),
             response=response,
@@ -109,10 +109,9 @@ def attribute(
             optimizer=optimizer_assumption,
         )
         names = list(trajectory.sizes)
-        manifest = StoreReader(log).manifest
         gradients = query_gradients(
             task,
-            Queries.of(queries, data=data, precision=str(manifest["precision"])),
+            Queries.of(queries, data=data, precision=steps.manifest.precision),
             names,
             trajectory.select,
             target=target,
@@ -120,7 +119,7 @@ def attribute(
             progress=progress,
         )
         rows = _only(_swept(trajectory, gradients, method, max_memory, fabric, progress), samples)
-        made = _provenance(manifest, trajectory, method, target)
+        made = _provenance(steps.manifest, trajectory, method, target)
     return InfluenceReport(
         rows,
         query_ids=None if target is None else ["mean" if isinstance(target, str) else "target"],
@@ -184,7 +183,7 @@ def _gathered(rows: RowScores, fabric: Fabric, n_queries: int) -> RowScores:
 
 @contextmanager
 def open_trajectory(
-    log: str | Path,
+    log: str | Path | LoggedSteps,
     model: Any,
     curvature: str = "auto",
     data: Any = None,
@@ -196,28 +195,24 @@ def open_trajectory(
 
     Args and errors as of `attribute`; ``replay`` are further ones of `ReplayTrajectory`. While a replay is open the model's parameters move.
     """
-    task, steps = as_task(model), LoggedSteps(log)
-    manifest = steps.reader.manifest
-    replayable = manifest["record"] != "gradients"
+    task, steps = as_task(model), LoggedSteps.of(log)
+    manifest = steps.manifest
+    replayable = manifest.record != "gradients"
     _check_model(steps, task)
-    if (
-        curvature in ("hessian", "gauss_newton")
-        or manifest["record"] == "replay"
-        or (curvature == "auto" and replayable)
-    ):
+    if curvature in ("hessian", "gauss_newton") or manifest.record == "replay" or (curvature == "auto" and replayable):
         with ReplayTrajectory(
             task,
             LoggedPlan(steps, task, data),
-            exclude=manifest["excluded"],
-            frozen_batch_norm=manifest["frozen_batch_norm"],
-            autocast=_autocast(manifest["precision"], task),
+            exclude=manifest.excluded,
+            frozen_batch_norm=manifest.frozen_batch_norm,
+            autocast=_autocast(manifest.precision, task),
             exact=curvature in ("auto", "hessian"),
             progress=progress,
             **replay,
         ) as replayed:
             yield replayed
     else:
-        yield LoggedTrajectory(log)
+        yield LoggedTrajectory(steps.reader)
 
 
 def _resolved(
@@ -239,7 +234,7 @@ def _autocast(precision: str, task: Task) -> Callable[[], AbstractContextManager
 def _check_model(steps: LoggedSteps, task: Task) -> None:
     """Refuse a log of another model; warn where the parameters are not those the run ended with."""
     parameters = dict(task.module.named_parameters())
-    for name, shape in steps.reader.manifest["shapes"].items():
+    for name, shape in steps.manifest.shapes.items():
         if name not in parameters or list(parameters[name].shape) != shape:
             found = "no such parameter" if name not in parameters else f"shape {list(parameters[name].shape)}"
             raise LogError(
@@ -271,12 +266,17 @@ def _check_model(steps: LoggedSteps, task: Task) -> None:
 
 
 def _provenance(
-    manifest: Mapping[str, Any], trajectory: LoggedTrajectory | ReplayTrajectory, method: Method, target: Target
+    manifest: Manifest, trajectory: LoggedTrajectory | ReplayTrajectory, method: Method, target: Target
 ) -> Provenance:
     kept = sum(d for d, _ in trajectory.sizes.values())
-    trained = manifest["coverage"]["trained"]
+    trained = manifest.coverage.trained
     made = Provenance(
-        **{key: manifest[key] for key in ("module", "record", "compression", "precision", "versions", "optimizer")},
+        module=manifest.module,
+        record=manifest.record,
+        compression=manifest.compression,
+        precision=manifest.precision,
+        versions=manifest.versions,
+        optimizer=manifest.optimizer,
         optimizer_assumption=method.optimizer,
         curvature=method.curvature,
         response=method.response,
@@ -287,10 +287,10 @@ def _provenance(
         coverage=Coverage(
             kept / max(trained, 1),
             kept,
-            manifest["coverage"]["recorded"],
+            manifest.coverage.recorded,
             trained,
             {name: kept / total for name, (kept, total) in trajectory.sizes.items()},
-            manifest["excluded"],
+            manifest.excluded,
         ),
     )
     if not isinstance(trajectory, ReplayTrajectory):

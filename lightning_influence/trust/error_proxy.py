@@ -102,7 +102,7 @@ class PredictedErrors:
 
 
 def error_proxy(
-    log: str | Path,
+    log: str | Path | LoggedSteps,
     *,
     queries: Any,
     model: Any,
@@ -132,9 +132,9 @@ def error_proxy(
     """
     if curvature not in ("auto", "fisher", "hessian"):
         raise ConfigurationError(f"curvature={curvature!r}; choose one of auto, fisher, hessian")
-    precision = str(LoggedSteps(log).reader.manifest["precision"])
-    queries = Queries.of(queries, data=data, precision=precision).held()
-    with open_trajectory(log, model, curvature, data, progress=progress) as run:
+    steps = LoggedSteps.of(log)
+    queries = Queries.of(queries, data=data, precision=steps.manifest.precision).held()
+    with open_trajectory(steps, model, curvature, data, progress=progress) as run:
         exact = isinstance(run, ReplayTrajectory) and curvature != "fisher"
         names = list(run.sizes)
         options = {"target": target, "query_loss": query_loss}

@@ -137,7 +137,7 @@ class Faithfulness:
 
 
 def check_faithfulness(
-    log: str | Path,
+    log: str | Path | LoggedSteps,
     *,
     model: Any,
     data: Any,
@@ -183,22 +183,23 @@ def check_faithfulness(
     if not estimators:
         raise ConfigurationError("estimators is empty; name at least one, as in faithfulness.ESTIMATORS.")
     task = as_task(model)
-    source, precision = TrainingData.of(data), str(LoggedSteps(log).reader.manifest["precision"])
+    steps, source = LoggedSteps.of(log), TrainingData.of(data)
+    precision = steps.manifest.precision
     asked_of = Queries.of(queries, data=source, precision=precision).held()
     reports = {
         name: attribute(
-            log, queries=asked_of, model=task, data=source, target=target, query_loss=query_loss,
+            steps, queries=asked_of, model=task, data=source, target=target, query_loss=query_loss,
             counterfactual=counterfactual, progress=progress, **options,
         )
         for name, options in estimators.items()
     }  # fmt: skip
-    initial = make_model or _initialisation(log, task)
+    initial = make_model or _initialisation(steps, task)
 
     def prepare(trained: Task, batch: Any, moment: Moment) -> Any:
         return trained.prepared(batch, moment=moment, datamodule=source.datamodule, precision=precision)
 
     options = {"collate": source.collate, "dtype": dtype, "seed": seed, "task": task.on, "prepare": prepare}
-    run = recorded_run(log, initial, source.dataset, **options)
+    run = recorded_run(steps, initial, source.dataset, **options)
     used = next(iter(reports.values())).sample_ids
     asked = _removals(used, removals, subsets, subset_size, seed)
     truth_queries = asked_of if dtype is None else asked_of.to_dtype(dtype)
@@ -257,10 +258,9 @@ def _key(removal: Removal) -> str:
     return json.dumps(sorted(removal) if isinstance(removal, frozenset) else removal)
 
 
-def _initialisation(log: str | Path, task: Task) -> Callable[[], nn.Module]:
+def _initialisation(steps: LoggedSteps, task: Task) -> Callable[[], nn.Module]:
     """The module at the run's first snapshot."""
-    steps = LoggedSteps(log)
-    if steps.reader.manifest["record"] == "gradients":
+    if steps.manifest.record == "gradients":
         raise ConfigurationError(
             "this log does not hold the run's initialisation; give make_model=, a function that returns the module as it "
             "was before training, or record with InfluenceCallback(record='replay')."

@@ -100,13 +100,15 @@ class Run:
     prepare: Callable[[Task, Any, Moment], Any] = lambda task, batch, moment: task.prepared(batch, moment=moment)
 
 
-def recorded_run(log: str | Path, make_module: Callable[[], Any], dataset: Dataset[Any], **options: Any) -> Run:
+def recorded_run(
+    log: str | Path | LoggedSteps, make_module: Callable[[], Any], dataset: Dataset[Any], **options: Any
+) -> Run:
     """The run that a log recorded: its batches, learning rates and clipping.
 
     Args:
         options: further fields of `Run`.
     """
-    trajectory = LoggedSteps(log)
+    trajectory = LoggedSteps.of(log)
     steps = [_recorded_step(trajectory, index) for index in range(len(trajectory))]
     return Run(make_module, dataset, steps, averaged=trajectory.record(0).averaged, **options)
 
