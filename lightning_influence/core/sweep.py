@@ -17,13 +17,13 @@ from tqdm.auto import tqdm
 
 from lightning_influence.core.adjoint import Adjoint, adjoint, gradient_adjoint, join_adjoints
 from lightning_influence.core.clipping import clip_adjoint
-from lightning_influence.core.curvature import CURVATURES, fisher_product
+from lightning_influence.core.curvature import CURVATURES, Curvature
 from lightning_influence.core.optimizers import UPDATES, Moments, RecordedStep, effective_gradient, join
 from lightning_influence.core.removal import ConsumedChange, consumed_change, consumed_gradients, removal
 from lightning_influence.core.response import finite_response
 from lightning_influence.core.scores import RowScores
 from lightning_influence.core.trajectory import Hyper, Shares, StepRecord, Trajectory, Vectors, extrapolation
-from lightning_influence.errors import ConfigurationError, CurvatureUnavailable
+from lightning_influence.errors import ConfigurationError
 
 RESPONSES = ("finite", "tangent")
 
@@ -53,7 +53,7 @@ class Method:
 
     def __post_init__(self) -> None:
         for name, value, known in (
-            ("curvature", self.curvature, CURVATURES),
+            ("curvature", self.curvature, tuple(CURVATURES)),
             ("response", self.response, RESPONSES),
             ("optimizer_assumption", self.optimizer, (None, "sgd")),
         ):
@@ -61,6 +61,11 @@ class Method:
                 raise ConfigurationError(f"{name}={value!r}; choose one of {', '.join(map(str, known))}")
         if self.memory_window < 0:
             raise ConfigurationError(f"memory_window={self.memory_window}; it counts steps and cannot be negative")
+
+    @property
+    def hessian(self) -> Curvature:
+        """What stands for the Hessian."""
+        return CURVATURES[self.curvature]
 
 
 Adjoints = dict[str, Adjoint]
@@ -198,12 +203,12 @@ class _Walk:
         passed.gradient = clip_adjoint(record.clip, record.gradients, pulled, self.scales)
         self.passed.appendleft(passed)
         products = torch.zeros(self.n_queries, len(record.sample_ids))
-        if score or self.method.curvature == "fisher":
+        if score or self.method.hessian.of_shares:
             products = sum_inner(shares, passed.gradient)
         rows = self._score(record, shares, products) if score else None
         if last:
             return rows
-        bent = self._curvature(record, shares, passed.gradient, products)
+        bent = self.method.hessian.product(self.trajectory, record, shares, passed.gradient, products)
         self.adjoints = {
             **self.adjoints,
             **{k: replace(a, parameter=a.parameter + bent[k]) if k in bent else a for k, a in before.items()},
@@ -291,21 +296,6 @@ class _Walk:
         """Whether a step in whose window this one lies holds one of the samples."""
         reach = range(max(0, index + 1 - (self.passed.maxlen or 0)), index)
         return any(bool(torch.isin(self.trajectory.sample_ids(t), sample_ids).any()) for t in reach)
-
-    def _curvature(
-        self, record: StepRecord, shares: Mapping[str, Shares], vectors: Vectors, products: Tensor
-    ) -> Vectors:
-        """Curvature of the batch loss times the gradient adjoints, ``(q, d)`` each (method.md section 4)."""
-        if self.method.curvature == "none":
-            return {}
-        if self.method.curvature == "fisher":
-            if record.measured:
-                raise CurvatureUnavailable(
-                    "curvature='fisher' needs per-sample gradients, and in this module the effect of a removal was measured "
-                    "instead, because no rule gives them; use curvature='hessian' or 'none'."
-                )
-            return fisher_product(record, shares, products)
-        return self.trajectory.curvature_product(record.index, self.method.curvature, vectors)
 
 
 def sum_inner(shares: Mapping[str, Shares], vectors: Vectors) -> Tensor:

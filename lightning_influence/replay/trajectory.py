@@ -17,7 +17,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from lightning_influence.capture import freeze_batch_norm, refuse_compiled
-from lightning_influence.core.curvature import gauss_newton_product, third_derivative
+from lightning_influence.core.curvature import curvature_of, third_derivative
 from lightning_influence.core.optimizers import UPDATES, coupling, step
 from lightning_influence.core.removal import consumed_gradients
 from lightning_influence.core.trajectory import Clip, Shares, StepRecord, Vectors
@@ -171,8 +171,10 @@ class ReplayTrajectory:
         return values.flatten(values.dim() - self._trained[name].dim())
 
     def curvature_product(self, index: int, kind: str, vectors: Vectors) -> Vectors:
-        if kind == "gauss_newton":
-            return self._product(gauss_newton_product, index, vectors)
+        of_loss = curvature_of(kind).of_loss
+        return self._hessian_product(index, vectors) if of_loss is None else self._product(of_loss, index, vectors)
+
+    def _hessian_product(self, index: int, vectors: Vectors) -> Vectors:
         self._evaluator.exact = True
         graph = self._evaluation(index).graph
         assert graph is not None

@@ -12,6 +12,7 @@ from typing import Any, Literal, Protocol
 import torch
 from torch import Tensor
 
+from lightning_influence.core.curvature import best_curvature, curvature_of
 from lightning_influence.core.optimizers import UPDATES
 from lightning_influence.core.scores import RowScores
 from lightning_influence.core.sweep import Method, sweep
@@ -102,7 +103,7 @@ def attribute(
     replay = {"counterfactual": counterfactual, "samples": samples, "verify": verify}
     with open_trajectory(steps, task, curvature, data, progress=progress, **replay) as trajectory:
         method = Method(
-            curvature=_resolved(curvature, trajectory),
+            curvature=resolved(curvature, trajectory),
             response=response,
             memory_window=memory_window,
             counterfactual=counterfactual,
@@ -199,14 +200,15 @@ def open_trajectory(
     manifest = steps.manifest
     replayable = manifest.record != "gradients"
     _check_model(steps, task)
-    if curvature in ("hessian", "gauss_newton") or manifest.record == "replay" or (curvature == "auto" and replayable):
+    named = curvature_of(best_curvature(replayed=replayable) if curvature == "auto" else curvature)
+    if named.replayed or manifest.record == "replay":
         with ReplayTrajectory(
             task,
             LoggedPlan(steps, task, data),
             exclude=manifest.excluded,
             frozen_batch_norm=manifest.frozen_batch_norm,
             autocast=_autocast(manifest.precision, task),
-            exact=curvature in ("auto", "hessian"),
+            exact=named.differentiated,
             progress=progress,
             **replay,
         ) as replayed:
@@ -215,13 +217,14 @@ def open_trajectory(
         yield LoggedTrajectory(steps.reader)
 
 
-def _resolved(
+def resolved(
     curvature: Literal["auto", "none", "fisher", "gauss_newton", "hessian"],
     trajectory: LoggedTrajectory | ReplayTrajectory,
 ) -> Literal["none", "fisher", "gauss_newton", "hessian"]:
+    """Name of the curvature that ``"auto"`` stands for on a trajectory, or the one that was asked for."""
     if curvature != "auto":
         return curvature
-    return "hessian" if isinstance(trajectory, ReplayTrajectory) else "fisher"
+    return best_curvature(replayed=isinstance(trajectory, ReplayTrajectory))
 
 
 def _autocast(precision: str, task: Task) -> Callable[[], AbstractContextManager[Any]]:

@@ -184,7 +184,7 @@ def look_ahead(
         exclude=options.exclude,
         frozen_batch_norm=options.frozen_batch_norm,
         autocast=trainer.precision_plugin.forward_context,
-        exact=method.curvature == "hessian",
+        exact=method.hessian.differentiated,
         progress=False,
         removals=removals,
     ) as run:

@@ -9,13 +9,13 @@ from typing import TYPE_CHECKING, Any, Literal, cast
 
 import torch
 
+from lightning_influence.core.curvature import curvature_of
 from lightning_influence.core.second_variation import ErrorProxy, scaled_learning_rate, second_variation
 from lightning_influence.core.trajectory import Trajectory
 from lightning_influence.errors import ConfigurationError
 from lightning_influence.log.steps import LoggedSteps
-from lightning_influence.replay.trajectory import ReplayTrajectory
 from lightning_influence.report.tables import in_notebook
-from lightning_influence.scoring.attribution import open_trajectory
+from lightning_influence.scoring.attribution import open_trajectory, resolved
 from lightning_influence.scoring.queries import Queries, query_curvature, query_gradients
 from lightning_influence.scoring.query_loss import QueryLoss
 
@@ -135,7 +135,8 @@ def error_proxy(
     steps = LoggedSteps.of(log)
     queries = Queries.of(queries, data=data, precision=steps.manifest.precision).held()
     with open_trajectory(steps, model, curvature, data, progress=progress) as run:
-        exact = isinstance(run, ReplayTrajectory) and curvature != "fisher"
+        used = resolved(curvature, run)
+        exact = curvature_of(used).third_derivative
         names = list(run.sizes)
         options = {"target": target, "query_loss": query_loss}
         gradients = query_gradients(model, queries, names, run.select, progress=progress, **options)  # type: ignore[arg-type]
@@ -148,14 +149,14 @@ def error_proxy(
                 run if factor == 1.0 else scaled_learning_rate(run, factor),
                 gradients,
                 chosen,
-                curvature="hessian" if exact else "fisher",
+                curvature=used,  # type: ignore[arg-type]
                 counterfactual=counterfactual,
                 query_curvature=bent,
                 progress=progress,
             )
             for factor in lr_factors
         }
-        return PredictedErrors(proxies, "hessian" if exact else "fisher", len(run))
+        return PredictedErrors(proxies, used, len(run))
 
 
 def _drawn(run: Trajectory, n: int, seed: int) -> list[tuple[int, int]]:
