@@ -101,7 +101,7 @@ def test_what_a_lightning_cli_writes_is_read(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], sub_classes: bool, order: int
 ) -> None:
     """The file that LightningCLI saves with the run, with classes in it or, as of LightningCLI(Model, Data), without."""
-    influence = f"{{class_path: lightning_influence.InfluenceCallback, init_args: {{dirpath: {tmp_path / 'log'}}}}}"
+    influence = f"{{class_path: lightning_influence.InfluenceCallback, init_args: {{log: {tmp_path / 'log'}}}}}"
     config = tmp_path / "config.yaml"
     config.write_text(
         f"trainer: {{max_epochs: 1, accelerator: cpu, enable_progress_bar: false, default_root_dir: {tmp_path}, "
@@ -257,7 +257,7 @@ trainer:
   enable_progress_bar: false
   callbacks:
     - class_path: lightning_influence.InfluenceCallback
-      init_args: {{dirpath: {tmp_path / "log"}, record: replay, report: true}}
+      init_args: {{log: {tmp_path / "log"}, record: replay, report: true}}
 model: {{class_path: test_cli.Net}}
 data: {{class_path: test_cli.Digits}}
 """

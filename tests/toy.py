@@ -168,7 +168,7 @@ class ToyTrajectory:
                 index=t,
                 sample_ids=torch.tensor(indices),
                 loss_weights=torch.tensor(kappa, dtype=torch.float64),
-                micro_batches=torch.tensor(numbers),
+                micro_batch_numbers=torch.tensor(numbers),
                 gradients={k: p.grad.detach().flatten().clone() for k, p in present.items()},
                 moments={
                     k: tuple(m.flatten().clone() for m in read_moments(optimizer.state.get(p, {}), update, p))

@@ -15,7 +15,7 @@ from torch.utils import _pytree as pytree
 from lightning_influence.capture.generic import generic
 from lightning_influence.capture.rules import rule_for
 from lightning_influence.capture.shared_rows import SharedRows
-from lightning_influence.core.shares import Form, Rows, add, merged
+from lightning_influence.core.shares import Form, SparseRows, add, merged
 from lightning_influence.errors import ConfigurationError, UncoveredParameter
 
 _BATCH_NORMS = (nn.modules.batchnorm._BatchNorm,)
@@ -292,7 +292,7 @@ def _widened(value: Any) -> Any:
 
 
 def _nothing(n: int, parameter: Tensor) -> Form:
-    return Rows(
+    return SparseRows(
         torch.zeros(n, 0, dtype=torch.int64, device=parameter.device),
         torch.zeros(n, 0, 1, dtype=parameter.dtype, device=parameter.device),
         parameter.numel(),

@@ -1,6 +1,6 @@
 """An optimizer's step as one pure elementwise function; its Jacobian, adjoint and finite response.
 
-Each update rule is written once (method.md section 2). Everything else follows from that function,
+Each update rule is written once (docs/method.md, "One optimizer step"). Everything else follows from that function,
 by differentiating it or by calling it on changed inputs. Because the maps are elementwise, their
 Jacobians are a handful of diagonals, shared by all queries.
 """
@@ -130,7 +130,7 @@ def effective_gradient(gradient: Tensor, parameter: Tensor | None, hyper: Hyper)
 
 
 def step(update: Update, parameter: Tensor, moments: Moments, gradient: Tensor, hyper: Hyper) -> tuple[Tensor, Moments]:
-    """One optimizer step (method.md section 2): new parameter and moments, shapes as given.
+    """One optimizer step (docs/method.md, "One optimizer step"): new parameter and moments, shapes as given.
 
     Args:
         gradient: the gradient that the optimizer consumes, after clipping.
@@ -152,7 +152,7 @@ def step(update: Update, parameter: Tensor, moments: Moments, gradient: Tensor, 
 
 
 @dataclass(frozen=True)
-class RecordedStep:
+class ParameterStep:
     """A recorded step of one parameter, or of several joined, where `adjoint` and `finite_response` start from.
 
     Attributes:
@@ -165,17 +165,17 @@ class RecordedStep:
     gradient: Tensor
     hyper: Hyper
 
-    def to(self, dtype: torch.dtype) -> RecordedStep:
+    def to(self, dtype: torch.dtype) -> ParameterStep:
         """The same in another precision."""
         if self.gradient.dtype == dtype:
             return self
         moments = tuple(m.to(dtype) for m in self.moments)
-        return RecordedStep(self.update, moments, self.gradient.to(dtype), self.hyper)
+        return ParameterStep(self.update, moments, self.gradient.to(dtype), self.hyper)
 
-    def at(self, coordinates: slice) -> RecordedStep:
+    def at(self, coordinates: slice) -> ParameterStep:
         """Some of the coordinates."""
         moments = tuple(m[coordinates] for m in self.moments)
-        return RecordedStep(self.update, moments, self.gradient[coordinates], self.hyper)
+        return ParameterStep(self.update, moments, self.gradient[coordinates], self.hyper)
 
     @cached_property
     def taken(self) -> tuple[Tensor, Moments]:
@@ -183,11 +183,11 @@ class RecordedStep:
         return self.update.apply(self.moments, self.gradient, self.hyper)
 
 
-def join(steps: Sequence[RecordedStep]) -> RecordedStep:
+def join(steps: Sequence[ParameterStep]) -> ParameterStep:
     """The same step of several parameters that share their hyperparameters, end to end.
 
     Example:
-        >>> first, second = (RecordedStep(UPDATES["sgd"], (), torch.ones(d), {"lr": 0.5}) for d in (2, 1))
+        >>> first, second = (ParameterStep(UPDATES["sgd"], (), torch.ones(d), {"lr": 0.5}) for d in (2, 1))
         >>> change, _ = join([first, second]).taken
         >>> change
         tensor([-0.5000, -0.5000, -0.5000])

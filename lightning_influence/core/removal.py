@@ -1,6 +1,6 @@
-"""What a batch gradient becomes when one of its samples is removed (method.md section 6).
+"""What a batch gradient becomes when one of its samples is removed (docs/method.md, "What a removal changes").
 
-Removal is linear in the shares before clipping: ``e_z = sum_b shared_zb G_b + sum_i own_i s_i``, with ``s_i`` the shares
+A removal is linear in the shares before clipping: ``e_z = sum_b shared_zb G_b + sum_i own_i s_i``, with ``s_i`` the shares
 of the sample and ``G_b`` the gradient of each micro-batch ``b``.
 """
 
@@ -21,7 +21,7 @@ COUNTERFACTUALS = ("drop", "zero")
 
 
 @dataclass(frozen=True)
-class Removal:
+class GradientChange:
     """The change ``e_z`` of the batch gradient before clipping, for every sample ``z`` of a step.
 
     A sample leaves as a whole: where a step holds it several times, all its rows are removed together.
@@ -64,13 +64,13 @@ class Removal:
         return torch.addmm(own, shared, totals)
 
 
-def removal(record: StepRecord, counterfactual: Literal["drop", "zero"]) -> Removal:
-    """Removal of each sample of a step.
+def gradient_change(record: StepRecord, counterfactual: Literal["drop", "zero"]) -> GradientChange:
+    """The change by the removal of each sample of a step.
 
     For a mean with weights ``w`` (total ``W``, gradient ``G``), ``drop`` gives ``(w_z G - W s_z) / (W - w_z)`` in every
-    micro-batch that holds the sample, and ``zero`` keeps the denominator: ``-s_z``. Under a sum the two are the same. A
-    sample that was alone in its micro-batch takes the whole loss of that micro-batch with it in both. Where the
-    changes were measured, the shares are the changes themselves.
+    micro-batch that holds the sample, and ``zero`` keeps the denominator: ``-s_z``. Under a sum the two are the same. If a
+    sample was alone in its micro-batch, the whole loss of that micro-batch vanishes with it, under either counterfactual. Where
+    the changes were measured, the shares are the changes themselves.
 
     Raises:
         ConfigurationError: unknown counterfactual.
@@ -83,25 +83,25 @@ def removal(record: StepRecord, counterfactual: Literal["drop", "zero"]) -> Remo
         >>> gradients = {"weight": torch.tensor([3.0])}
         >>> record = StepRecord(0, ids, mean, one_batch, gradients, moments={}, hyper={})
         >>> shares = Dense(torch.tensor([[1.0], [2.0], [6.0]]) / 3)
-        >>> removed = removal(record, "drop")
+        >>> removed = gradient_change(record, "drop")
         >>> removed.change(shares, slice(None), removed.totals(shares, like=gradients["weight"]))
         tensor([[ 1.0000],
                 [ 0.5000],
                 [-1.5000]])
-        >>> removal(record, "zero").inner(shares.inner(torch.ones(1, 1)))
+        >>> gradient_change(record, "zero").inner(shares.inner(torch.ones(1, 1)))
         tensor([[-0.3333, -0.6667, -2.0000]])
     """
     if counterfactual not in COUNTERFACTUALS:
         raise ConfigurationError(f"counterfactual={counterfactual!r}; choose one of {', '.join(COUNTERFACTUALS)}")
     weights = record.loss_weights.double()
-    known, numbers = torch.unique(record.micro_batches, return_inverse=True)
+    known, numbers = torch.unique(record.micro_batch_numbers, return_inverse=True)
     members = torch.nn.functional.one_hot(numbers, max(len(known), 1)).double()
     sample_ids, owner = _in_order(record.sample_ids)
     nothing = weights.new_zeros(len(sample_ids), members.shape[1])
     if record.measured:
-        return Removal(sample_ids, nothing, torch.ones_like(weights), owner, members)
+        return GradientChange(sample_ids, nothing, torch.ones_like(weights), owner, members)
     if counterfactual == "zero" or not record.averaged:
-        return Removal(sample_ids, nothing, -torch.ones_like(weights), owner, members)
+        return GradientChange(sample_ids, nothing, -torch.ones_like(weights), owner, members)
     # by sample and micro-batch: the weight that leaves, and what is left
     leaves = nothing.index_add(0, owner, weights[:, None] * members)
     total = weights @ members
@@ -111,7 +111,7 @@ def removal(record: StepRecord, counterfactual: Literal["drop", "zero"]) -> Remo
     rest = torch.where(alone, 1.0, rest)
     shared = torch.where(alone, 0.0, leaves / rest)
     own = torch.where(alone, -1.0, -total / rest)[owner, numbers]
-    return Removal(sample_ids, shared, own, owner, members)
+    return GradientChange(sample_ids, shared, own, owner, members)
 
 
 def _in_order(sample_ids: Tensor) -> tuple[Tensor, Tensor]:
@@ -130,16 +130,18 @@ class ConsumedChange:
     """The change of the gradient that the optimizer consumes, clipping included.
 
     Attributes:
+        before_clipping: the same before clipping.
+        clip: of the step.
         coefficients: ``(n,)``, factor of norm clipping without each sample.
     """
 
-    removal: Removal
+    before_clipping: GradientChange
     clip: Clip
     coefficients: Tensor
 
     def change(self, gradient: Tensor, shares: Shares, samples: slice | Tensor, totals: Tensor) -> Tensor:
         """Rows ``(n', d)`` for one parameter; ``gradient`` ``(d,)`` before clipping."""
-        raw = self.removal.change(shares, samples, totals)
+        raw = self.before_clipping.change(shares, samples, totals)
         if self.clip.rule == "none":
             return raw
         before = apply_clip(self.clip, gradient, norm_coefficient(self.clip, self.clip.raw_norm))
@@ -148,7 +150,7 @@ class ConsumedChange:
 
 
 def consumed_change(
-    removed: Removal,
+    removed: GradientChange,
     record: StepRecord,
     shares: Mapping[str, Shares],
     scales: Mapping[str, float],

@@ -1,7 +1,7 @@
 """How far off a first-order score is, predicted without retraining: the second variation of the run.
 
 With ``theta(eps)`` the run with a share ``eps`` of one sample removed, a first-order score is the slope of
-the query loss in ``eps`` and the proxy is half its second derivative (method.md section 9). The first
+the query loss in ``eps`` and the proxy is half its second derivative (docs/method.md, "How far to trust a score"). The first
 variation is carried forward along the recorded run; what it forces at second order is contracted with
 the adjoint, so the second variation itself is never formed.
 """
@@ -19,7 +19,7 @@ from tqdm.auto import tqdm
 from lightning_influence.core.clipping import apply_clip, norm_coefficient
 from lightning_influence.core.curvature import curvature_of
 from lightning_influence.core.optimizers import UPDATES, decay, effective_gradient
-from lightning_influence.core.removal import consumed_change, removal
+from lightning_influence.core.removal import consumed_change, gradient_change
 from lightning_influence.core.response import finite_response
 from lightning_influence.core.sweep import Method, Passed, sum_inner, walk_back
 from lightning_influence.core.trajectory import Hyper, Shares, StepRecord, Trajectory, Vectors, extrapolation
@@ -62,7 +62,7 @@ class ErrorProxy:
 
     @property
     def second_order(self) -> Tensor:
-        """Half the second variation, ``(k, q)`` (method.md section 9)."""
+        """Half the second variation, ``(k, q)`` (docs/method.md, "How far to trust a score")."""
         return self.step + self.memory + self.curvature
 
     @property
@@ -222,7 +222,7 @@ class _Variation:
         """What the removals of the pairs of a step do to its gradient, before and after clipping."""
         if not here.any():
             return _Removed(dict.fromkeys(record.gradients), {})
-        removed, shares = removal(record, self.method.counterfactual), self.trajectory.shares(record.index)
+        removed, shares = gradient_change(record, self.method.counterfactual), self.trajectory.shares(record.index)
         ids = removed.sample_ids.tolist()
         samples = [z for z, t in self.pairs if t == record.index]
         missing = [z for z in samples if z not in ids]

@@ -1,7 +1,7 @@
 """The backward sweep: from the gradient of the queries to a score for every (sample, step).
 
 One walk serves post-hoc attribution (a whole run), look-ahead selection (a short roll-out) and the
-SGD baseline (another update rule). Its cost is linear in the number of steps (method.md section 3).
+SGD baseline (another update rule). Its cost is linear in the number of steps (docs/method.md, "The sweep").
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from tqdm.auto import tqdm
 from lightning_influence.core.adjoint import Adjoint, adjoint, gradient_adjoint, join_adjoints
 from lightning_influence.core.clipping import clip_adjoint
 from lightning_influence.core.curvature import CURVATURES, Curvature
-from lightning_influence.core.optimizers import UPDATES, Moments, RecordedStep, effective_gradient, join
-from lightning_influence.core.removal import ConsumedChange, consumed_change, consumed_gradients, removal
+from lightning_influence.core.optimizers import UPDATES, Moments, ParameterStep, effective_gradient, join
+from lightning_influence.core.removal import ConsumedChange, consumed_change, consumed_gradients, gradient_change
 from lightning_influence.core.response import finite_response
 from lightning_influence.core.scores import RowScores
 from lightning_influence.core.trajectory import Hyper, Shares, StepRecord, Trajectory, Vectors, extrapolation
@@ -33,7 +33,7 @@ _JOINED_COORDINATES = 2**14  # of a parameter that is joined with others
 
 @dataclass(frozen=True)
 class Method:
-    """Which estimator a sweep evaluates (method.md sections 3 to 6).
+    """Which estimator a sweep evaluates (docs/method.md).
 
     Example:
         >>> Method(curvature="hessian", memory_window=4).response
@@ -48,14 +48,14 @@ class Method:
     response: Literal["finite", "tangent"] = "finite"
     memory_window: int = 8
     counterfactual: Literal["drop", "zero"] = "drop"
-    optimizer: Literal["sgd"] | None = None
-    """None: the optimizer that trained; ``"sgd"``: the assumption that the paper refutes."""
+    optimizer_assumption: Literal["sgd"] | None = None
+    """None: the optimizer that trained; ``"sgd"``: the usual assumption of earlier methods, as a baseline."""
 
     def __post_init__(self) -> None:
         for name, value, known in (
             ("curvature", self.curvature, tuple(CURVATURES)),
             ("response", self.response, RESPONSES),
-            ("optimizer_assumption", self.optimizer, (None, "sgd")),
+            ("optimizer_assumption", self.optimizer_assumption, (None, "sgd")),
         ):
             if value not in known:
                 raise ConfigurationError(f"{name}={value!r}; choose one of {', '.join(map(str, known))}")
@@ -116,7 +116,7 @@ class StepRemovals:
 
     def of(self, names: Sequence[str], sample_ids: Tensor) -> Tensor | None:
         """Changes ``(n, d)`` of some parameters end to end; zero for samples that the step does not hold, None if all."""
-        position = {z: i for i, z in enumerate(self.consumed.removal.sample_ids.tolist())}
+        position = {z: i for i, z in enumerate(self.consumed.before_clipping.sample_ids.tolist())}
         held = [i for i, z in enumerate(sample_ids.tolist()) if z in position]
         if not held:
             return None
@@ -124,7 +124,7 @@ class StepRemovals:
         parts = []
         for name in names:
             gradient, share = self.gradients[name], self.shares[name]
-            totals = self.consumed.removal.totals(share, gradient)
+            totals = self.consumed.before_clipping.totals(share, gradient)
             rows = self.consumed.change(gradient, share, own, totals)
             parts.append(
                 rows.new_zeros(len(sample_ids), rows.shape[1]).index_copy_(0, torch.tensor(held).to(rows.device), rows)
@@ -143,13 +143,13 @@ class Passed:
         removals: of its samples, where an earlier step of the window holds one of them, too.
     """
 
-    recorded: dict[str, RecordedStep]
+    recorded: dict[str, ParameterStep]
     after: Adjoints
     gradient: Vectors
     removals: StepRemovals | None = None
-    _joined: dict[Block, tuple[RecordedStep, Adjoint]] = field(default_factory=dict)
+    _joined: dict[Block, tuple[ParameterStep, Adjoint]] = field(default_factory=dict)
 
-    def of(self, block: Block) -> tuple[RecordedStep, Adjoint]:
+    def of(self, block: Block) -> tuple[ParameterStep, Adjoint]:
         """Step and adjoint of a block of parameters, end to end."""
         if block not in self._joined:
             step = join([self.recorded[name] for name in block])
@@ -157,7 +157,7 @@ class Passed:
         return self._joined[block]
 
 
-def blocks_of(steps: Sequence[Mapping[str, RecordedStep]]) -> list[Block]:
+def blocks_of(steps: Sequence[Mapping[str, ParameterStep]]) -> list[Block]:
     """Parameters that can go through the elementwise algebra end to end: they took the same steps with the
     same hyperparameters. Only small ones are joined; large ones would be copied for nothing.
     """
@@ -185,7 +185,7 @@ class _Walk:
 
     def __init__(self, trajectory: Trajectory, method: Method, queries: Vectors, memory: int | None = None) -> None:
         self.trajectory, self.method = trajectory, method
-        self.update = UPDATES[method.optimizer or trajectory.optimizer]
+        self.update = UPDATES[method.optimizer_assumption or trajectory.optimizer]
         self.scales = extrapolation(trajectory.sizes)
         self.n_queries = next(iter(queries.values())).shape[0]
         self.adjoints: Adjoints = {k: Adjoint(q) for k, q in queries.items()}
@@ -215,8 +215,8 @@ class _Walk:
         }
         return rows
 
-    def _recorded(self, record: StepRecord) -> dict[str, RecordedStep]:
-        if self.method.optimizer == "sgd":  # theta' = theta - lr g, nothing else
+    def _recorded(self, record: StepRecord) -> dict[str, ParameterStep]:
+        if self.method.optimizer_assumption == "sgd":  # theta' = theta - lr g, nothing else
             plain = {"weight_decay": 0.0, "decoupled": 1.0}
             hyper: dict[str, Hyper] = {k: {**h, **plain} for k, h in record.hyper.items()}
             moments: dict[str, Moments] = dict.fromkeys(record.gradients, ())
@@ -224,12 +224,12 @@ class _Walk:
             hyper, moments = dict(record.hyper), record.moments
         consumed, parameters = consumed_gradients(record), record.parameters or {}
         return {
-            k: RecordedStep(self.update, moments[k], effective_gradient(g, parameters.get(k), hyper[k]), hyper[k])
+            k: ParameterStep(self.update, moments[k], effective_gradient(g, parameters.get(k), hyper[k]), hyper[k])
             for k, g in consumed.items()
         }
 
     def _score(self, record: StepRecord, shares: Mapping[str, Shares], products: Tensor) -> RowScores:
-        removed = removal(record, self.method.counterfactual)
+        removed = gradient_change(record, self.method.counterfactual)
         tangent = removed.inner(products)
         scores, interaction = tangent, torch.zeros_like(tangent)
         if self.method.response == "finite":
@@ -251,7 +251,7 @@ class _Walk:
         """Finite response ``(q, u)`` of a block of parameters, over the window of the newest passed step; in the precision
         and on the device of ``like``.
         """
-        removed = own.consumed.removal
+        removed = own.consumed.before_clipping
         scores = torch.zeros_like(like)
         names = [name for name in block if name in own.shares]
         if not names:
@@ -273,7 +273,7 @@ class _Walk:
         window, after, closing, passed = self._window(names)
         size = sum(own.shares[name].n_coordinates for name in names)
         for part in sample_chunks(len(again), size):
-            ids = own.consumed.removal.sample_ids[again[part]]
+            ids = own.consumed.before_clipping.sample_ids[again[part]]
             change = own.of(names, ids)
             later = [None if p.removals is None else p.removals.of(names, ids) for p in passed]
             assert change is not None
@@ -281,7 +281,7 @@ class _Walk:
             added[:, part] = (joint - finite_response(window, after, closing, change)).to(added)
         return added
 
-    def _window(self, names: Sequence[str]) -> tuple[list[RecordedStep], list[Tensor], Moments, list[Passed]]:
+    def _window(self, names: Sequence[str]) -> tuple[list[ParameterStep], list[Tensor], Moments, list[Passed]]:
         """Steps, adjoints of the parameters and closing adjoint of the moments of some parameters, joined."""
         passed = [p for p in self.passed if names[0] in p.recorded]
         joined = [p.of(tuple(names)) for p in passed]
@@ -289,7 +289,9 @@ class _Walk:
 
     def _again(self, sample_ids: Tensor) -> Tensor:
         """Positions of the samples that later steps of the window hold, too."""
-        later = [p.removals.consumed.removal.sample_ids for p in list(self.passed)[1:] if p.removals is not None]
+        later = [
+            p.removals.consumed.before_clipping.sample_ids for p in list(self.passed)[1:] if p.removals is not None
+        ]
         return torch.isin(sample_ids, torch.cat(later)).nonzero()[:, 0] if later else torch.zeros(0, dtype=torch.int64)
 
     def _earlier(self, index: int, sample_ids: Tensor) -> bool:

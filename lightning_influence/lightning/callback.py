@@ -32,6 +32,7 @@ from lightning_influence.run.sample_ids import IdSource, SampleIds
 from lightning_influence.run.sample_weights import WeightSource
 from lightning_influence.run.trainer import clip_of, loss_scaler, ranks_of
 from lightning_influence.scoring.attribution import attribute
+from lightning_influence.words import renamed
 
 
 class InfluenceCallback(L.Callback):
@@ -41,7 +42,7 @@ class InfluenceCallback(L.Callback):
     or the loader has to change, and the run's random numbers stay as they are.
 
     Args:
-        dirpath: directory of the log, created at the start of ``fit``.
+        log: directory of the log, created at the start of ``fit``.
         record: ``"gradients"`` writes per-sample gradients, moments and hyperparameters, from which scores
             follow without model or data; ``"replay"`` snapshots and what is needed to run the training
             again, for exact curvature and for any module; ``"both"``.
@@ -52,43 +53,53 @@ class InfluenceCallback(L.Callback):
             without loss in fewer bytes where a layer allows it, ``"mask"`` a fixed random set of
             coordinates per parameter, ``"auto"`` the smallest lossless form within a budget and masks beyond.
         mask_size: coordinates kept per parameter under a mask.
-        exclude: pattern or patterns (`fnmatch`) of parameter names that train but are not recorded.
         sample_ids: how a batch says which samples it holds, for data that is not a map-style dataset:
             a key of the batch or a function of it. By default the indices that the sampler drew.
+        reduction: whether the training loss is a mean or a sum over the samples.
         sample_weights: function of the batch that gives the relative weight ``(n,)`` of every sample in the
             batch's mean loss; see `sample_weights.sample_weights` for the default.
-        reduction: whether the training loss is a mean or a sum over the samples.
+        exclude: pattern or patterns (`fnmatch`) of parameter names that train but are not recorded.
         frozen_batch_norm: train batch normalisation with its running statistics, so that samples do not
             depend on each other; refused otherwise.
-        report: attribute the run to the validation loss when ``fit`` ends: ``report.html`` and ``report.safetensors`` in
-            ``dirpath``, a figure and numbers through the trainer's loggers, and the `report` attribute.
-        existing: what to do where ``dirpath`` already holds a log. A run resumed from a checkpoint goes on
-            with its own log in any case, also where that was moved to ``dirpath``.
+        report: attribute the run when ``fit`` ends, with the validation data as queries and their mean loss as target:
+            ``report.html`` and ``report.safetensors`` in ``log``, a figure and numbers through the trainer's loggers, and
+            the `report` attribute.
+        existing: what to do where the directory already holds a log. A run resumed from a checkpoint goes on
+            with its own log in any case, also where that was moved to this directory.
         seed: of the mask.
+        dirpath: the old word for ``log``.
+
+    Attributes:
+        dirpath: the directory of the log; an attribute called ``log`` is overwritten by the trainer.
+        report: of the run that has ended, with ``report=True``.
 
     Raises:
-        ConfigurationError: at the start of ``fit``, where the run cannot be attributed.
+        ConfigurationError: no directory, or an unknown choice; at the start of ``fit``, where the run cannot be attributed.
     """
 
     def __init__(
         self,
-        dirpath: str | Path,
+        log: str | Path | None = None,
         *,
         record: Literal["gradients", "replay", "both"] = "gradients",
         snapshot_every: int | None = None,
         store_batches: bool | None = None,
         compression: CompressionName = "auto",
         mask_size: int = 8192,
-        exclude: str | Sequence[str] = (),
         sample_ids: IdSource = None,
-        sample_weights: WeightSource = None,
         reduction: Literal["mean", "sum"] = "mean",
+        sample_weights: WeightSource = None,
+        exclude: str | Sequence[str] = (),
         frozen_batch_norm: bool = False,
         report: bool = False,
         existing: Literal["error", "overwrite", "resume"] = "error",
         seed: int = 0,
+        dirpath: str | Path | None = None,
     ) -> None:
-        self.dirpath = Path(dirpath)
+        log = renamed("log", log, "dirpath", dirpath)
+        if log is None:
+            raise ConfigurationError("log is missing; give the directory that the log is to be written to.")
+        self.dirpath = Path(log)  # the trainer makes a callback's attribute `log` its logging function
         for name, value, known in (
             ("record", record, ("gradients", "replay", "both")),
             ("compression", compression, COMPRESSIONS),
@@ -110,7 +121,7 @@ class InfluenceCallback(L.Callback):
         self.report: InfluenceReport | None = None
         self._recorder: Recorder | None = None
         self._steps: int | None = None  # of the run that the trainer's present state comes from
-        self._run: str | None = None  # by which a log is known wherever it lies; on the process that saves checkpoints
+        self._run: str | None = None  # identifies a log even if it is moved; on the process that saves checkpoints
         self._resume_at: int | None = None
 
     @property
@@ -120,7 +131,7 @@ class InfluenceCallback(L.Callback):
     def state_dict(self) -> dict[str, Any]:
         if self._recorder is None:
             return {"steps": self._steps, "run": self._run}
-        self._recorder.writer.flush()  # a checkpoint never knows of more steps than the log
+        self._recorder.writer.flush()  # so that a checkpoint is never ahead of the log
         return {"steps": len(self._recorder.writer), "run": self._run}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -273,19 +284,19 @@ class InfluenceCallback(L.Callback):
 
 
 def _run_of(log: Path) -> str | None:
-    """By which the log that a directory holds is known; None where it holds none."""
+    """The identifier of the run whose log a directory holds; None where it holds none."""
     return Manifest.of(StoreReader(log)).run if (log / MANIFEST).exists() else None
 
 
 def _not_its_log(log: Path) -> ConfigurationError:
     return ConfigurationError(
-        f"the checkpoint is not of the run whose log is {log}, so the log cannot go on from it; give the dirpath of the "
-        "checkpoint's own log, or another directory."
+        f"the checkpoint is not of the run whose log is {log}, so the log cannot go on from it; give the directory of "
+        "the checkpoint's own log, or another directory."
     )
 
 
 def _refuse_another_run(log: Path, manifest: Manifest, ranks: int) -> None:
-    """A log goes on only as it began: other settings would make its first steps mean something else."""
+    """Refuse to continue a log with settings other than those it began with."""
     if not (log / MANIFEST).exists():
         return
     reader = StoreReader(log)

@@ -32,22 +32,22 @@ _PRECISION = "32-true"  # of batches: a loss function converts and casts by itse
 
 @contextmanager
 def recording(
-    dirpath: str | Path,
+    log: str | Path,
     task: Any,
     optimizer: torch.optim.Optimizer,
     *,
     record: Literal["gradients", "replay", "both"] = "gradients",
-    compression: CompressionName = "auto",
-    mask_size: int = 8192,
-    seed: int = 0,
-    reduction: Literal["mean", "sum"] = "mean",
-    sample_weights: WeightSource = None,
-    sample_ids: IdSource = None,
-    exclude: Sequence[str] = (),
-    frozen_batch_norm: bool = False,
     snapshot_every: int = 100,
     store_batches: bool | None = None,
+    compression: CompressionName = "auto",
+    mask_size: int = 8192,
+    sample_ids: IdSource = None,
+    reduction: Literal["mean", "sum"] = "mean",
+    sample_weights: WeightSource = None,
+    exclude: str | Sequence[str] = (),
+    frozen_batch_norm: bool = False,
     existing: Literal["error", "overwrite"] = "error",
+    seed: int = 0,
 ) -> Iterator[LoopRecorder]:
     """Record a training loop of one's own, for `attribute`.
 
@@ -55,10 +55,10 @@ def recording(
     that is recorded ends bit for bit where it ends without.
 
     Args:
-        dirpath: directory of the log.
+        log: directory to write.
         task: what is trained: a `FunctionTask(module, loss)`, or a `LightningModule`.
         optimizer: of the loop, of the task's parameters.
-        record, compression, mask_size, seed, reduction, sample_weights, sample_ids, exclude, frozen_batch_norm, store_batches:
+        record, store_batches, compression, mask_size, sample_ids, reduction, sample_weights, exclude, frozen_batch_norm, seed:
             as of `InfluenceCallback`.
         snapshot_every: steps between the snapshots of a log that can be replayed.
         existing: what to do where the directory already holds a log.
@@ -122,7 +122,7 @@ def recording(
     replays = None if record == "gradients" else ReplaySettings(snapshot_every, store_batches)
     with ExitStack() as undo:
         undo.callback(steps.close)
-        writer = undo.enter_context(StoreWriter(dirpath, existing=existing))
+        writer = undo.enter_context(StoreWriter(log, existing=existing))
         writer.write_manifest(replace(manifest, run=uuid4().hex).to_json())
         recorder = LoopRecorder(steps, Recorder(steps.collector, writer, compression=kept, replay=replays))
         finished = False

@@ -17,7 +17,7 @@ from torch import Tensor
 from lightning_influence.capture import GradientCapture, freeze_batch_norm, refuse_batch_norm, refuse_compiled
 from lightning_influence.capture.step import Samples, StepCollector, StepOptions
 from lightning_influence.errors import ConfigurationError
-from lightning_influence.replay.plan import ReplayMicroBatch
+from lightning_influence.replay.plan import PlannedMicroBatch
 from lightning_influence.replay.witness import Trial, evaluated, rehearse, witness
 from lightning_influence.run.batches import copied
 from lightning_influence.run.losses import Dynamics
@@ -32,7 +32,7 @@ from lightning_influence.run.sample_weights import sample_weights
 from lightning_influence.run.tap import LossTap
 from lightning_influence.run.task import Task
 
-_REHEARSALS = 2  # the second sees what the first has left behind
+_REHEARSALS = 2  # the second sees state that the first left behind
 
 
 class LiveSteps:
@@ -154,7 +154,7 @@ class LiveSteps:
             self._twin = self._twin or self.task.twin()
             less = self.recollated()
             rest = None if less is None else less.__getitem__
-            micro_batch = ReplayMicroBatch(copied(batch), moment, 1.0, self._n, read_random_state(), rest)
+            micro_batch = PlannedMicroBatch(copied(batch), moment, 1.0, self._n, read_random_state(), rest)
             buffers = {name: b.detach().clone() for name, b in self.task.module.named_buffers()}
             self._trial = Trial(micro_batch, self.ids, buffers)
         self._accumulated = accumulated
@@ -210,7 +210,7 @@ class LiveSteps:
             self._twin = None
 
     def _asks_plainly(self) -> bool:
-        """Whether the training step does without reentrant checkpointing in eval mode, in which queries are asked."""
+        """Whether the training step uses no reentrant checkpointing in eval mode, the mode in which query losses are computed."""
         return (
             self._twin is not None and self._trial is not None and not is_reentrant(evaluated(self._twin, self._trial))
         )

@@ -63,8 +63,8 @@ class StoreReader:
         LogCorrupted: bytes that differ from those written; also raised by every method that reads.
     """
 
-    def __init__(self, dirpath: str | Path) -> None:
-        self.path = self._root = Path(dirpath)
+    def __init__(self, log: str | Path) -> None:
+        self.path = self._root = Path(log)
         with told_as_log_error(f"the log {self._root} cannot be read"):
             self.manifest: dict[str, Any] = self._read_manifest()
             self.ranks = self._count_ranks()
@@ -73,11 +73,11 @@ class StoreReader:
 
     def _read_manifest(self) -> _Manifest:
         if not self._root.is_dir():
-            raise LogError(f"{self._root}: no such directory; give the dirpath of an InfluenceCallback.")
+            raise LogError(f"{self._root}: no such directory; give the directory that an InfluenceCallback wrote.")
         path = own_path(self._root / MANIFEST)
         if not path.exists():
             raise LogError(
-                f"{self._root} is not a log (it has no {MANIFEST}); give the dirpath of an InfluenceCallback."
+                f"{self._root} is not a log (it has no {MANIFEST}); give the directory that an InfluenceCallback wrote."
             )
         try:
             body = json.loads(_read_whole(path))
@@ -95,7 +95,7 @@ class StoreReader:
         return _Manifest(body["content"], path)
 
     def _count_ranks(self) -> int:
-        """The number of ranks that the manifest says, all of which are there and no other."""
+        """The number of ranks according to the manifest; the directories of all of them exist, and no other."""
         ranks, found = self.manifest["ranks"], rank_names(self._root)
         if ranks != len(found) or found != names_of(len(found)):
             raise LogCorrupted(

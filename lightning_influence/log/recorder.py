@@ -16,7 +16,7 @@ from torch import Tensor
 from lightning_influence.capture import GradientCapture
 from lightning_influence.capture.step import StepCollector, total_norm
 from lightning_influence.core.clipping import norm_coefficient
-from lightning_influence.core.coordinates import Keep, plan
+from lightning_influence.core.coordinates import Coordinates, choose_coordinates
 from lightning_influence.core.shares import Form
 from lightning_influence.core.trajectory import Clip, StepRecord
 from lightning_influence.errors import ConfigurationError
@@ -42,7 +42,7 @@ _CLIP_TOLERANCE = 1e-3
 
 @dataclass(frozen=True)
 class Compression:
-    """What is kept of the per-sample gradients (`compression.plan`)."""
+    """What is kept of the per-sample gradients (`coordinates.choose_coordinates`)."""
 
     kind: CompressionName = "auto"
     mask_size: int = 8192
@@ -77,7 +77,7 @@ class Recorder:
         self.collector, self.writer = collector, writer
         self.module, self.optimizer, self.ranks = collector.module, collector.optimizer, collector.ranks
         self.replay, self.compression = replay, compression
-        self.keeps: dict[str, Keep] | None = None
+        self.keeps: dict[str, Coordinates] | None = None
         self._with_moments = _with_moments(writer)  # parameters whose moments the present block of steps holds
         self._names = {id(p): name for name, p in self.module.named_parameters()}
         self._between = BetweenSteps(self.module)
@@ -143,7 +143,7 @@ class Recorder:
         """Write what is pending and let go of the optimizer.
 
         Args:
-            finished: the run ended as intended; the log then notes by which parameters.
+            finished: the run ended as intended; the log then notes its last parameters.
         """
         self._post_hook.remove()
         try:
@@ -153,7 +153,7 @@ class Recorder:
             self.writer.close()
 
     def _finish(self) -> None:
-        """Note by which parameters the run ended, unless they are no longer those of its last step."""
+        """Note the parameters that the run ended with, and whether they are still those of its last step."""
         self.writer.flush()
         self.ranks.wait()  # the note also says that the log is whole, so every process has written its steps before it
         if self.ranks.rank > 0:
@@ -193,7 +193,7 @@ class Recorder:
     def _plan(self, shares: dict[str, Form], capture: GradientCapture) -> dict[str, Form]:
         """Decide at the first step what is kept."""
         parameters = capture.parameters
-        keeps = plan(
+        keeps = choose_coordinates(
             shares,
             {name: tuple(parameters[name].shape) for name in shares},
             compression=self.compression.kind,
@@ -267,18 +267,18 @@ class Recorder:
 
 
 def _with_moments(writer: StoreWriter) -> set[str]:
-    """Parameters whose moments are already in the block of steps with which a log goes on."""
+    """Parameters whose moments are already in the last block of steps of a log that is continued."""
     begun = range(len(writer) // MOMENTS_EVERY * MOMENTS_EVERY, len(writer))
-    reader = StoreReader(writer.dirpath) if len(begun) else None
+    reader = StoreReader(writer.log) if len(begun) else None
     names = [name for index in begun for name in reader.names(index)] if reader is not None else []
     return {name.split("/", 2)[2] for name in names if name.startswith("moment/")}
 
 
 def _in_snapshots(writer: StoreWriter) -> set[str]:
-    """Parameters that the snapshots of a log hold with which a run goes on."""
+    """Parameters that the snapshots of a log hold, when a resumed run continues it."""
     if len(writer) == 0:
         return set()
-    reader = StoreReader(writer.dirpath)
+    reader = StoreReader(writer.log)
     snapshots = [name for name in reader.artifacts() if name.startswith(SNAPSHOT)]
     kind = "parameter/"
     names = reader.artifact_names(max(snapshots)) if snapshots else []

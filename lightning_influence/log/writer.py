@@ -47,7 +47,7 @@ class StoreWriter:
     """Appends to a store from a background thread whose backlog is bounded.
 
     Args:
-        dirpath: the store's directory, created where needed.
+        log: the log's directory, created where needed.
         rank, ranks: whose part of the store this is, and of how many; every process writes its own.
         existing: what to do where the directory already holds a store.
         max_pending_bytes: backlog at which `append` waits for the disk.
@@ -59,14 +59,14 @@ class StoreWriter:
 
     def __init__(
         self,
-        dirpath: str | Path,
+        log: str | Path,
         *,
         rank: int = 0,
         ranks: int = 1,
         existing: Literal["error", "overwrite", "resume"] = "error",
         max_pending_bytes: int = 2**28,
     ) -> None:
-        self._root, self._rank, self._ranks = Path(dirpath), rank, ranks
+        self._root, self._rank, self._ranks = Path(log), rank, ranks
         self._dir = self._root / f"rank-{rank}"
         with ExitStack() as undo, self._told():
             self._refuse_existing(existing)
@@ -125,7 +125,7 @@ class StoreWriter:
             )
 
     @property
-    def dirpath(self) -> Path:
+    def log(self) -> Path:
         """The store's directory."""
         return self._root
 

@@ -20,7 +20,7 @@ from lightning_influence.log.format import decoding
 from lightning_influence.log.reader import StoreReader
 from lightning_influence.log.snapshots import SNAPSHOT, snapshot_name
 from lightning_influence.log.steps import LoggedSteps
-from lightning_influence.replay.plan import ReplayMicroBatch, ReplayStep, State
+from lightning_influence.replay.plan import PlannedMicroBatch, PlannedStep, State
 from lightning_influence.run.batches import fingerprint, unpack_batch
 from lightning_influence.run.data import TrainingData
 from lightning_influence.run.random_state import random_state
@@ -67,7 +67,7 @@ class LoggedPlan:
     def sample_ids(self, index: int) -> Tensor:
         return self._steps.sample_ids(index)
 
-    def step(self, index: int) -> ReplayStep:
+    def step(self, index: int) -> PlannedStep:
         record = self._steps.record(index)
         with decoding(f"step {index}"):
             recorded = [
@@ -75,7 +75,7 @@ class LoggedPlan:
                 for rank in range(self._reader.ranks)
                 for number, told in enumerate(self._reader.meta(index, rank)["micro_batches"])
             ]
-            positions = [record.micro_batches == position for position in range(len(recorded))]
+            positions = [record.micro_batch_numbers == position for position in range(len(recorded))]
             weights = [record.loss_weights[here] for here in positions]
             factors = [float(w.sum() if record.averaged else w[0]) for w in weights]
         micro_batches = []
@@ -87,12 +87,12 @@ class LoggedPlan:
             batch = self._batch(read, number, told, ids)
             less = self._less(read, number, told, ids)
             random = read.generators(f"random/{number}/")
-            micro_batches.append(ReplayMicroBatch(batch, moment, factor, int(here.sum()), random, less))
-        return ReplayStep(
+            micro_batches.append(PlannedMicroBatch(batch, moment, factor, int(here.sum()), random, less))
+        return PlannedStep(
             micro_batches,
             record.sample_ids,
             record.loss_weights,
-            record.micro_batches,
+            record.micro_batch_numbers,
             record.hyper,
             record.clip,
             record.averaged,

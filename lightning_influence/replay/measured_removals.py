@@ -12,12 +12,12 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from lightning_influence.core.removal import removal
+from lightning_influence.core.removal import gradient_change
 from lightning_influence.core.shares import Dense, Form
 from lightning_influence.core.trajectory import StepRecord, Vectors
 from lightning_influence.replay.passes import Passes, leaves_of
-from lightning_influence.replay.plan import Plan, ReplayMicroBatch, ReplayStep
-from lightning_influence.replay.removals import Removals, not_the_sum
+from lightning_influence.replay.plan import Plan, PlannedMicroBatch, PlannedStep
+from lightning_influence.replay.removals import RemovalCheck, not_the_sum
 from lightning_influence.run.batches import without
 
 _LONG = 10  # seconds of measuring that are announced
@@ -41,7 +41,7 @@ class MeasuredRemovals:
         self,
         passes: Passes,
         plan: Plan,
-        found: Removals,
+        found: RemovalCheck,
         *,
         counterfactual: Literal["drop", "zero"] = "drop",
         samples: Collection[int] | None = None,
@@ -58,7 +58,7 @@ class MeasuredRemovals:
 
     def agree(
         self,
-        planned: ReplayStep,
+        planned: PlannedStep,
         parameters: Mapping[str, Tensor],
         buffers: Sequence[Mapping[str, Tensor]],
         gradients: Vectors,
@@ -89,7 +89,7 @@ class MeasuredRemovals:
 
     def form(
         self,
-        planned: ReplayStep,
+        planned: PlannedStep,
         parameters: Mapping[str, Tensor],
         buffers: Sequence[Mapping[str, Tensor]],
         gradients: Vectors,
@@ -103,15 +103,17 @@ class MeasuredRemovals:
 
     def _verify(
         self,
-        planned: ReplayStep,
+        planned: PlannedStep,
         parameters: Mapping[str, Tensor],
         buffers: Sequence[Mapping[str, Tensor]],
         gradients: Vectors,
         shares: Mapping[str, Form],
     ) -> None:
         """Hold what shares say of the first, the middle and the last sample against evaluations without them."""
-        record = StepRecord(0, planned.sample_ids, planned.loss_weights, planned.numbers, {}, {}, {}, planned.averaged)
-        removed = removal(record, self._counterfactual)
+        record = StepRecord(
+            0, planned.sample_ids, planned.loss_weights, planned.micro_batch_numbers, {}, {}, {}, planned.averaged
+        )
+        removed = gradient_change(record, self._counterfactual)
         chosen = sorted({0, len(removed) // 2, len(removed) - 1})
         measured = self._changes(planned, parameters, buffers, gradients, removed.sample_ids[chosen])
         totals = {k: removed.totals(s, gradients[k].flatten()) for k, s in shares.items()}
@@ -124,7 +126,7 @@ class MeasuredRemovals:
 
     def _changes(
         self,
-        planned: ReplayStep,
+        planned: PlannedStep,
         parameters: Mapping[str, Tensor],
         buffers: Sequence[Mapping[str, Tensor]],
         gradients: Vectors,
@@ -136,7 +138,7 @@ class MeasuredRemovals:
         for z in samples.tolist():
             change = {k: torch.zeros_like(g) for k, g in gradients.items()}
             for number, micro_batch in enumerate(planned.micro_batches):
-                if not (planned.sample_ids[planned.numbers == number] == z).any():
+                if not (planned.sample_ids[planned.micro_batch_numbers == number] == z).any():
                     continue
                 evaluate = partial(self._passes.run, leaves, buffers[number])
                 whole = evaluate(micro_batch).gradients
@@ -150,10 +152,10 @@ class MeasuredRemovals:
         return {k: torch.stack([row[k] for row in rows]) for k in gradients}
 
     def _without(
-        self, planned: ReplayStep, number: int, micro_batch: ReplayMicroBatch, z: int
-    ) -> ReplayMicroBatch | None:
+        self, planned: PlannedStep, number: int, micro_batch: PlannedMicroBatch, z: int
+    ) -> PlannedMicroBatch | None:
         """A micro-batch without a sample; None where nothing is left of it."""
-        here = planned.numbers == number
+        here = planned.micro_batch_numbers == number
         own = (planned.sample_ids[here] == z).nonzero()[:, 0]
         if len(own) == micro_batch.n_samples:
             return None

@@ -14,7 +14,7 @@ from torch import Tensor
 from lightning_influence.capture import GradientCapture
 from lightning_influence.core.shares import Form
 from lightning_influence.core.trajectory import Vectors
-from lightning_influence.replay.plan import ReplayMicroBatch, ReplayStep, State
+from lightning_influence.replay.plan import PlannedMicroBatch, PlannedStep, State
 from lightning_influence.replay.stopped_paths import NotedPaths, OpenPaths, StopWatch
 from lightning_influence.run.moment import set_modes
 from lightning_influence.run.parameters import placed
@@ -52,7 +52,7 @@ class Passes:
         self.task, self.module, self._autocast = task, task.module, autocast
         self.half = False
 
-    def loss(self, micro_batch: ReplayMicroBatch) -> Tensor:
+    def loss(self, micro_batch: PlannedMicroBatch) -> Tensor:
         """A micro-batch's part in the loss of its step, at what the module now holds."""
         set_modes(self.module, micro_batch.moment.in_eval)
         if micro_batch.random is not None:
@@ -62,7 +62,7 @@ class Passes:
             loss = self.task.loss(micro_batch.batch, micro_batch.moment)
         return loss * micro_batch.factor
 
-    def loss_at(self, micro_batch: ReplayMicroBatch, state: State) -> Callable[[dict[str, Tensor]], Tensor]:
+    def loss_at(self, micro_batch: PlannedMicroBatch, state: State) -> Callable[[dict[str, Tensor]], Tensor]:
         """`loss` as a function of parameters, the others as in a state."""
 
         def loss(values: dict[str, Tensor]) -> Tensor:
@@ -75,7 +75,7 @@ class Passes:
         self,
         leaves: dict[str, Tensor],
         buffers: Mapping[str, Tensor],
-        micro_batch: ReplayMicroBatch,
+        micro_batch: PlannedMicroBatch,
         *,
         exact: bool = False,
         capture: GradientCapture | None = None,
@@ -111,7 +111,7 @@ class Passes:
         present = {k: g for k, g in zip(leaves, gradients, strict=True) if g is not None}
         return Pass(present, shares, {k: inside[k].detach() for k in buffers})
 
-    def gradient(self, planned: ReplayStep, state: State) -> dict[str, Tensor]:
+    def gradient(self, planned: PlannedStep, state: State) -> dict[str, Tensor]:
         """The gradient of a whole step, by parameter and in its shape."""
         total: dict[str, Tensor] = {}
         leaves, buffers = leaves_of(state.parameters), state.buffers
@@ -121,7 +121,7 @@ class Passes:
             total |= {k: total[k] + g if k in total else g for k, g in one.gradients.items()}
         return total
 
-    def slope(self, planned: ReplayStep, state: State, direction: Vectors) -> Vectors:
+    def slope(self, planned: PlannedStep, state: State, direction: Vectors) -> Vectors:
         """Central difference of a step's gradient along a direction of the parameters, by name and in their shapes."""
         length = math.sqrt(sum(float(d.double().square().sum()) for d in direction.values()))
         own = math.sqrt(sum(float(p.double().square().sum()) for p in state.parameters.values()))
@@ -134,7 +134,7 @@ class Passes:
         return {k: (sides[0][k] - sides[1][k]) / (2 * size) for k in sides[0]}
 
     def stop_paths(
-        self, planned: ReplayStep, leaves: dict[str, Tensor], buffers: Sequence[Mapping[str, Tensor]]
+        self, planned: PlannedStep, leaves: dict[str, Tensor], buffers: Sequence[Mapping[str, Tensor]]
     ) -> bool:
         """Whether the training step stops a path from a parameter, by ``detach`` or ``no_grad``."""
         watch = StopWatch()
@@ -144,13 +144,13 @@ class Passes:
         return watch.seen
 
     def draw(
-        self, planned: ReplayStep, parameters: Mapping[str, Tensor], buffers: Sequence[Mapping[str, Tensor]]
+        self, planned: PlannedStep, parameters: Mapping[str, Tensor], buffers: Sequence[Mapping[str, Tensor]]
     ) -> bool:
         """Whether the training step draws random numbers, for one of the micro-batches."""
         return any(self._draws(planned, parameters, buffers))
 
     def _draws(
-        self, planned: ReplayStep, parameters: Mapping[str, Tensor], buffers: Sequence[Mapping[str, Tensor]]
+        self, planned: PlannedStep, parameters: Mapping[str, Tensor], buffers: Sequence[Mapping[str, Tensor]]
     ) -> Iterator[bool]:
         for micro_batch, before in zip(planned.micro_batches, buffers[:-1], strict=True):
             with torch.no_grad(), placed(self.module, {**parameters, **copies(before)}):

@@ -23,7 +23,7 @@ class State:
 
 
 @dataclass(frozen=True)
-class ReplayMicroBatch:
+class PlannedMicroBatch:
     """One forward and backward pass.
 
     Attributes:
@@ -43,17 +43,17 @@ class ReplayMicroBatch:
 
 
 @dataclass(frozen=True)
-class ReplayStep:
+class PlannedStep:
     """What one optimizer step consumed; the fields of `StepRecord` that do not follow from running it.
 
     Attributes:
         clip: its ``raw_norm`` is the recorded one, against which the replay is checked; 0 if unknown.
     """
 
-    micro_batches: Sequence[ReplayMicroBatch]
+    micro_batches: Sequence[PlannedMicroBatch]
     sample_ids: Tensor
     loss_weights: Tensor
-    numbers: Tensor
+    micro_batch_numbers: Tensor
     hyper: Mapping[str, Hyper]
     clip: Clip
     averaged: bool
@@ -73,7 +73,7 @@ class Plan(Protocol):
     def sample_ids(self, index: int) -> Tensor:
         """Samples ``(n,)`` that a step consumed."""
 
-    def step(self, index: int) -> ReplayStep:
+    def step(self, index: int) -> PlannedStep:
         """What a step consumed."""
 
     def snapshot(self, index: int) -> State:

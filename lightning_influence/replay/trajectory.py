@@ -25,8 +25,8 @@ from lightning_influence.errors import CurvatureUnavailable, ReplayDrift
 from lightning_influence.replay.evaluation import Evaluation, StepEvaluator, StoppedPaths, distance
 from lightning_influence.replay.measured_removals import MeasuredRemovals
 from lightning_influence.replay.passes import Passes, copies
-from lightning_influence.replay.plan import Plan, ReplayStep, State
-from lightning_influence.replay.removals import Removals
+from lightning_influence.replay.plan import Plan, PlannedStep, State
+from lightning_influence.replay.removals import RemovalCheck
 from lightning_influence.run.parameters import placed
 from lightning_influence.run.random_state import random_state
 from lightning_influence.run.task import Task, as_task
@@ -66,12 +66,12 @@ class ReplayTrajectory:
         samples: the only ones whose removals are measured; None for all.
         verify: hold the removals that shares give against evaluations without the sample.
         progress: show a bar where replaying a segment takes longer than two seconds.
-        removals: what was verified of an earlier part of the same run, with which this one goes on.
+        removals: what was verified in an earlier part of the same run, so that it is not verified again.
 
     Attributes:
         removals: how the changes of the gradient by the removal of a sample are found, and what was verified of it.
         differenced: whether Hessian products are differences of gradients, since the step cannot be differentiated twice.
-        drift: relative distance to each snapshot on arrival, by step (the system error, method.md section 9).
+        drift: relative distance to each snapshot on arrival, by step (the system error; docs/method.md, "How far to trust a score").
     """
 
     def __init__(
@@ -88,7 +88,7 @@ class ReplayTrajectory:
         samples: Collection[int] | None = None,
         verify: bool = True,
         progress: bool = True,
-        removals: Removals | None = None,
+        removals: RemovalCheck | None = None,
     ) -> None:
         self.task, self.plan, self.optimizer = as_task(model), plan, plan.optimizer
         self.module = module = self.task.module
@@ -98,7 +98,7 @@ class ReplayTrajectory:
         self._trained = {k: p for k, p in module.named_parameters() if k in names}
         self.sizes = {k: (p.numel(), p.numel()) for k, p in self._trained.items()}
         refuse_compiled(module)
-        self.removals = removals or Removals(unverifiable=None if verify else "verify=False")
+        self.removals = removals or RemovalCheck(unverifiable=None if verify else "verify=False")
         self._passes = Passes(self.task, autocast)
         self._measured = MeasuredRemovals(
             self._passes, plan, self.removals, counterfactual=counterfactual, samples=samples, announce=progress
@@ -125,7 +125,7 @@ class ReplayTrajectory:
     def __len__(self) -> int:
         return len(self.plan)
 
-    def witness(self) -> Removals:
+    def witness(self) -> RemovalCheck:
         """Verify the removals of the first step, and nothing else."""
         self._evaluator.evaluate(self.plan.step(0), self.plan.snapshot(0))
         return self.removals
@@ -227,7 +227,7 @@ class ReplayTrajectory:
             raise IndexError(f"step {index} of a run of {len(self)} steps")
         start = max(s for s in self.plan.snapshots if s <= index)
         if self._segment is None or self._segment.start != start:
-            self._segment = None  # before the next is built, so that two are never held
+            self._segment = None  # released before the next is built, so that memory holds one segment
             self._segment = self._replay(start)
         return self._segment
 
@@ -260,7 +260,7 @@ class ReplayTrajectory:
             segment.evaluations = {index: found}
         return found
 
-    def _record(self, index: int, planned: ReplayStep, state: State, evaluation: Evaluation) -> StepRecord:
+    def _record(self, index: int, planned: PlannedStep, state: State, evaluation: Evaluation) -> StepRecord:
         gradients = evaluation.gradients
         norm = float(torch.linalg.vector_norm(torch.stack([g.float().norm() for g in gradients.values()])))
         recorded = planned.clip.raw_norm
@@ -269,7 +269,7 @@ class ReplayTrajectory:
                 f"step {index}: the replayed gradient has norm {norm:.6g}, the recorded one had {recorded:.6g}. {_CAUSES}"
             )
         own = [k for k in gradients if k in planned.hyper]
-        columns = (planned.sample_ids, planned.loss_weights, planned.numbers)
+        columns = (planned.sample_ids, planned.loss_weights, planned.micro_batch_numbers)
         if evaluation.measured:  # one row a sample, whatever it consists of
             ids = self._measured.asked(planned.sample_ids)
             columns = (ids, torch.ones(len(ids), dtype=torch.float64), torch.zeros_like(ids))
@@ -277,7 +277,7 @@ class ReplayTrajectory:
             index=index,
             sample_ids=columns[0],
             loss_weights=columns[1],
-            micro_batches=columns[2],
+            micro_batch_numbers=columns[2],
             measured=evaluation.measured,
             gradients={k: gradients[k].flatten() for k in own},
             moments={k: tuple(m.flatten() for m in state.moments[k]) for k in own},

@@ -88,7 +88,7 @@ class Scores:
     @property
     def nonlinearity(self) -> Tensor:
         """Finite minus tangent score, ``(n_samples, n_queries)``: how nonlinearly the optimizer answers the
-        removal of each sample (method.md section 9).
+        removal of each sample (docs/method.md, "How far to trust a score").
         """
         return self.scores - self.rows.per_sample(self.rows.tangent)[1]
 

@@ -23,10 +23,10 @@ from lightning_influence.log.steps import FINAL, LoggedSteps, LoggedTrajectory, 
 from lightning_influence.replay.logged_plan import LoggedPlan
 from lightning_influence.replay.trajectory import ReplayTrajectory
 from lightning_influence.report import InfluenceReport
-from lightning_influence.report.provenance import Coverage, Provenance, Removals
+from lightning_influence.report.provenance import Coverage, Provenance, RemovalSummary
 from lightning_influence.run.data import TrainingData
 from lightning_influence.run.task import Task, as_task
-from lightning_influence.scoring.queries import Queries, Target, query_gradients
+from lightning_influence.scoring.queries import Queries, Target, check_target, query_gradients
 from lightning_influence.scoring.query_loss import QueryLoss
 
 
@@ -49,6 +49,7 @@ def attribute(
     *,
     queries: Any,
     model: Any,
+    data: Any = None,
     target: Target = None,
     curvature: Literal["auto", "none", "fisher", "gauss_newton", "hessian"] = "auto",
     response: Literal["finite", "tangent"] = "finite",
@@ -56,7 +57,6 @@ def attribute(
     counterfactual: Literal["drop", "zero"] = "drop",
     optimizer_assumption: Literal["sgd"] | None = None,
     query_loss: QueryLoss | None = None,
-    data: Any = None,
     samples: Collection[int] | None = None,
     verify: bool = True,
     max_memory: int = 2**32,
@@ -69,25 +69,26 @@ def attribute(
 
     Args:
         log: directory written by `InfluenceCallback` or `recording`, or its steps where they are open already.
-        queries: a validation loader or a list of batches; also a datamodule (its validation loader), a dataset, or a method
-            without arguments that gives one of them.
-        model: the `LightningModule` with the parameters at the end of the logged run; or, of a loop of one's own, a `FunctionTask`.
-        target: None for one column per query, ``"mean"`` or weights ``(n_queries,)`` for a single
-            column at the cost of one.
-        curvature: what stands for the Hessian (method.md section 4). ``"auto"`` takes the best the
+        queries: held-out data whose losses are predicted: a loader, a list of batches, a datamodule (its validation loader),
+            a dataset, or a method without arguments that gives one of them.
+        model: the `LightningModule` with the parameters at the end of the logged run, or a `FunctionTask` where a loop of
+            one's own trained it.
+        data: the training data of the run, where replay finds the samples again: a datamodule, a loader or a dataset.
+        target: what is asked of the queries: None for the loss of each, one column per query; ``"mean"`` or weights
+            ``(n_queries,)`` for one column at the cost of one query.
+        curvature: what stands for the Hessian (docs/method.md, "Curvature"). ``"auto"`` takes the best the
             log allows: ``"hessian"`` where it can be replayed, ``"fisher"`` otherwise.
         response: ``"finite"`` evaluates the optimizer's response to the removal exactly, ``"tangent"`` is
-            the paper's first-order score (method.md section 5).
+            the paper's first-order score (docs/method.md, "The finite response").
         memory_window: steps for which the optimizer's memory of a removal is followed exactly.
         counterfactual: ``"drop"``, a batch of one sample fewer; ``"zero"``, the same denominator.
         optimizer_assumption: ``"sgd"`` for the SGD-influence baseline from the same log.
         query_loss: ``query_loss(model, batch) -> (batch,)``; by default the module's own loss on each
             example (`queries.query_losses`).
-        data: where replay finds the training samples again.
         samples: ids of the training samples to score; None for all. Where a replay has to measure removals by running
             steps without the sample, this bounds its cost.
-        verify: hold the effect of a few removals at a replay's first step against running it without them, and measure
-            all removals where they differ. The report says what was verified.
+        verify: compare the effect of a few removals at a replay's first step with running that step without them, and
+            measure all removals where they differ. The report says what was verified.
         max_memory: bytes that the adjoints of the queries may take; more queries go through the run in turns.
         fabric: a launched `lightning.Fabric`, over whose processes the queries are spread; each process gets the
             whole report.
@@ -97,8 +98,7 @@ def attribute(
         ConfigurationError: queries that the model cannot take, or an unknown choice.
         CurvatureUnavailable: the log does not hold what the curvature needs.
     """
-    if isinstance(target, str) and target != "mean":
-        raise ConfigurationError(f"target={target!r}; give 'mean', weights (n_queries,), or None for each query.")
+    check_target(target)
     task, data, steps = as_task(model), TrainingData.of(data), LoggedSteps.of(log)
     replay = {"counterfactual": counterfactual, "samples": samples, "verify": verify}
     with open_trajectory(steps, task, curvature, data, progress=progress, **replay) as trajectory:
@@ -107,7 +107,7 @@ def attribute(
             response=response,
             memory_window=memory_window,
             counterfactual=counterfactual,
-            optimizer=optimizer_assumption,
+            optimizer_assumption=optimizer_assumption,
         )
         names = list(trajectory.sizes)
         gradients = query_gradients(
@@ -194,7 +194,8 @@ def open_trajectory(
 ) -> Iterator[LoggedTrajectory | ReplayTrajectory]:
     """The run of a log, read back or, where the curvature asks for it and the log allows it, replayed.
 
-    Args and errors as of `attribute`; ``replay`` are further ones of `ReplayTrajectory`. While a replay is open the model's parameters move.
+    Arguments and errors are as of `attribute`; ``replay`` are further arguments of `ReplayTrajectory`. While a replay is open,
+    the model's parameters move.
     """
     task, steps = as_task(model), LoggedSteps.of(log)
     manifest = steps.manifest
@@ -280,7 +281,7 @@ def _provenance(
         precision=manifest.precision,
         versions=manifest.versions,
         optimizer=manifest.optimizer,
-        optimizer_assumption=method.optimizer,
+        optimizer_assumption=method.optimizer_assumption,
         curvature=method.curvature,
         response=method.response,
         memory_window=method.memory_window,
@@ -298,7 +299,7 @@ def _provenance(
     )
     if not isinstance(trajectory, ReplayTrajectory):
         return made
-    removals = Removals.from_json(trajectory.removals.to_metadata())
+    removals = RemovalSummary.from_json(trajectory.removals.to_metadata())
     return replace(
         made,
         removals=removals,

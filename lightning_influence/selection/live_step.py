@@ -100,7 +100,7 @@ class LiveStep:
         """Of each share ``(n,)``: its weight and, under a mean, one over what is left of its micro-batch's weight."""
         if not self.full.averaged:
             return self.weights
-        losses, numbers = self.full.loss_weights, self.full.micro_batches
+        losses, numbers = self.full.loss_weights, self.full.micro_batch_numbers
         n = int(numbers.max()) + 1
         whole = torch.zeros(n, dtype=losses.dtype).index_add_(0, numbers, losses)
         left = torch.zeros(n, dtype=losses.dtype).index_add_(0, numbers, losses * self.weights)

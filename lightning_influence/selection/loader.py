@@ -49,7 +49,7 @@ class SelectingLoader:
 
     Its length is known, so Lightning fetches nothing ahead and every round sees the run where it stands. Several
     processes deal out among them the batches that the first one draws, and each selects on its own; they have
-    equally many batches, so none waits for another. A run that is resumed inside an epoch goes on with what was decided.
+    equally many batches, so none waits for another. A run that is resumed inside an epoch keeps the decisions already made.
 
     Args:
         selector: decides, by its scorer.

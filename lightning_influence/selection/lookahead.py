@@ -1,4 +1,7 @@
-"""Look-ahead scores: the run is rolled out for some steps, scored by the sweep, and put back (method.md section 8)."""
+"""Look-ahead scores: the run is rolled out for some steps, scored by the sweep, and put back.
+
+The mathematics is in docs/method.md, "Look-ahead selection".
+"""
 
 from __future__ import annotations
 
@@ -17,8 +20,8 @@ from lightning_influence.core.optimizers import UPDATES
 from lightning_influence.core.sweep import Method, sweep
 from lightning_influence.core.trajectory import Hyper, Shares, StepRecord, Trajectory, Vectors
 from lightning_influence.errors import ConfigurationError, InfluenceError
-from lightning_influence.replay.plan import ReplayMicroBatch, ReplayStep, State
-from lightning_influence.replay.removals import Removals
+from lightning_influence.replay.plan import PlannedMicroBatch, PlannedStep, State
+from lightning_influence.replay.removals import RemovalCheck
 from lightning_influence.replay.trajectory import ReplayTrajectory
 from lightning_influence.run.batches import batch_size
 from lightning_influence.run.moment import set_modes
@@ -71,7 +74,7 @@ class Rollout:
             _check_batch(c)
         hypers, self._moment = _hypers(trainer, trained, len(candidates)), moment_of(trainer, module)
         first = trainer.fit_loop.epoch_loop.batch_progress.current.ready  # index of the batch that comes next
-        self._steps, random = list[ReplayStep](), _random_states()
+        self._steps, random = list[PlannedStep](), _random_states()
         for ahead, (parts, hyper) in enumerate(zip(candidates, hypers, strict=True)):
             self._steps.append(self._planned(parts, hyper, first, trainer.global_step + ahead, random))
             first += len(parts)
@@ -83,10 +86,10 @@ class Rollout:
         first: int,
         global_step: int,
         random: Iterator[dict[str, Tensor]],
-    ) -> ReplayStep:
+    ) -> PlannedStep:
         accumulated = self._trainer.accumulate_grad_batches  # also where an epoch ends with fewer
         micro_batches = [
-            ReplayMicroBatch(
+            PlannedMicroBatch(
                 c.batch,
                 replace(self._moment, batch_idx=first + i, global_step=global_step),
                 1 / accumulated,
@@ -105,7 +108,7 @@ class Rollout:
             for c in parts
         ]
         averaged = self._options.averaged
-        return ReplayStep(micro_batches, *Samples.columns(samples), hyper, clip_of(self._trainer), averaged)
+        return PlannedStep(micro_batches, *Samples.columns(samples), hyper, clip_of(self._trainer), averaged)
 
     def weigh(self) -> None:
         """Take the weights of the samples from the losses that the training step calls, where it tells them.
@@ -114,11 +117,11 @@ class Rollout:
         """
         self._steps = [self._weighed(step) for step in self._steps]
 
-    def _weighed(self, step: ReplayStep) -> ReplayStep:
+    def _weighed(self, step: PlannedStep) -> PlannedStep:
         module, samples = self._trainer.lightning_module, []
         task = as_task(module)
         for number, micro_batch in enumerate(step.micro_batches):
-            here = step.numbers == number
+            here = step.micro_batch_numbers == number
             own = Samples(step.sample_ids[here], step.loss_weights[here])
             set_modes(module, micro_batch.moment.in_eval)
             with random_state(None), self._trainer.precision_plugin.forward_context(), LossTap() as losses:
@@ -137,7 +140,7 @@ class Rollout:
     def sample_ids(self, index: int) -> Tensor:
         return self._steps[index].sample_ids
 
-    def step(self, index: int) -> ReplayStep:
+    def step(self, index: int) -> PlannedStep:
         return self._steps[index]
 
     def snapshot(self, index: int) -> State:
@@ -147,14 +150,14 @@ class Rollout:
 def look_ahead(
     trainer: L.Trainer,
     candidates: Sequence[Sequence[Candidates]],
-    target: Any,
+    queries: Any,
     horizon: int,
     method: Method,
     scored: int,
     options: StepOptions | None = None,
-    removals: Removals | None = None,
+    removals: RemovalCheck | None = None,
 ) -> list[Tensor]:
-    """Scores of the samples of the next steps, each against the target ``horizon`` steps after its own step.
+    """Scores of the samples of the next steps, each against the mean query loss ``horizon`` steps after its own step.
 
     Everything about the run is afterwards as it was, bit for bit. What a removal does to the gradient is verified by the
     roll-out, and measured where per-sample gradients do not say it.
@@ -162,7 +165,7 @@ def look_ahead(
     Args:
         candidates: the micro-batches of the steps to come, up to ``scored + horizon``; where there are fewer,
             the last steps are read sooner.
-        target: batches of target examples, or a `target.TargetLoss`.
+        queries: batches, or a `target.TargetLoss`.
         scored: the number of steps to score.
         options: of the steps.
         removals: what an earlier roll-out of the run has verified.
@@ -194,7 +197,7 @@ def look_ahead(
             stop = min(start + 1 + horizon, len(run))
             run.place(stop)
             _refuse_not_finite(run, range(start, stop))
-            gradients = target_gradient(module, target, list(run.sizes), run.select)
+            gradients = target_gradient(module, queries, list(run.sizes), run.select)
             window = Window(run, start, stop)
             rows = sweep(window, gradients, method, scored=range(1), progress=False)
             found.append(rows.of(torch.cat([c.sample_ids for c in candidates[start]]))[:, 0])

@@ -1,4 +1,4 @@
-"""How well scores agree with measured effects: statistics over the removals, per query (method.md section 10)."""
+"""How well scores agree with measured effects: statistics over the removals, per query (docs/method.md, "Training again")."""
 
 from __future__ import annotations
 

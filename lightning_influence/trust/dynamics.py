@@ -235,7 +235,7 @@ def visit_numbers(sample_ids: Tensor) -> Tensor:
 def epoch_weights(numbers: Tensor, margins: Tensor) -> Tensor:
     """How much the first, second, ... visits count ``(n_visits,)``: the share of samples that are not yet fitted.
 
-    The share is estimated with one success and one failure more, so that it is never nothing; the first visits count nothing.
+    The share is estimated with one success and one failure more, so that it is never zero; the first visits count nothing.
 
     Args:
         numbers: ``(v,)`` int64, of the visits.

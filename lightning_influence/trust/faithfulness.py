@@ -1,4 +1,4 @@
-"""How far the scores of one's own run can be trusted: measured by really training again (method.md sections 9, 10)."""
+"""How far the scores of one's own run can be trusted: measured by really training again (docs/method.md, "Training again")."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from lightning_influence.run.data import TrainingData
 from lightning_influence.run.moment import Moment
 from lightning_influence.run.task import Task, as_task
 from lightning_influence.scoring.attribution import attribute
-from lightning_influence.scoring.queries import Queries, query_losses
+from lightning_influence.scoring.queries import Queries, Target, asked_of, check_target, query_losses
 from lightning_influence.scoring.query_loss import QueryLoss
 from lightning_influence.trust.agreement import Agreement, compare, sums_over
 from lightning_influence.trust.results import Results
@@ -53,7 +53,7 @@ class Faithfulness:
         truth: ``(n_removals, n_queries)``, single removals first.
         scores: predictions of the same, by estimator.
         removals: in the order of the rows.
-        levels: measured size of the config, algorithm and system errors (method.md section 9).
+        levels: measured size of the config, algorithm and system errors (docs/method.md, "How far to trust a score").
     """
 
     single: Mapping[str, Agreement]
@@ -139,17 +139,17 @@ class Faithfulness:
 def check_faithfulness(
     log: str | Path | LoggedSteps,
     *,
+    queries: Any,
     model: Any,
     data: Any,
-    queries: Any,
+    target: Target = None,
+    counterfactual: Literal["drop", "zero"] = "drop",
+    query_loss: QueryLoss | None = None,
     make_model: Callable[[], Any] | None = None,
     estimators: Mapping[str, Mapping[str, Any]] = ESTIMATORS,
     removals: int | Sequence[int] = 30,
     subsets: int = 0,
     subset_size: float = 0.1,
-    counterfactual: Literal["drop", "zero"] = "drop",
-    target: Literal["mean"] | None = None,
-    query_loss: QueryLoss | None = None,
     ceiling: bool = True,
     dtype: torch.dtype | None = torch.float64,
     results: str | Path | None = None,
@@ -159,7 +159,8 @@ def check_faithfulness(
 ) -> Faithfulness:
     """Train the recorded run again without some samples, and compare what happens with what was predicted.
 
-    ``log``, ``model`` (as it left ``fit``), ``queries``, ``query_loss`` and ``counterfactual`` are as of `attribute`.
+    ``log``, ``queries``, ``model`` (as it left ``fit``), ``target``, ``counterfactual`` and ``query_loss`` are as of
+    `attribute`; its other arguments are those of the ``estimators``.
 
     Args:
         data: the training data of the run: a datamodule, a loader or a dataset.
@@ -168,11 +169,10 @@ def check_faithfulness(
         removals: sample ids to remove, or how many to draw.
         subsets: how many random subsets of ``subset_size`` of the samples to remove besides, for the linear
             datamodeling score.
-        target: None compares per query, ``"mean"`` their mean.
         ceiling: measure the truth once more from a slightly moved initialisation, and with other random numbers where
             the module draws any.
         dtype: of retraining; None for the run's own.
-        results: a file in which finished retrainings are kept, so that an interrupted check goes on with it; that of
+        results: a file that keeps finished retrainings, so that an interrupted check can be continued; the file of
             another run, other queries or another counterfactual is refused.
         workers: processes that retrain side by side (`retraining.each_effect`).
 
@@ -180,15 +180,16 @@ def check_faithfulness(
         ConfigurationError: no initialisation, samples that the run did not use, too few removals, no estimator, or
             ``results`` of another check.
     """
+    check_target(target)
     if not estimators:
         raise ConfigurationError("estimators is empty; name at least one, as in faithfulness.ESTIMATORS.")
     task = as_task(model)
     steps, source = LoggedSteps.of(log), TrainingData.of(data)
     precision = steps.manifest.precision
-    asked_of = Queries.of(queries, data=source, precision=precision).held()
+    held = Queries.of(queries, data=source, precision=precision).held()
     reports = {
         name: attribute(
-            steps, queries=asked_of, model=task, data=source, target=target, query_loss=query_loss,
+            steps, queries=held, model=task, data=source, target=target, query_loss=query_loss,
             counterfactual=counterfactual, progress=progress, **options,
         )
         for name, options in estimators.items()
@@ -202,14 +203,19 @@ def check_faithfulness(
     run = recorded_run(steps, initial, source.dataset, **options)
     used = next(iter(reports.values())).sample_ids
     asked = _removals(used, removals, subsets, subset_size, seed)
-    truth_queries = asked_of if dtype is None else asked_of.to_dtype(dtype)
+    truth_queries = held if dtype is None else held.to_dtype(dtype)
 
     def losses(module: nn.Module) -> Tensor:
-        each = query_losses(task.on(module), truth_queries, query_loss)
-        return each.mean()[None] if target == "mean" else each
+        return asked_of(query_losses(task.on(module), truth_queries, query_loss), target)
 
     baseline = losses(retrain(run))
-    subject = {"baseline": baseline.tolist(), "counterfactual": counterfactual, "target": target, "dtype": str(dtype)}
+    asked_for = target if target is None or isinstance(target, str) else torch.as_tensor(target).tolist()
+    subject = {
+        "baseline": baseline.tolist(),
+        "counterfactual": counterfactual,
+        "target": asked_for,
+        "dtype": str(dtype),
+    }
     kept = None if results is None else Results(Path(results), subject)
     effects = _Effects(run, asked, losses, counterfactual, workers, progress, kept)
     truth = effects.measure("retraining")

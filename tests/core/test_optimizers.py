@@ -6,7 +6,7 @@ import pytest
 import torch
 from toy import OPTIMIZERS
 
-from lightning_influence.core.optimizers import UPDATES, RecordedStep, effective_gradient, step
+from lightning_influence.core.optimizers import UPDATES, ParameterStep, effective_gradient, step
 from lightning_influence.errors import UnsupportedOptimizer
 from lightning_influence.run.optimizer import read_hyper, read_moments, update_name
 
@@ -54,7 +54,7 @@ def test_coupled_weight_decay_needs_the_parameter() -> None:
 
 
 def test_recorded_steps_in_another_precision() -> None:
-    recorded = RecordedStep(UPDATES["momentum_sgd"], (torch.rand(3),), torch.rand(3), {"lr": 0.1})
+    recorded = ParameterStep(UPDATES["momentum_sgd"], (torch.rand(3),), torch.rand(3), {"lr": 0.1})
     assert recorded.to(torch.float32) is recorded
     double = recorded.to(torch.float64)
     assert torch.equal(double.gradient, recorded.gradient.double())

@@ -95,12 +95,14 @@ def test_sgd_assumption_is_the_sweep_of_plain_sgd() -> None:
     toy = Toy(lambda p: torch.optim.SGD(p, lr=0.1), SCHEDULE)
     run = ToyTrajectory(toy)
     matched, assumed = (
-        sweep(run, run.query_gradients(), Method("hessian", "finite", optimizer=o)).scores for o in (None, "sgd")
+        sweep(run, run.query_gradients(), Method("hessian", "finite", optimizer_assumption=o)).scores
+        for o in (None, "sgd")
     )
     assert torch.equal(matched, assumed)
     run = ToyTrajectory(RUNS["adamw"])
     matched, assumed = (
-        sweep(run, run.query_gradients(), Method("fisher", "tangent", optimizer=o)).scores for o in (None, "sgd")
+        sweep(run, run.query_gradients(), Method("fisher", "tangent", optimizer_assumption=o)).scores
+        for o in (None, "sgd")
     )
     assert (matched - assumed).norm() > 0.5 * matched.norm()
 
@@ -206,7 +208,12 @@ def test_norms_of_masked_gradients_are_extrapolated() -> None:
 
 
 def test_unknown_choices_are_refused() -> None:
-    for wrong in ({"curvature": "kfac"}, {"response": "infinite"}, {"optimizer": "lion"}, {"memory_window": -1}):
+    for wrong in (
+        {"curvature": "kfac"},
+        {"response": "infinite"},
+        {"optimizer_assumption": "lion"},
+        {"memory_window": -1},
+    ):
         with pytest.raises(ConfigurationError, match=str(next(iter(wrong.values())))):
             Method(**wrong)
     run = ToyTrajectory(RUNS["adamw"])

@@ -95,7 +95,7 @@ def test_shards_merge_into_the_averaged_gradient(compression: Any, tmp_path: Pat
     assert sorted(seen.tolist()) == list(range(N))
     for t in range(len(run)):
         record = run.record(t)
-        assert len(record.micro_batches.unique()) == 2 * PROCESSES
+        assert len(record.micro_batch_numbers.unique()) == 2 * PROCESSES
         assert float(record.loss_weights.sum()) == pytest.approx(1.0)
         for k, share in run.shares(t).items():
             total = share.combine(torch.ones(1, share.n_samples))[0]

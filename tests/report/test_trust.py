@@ -9,7 +9,7 @@ import pytest
 from test_report import some_report
 
 from lightning_influence.core.curvature import CURVATURES
-from lightning_influence.report.provenance import Coverage, Estimate, Measured, Provenance, Removals
+from lightning_influence.report.provenance import Coverage, Estimate, Measured, Provenance, RemovalSummary
 from lightning_influence.report.trust import Trust, trust
 
 
@@ -117,7 +117,7 @@ def test_provenance_comes_back_from_json() -> None:
         counterfactual="drop",
         steps=12,
         coverage=Coverage(0.5, 5, 6, 10, {"w": 0.5}, ["head.*"]),
-        removals=Removals("shares", None, 3, 1e-7),
+        removals=RemovalSummary("shares", None, 3, 1e-7),
         replay_drift={"4": 1e-6},
     )
     assert Provenance.from_json(whole.to_json()) == whole

@@ -137,7 +137,7 @@ def test_proxy_predicts_the_error_of_first_order_scores(tmp_path: Path) -> None:
     module = Classifier(slow, width=8)
     fit(module, loader(train, 8), InfluenceCallback(tmp_path / "log", record="replay"), precision="64-true")
     before = {k: v.clone() for k, v in module.state_dict().items()}
-    found = error_proxy(tmp_path / "log", queries=queries, model=module, pairs=14, progress=False)
+    found = error_proxy(tmp_path / "log", queries=queries, model=module, target="mean", pairs=14, progress=False)
     assert found.curvature == "hessian"
     assert all(torch.equal(v, before[k]) for k, v in module.state_dict().items())
     proxy = found.proxies[1.0]
@@ -166,7 +166,9 @@ def test_proxy_predicts_the_error_of_first_order_scores(tmp_path: Path) -> None:
 
 def test_curvature_part_shrinks_with_the_learning_rate_and_needs_no_data(tmp_path: Path) -> None:
     module, _, queries = trained(tmp_path, record="gradients")
-    found = error_proxy(tmp_path / "log", queries=queries, model=module, pairs=6, lr_factors=(0.1, 1.0), progress=False)
+    found = error_proxy(
+        tmp_path / "log", queries=queries, model=module, target="mean", pairs=6, lr_factors=(0.1, 1.0), progress=False
+    )
     assert found.curvature == "fisher"
     sizes = {f: float(p.curvature.norm() / p.tangent.norm()) for f, p in found.proxies.items()}
     assert 0 < sizes[0.1] < sizes[1.0], "Adam's own response does not depend on the learning rate, what follows does"
