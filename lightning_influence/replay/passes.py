@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 
 from lightning_influence.capture import GradientCapture
 from lightning_influence.core.shares import Form
@@ -51,15 +52,17 @@ class Passes:
     def __init__(self, task: Task, autocast: Callable[[], AbstractContextManager[Any]] = nullcontext) -> None:
         self.task, self.module, self._autocast = task, task.module, autocast
         self.half = False
+        self._looked = False  # whether the first pass has told
 
     def loss(self, micro_batch: PlannedMicroBatch) -> Tensor:
         """A micro-batch's part in the loss of its step, at what the module now holds."""
         set_modes(self.module, micro_batch.moment.in_eval)
         if micro_batch.random is not None:
             write_random_state(micro_batch.random)
-        with self._autocast():
-            self.half |= torch.is_autocast_enabled(self.task.device.type)
+        watch = _AutocastWatch(self.task.device.type)
+        with self._autocast(), nullcontext() if self._looked else watch:
             loss = self.task.loss(micro_batch.batch, micro_batch.moment)
+        self.half, self._looked = self.half or watch.seen, True
         return loss * micro_batch.factor
 
     def loss_at(self, micro_batch: PlannedMicroBatch, state: State) -> Callable[[dict[str, Tensor]], Tensor]:
@@ -157,6 +160,22 @@ class Passes:
                 self.loss(micro_batch)
             start, now = micro_batch.random, read_random_state()
             yield start is not None and any(not torch.equal(start[k], now[k]) for k in start if k in now)
+
+
+class _AutocastWatch(TorchFunctionMode):
+    """Notes whether functions run under autocast, which a loss may enter by itself.
+
+    Attributes:
+        seen: whether one did.
+    """
+
+    def __init__(self, device_type: str) -> None:
+        super().__init__()
+        self._device_type, self.seen = device_type, False
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.seen |= torch.is_autocast_enabled(self._device_type)
+        return func(*args, **(kwargs or {}))
 
 
 def leaves_of(parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:

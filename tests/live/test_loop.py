@@ -42,10 +42,10 @@ DATA, QUERIES = samples(N, 1), samples(12, 2)
 ASKED = [tuple(QUERIES.tensors)]
 
 
-def network(dtype: torch.dtype = torch.float64) -> nn.Sequential:
+def network() -> nn.Sequential:
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        return nn.Sequential(nn.Linear(6, 10), nn.GELU(), nn.LayerNorm(10), nn.Linear(10, 2)).to(dtype)
+        return nn.Sequential(nn.Linear(6, 10), nn.GELU(), nn.LayerNorm(10), nn.Linear(10, 2)).double()
 
 
 def loss_of(module: nn.Module, batch: Any) -> Tensor:
@@ -203,6 +203,27 @@ def test_a_lightning_module_may_train_in_a_plain_loop(tmp_path: Path) -> None:
 
     task = run(tmp_path / "plain", loop, record="replay")
     assert torch.equal(scores(tmp_path / "lit", module).scores, scores(tmp_path / "plain", task).scores)
+
+
+def test_a_loss_may_run_in_mixed_precision(tmp_path: Path) -> None:
+    def autocast_loss(module: nn.Module, batch: Any) -> Tensor:
+        with torch.autocast("cpu", torch.bfloat16):
+            return loss_of(module, batch)
+
+    data, queries = samples(N, 1, torch.float32), samples(12, 2, torch.float32)
+    for record in ("gradients", "replay"):
+        torch.manual_seed(0)
+        task = FunctionTask(nn.Sequential(nn.Linear(6, 16), nn.GELU(), nn.Linear(16, 2)), autocast_loss)
+        optimizer = adamw(task.module)
+        with recording(tmp_path / record, task, optimizer, record=record) as recorder:  # type: ignore[arg-type]
+            for batch in recorder.batches(DataLoader(data, BATCH)):
+                optimizer.zero_grad()
+                recorder.backward(batch)
+                optimizer.step()
+    report = attribute(tmp_path / "replay", queries=[tuple(queries.tensors)], model=task, progress=False)
+    removals = report.metadata["removals"]
+    assert removals["by"] == "shares" and removals["verified"] == 3, removals
+    assert 1e-3 < removals["largest_error"] < 5e-2, "half precision is seen, and allowed for"
 
 
 def test_the_error_proxy_the_check_and_suspects_take_a_plain_loop(tmp_path: Path) -> None:
