@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from lightning_influence.report import InfluenceReport
     from lightning_influence.run.task import FunctionTask
     from lightning_influence.scoring.attribution import attribute
+    from lightning_influence.scoring.tokens import token_scores
     from lightning_influence.trust.dynamics import suspects, training_dynamics
     from lightning_influence.trust.error_proxy import error_proxy
     from lightning_influence.trust.faithfulness import check_faithfulness
@@ -29,6 +30,7 @@ __all__ = [
     "error_proxy",
     "recording",
     "suspects",
+    "token_scores",
     "training_dynamics",
     "tune_horizon",
 ]
@@ -44,6 +46,7 @@ _HOMES = {
     "error_proxy": "trust.error_proxy",
     "recording": "live.loop",
     "suspects": "trust.dynamics",
+    "token_scores": "scoring.tokens",
     "training_dynamics": "trust.dynamics",
     "tune_horizon": "lightning.tuning",
 }

@@ -28,6 +28,7 @@ from lightning_influence.log.reader import StoreReader
 from lightning_influence.report import InfluenceReport
 from lightning_influence.scoring.attribution import attribute as attribute_run
 from lightning_influence.trust.dynamics import suspects as suspects_of
+from lightning_influence.trust.dynamics import training_dynamics
 from lightning_influence.trust.faithfulness import check_faithfulness
 from lightning_influence.words import renamed, warn_renamed
 
@@ -44,6 +45,7 @@ def inspect(log: Path) -> None:
     told = {key: getattr(manifest, key) for key in keys} | {"ranks": reader.ranks}
     told["coverage"] = f"{manifest.coverage.recorded:,} of {manifest.coverage.trained:,} trained coordinates"
     lines = "".join(f"\n  {key:12s} {value}" for key, value in told.items())
+    lines += "".join(f"\n  it lacks {what}: {why}" for what, why in reader.missing.items())
     print(_printable(f"{log}: {len(reader)} optimizer steps, {size / 1e6:.1f} MB{lines}"))
 
 
@@ -96,16 +98,23 @@ def attribute(
     print(f"{report}\n\nmost harmful\n{report.bottom(5).to_string(index=False)}\n\nwrote {out}")
 
 
-def report(scores: Path, out: Path = Path("influence.html"), data: LightningDataModule | None = None) -> None:
+def report(
+    scores: Path,
+    out: Path = Path("influence.html"),
+    data: LightningDataModule | None = None,
+    log: Path | None = None,
+) -> None:
     """Write the page of a report. Example: lightning-influence report influence.safetensors --out influence.html.
 
     Args:
         scores: file written by attribute.
         out: the page.
         data: shows the samples of its train_dataloader.
+        log: of the run; shows the samples' losses and labels in doubt.
     """
     _writable("out", out)
-    print(f"wrote {InfluenceReport.load(scores).to_html(out, data=data)}")
+    dynamics = None if log is None else training_dynamics(log)
+    print(f"wrote {InfluenceReport.load(scores).to_html(out, data=data, dynamics=dynamics)}")
 
 
 def check(

@@ -167,7 +167,7 @@ class Deletes(L.Callback):
 
 @misuse("an index deleted while the run writes")
 def _(here: Here) -> None:
-    callbacks = [InfluenceCallback(here.path / "new"), Deletes()]
+    callbacks = [InfluenceCallback(here.path / "new", on_error="raise"), Deletes()]
     fit(Classifier(), loader(TRAIN), *callbacks, default_root_dir=here.path)
 
 
@@ -225,7 +225,7 @@ class Poisoned(Classifier):
 
 @misuse("a loss that is not finite")
 def _(here: Here) -> None:
-    here.record(Poisoned())
+    here.record(Poisoned(), on_error="raise")
 
 
 class Thaws(L.Callback):
@@ -239,7 +239,7 @@ class Thaws(L.Callback):
 def _(here: Here) -> None:
     module = Classifier()
     module.net[0].requires_grad_(False)
-    fit(module, loader(TRAIN), Thaws(), InfluenceCallback(here.path / "new"))
+    fit(module, loader(TRAIN), Thaws(), InfluenceCallback(here.path / "new", on_error="raise"))
 
 
 class Shrinks(L.Callback):

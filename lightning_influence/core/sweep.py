@@ -6,10 +6,9 @@ SGD baseline (another update rule). Its cost is linear in the number of steps (d
 
 from __future__ import annotations
 
-from collections import deque
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from typing import Any, Literal, TypeAlias
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -18,17 +17,18 @@ from tqdm.auto import tqdm
 from lightning_influence.core.adjoint import Adjoint, adjoint, gradient_adjoint, join_adjoints
 from lightning_influence.core.clipping import clip_adjoint
 from lightning_influence.core.curvature import CURVATURES, Curvature
-from lightning_influence.core.optimizers import UPDATES, Moments, ParameterStep, effective_gradient, join
-from lightning_influence.core.removal import ConsumedChange, consumed_change, consumed_gradients, gradient_change
+from lightning_influence.core.optimizers import UPDATES, Moments, ParameterStep, Update, effective_gradient, join
+from lightning_influence.core.pieces import Pieces
+from lightning_influence.core.removal import consumed_change, consumed_gradients, gradient_change
 from lightning_influence.core.response import finite_response
 from lightning_influence.core.scores import RowScores
 from lightning_influence.core.trajectory import Hyper, Shares, StepRecord, Trajectory, Vectors, extrapolation
+from lightning_influence.core.window import Block, StepRemovals, Window, blocks_of
 from lightning_influence.errors import ConfigurationError
 
 RESPONSES = ("finite", "tangent")
 
 _CHUNK_ELEMENTS = 2**15  # of one dense block of per-sample gradients: what a processor's cache holds
-_JOINED_COORDINATES = 2**14  # of a parameter that is joined with others
 
 
 @dataclass(frozen=True)
@@ -69,7 +69,6 @@ class Method:
 
 
 Adjoints = dict[str, Adjoint]
-Block: TypeAlias = tuple[str, ...]
 
 
 def sweep(
@@ -90,7 +89,8 @@ def sweep(
         progress: show a bar where the walk takes longer than two seconds.
     """
     scored = range(len(trajectory)) if scored is None else scored
-    walk = _Walk(trajectory, method, queries)
+    pieces = Pieces(trajectory)
+    walk = _Walk(pieces, method, pieces.cut(queries), Window(_update(pieces, method), window_length(pieces, method)))
     blocks = []
     last = min(scored, default=len(trajectory))
     for index in tqdm(
@@ -107,113 +107,108 @@ def sweep(
 
 
 @dataclass(frozen=True)
-class StepRemovals:
-    """The changes of a step's consumed gradient by the removal of each of its samples."""
-
-    consumed: ConsumedChange
-    gradients: Vectors
-    shares: Mapping[str, Shares]
-
-    def of(self, names: Sequence[str], sample_ids: Tensor) -> Tensor | None:
-        """Changes ``(n, d)`` of some parameters end to end; zero for samples that the step does not hold, None if all."""
-        position = {z: i for i, z in enumerate(self.consumed.before_clipping.sample_ids.tolist())}
-        held = [i for i, z in enumerate(sample_ids.tolist()) if z in position]
-        if not held:
-            return None
-        own = torch.tensor([position[int(sample_ids[i])] for i in held])
-        parts = []
-        for name in names:
-            gradient, share = self.gradients[name], self.shares[name]
-            totals = self.consumed.before_clipping.totals(share, gradient)
-            rows = self.consumed.change(gradient, share, own, totals)
-            parts.append(
-                rows.new_zeros(len(sample_ids), rows.shape[1]).index_copy_(0, torch.tensor(held).to(rows.device), rows)
-            )
-        return torch.cat(parts, 1)
-
-
-@dataclass
 class Passed:
-    """What is kept of a step that the walk has passed.
+    """What a walk without scores keeps of a step that it has passed.
 
     Attributes:
-        recorded: the step itself, by parameter.
         after: adjoint of the optimizer state after the step.
         gradient: ``(q, d)`` each, adjoint of the batch gradient before clipping.
-        removals: of its samples, where an earlier step of the window holds one of them, too.
     """
 
-    recorded: dict[str, ParameterStep]
     after: Adjoints
     gradient: Vectors
-    removals: StepRemovals | None = None
-    _joined: dict[Block, tuple[ParameterStep, Adjoint]] = field(default_factory=dict)
-
-    def of(self, block: Block) -> tuple[ParameterStep, Adjoint]:
-        """Step and adjoint of a block of parameters, end to end."""
-        if block not in self._joined:
-            step = join([self.recorded[name] for name in block])
-            self._joined[block] = step, join_adjoints([self.after[name] for name in block])
-        return self._joined[block]
-
-
-def blocks_of(steps: Sequence[Mapping[str, ParameterStep]]) -> list[Block]:
-    """Parameters that can go through the elementwise algebra end to end: they took the same steps with the
-    same hyperparameters. Only small ones are joined; large ones would be copied for nothing.
-    """
-    alike: dict[Any, list[str]] = {}
-    blocks: list[Block] = []
-    for name, recorded in steps[0].items():
-        if len(recorded.gradient) > _JOINED_COORDINATES:
-            blocks.append((name,))
-        else:
-            key = tuple(tuple(s[name].hyper.items()) if name in s else None for s in steps)
-            alike.setdefault(key, []).append(name)
-    return blocks + [tuple(names) for names in alike.values()]
 
 
 def walk_back(trajectory: Trajectory, queries: Vectors, method: Method) -> dict[int, Passed]:
     """The adjoints of every step, without scores; memory grows with the number of steps."""
-    walk = _Walk(trajectory, method, queries, memory=len(trajectory))
+    walk = _Walk(trajectory, method, queries)
+    passed = {}
     for index in range(len(trajectory) - 1, -1, -1):
+        after = dict(walk.adjoints)
         walk.back(index, score=False)
-    return dict(enumerate(walk.passed))
+        passed[index] = Passed(after, walk.gradient)
+    return passed
+
+
+def _update(trajectory: Trajectory, method: Method) -> Update:
+    return UPDATES[method.optimizer_assumption or trajectory.optimizer]
+
+
+def window_length(trajectory: Trajectory, method: Method) -> int:
+    """Steps that a finite response runs through, the step itself included; none for a tangent."""
+    window = method.memory_window if _update(trajectory, method).moments else 0
+    return min(window + 1, len(trajectory)) if method.response == "finite" else 0
+
+
+def gradient_adjoints(
+    trajectory: Trajectory, queries: Vectors, method: Method, *, first: int = 0, progress: bool = True
+) -> Iterator[tuple[int, Vectors]]:
+    """The adjoints ``(q, d)`` of the batch gradient before clipping, by parameter, from the last step back to ``first``."""
+    walk = _Walk(trajectory, method, queries)
+    steps = range(len(trajectory) - 1, first - 1, -1)
+    for index in tqdm(steps, desc="backward sweep", unit="step", delay=2, disable=not progress):
+        walk.back(index, score=False, last=index == first)
+        yield index, walk.gradient
 
 
 class _Walk:
-    """The adjoint state of a sweep, moved back one step at a time."""
+    """The adjoint state of a sweep, moved back one step at a time.
 
-    def __init__(self, trajectory: Trajectory, method: Method, queries: Vectors, memory: int | None = None) -> None:
-        self.trajectory, self.method = trajectory, method
-        self.update = UPDATES[method.optimizer_assumption or trajectory.optimizer]
+    Attributes:
+        adjoints: of the optimizer state after the steps that are still to come.
+        gradient: ``(q, d)`` each, adjoint of the batch gradient before clipping of the newest step.
+    """
+
+    def __init__(self, trajectory: Trajectory, method: Method, queries: Vectors, window: Window | None = None) -> None:
+        self.trajectory, self.method, self.window = trajectory, method, window
+        self.update = _update(trajectory, method)
         self.scales = extrapolation(trajectory.sizes)
         self.n_queries = next(iter(queries.values())).shape[0]
         self.adjoints: Adjoints = {k: Adjoint(q) for k, q in queries.items()}
-        if memory is None:
-            window = method.memory_window if self.update.moments else 0
-            memory = window + 1 if method.response == "finite" else 0
-        self.passed: deque[Passed] = deque(maxlen=memory)  # newest first: steps t, t+1, ...
+        self.gradient: Vectors = {}
 
     def back(self, index: int, *, score: bool, last: bool = False) -> RowScores | None:
         """Move from after step ``index`` to before it, unless it is the last; the step's scores where asked for."""
         record, shares = self.trajectory.record(index), self.trajectory.shares(index)
         # a parameter without a gradient was skipped by the optimizer: its adjoint stays as it is
-        passed = Passed(self._recorded(record), self.adjoints, {})
-        before, pulled = ({}, _pull_gradient(passed)) if last else _pull(passed)
-        passed.gradient = clip_adjoint(record.clip, record.gradients, pulled, self.scales)
-        self.passed.appendleft(passed)
+        recorded = self._recorded(record)
+        if self.window is not None and self.window.length:
+            self.window.push(recorded, self.adjoints)
+        pulled = self._pull_gradient(recorded) if last else self._pull(recorded)
+        self.gradient = clip_adjoint(record.clip, record.gradients, pulled, self.scales)
         products = torch.zeros(self.n_queries, len(record.sample_ids))
         if score or self.method.hessian.of_shares:
-            products = sum_inner(shares, passed.gradient)
+            products = sum_inner(shares, self.gradient)
         rows = self._score(record, shares, products) if score else None
-        if last:
-            return rows
-        bent = self.method.hessian.product(self.trajectory, record, shares, passed.gradient, products)
-        self.adjoints = {
-            **self.adjoints,
-            **{k: replace(a, parameter=a.parameter + bent[k]) if k in bent else a for k, a in before.items()},
-        }
+        if not last:
+            bent = self.method.hessian.product(self.trajectory, record, shares, self.gradient, products)
+            for k, b in bent.items():
+                self.adjoints[k].parameter.add_(b)  # a tensor that `_pull` has made
         return rows
+
+    def _pull(self, recorded: Mapping[str, ParameterStep]) -> Vectors:
+        """Move the adjoints to before a step, its gradient held fixed; the adjoint of its consumed gradient."""
+        gradients = Vectors()
+        for block in _blocks(recorded):
+            before, gradient = adjoint(*self._joined(recorded, block))
+            sizes = [len(recorded[name].gradient) for name in block]
+            parts = zip(before.parameter.split(sizes, 1), *(m.split(sizes, 1) for m in before.moments), strict=True)
+            for name, (parameter, *moments) in zip(block, parts, strict=True):
+                self.adjoints[name] = Adjoint(parameter, tuple(moments))
+            gradients |= dict(zip(block, gradient.split(sizes, 1), strict=True))
+        return gradients
+
+    def _pull_gradient(self, recorded: Mapping[str, ParameterStep]) -> Vectors:
+        """The adjoint of a step's consumed gradient alone, by parameter."""
+        gradients = Vectors()
+        for block in _blocks(recorded):
+            sizes = [len(recorded[name].gradient) for name in block]
+            parts = gradient_adjoint(*self._joined(recorded, block)).split(sizes, 1)
+            gradients |= dict(zip(block, parts, strict=True))
+        return gradients
+
+    def _joined(self, recorded: Mapping[str, ParameterStep], block: Block) -> tuple[ParameterStep, Adjoint]:
+        return join([recorded[name] for name in block]), join_adjoints([self.adjoints[name] for name in block])
 
     def _recorded(self, record: StepRecord) -> dict[str, ParameterStep]:
         if self.method.optimizer_assumption == "sgd":  # theta' = theta - lr g, nothing else
@@ -238,12 +233,13 @@ class _Walk:
             own = StepRemovals(consumed, record.gradients, shares)
             scores = torch.zeros_like(tangent)
             again = self._again(removed.sample_ids)
-            for block in blocks_of([p.recorded for p in self.passed]):
+            assert self.window is not None
+            for block in self.window.blocks():
                 scores += self._finite(own, block, scores)
                 if len(again):
                     interaction[:, again] += self._together(own, block, again, scores)
             if self._earlier(record.index, removed.sample_ids):
-                self.passed[0].removals = own
+                self.window.steps[0].removals = own
         steps = torch.full_like(removed.sample_ids, record.index)
         return RowScores(removed.sample_ids.cpu(), steps.cpu(), *(x.T.cpu() for x in (scores, tangent, interaction)))
 
@@ -256,7 +252,8 @@ class _Walk:
         names = [name for name in block if name in own.shares]
         if not names:
             return scores
-        window, after, closing, _ = self._window(names)
+        assert self.window is not None
+        window, after, closing, _ = self.window.of(tuple(names))
         size = sum(own.shares[name].n_coordinates for name in names)
         totals = {k: removed.totals(own.shares[k], own.gradients[k]) for k in names}
         for samples in sample_chunks(len(removed), size):
@@ -270,7 +267,8 @@ class _Walk:
         names = [name for name in block if name in own.shares]
         if not names:
             return added
-        window, after, closing, passed = self._window(names)
+        assert self.window is not None
+        window, after, closing, passed = self.window.of(tuple(names))
         size = sum(own.shares[name].n_coordinates for name in names)
         for part in sample_chunks(len(again), size):
             ids = own.consumed.before_clipping.sample_ids[again[part]]
@@ -281,22 +279,20 @@ class _Walk:
             added[:, part] = (joint - finite_response(window, after, closing, change)).to(added)
         return added
 
-    def _window(self, names: Sequence[str]) -> tuple[list[ParameterStep], list[Tensor], Moments, list[Passed]]:
-        """Steps, adjoints of the parameters and closing adjoint of the moments of some parameters, joined."""
-        passed = [p for p in self.passed if names[0] in p.recorded]
-        joined = [p.of(tuple(names)) for p in passed]
-        return [step for step, _ in joined], [a.parameter for _, a in joined], joined[-1][1].moments, passed
-
     def _again(self, sample_ids: Tensor) -> Tensor:
         """Positions of the samples that later steps of the window hold, too."""
+        assert self.window is not None
         later = [
-            p.removals.consumed.before_clipping.sample_ids for p in list(self.passed)[1:] if p.removals is not None
+            p.removals.consumed.before_clipping.sample_ids
+            for p in list(self.window.steps)[1:]
+            if p.removals is not None
         ]
         return torch.isin(sample_ids, torch.cat(later)).nonzero()[:, 0] if later else torch.zeros(0, dtype=torch.int64)
 
     def _earlier(self, index: int, sample_ids: Tensor) -> bool:
         """Whether a step in whose window this one lies holds one of the samples."""
-        reach = range(max(0, index + 1 - (self.passed.maxlen or 0)), index)
+        assert self.window is not None
+        reach = range(max(0, index + 1 - self.window.length), index)
         return any(bool(torch.isin(self.trajectory.sample_ids(t), sample_ids).any()) for t in reach)
 
 
@@ -305,25 +301,8 @@ def sum_inner(shares: Mapping[str, Shares], vectors: Vectors) -> Tensor:
     return torch.stack([share.inner(vectors[name]) for name, share in shares.items()]).sum(0)
 
 
-def _pull(passed: Passed) -> tuple[Adjoints, Vectors]:
-    """The adjoint before a step, and that of its consumed gradient, by parameter."""
-    before, gradients = Adjoints(), Vectors()
-    for block in blocks_of([passed.recorded]):
-        adjoints, gradient = adjoint(*passed.of(block))
-        sizes = [len(passed.recorded[name].gradient) for name in block]
-        parts = zip(adjoints.parameter.split(sizes, 1), *(m.split(sizes, 1) for m in adjoints.moments), strict=True)
-        before |= {name: Adjoint(parameter, tuple(rest)) for name, (parameter, *rest) in zip(block, parts, strict=True)}
-        gradients |= dict(zip(block, gradient.split(sizes, 1), strict=True))
-    return before, gradients
-
-
-def _pull_gradient(passed: Passed) -> Vectors:
-    """The adjoint of a step's consumed gradient alone, by parameter."""
-    gradients: Vectors = {}
-    for block in blocks_of([passed.recorded]):
-        sizes = [len(passed.recorded[name].gradient) for name in block]
-        gradients |= dict(zip(block, gradient_adjoint(*passed.of(block)).split(sizes, 1), strict=True))
-    return gradients
+def _blocks(recorded: Mapping[str, ParameterStep]) -> list[Block]:
+    return blocks_of([{k: r.hyper for k, r in recorded.items()}], {k: len(r.gradient) for k, r in recorded.items()})
 
 
 def sample_chunks(n_samples: int, n_coordinates: int) -> list[slice]:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from contextlib import ExitStack
+from collections.abc import Callable
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from typing import Any
 
 import lightning as L
@@ -26,6 +27,7 @@ class LiveRun:
         sample_ids: tells which samples a batch holds.
         follower: the callback, whose own hooks are no reason to watch the gradients.
         otherwise: what a user can do where per-sample gradients do not say what a removal does, for the errors' texts.
+        guard: as of `LiveSteps`.
 
     Attributes:
         steps: of the run, from its start on.
@@ -33,9 +35,17 @@ class LiveRun:
 
     steps: LiveSteps
 
-    def __init__(self, options: StepOptions, sample_ids: SampleIds, follower: L.Callback, *, otherwise: str) -> None:
+    def __init__(
+        self,
+        options: StepOptions,
+        sample_ids: SampleIds,
+        follower: L.Callback,
+        *,
+        otherwise: str,
+        guard: Callable[[], AbstractContextManager[None]] = nullcontext,
+    ) -> None:
         self.options, self.sample_ids = options, sample_ids
-        self._follower, self._otherwise = follower, otherwise
+        self._follower, self._otherwise, self._guard = follower, otherwise, guard
         self._undo = ExitStack()
 
     # -- start and end of fit ---------------------------------------------------------------------------
@@ -79,8 +89,8 @@ class LiveRun:
             autocast=trainer.precision_plugin.forward_context,
             watches=self._changes_gradients(trainer, module),
             otherwise=self._otherwise,
+            guard=self._guard,
         )
-        self._undo.callback(self.steps.close)
         self.steps.attach(trainer.train_dataloader)
         self._undo.enter_context(tapped(module, self.steps.read_loss))
         return self.steps.collector
@@ -89,11 +99,22 @@ class LiveRun:
         """The loader may have been made anew."""
         self.sample_ids.start(trainer.train_dataloader)
 
-    def stop(self, trainer: L.Trainer) -> None:
-        """Nothing of this is left in the run; may be called again."""
+    @property
+    def trying(self) -> bool:
+        """Whether the first steps are still being tried."""
+        return self.steps.trying
+
+    def stop(self, trainer: L.Trainer, *, trains: bool = False) -> None:
+        """Nothing of this is left in the run; may be called again.
+
+        Args:
+            trains: as of `LiveSteps.close`.
+        """
         trainer.strategy.__dict__.pop("process_dataloader", None)
         self.sample_ids.stop()
         self._undo.close()
+        if hasattr(self, "steps"):
+            self.steps.close(trains=trains)
 
     def _changes_gradients(self, trainer: L.Trainer, module: L.LightningModule) -> bool:
         """Whether something may change gradients between the backward pass and the step."""

@@ -46,6 +46,7 @@ def recording(
     sample_weights: WeightSource = None,
     exclude: str | Sequence[str] = (),
     frozen_batch_norm: bool = False,
+    verify: bool = True,
     existing: Literal["error", "overwrite"] = "error",
     seed: int = 0,
 ) -> Iterator[LoopRecorder]:
@@ -58,7 +59,7 @@ def recording(
         log: directory to write.
         task: what is trained: a `FunctionTask(module, loss)`, or a `LightningModule`.
         optimizer: of the loop, of the task's parameters.
-        record, store_batches, compression, mask_size, sample_ids, reduction, sample_weights, exclude, frozen_batch_norm, seed:
+        record, store_batches, compression, mask_size, sample_ids, reduction, sample_weights, exclude, frozen_batch_norm, verify, seed:
             as of `InfluenceCallback`.
         snapshot_every: steps between the snapshots of a log that can be replayed.
         existing: what to do where the directory already holds a log.
@@ -98,7 +99,7 @@ def recording(
             raise ConfigurationError(f"{name}={number}; it is at least 1")
     _refuse_processes()
     task = as_task(task)
-    options = StepOptions(reduction, sample_weights, exclude, frozen_batch_norm)
+    options = StepOptions(reduction, sample_weights, exclude, frozen_batch_norm, verify)
     steps = LiveSteps(
         task,
         optimizer,

@@ -49,6 +49,7 @@ class LiveSteps:
         autocast: makes the context of the run's mixed precision.
         watches: whether something may change gradients between the backward pass and the step.
         otherwise: what a user can do where per-sample gradients do not say what a removal does, for the errors' texts.
+        guard: makes the context of what is done inside the training step, where an error would tear the run.
 
     Attributes:
         collector: is fed.
@@ -74,8 +75,9 @@ class LiveSteps:
         autocast: Callable[[], AbstractContextManager[Any]] = nullcontext,
         watches: bool = False,
         otherwise: str = "use record='replay'",
+        guard: Callable[[], AbstractContextManager[None]] = nullcontext,
     ) -> None:
-        self.task, self.options, self.sample_ids = task, options, sample_ids
+        self.task, self.options, self.sample_ids, self._guard = task, options, sample_ids, guard
         self._autocast, self._watches, self._otherwise = autocast, watches, otherwise
         module = task.module
         update_name(optimizer)
@@ -92,20 +94,27 @@ class LiveSteps:
                 module, exclude=options.exclude, frozen_batch_norm=options.frozen_batch_norm, trained=trained
             )
         self.collector = StepCollector(
-            module, optimizer, capture=capture, averaged=options.averaged, ranks=ranks, otherwise=otherwise
+            module,
+            optimizer,
+            capture=capture,
+            averaged=options.averaged,
+            ranks=ranks,
+            otherwise=otherwise,
+            verify=options.verify,
         )
         self.drawn: Tensor | None = None
         self.dynamics: Dynamics | None = None
         # the trained parameters, until the first batch has been verified
-        self._unverified = None if capture is None else sorted(capture.parameters)
+        self._unverified = sorted(capture.parameters) if capture is not None and options.verify else None
         # steps that are still to be run again
-        self._rehearsals = _REHEARSALS if rehearses and self.collector.ranks.size == 1 else 0
+        self._rehearsals = _REHEARSALS if rehearses and options.verify and self.collector.ranks.size == 1 else 0
         self._twin: Task | None = None  # on which steps are tried
         self._trial: Trial | None = None
         self._n: int | None = None  # samples of the present batch
         self._first_backward, self._replayed = True, rehearses
         self._row_order: RowOrder | None = None
-        self._undo = ExitStack()
+        self._undo, self._thaw = ExitStack(), ExitStack()
+        self._undo.callback(self.collector.close)
 
     def attach(self, loader: Any) -> None:
         """Training is about to begin.
@@ -121,19 +130,30 @@ class LiveSteps:
         if capture is not None:
             self._undo.callback(capture.detach)
             capture.attach()
-        elif self.options.frozen_batch_norm:
+        if self.options.frozen_batch_norm:  # also after nothing is captured any more
             for handle in freeze_batch_norm(self.task.module):
-                self._undo.callback(handle.remove)
+                self._thaw.callback(handle.remove)
 
     def take_from(self, loader: Any) -> None:
         """The training batches come from a loader from now on."""
         self.sample_ids.start(loader)
         self._row_order = row_order(loader, self.task) if self.sample_ids.source is None else None
 
-    def close(self) -> None:
-        """Nothing of this is left in the run; may be called again."""
+    @property
+    def trying(self) -> bool:
+        """Whether the first steps are still being tried."""
+        return self._unverified is not None or self._rehearsals > 0
+
+    def close(self, *, trains: bool = False) -> None:
+        """Nothing of this is left in the run; may be called again.
+
+        Args:
+            trains: the run goes on, with batch normalisation as frozen as it was.
+        """
         self.sample_ids.stop()
         self._undo.close()
+        if not trains:
+            self._thaw.close()
         self._twin = self._trial = None
 
     # -- one micro-batch --------------------------------------------------------------------------------
@@ -174,10 +194,11 @@ class LiveSteps:
         """What the loss that was called says of the batch's samples: their weights in it, and their training dynamics."""
         if self._n is None:
             return
-        weights = losses.sample_weights(self._n)
-        if weights is not None and self.options.reads_the_loss:
-            self.collector.weigh(weights)
-        self.dynamics = losses.dynamics(self._n)
+        with self._guard():
+            weights = losses.sample_weights(self._n)
+            if weights is not None and self.options.reads_the_loss:
+                self.collector.weigh(weights)
+            self.dynamics = losses.dynamics(self._n)
 
     def before_backward(self, loss: Tensor, index: int) -> None:
         """The backward pass of a step is about to begin.
@@ -203,9 +224,11 @@ class LiveSteps:
         """
         samples = self.collector.after_backward(loss_scale, watch=self._watches)
         if self._unverified is not None and samples is not None:
-            self._verify(samples)
+            with self.task.unchanged():  # a copy may share with the module what a hook closes over
+                self._verify(samples)
         if self._rehearsals and samples is not None and self.collector.first_of_step:
-            self._rehearse(loss_scale)
+            with self.task.unchanged():
+                self._rehearse(loss_scale)
         elif not self._rehearsals:
             self._twin = None
 

@@ -21,8 +21,10 @@ from lightning_influence.log.format import (
     own_path,
     rank_names,
     read_index,
+    refuse_undecodable,
     told_as_log_error,
 )
+from lightning_influence.log.missing import read_missing
 from lightning_influence.log.shard import Shard
 
 
@@ -56,7 +58,8 @@ class StoreReader:
     Attributes:
         path: of its directory.
         manifest: what was written of the store; `Manifest.of` says what it means.
-        ranks: whose parts it has.
+        ranks: number of processes that wrote it.
+        missing: what the run was to write and did not, and why.
 
     Raises:
         LogError: no directory, not a store, one of a newer format, or one that cannot be read.
@@ -65,10 +68,12 @@ class StoreReader:
 
     def __init__(self, log: str | Path) -> None:
         self.path = self._root = Path(log)
+        refuse_undecodable(self._root)
         with told_as_log_error(f"the log {self._root} cannot be read"):
             self.manifest: dict[str, Any] = self._read_manifest()
             self.ranks = self._count_ranks()
             self._ranks = [_Part(self._root / f"rank-{rank}") for rank in range(self.ranks)]
+            self.missing = {k: v for rank in self._ranks for k, v in rank.missing.items()}
         self._refuse_short_ranks()
 
     def _read_manifest(self) -> _Manifest:
@@ -164,6 +169,7 @@ class _Part:
 
     def __init__(self, directory: Path) -> None:
         self._directory = directory
+        self.missing = read_missing(own_path(directory))
         try:
             entries = read_index(own_path(directory) / INDEX)
         except FileNotFoundError as error:

@@ -6,7 +6,8 @@ record: a step is in the log if and only if the optimizer took it.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -64,6 +65,7 @@ class Recorder:
         collector: collects the steps.
         replay: what is written so that the run can be replayed; None for nothing. Of several processes, the first writes
             what they share.
+        guard: makes the context of what is done inside the optimizer's step, where an error would tear the run.
     """
 
     def __init__(
@@ -73,6 +75,7 @@ class Recorder:
         *,
         compression: Compression,
         replay: ReplaySettings | None,
+        guard: Callable[[], AbstractContextManager[None]] = nullcontext,
     ) -> None:
         self.collector, self.writer = collector, writer
         self.module, self.optimizer, self.ranks = collector.module, collector.optimizer, collector.ranks
@@ -87,7 +90,8 @@ class Recorder:
         self._noted: list[_Noted] = []
         self._pending: tuple[StepRecord, dict[str, Form], list[_Noted]] | None = None
         self._left_by_steps: Tensor | None = None
-        self._post_hook = self.optimizer.register_step_post_hook(lambda *_: self._stepped())
+        self._guard, self._first = guard, len(writer)  # the first step of this part of the run
+        self._post_hook = self.optimizer.register_step_post_hook(lambda *_: self._after_step())
 
     def begin(
         self,
@@ -139,25 +143,27 @@ class Recorder:
         record = self._kept_of(step.record)
         self._pending = record, {name: shares[name] for name in record.gradients}, noted
 
+    @property
+    def begun(self) -> bool:
+        """Whether a step was written."""
+        return self.writer.complete > self._first
+
     def close(self, *, finished: bool) -> None:
         """Write what is pending and let go of the optimizer.
 
         Args:
-            finished: the run ended as intended; the log then notes its last parameters.
+            finished: the run ended as intended, and every process has written all of its steps; the log then notes its last
+                parameters.
         """
         self._post_hook.remove()
         try:
-            if finished and len(self.writer):
+            if finished and len(self.writer) and self.ranks.rank == 0:
                 self._finish()
         finally:
             self.writer.close()
 
     def _finish(self) -> None:
         """Note the parameters that the run ended with, and whether they are still those of its last step."""
-        self.writer.flush()
-        self.ranks.wait()  # the note also says that the log is whole, so every process has written its steps before it
-        if self.ranks.rank > 0:
-            return
         if self._left_by_steps is not None and not torch.equal(self._sums(), self._left_by_steps):
             self.writer.save(FINAL, {}, {"moved": True})
             return
@@ -231,6 +237,12 @@ class Recorder:
         assert self.keeps is not None
         index = self.keeps[name].index
         return (values if index is None else values[index.to(values.device)]).to("cpu", copy=True)
+
+    def _after_step(self) -> None:
+        with self._guard():
+            self._stepped()
+            if len(self.writer) == self._first + 1:
+                self.writer.flush()  # what cannot be written is told at once
 
     def _stepped(self) -> None:
         """The optimizer took the step: its gradients are now the clipped ones."""

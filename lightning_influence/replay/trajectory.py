@@ -27,6 +27,7 @@ from lightning_influence.replay.measured_removals import MeasuredRemovals
 from lightning_influence.replay.passes import Passes, copies
 from lightning_influence.replay.plan import Plan, PlannedStep, State
 from lightning_influence.replay.removals import RemovalCheck
+from lightning_influence.replay.token_products import TokenProducts, token_products
 from lightning_influence.run.parameters import placed
 from lightning_influence.run.random_state import random_state
 from lightning_influence.run.task import Task, as_task
@@ -111,7 +112,7 @@ class ReplayTrajectory:
 
     def __enter__(self) -> ReplayTrajectory:
         self._open = ExitStack()
-        self._open.enter_context(_as_it_was(self.task))
+        self._open.enter_context(_tried(self.task))
         self._open.enter_context(random_state(None))
         if self._frozen_batch_norm:
             for handle in freeze_batch_norm(self.module):
@@ -205,6 +206,14 @@ class ReplayTrajectory:
     def third_derivative(self, index: int, vectors: Vectors) -> Vectors:
         """``D3L[u, u]`` of the step's batch loss along each direction ``u``, ``(k, d)``."""
         return self._product(third_derivative, index, vectors)
+
+    def token_products(self, index: int, vectors: Vectors) -> list[TokenProducts]:
+        """What vectors ``(q, d)`` have in common with the gradient of each label's loss, for each micro-batch of a step."""
+        planned, state = self.plan.step(index), self._state(index)
+        return [
+            token_products(self._passes.loss_at(one, state), {k: state.parameters[k] for k in vectors}, vectors)
+            for one in planned.micro_batches
+        ]
 
     def _product(self, product: Callable[..., Vectors], index: int, vectors: Vectors) -> Vectors:
         state = self._state(index)
@@ -316,20 +325,7 @@ _CAUSES = (
 
 
 @contextmanager
-def _as_it_was(task: Task) -> Iterator[None]:
-    """Quiet, and restored afterwards: parameters, buffers, gradients and modes."""
-    module = task.module
-    values = {k: t.detach().clone() for k, t in [*module.named_parameters(), *module.named_buffers()]}
-    gradients = {k: p.grad for k, p in module.named_parameters()}
-    modes = {m: m.training for m in module.modules()}
-    try:
-        with task.quiet(), torch.enable_grad():
-            yield
-    finally:
-        with torch.no_grad():
-            for k, t in [*module.named_parameters(), *module.named_buffers()]:
-                t.copy_(values[k])
-        for k, p in module.named_parameters():
-            p.grad = gradients[k]
-        for m, mode in modes.items():
-            m.training = mode
+def _tried(task: Task) -> Iterator[None]:
+    """Quiet, with gradients, and as it was afterwards."""
+    with task.unchanged(), task.quiet(), torch.enable_grad():
+        yield

@@ -16,11 +16,12 @@ from torch import Tensor, nn
 
 from lightning_influence.errors import ConfigurationError
 from lightning_influence.run.batches import copied, to_dtype
-from lightning_influence.run.lightning_names import overrides
+from lightning_influence.run.lightning_names import is_a, overrides
 from lightning_influence.run.losses import scalar_loss
 from lightning_influence.run.moment import Moment, numbers_at
 from lightning_influence.run.parameters import copy_sharing_parameters
 from lightning_influence.run.tap import LossTap
+from lightning_influence.run.unchanged import unchanged
 
 if TYPE_CHECKING:
     from lightning import LightningModule
@@ -60,6 +61,9 @@ class LightningTask:
     def quiet(self) -> AbstractContextManager[None]:
         return quiet(self.module)
 
+    def unchanged(self) -> AbstractContextManager[None]:
+        return unchanged(self.module, _datamodule_of(self.module))
+
     def twin(self) -> LightningTask | None:
         copy = copy_sharing_parameters(self.module, also=self.module._trainer)
         if copy is None:
@@ -72,6 +76,13 @@ class LightningTask:
 
     def optimizer(self) -> torch.optim.Optimizer:
         return _only_optimizer(self.module.configure_optimizers())
+
+
+def _datamodule_of(module: LightningModule) -> Any:
+    """The one that the user wrote, which another may wrap."""
+    datamodule = getattr(module._trainer, "datamodule", None)
+    wrapped = getattr(datamodule, "__dict__", {}).get("data")
+    return wrapped if is_a(wrapped, "LightningDataModule") else datamodule
 
 
 @contextmanager
@@ -120,7 +131,7 @@ _CONVERTED = {"64-true": torch.float64, "bf16-true": torch.bfloat16, "16-true": 
 
 def prepared(module: LightningModule, batch: Any, *, datamodule: Any = None, precision: str | None = None) -> Any:
     """A batch as Lightning hands it to the training step: converted to the trainer's precision, through the hooks of batch
-    transfer, on the module's device.
+    transfer, on the module's device. The batch that is given stays as it is, also where a hook writes into it.
 
     Args:
         datamodule: whose hooks win over the module's where it overrides them; by default that of the module's trainer.
@@ -129,6 +140,7 @@ def prepared(module: LightningModule, batch: Any, *, datamodule: Any = None, pre
     trainer = module._trainer
     datamodule = getattr(trainer, "datamodule", None) if datamodule is None else datamodule
     plugin = getattr(trainer, "precision_plugin", None)
+    batch = copied(batch)
     if precision in _CONVERTED:
         batch = to_dtype(batch, _CONVERTED[precision])
     elif precision is None and plugin is not None:
@@ -224,6 +236,6 @@ class _TappedStep:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         with LossTap() as losses:
             output = self._step(*args, **kwargs)
-        for tap in self.listeners:
+        for tap in list(self.listeners):
             tap(losses)
         return output

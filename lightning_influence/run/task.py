@@ -20,6 +20,7 @@ from lightning_influence.run.lightning_task import LightningTask
 from lightning_influence.run.losses import scalar_loss
 from lightning_influence.run.moment import Moment, numbers_at
 from lightning_influence.run.parameters import copy_sharing_parameters
+from lightning_influence.run.unchanged import unchanged
 
 
 @runtime_checkable
@@ -68,6 +69,9 @@ class Task(Protocol):
 
     def quiet(self) -> AbstractContextManager[None]:
         """Losses that are computed meanwhile are not logged."""
+
+    def unchanged(self) -> AbstractContextManager[None]:
+        """Whatever is reachable from the module is afterwards as it was."""
 
     def twin(self) -> Task | None:
         """The same on a copy of the module that shares its parameters, so that metrics, counters and buffers of the module stay
@@ -131,6 +135,9 @@ class FunctionTask:
 
     def quiet(self) -> AbstractContextManager[None]:
         return nullcontext()
+
+    def unchanged(self) -> AbstractContextManager[None]:
+        return unchanged(self.module)
 
     def twin(self) -> FunctionTask | None:
         copy = copy_sharing_parameters(self.module)

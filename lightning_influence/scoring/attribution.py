@@ -245,6 +245,8 @@ def _check_model(steps: LoggedSteps, task: Task) -> None:
                 f"this is the log of another model: it records {name} of shape {shape}, and the {type(task.module).__name__} given "
                 f"has {found}. Give the module that was trained with this log."
             )
+    for what, why in steps.reader.missing.items():
+        warnings.warn(f"the log lacks {what}: {why}", stacklevel=5)
     if FINAL not in steps.reader.artifacts():
         warnings.warn(
             f"the logged run did not finish; scores hold for its {len(steps)} complete steps and the model given.",

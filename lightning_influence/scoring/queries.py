@@ -305,16 +305,7 @@ def _batches(task: Task, queries: Queries | Iterable[Any]) -> Iterator[Any]:
 @contextmanager
 def _asked(task: Task) -> Iterator[None]:
     """Evaluation mode, gradients on, logging off; everything as it was afterwards."""
-    model = task.module
-    training = {module: module.training for module in model.modules()}
-    trained = {p: p.requires_grad for p in model.parameters()}
-    model.eval()
-    model.requires_grad_(True)
-    try:
-        with task.quiet(), torch.enable_grad():
-            yield
-    finally:
-        for module, mode in training.items():
-            module.training = mode
-        for p, flag in trained.items():
-            p.requires_grad_(flag)
+    with task.unchanged(), task.quiet(), torch.enable_grad():
+        task.module.eval()
+        task.module.requires_grad_(True)
+        yield

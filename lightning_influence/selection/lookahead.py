@@ -30,7 +30,7 @@ from lightning_influence.run.random_state import random_state, read_random_state
 from lightning_influence.run.sample_weights import sample_weights
 from lightning_influence.run.tap import LossTap
 from lightning_influence.run.task import as_task
-from lightning_influence.run.trainer import clip_of, moment_of, only_optimizer, schedules_as_they_were
+from lightning_influence.run.trainer import clip_of, moment_of, only_optimizer, schedules_as_they_were, steps_left
 from lightning_influence.selection.target import target_gradient
 
 
@@ -72,8 +72,8 @@ class Rollout:
         self._state = State(parameters, moments, {k: b.detach().clone() for k, b in module.named_buffers()})
         for c in (c for parts in candidates for c in parts):
             _check_batch(c)
-        hypers, self._moment = _hypers(trainer, trained, len(candidates)), moment_of(trainer, module)
         first = trainer.fit_loop.epoch_loop.batch_progress.current.ready  # index of the batch that comes next
+        hypers, self._moment = _hypers(trainer, trained, first, candidates), moment_of(trainer, module)
         self._steps, random = list[PlannedStep](), _random_states()
         for ahead, (parts, hyper) in enumerate(zip(candidates, hypers, strict=True)):
             self._steps.append(self._planned(parts, hyper, first, trainer.global_step + ahead, random))
@@ -241,15 +241,20 @@ class Window:
         return self._trajectory.curvature_product(self._start + index, kind, vectors)
 
 
-def _hypers(trainer: L.Trainer, trained: Mapping[str, Tensor], n_steps: int) -> list[dict[str, Hyper]]:
-    """Hyperparameters of the steps to come: schedulers are moved ahead, and back."""
-    found = list[dict[str, Hyper]]()
-    with schedules_as_they_were(trainer) as schedulers:
-        for ahead in range(n_steps):
+def _hypers(
+    trainer: L.Trainer, trained: Mapping[str, Tensor], first: int, steps: Sequence[Sequence[Candidates]]
+) -> list[dict[str, Hyper]]:
+    """Hyperparameters of the steps to come, the first batch of which has the index ``first``: schedulers are moved ahead as
+    Lightning would, but not beyond the end of the run, which some refuse, and back.
+    """
+    found, left = list[dict[str, Hyper]](), steps_left(trainer)
+    with schedules_as_they_were(trainer) as schedules:
+        for ahead, parts in enumerate(steps):
             now = read_hypers(only_optimizer(trainer), trained)
             found.append({k: {**hyper, "step": hyper["step"] + ahead} for k, hyper in now.items()})
-            for scheduler in schedulers:
-                scheduler.step()
+            first += len(parts)
+            if ahead + 1 < min(len(steps), left):
+                schedules.step(first - 1)
     return found
 
 

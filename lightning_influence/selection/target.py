@@ -8,7 +8,6 @@ from __future__ import annotations
 import inspect
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any, TypeAlias
 
@@ -20,7 +19,8 @@ from lightning_influence.core.trajectory import Vectors
 from lightning_influence.errors import ConfigurationError, InfluenceError
 from lightning_influence.run.batches import batch_size, leaves, some
 from lightning_influence.run.parameters import parameters_at
-from lightning_influence.run.random_state import random_state
+from lightning_influence.run.random_state import generator_as_it_was, random_state
+from lightning_influence.run.task import as_task
 from lightning_influence.scoring.queries import query_gradients, query_losses
 
 TargetLoss: TypeAlias = Callable[[L.LightningModule], Tensor]
@@ -64,9 +64,9 @@ def _gradient(
         return query_gradients(module, queries, names, select, target="mean", progress=False)
     parameters = dict(module.named_parameters())
     chosen = [parameters[name] for name in names]
-    with torch.enable_grad():
+    with as_task(module).unchanged(), torch.enable_grad():
         loss = queries(module)
-    found = torch.autograd.grad(loss, chosen, allow_unused=True, materialize_grads=True)
+        found = torch.autograd.grad(loss, chosen, allow_unused=True, materialize_grads=True)
     return {k: select(k, g)[None] for k, g in zip(names, found, strict=True)}
 
 
@@ -114,24 +114,13 @@ class Joined:
         for loader in self.loaders:
             batches: Iterator[Any] | None = None
             while True:
-                with _generator_as_it_was(loader):
+                with generator_as_it_was(loader):
                     batches = iter(loader) if batches is None else batches
                     try:
                         batch = next(batches)
                     except StopIteration:
                         break
                 yield batch
-
-
-@contextmanager
-def _generator_as_it_was(loader: Any) -> Iterator[None]:
-    generator = getattr(loader, "generator", None)
-    before = None if generator is None else generator.get_state()
-    try:
-        yield
-    finally:
-        if generator is not None:
-            generator.set_state(before)
 
 
 class LiveTarget:

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from lightning_influence.errors import ConfigurationError, LogError
 from lightning_influence.log.steps import LoggedSteps
+from lightning_influence.report.tables import in_notebook
 from lightning_influence.run.batches import batch_size
 from lightning_influence.run.data import TrainingData
 from lightning_influence.run.losses import Dynamics, joined
@@ -222,6 +223,9 @@ class TrainingDynamics:
 
     def __repr__(self) -> str:
         return f"TrainingDynamics({len(self.sample_ids)} samples, {len(self.owner)} visits)"
+
+    def _repr_html_(self) -> str:
+        return in_notebook(repr(self), self.to_pandas())
 
 
 def visit_numbers(sample_ids: Tensor) -> Tensor:
