@@ -6,9 +6,10 @@ Recording and selection inside the step both follow a run this way, whatever mak
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import asdict
+from functools import partial
 from typing import Any
 
 import torch
@@ -173,7 +174,7 @@ class LiveSteps:
         if self._unverified is not None or self._rehearsals:
             self._twin = self._twin or self.task.twin()
             less = self.recollated()
-            rest = None if less is None else less.__getitem__
+            rest = None if less is None else partial(_without_one, less)
             micro_batch = PlannedMicroBatch(copied(batch), moment, 1.0, self._n, read_random_state(), rest)
             buffers = {name: b.detach().clone() for name, b in self.task.module.named_buffers()}
             self._trial = Trial(micro_batch, self.ids, buffers)
@@ -286,3 +287,9 @@ class LiveSteps:
         )
         if not self._rehearsals:
             self._twin = None
+
+
+def _without_one(batches: Mapping[int, Any], gone: frozenset[int]) -> Any:
+    """The batch without the one sample that is gone; the witness removes no others."""
+    (z,) = gone
+    return batches[z]

@@ -46,6 +46,9 @@ class _OneStep:
     def snapshot(self, index: int) -> State:
         return self._state
 
+    def parameters(self, index: int) -> dict[str, Tensor]:
+        return self._state.parameters
+
 
 @dataclass(frozen=True)
 class Trial:
