@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from lightning_influence.core.removal import gradient_change
+from lightning_influence.core.removal_sets import RemovalSets
 from lightning_influence.core.sweep import Method, gradient_adjoints
 from lightning_influence.core.trajectory import StepRecord
 from lightning_influence.errors import ConfigurationError
@@ -62,7 +63,7 @@ def token_scores(
         raise ConfigurationError(
             "scores of tokens need the run to be replayed, and this log holds gradients alone; record with record='replay'."
         )
-    replay = {"counterfactual": counterfactual, "samples": samples, "verify": False}
+    replay = {"counterfactual": counterfactual, "sets": RemovalSets(samples), "verify": False}
     with open_trajectory(logged, model, curvature, data, progress=progress, **replay) as trajectory:
         assert isinstance(trajectory, ReplayTrajectory)
         steps = [t for t in range(len(trajectory)) if bool(torch.isin(trajectory.sample_ids(t), asked).any())]
