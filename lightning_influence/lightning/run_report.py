@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
+from lightning.pytorch.utilities import rank_zero_info
 from torch.utils._pytree import tree_flatten
 from torch.utils.data import DataLoader, DistributedSampler
 
@@ -93,6 +94,6 @@ def _made(trainer: L.Trainer, module: L.LightningModule, log: Path, queries: Any
     tried(SAVED, lambda: made.save(log / SAVED))
     page = tried(PAGE, lambda: made.to_html(log / PAGE, data=getattr(training, "dataset", None)))
     if page is not None:
-        print(f"The influence report is {page.resolve()}; open it in a browser: {page.resolve().as_uri()}")
+        rank_zero_info(f"The influence report is {page.resolve()}; open it in a browser: {page.resolve().as_uri()}")
     tried("the report in the loggers", lambda: log_report(made, trainer))
     return made
