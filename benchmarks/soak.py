@@ -64,10 +64,14 @@ MODES = {
 
 
 class Net(L.LightningModule):
-    def __init__(self) -> None:
+    """Without dropout where the run is rolled out in the middle of an epoch: a checkpoint does not hold the state of the
+    generators, so that a roll-out right after a resume would draw other random numbers.
+    """
+
+    def __init__(self, dropout: float) -> None:
         super().__init__()
         torch.manual_seed(0)
-        self.net = nn.Sequential(nn.Linear(64, 8), nn.GELU(), nn.Dropout(0.1), nn.Linear(8, 10))
+        self.net = nn.Sequential(nn.Linear(64, 8), nn.GELU(), nn.Dropout(dropout), nn.Linear(8, 10))
 
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
         return nn.functional.cross_entropy(self.net(batch[0].flatten(1)), batch[1])
@@ -152,7 +156,7 @@ def train(folder: Path, mode: Mode) -> None:
         enable_model_summary=False,
         callbacks=callbacks,
     )
-    module = Net()
+    module = Net(0.0 if mode.selection and "horizon" in mode.selection else 0.1)
     trainer.fit(module, data, val, ckpt_path=last if last.exists() else None)
     torch.save({k: v.clone() for k, v in module.state_dict().items()}, folder / "end.pt")
     if mode.selection is not None and mode.processes == 1:

@@ -27,6 +27,7 @@ from lightning_influence.log.reader import StoreReader
 from lightning_influence.report import InfluenceReport
 from lightning_influence.scoring.attribution import attribute as attribute_run
 from lightning_influence.trust.dynamics import suspects as suspects_of
+from lightning_influence.trust.dynamics import training_dynamics
 from lightning_influence.trust.faithfulness import check_faithfulness
 from lightning_influence.words import renamed, warn_renamed
 
@@ -102,16 +103,23 @@ def attribute(
     print(f"{report}\n\nmost harmful\n{report.bottom(5).to_string(index=False)}\n\nwrote {out}")
 
 
-def report(scores: Path, out: Path = Path("influence.html"), data: LightningDataModule | None = None) -> None:
+def report(
+    scores: Path,
+    out: Path = Path("influence.html"),
+    data: LightningDataModule | None = None,
+    log: Path | None = None,
+) -> None:
     """Write the page of a report. Example: lightning-influence report influence.safetensors --out influence.html.
 
     Args:
         scores: file written by attribute.
         out: the page.
         data: shows the samples of its train_dataloader.
+        log: of the run; shows the samples' losses and labels in doubt.
     """
     _writable("out", out)
-    print(f"wrote {InfluenceReport.load(scores).to_html(out, data=data)}")
+    dynamics = None if log is None else training_dynamics(log)
+    print(f"wrote {InfluenceReport.load(scores).to_html(out, data=data, dynamics=dynamics)}")
 
 
 def check(

@@ -58,6 +58,10 @@ def test_the_whole_way(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "most harmful" in capsys.readouterr().out
     assert InfluenceReport.load(run / "s.safetensors").metadata["curvature"] == "hessian"
     assert main(["report", str(run / "s.safetensors"), f"--out={run / 'r.html'}", "--data=test_cli.Digits"]) == 0
+    bare = (run / "r.html").read_text()
+    shown = ["report", str(run / "s.safetensors"), f"--out={run / 'r.html'}", "--data=test_cli.Digits"]
+    assert main([*shown, f"--log={run / 'log'}"]) == 0
+    assert 'id="mislabelled"' in (run / "r.html").read_text() and 'id="mislabelled"' not in bare
     assert "<th>0</th><td>0</td>" in (run / "r.html").read_text(), "digits are shown as a table of their pixels"
     assert main(["select", str(run / "s.safetensors"), "--keep=0.5", f"--out={run / 'kept.txt'}"]) == 0
     assert len((run / "kept.txt").read_text().split()) == 20

@@ -326,8 +326,9 @@ def _widened(value: Any) -> Any:
 
 
 def _nothing(n: int, parameter: Tensor) -> Form:
+    n_rows = parameter.shape[0] if parameter.dim() else 1
     return SparseRows(
         torch.zeros(n, 0, dtype=torch.int64, device=parameter.device),
-        torch.zeros(n, 0, 1, dtype=parameter.dtype, device=parameter.device),
-        parameter.numel(),
+        torch.zeros(n, 0, parameter.numel() // max(n_rows, 1), dtype=parameter.dtype, device=parameter.device),
+        n_rows,
     )

@@ -22,6 +22,19 @@ Moments: TypeAlias = tuple[Tensor, ...]
 
 
 @dataclass(frozen=True)
+class Inverse:
+    """How an update is undone: its change of the parameter depends on the moments after it alone.
+
+    Attributes:
+        change: ``(moments after, hyper) -> change of the parameter``.
+        moments: ``(moments after, gradient, hyper) -> moments before``; the gradient is the effective one.
+    """
+
+    change: Callable[[Moments, Hyper], Tensor]
+    moments: Callable[[Moments, Tensor, Hyper], Moments]
+
+
+@dataclass(frozen=True)
 class Update:
     """An elementwise update rule.
 
@@ -29,10 +42,12 @@ class Update:
         moments: names of the moments in ``torch.optim.Optimizer.state``, in order.
         apply: ``(moments, gradient, hyper) -> (change of the parameter, new moments)``. The gradient
             is the effective one (`effective_gradient`); decoupled weight decay is not part of it.
+        inverse: None where a step cannot be undone.
     """
 
     moments: tuple[str, ...]
     apply: Callable[[Moments, Tensor, Hyper], tuple[Tensor, Moments]]
+    inverse: Inverse | None = None
 
 
 def _safe_sqrt(x: Tensor) -> Tensor:
@@ -59,6 +74,16 @@ def _adam(moments: Moments, gradient: Tensor, hyper: Hyper) -> tuple[Tensor, Mom
     return _adam_change(m, v, hyper), (m, v)
 
 
+def _adam_moments_before(moments: Moments, gradient: Tensor, hyper: Hyper) -> Moments:
+    m, v = moments
+    m = (m - (1 - hyper["beta1"]) * gradient) / hyper["beta1"]
+    v = (v - (1 - hyper["beta2"]) * gradient**2) / hyper["beta2"]
+    return m, v.clamp(min=0.0)  # rounding may leave less than nothing of what began at zero
+
+
+_ADAM_INVERSE = Inverse(lambda moments, hyper: _adam_change(moments[0], moments[1], hyper), _adam_moments_before)
+
+
 def _amsgrad(moments: Moments, gradient: Tensor, hyper: Hyper) -> tuple[Tensor, Moments]:
     m, v = _adam_moments(moments[:2], gradient, hyper)
     largest = torch.maximum(moments[2], v)
@@ -78,7 +103,7 @@ def _momentum_sgd(moments: Moments, gradient: Tensor, hyper: Hyper) -> tuple[Ten
 
 
 UPDATES: dict[str, Update] = {
-    "adam": Update(("exp_avg", "exp_avg_sq"), _adam),
+    "adam": Update(("exp_avg", "exp_avg_sq"), _adam, _ADAM_INVERSE),
     "amsgrad": Update(("exp_avg", "exp_avg_sq", "max_exp_avg_sq"), _amsgrad),
     "sgd": Update((), _sgd),
     "momentum_sgd": Update(("momentum_buffer",), _momentum_sgd),
@@ -149,6 +174,11 @@ def step(update: Update, parameter: Tensor, moments: Moments, gradient: Tensor, 
     """
     change, moments = update.apply(moments, effective_gradient(gradient, parameter, hyper), hyper)
     return decay(hyper) * parameter + change, moments
+
+
+def parameter_before(inverse: Inverse, parameter: Tensor, moments: Moments, hyper: Hyper) -> Tensor:
+    """The parameter before a step, from what it and its moments are after the step."""
+    return (parameter - inverse.change(moments, hyper)) / decay(hyper)
 
 
 @dataclass(frozen=True)

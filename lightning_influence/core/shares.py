@@ -2,6 +2,7 @@
 
 Forms (all are `trajectory.Shares`): `Dense` rows, `Outer` products of layer inputs and output gradients,
 sparse `SparseRows` of an embedding, `Sum` over several uses of a parameter, `Stack` over micro-batches.
+`sum_at` of each is the sum of all its shares on a `Block` of coordinates.
 `Coordinates` says which coordinates of a parameter a log holds; `choose_coordinates` chooses it
 (docs/method.md, "Where a trajectory comes from").
 """
@@ -18,6 +19,49 @@ from torch import Tensor
 from lightning_influence.core.trajectory import Shares
 
 _GATHER_ELEMENTS = 2**24  # of a block of gathered factors
+_FEW = (4, 8)  # rows and columns of a block
+
+
+@dataclass(frozen=True)
+class Block:
+    """A few coordinates of a parameter, seen as a matrix ``shape`` of its first dimension and all others together.
+
+    Attributes:
+        rows, columns: int64, on the device of the parameter.
+
+    Example:
+        >>> block = Block((3, 2), torch.tensor([0, 2]), torch.tensor([1]))
+        >>> block.select(torch.tensor([[1, 2], [3, 4], [5, 6]]))
+        tensor([[2],
+                [6]])
+        >>> Block.of(torch.zeros(100, 50, 2)).size
+        32
+    """
+
+    shape: tuple[int, int]
+    rows: Tensor
+    columns: Tensor
+
+    @classmethod
+    def of(cls, parameter: Tensor) -> Block:
+        """A few rows times a few columns, drawn once and for all: regular ones would meet the border of every image."""
+        n_rows = parameter.shape[0] if parameter.dim() else 1
+        n_columns = parameter.numel() // max(n_rows, 1)
+        drawn = torch.Generator().manual_seed(0)
+        rows, columns = (
+            torch.randperm(n, generator=drawn)[:few].to(parameter.device)
+            for n, few in zip((n_rows, n_columns), _FEW, strict=True)
+        )
+        return cls((n_rows, n_columns), rows, columns)
+
+    @property
+    def size(self) -> int:
+        """Number of the coordinates."""
+        return len(self.rows) * len(self.columns)
+
+    def select(self, values: Tensor) -> Tensor:
+        """``(rows, columns)`` of one tensor in the shape of the parameter, or flat."""
+        return values.reshape(self.shape)[self.rows[:, None], self.columns]
 
 
 @dataclass(frozen=True)
@@ -56,6 +100,9 @@ class Dense:
 
     def at(self, coordinates: Tensor) -> Dense:
         return Dense(self.values[:, coordinates])
+
+    def sum_at(self, block: Block) -> Tensor:
+        return self.values.unflatten(1, block.shape)[:, block.rows[:, None], block.columns].sum(0)
 
 
 @dataclass(frozen=True)
@@ -112,6 +159,10 @@ class Outer:
         parts = zip(rows.split(size), columns.split(size), strict=True)
         return Dense(torch.cat([(self.left[..., r] * self.right[..., c]).sum(1) for r, c in parts], 1))
 
+    def sum_at(self, block: Block) -> Tensor:
+        left, right = self.left[..., block.rows].flatten(0, 1), self.right[..., block.columns].flatten(0, 1)
+        return left.T @ right.to(left)
+
 
 @dataclass(frozen=True)
 class SparseRows:
@@ -167,6 +218,10 @@ class SparseRows:
         table.scatter_add_(1, where.clamp(min=0)[..., None].expand_as(kept), kept)
         return Dense(table[:, row_of, columns])
 
+    def sum_at(self, block: Block) -> Tensor:
+        values = self.values[..., block.columns].flatten(0, 1)
+        return (self.rows.flatten() == block.rows[:, None]).to(values) @ values
+
 
 @dataclass(frozen=True)
 class Sum:
@@ -202,6 +257,9 @@ class Sum:
 
     def at(self, coordinates: Tensor) -> Dense:
         return Dense(torch.stack([part.at(coordinates).values for part in self.parts]).sum(0))
+
+    def sum_at(self, block: Block) -> Tensor:
+        return torch.stack([part.sum_at(block) for part in self.parts]).sum(0)
 
 
 @dataclass(frozen=True)
@@ -247,6 +305,9 @@ class Stack:
 
     def at(self, coordinates: Tensor) -> Dense:
         return Dense(torch.cat([part.at(coordinates).values for part in self.parts]))
+
+    def sum_at(self, block: Block) -> Tensor:
+        return torch.stack([part.sum_at(block) for part in self.parts]).sum(0)
 
 
 Form = Dense | Outer | SparseRows | Sum | Stack

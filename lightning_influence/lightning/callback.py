@@ -32,6 +32,7 @@ from lightning_influence.log.recorder import Compression, CompressionName, Recor
 from lightning_influence.log.snapshots import ReplaySettings
 from lightning_influence.log.writer import StoreWriter
 from lightning_influence.report import InfluenceReport
+from lightning_influence.report.tables import in_notebook
 from lightning_influence.run.optimizer import update_name
 from lightning_influence.run.ranks import Ranks
 from lightning_influence.run.sample_ids import IdSource, SampleIds
@@ -81,6 +82,9 @@ class InfluenceCallback(L.Callback):
         exclude: pattern or patterns (`fnmatch`) of parameter names that train but are not recorded.
         frozen_batch_norm: train batch normalisation with its running statistics, so that samples do not
             depend on each other; refused otherwise.
+        verify: hold what per-sample gradients say of a removal against training steps without the sample, at the first step,
+            and their sum against the gradient at every step; of a run that is to be replayed, run the first steps again.
+            What disagrees is refused. Reports say what was verified.
         report: attribute the run when ``fit`` ends, with the validation data as queries and their mean loss as target:
             ``report.html`` and ``report.safetensors`` in ``log``, a figure and numbers through the trainer's loggers, and
             the `report` attribute.
@@ -116,6 +120,7 @@ class InfluenceCallback(L.Callback):
         sample_weights: WeightSource = None,
         exclude: str | Sequence[str] = (),
         frozen_batch_norm: bool = False,
+        verify: bool = True,
         report: bool = False,
         on_error: Literal["raise", "stop_recording"] = "stop_recording",
         existing: Literal["error", "overwrite", "resume"] = "error",
@@ -141,7 +146,7 @@ class InfluenceCallback(L.Callback):
             raise ConfigurationError(f"snapshot_every={snapshot_every}; it counts steps and is at least 1")
         self.record, self.snapshot_every, self.store_batches = record, snapshot_every, store_batches
         self.compression = Compression(compression, mask_size, seed)
-        self.options = StepOptions(reduction, sample_weights, exclude, frozen_batch_norm)
+        self.options = StepOptions(reduction, sample_weights, exclude, frozen_batch_norm, verify)
         self.sample_ids = SampleIds(sample_ids, random=record != "gradients")
         self._live = LiveRun(self.options, self.sample_ids, self, otherwise="use record='replay'", guard=self._inside)
         self.existing, self.on_error = existing, on_error
@@ -158,6 +163,17 @@ class InfluenceCallback(L.Callback):
         self._told = False  # of the first step
         self._manifest_told: dict[str, Any] = {}
         self._stopped: str | None = None  # why recording ended before the run did
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({str(self.dirpath)!r}, {', '.join(f'{k}={v!r}' for k, v in self._settings())})"
+
+    def _repr_html_(self) -> str:
+        import pandas as pd
+
+        return in_notebook(repr(self), pd.DataFrame(self._settings(), columns=["setting", "value"]))
+
+    def _settings(self) -> list[tuple[str, Any]]:
+        return [("record", self.record), ("compression", self.compression.kind), ("report", self.writes_report)]
 
     @property
     def state_key(self) -> str:

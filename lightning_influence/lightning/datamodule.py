@@ -82,6 +82,7 @@ class SelectionDataModule(L.LightningDataModule):
         exclude: pattern or patterns of parameter names that train and are not looked at; inside the step their gradient
             stays that of the whole batch.
         frozen_batch_norm: as of `InfluenceCallback`.
+        verify: as of `InfluenceCallback`; in rounds, removals that disagree are measured instead.
         target: the old word for ``queries``.
 
     Attributes:
@@ -114,6 +115,7 @@ class SelectionDataModule(L.LightningDataModule):
         sample_weights: WeightSource = None,
         exclude: str | Sequence[str] = (),
         frozen_batch_norm: bool = False,
+        verify: bool = True,
         target: Any = None,
     ) -> None:
         super().__init__()
@@ -143,7 +145,7 @@ class SelectionDataModule(L.LightningDataModule):
             every,
             rebatch,
             floor,
-            StepOptions(reduction, sample_weights, exclude, frozen_batch_norm),
+            StepOptions(reduction, sample_weights, exclude, frozen_batch_norm, verify),
         )
         self.selector = Selector(settings, None if settings.every_step else LookAhead(self._query_batches, settings))
         for name in (*_LOADERS, *_BATCH_HOOKS):

@@ -6,8 +6,9 @@ Recording and selection inside the step both follow a run this way.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, ExitStack, nullcontext
+from functools import partial
 from typing import Any
 
 import lightning as L
@@ -114,7 +115,7 @@ class LiveRun:
             capture = GradientCapture(
                 module, exclude=options.exclude, frozen_batch_norm=options.frozen_batch_norm, trained=trained
             )
-            self._unverified = sorted(capture.parameters)
+            self._unverified = sorted(capture.parameters) if options.verify else None
         self._collector = StepCollector(
             module,
             optimizer,
@@ -122,7 +123,9 @@ class LiveRun:
             averaged=options.averaged,
             ranks=Ranks.of(trainer),
             otherwise=self._otherwise,
+            verify=options.verify,
         )
+        self._undo.callback(self._collector.close)
         self.sample_ids.start(trainer.train_dataloader)
         self._row_order = row_order(trainer.train_dataloader, module) if self.sample_ids.source is None else None
         if capture is not None:
@@ -133,7 +136,7 @@ class LiveRun:
                 self._thaw.callback(handle.remove)
         self._undo.enter_context(tapped(module, self._read_loss))
         self._first_backward, self._replayed = True, rehearses
-        self._rehearsals = _REHEARSALS if rehearses and self._collector.ranks.size == 1 else 0
+        self._rehearsals = _REHEARSALS if rehearses and options.verify and self._collector.ranks.size == 1 else 0
         self._watches = self._changes_gradients(trainer, module)
         return self._collector
 
@@ -181,7 +184,7 @@ class LiveRun:
         if self._unverified is not None or self._rehearsals:
             self._twin = self._twin or twin_of(module)
             less = self.recollated()
-            rest = None if less is None else less.__getitem__
+            rest = None if less is None else partial(_without_one, less)
             micro_batch = PlannedMicroBatch(copied(batch), moment, 1.0, self._n, read_random_state(), rest)
             buffers = {name: b.detach().clone() for name, b in module.named_buffers()}
             self._trial = Trial(micro_batch, self.ids, buffers)
@@ -292,3 +295,9 @@ class LiveRun:
         )
         if not self._rehearsals:
             self._twin = None
+
+
+def _without_one(batches: Mapping[int, Any], gone: frozenset[int]) -> Any:
+    """The batch without the one sample that is gone; the witness removes no others."""
+    (z,) = gone
+    return batches[z]

@@ -9,7 +9,7 @@ steps; in between they follow from the gradients), ``parameter/<parameter>`` (co
 from __future__ import annotations
 
 import zlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -277,6 +277,10 @@ class LoggedTrajectory(LoggedSteps):
         expect(all(g.shape == (self.sizes[k][0],) for k, g in record.gradients.items()), "gradients of another size")
         expect(record.gradients.keys() == self.reader.meta(index)["shares"].keys(), "gradients of other parameters")
         return record
+
+    @property
+    def starts(self) -> Sequence[int]:
+        return range(0, len(self), MOMENTS_EVERY)
 
     def shares(self, index: int) -> Mapping[str, Shares]:
         with decoding(f"step {index} of {self._log}"):

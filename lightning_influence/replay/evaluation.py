@@ -86,6 +86,11 @@ class StepEvaluator:
             self._removals.found.measure(str(error))
             return None
 
+    @property
+    def half(self) -> bool:
+        """Whether steps are evaluated in half precision."""
+        return self._passes.half
+
     def evaluate(self, planned: PlannedStep, state: State) -> Evaluation:
         """Gradients and shares of a step, by the module's own training step."""
         leaves = leaves_of(state.parameters)
@@ -114,6 +119,12 @@ class StepEvaluator:
         else:
             form = partial(dict[str, Form], shares)
         return Evaluation(gradients, graph, shares is None, buffers[-1], form)
+
+    def gradients(self, planned: PlannedStep, state: State) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """The gradients of a step, as `evaluate` finds them, and the buffers after it."""
+        with differentiable_attention() if self.exact else nullcontext():
+            one = self._passes.whole(planned, state)
+        return {k: g for k, g in one.gradients.items() if not planned.hyper or k in planned.hyper}, one.buffers
 
     def nbytes(self, planned: PlannedStep, state: State) -> int:
         """Bytes that it takes to keep a step's evaluation; about the same for every step."""

@@ -139,6 +139,13 @@ class LoggedPlan:
         for k, b in state.buffers.items():
             expect(b.dtype.is_floating_point == buffers[k].dtype.is_floating_point, f"{k} of another type")
 
+    def parameters(self, index: int) -> dict[str, Tensor]:
+        artifact, kind = snapshot_name(index), "parameter/"
+        with decoding(f"the snapshot before step {index}"):
+            held = [n.removeprefix(kind) for n in self._reader.artifact_names(artifact) if n.startswith(kind)]
+            starts = {k: artifact if k in held else snapshot_name(start) for k, start in self._first_in.items()}
+            return {k: self._reader.artifact(a, kind + k).to(self._module.device) for k, a in starts.items()}
+
     def _batch(self, read: _Read, number: int, told: dict[str, Any], ids: list[int]) -> Any:
         module = self._module
         if "structure" in told:
@@ -160,16 +167,26 @@ class LoggedPlan:
             )
         return batch
 
-    def _less(self, read: _Read, number: int, told: dict[str, Any], ids: list[int]) -> Callable[[int], Any] | None:
-        """The batch without a sample, where it is not the batch without the sample's rows."""
+    def _less(
+        self, read: _Read, number: int, told: dict[str, Any], ids: list[int]
+    ) -> Callable[[frozenset[int]], Any] | None:
+        """The batch without some samples, where it is not the batch without their rows."""
         if told.get("recollated"):
-            return lambda z: self._collated(read, number, [i for i in ids if i != z])
+            return lambda gone: self._collated(read, number, [i for i in ids if i not in gone])
         structures = told.get("less")
         if not structures:
             return None
         module = self._module
 
-        def stored(z: int) -> Any:
+        def stored(gone: frozenset[int]) -> Any:
+            here = gone.intersection(ids)
+            if len(here) > 1:
+                raise ConfigurationError(
+                    f"step {read.index} relates its samples (a graph), and of its batch the log holds what is left without one "
+                    f"sample, not without the {len(here)} that a group has in it. Record with "
+                    "InfluenceCallback(store_batches=False), so that batches are collated from the data, or leave groups out."
+                )
+            (z,) = here
             with decoding(f"a batch of step {read.index}"):
                 batch = unpack_batch(structures[str(z)], lambda key: read.tensor(f"less/{number}/{z}/{key}"))
             return module.transfer_batch_to_device(batch, module.device, 0)

@@ -111,15 +111,15 @@ class Passes:
         present = {k: g for k, g in zip(leaves, gradients, strict=True) if g is not None}
         return Pass(present, shares, {k: inside[k].detach() for k in buffers})
 
-    def gradient(self, planned: PlannedStep, state: State) -> dict[str, Tensor]:
-        """The gradient of a whole step, by parameter and in its shape."""
+    def whole(self, planned: PlannedStep, state: State) -> Pass:
+        """The gradient of a whole step, by parameter and in its shape, and the buffers after it, without shares."""
         total: dict[str, Tensor] = {}
         leaves, buffers = leaves_of(state.parameters), state.buffers
         for micro_batch in planned.micro_batches:
             one = self.run(leaves, buffers, micro_batch)
             buffers = one.buffers
             total |= {k: total[k] + g if k in total else g for k, g in one.gradients.items()}
-        return total
+        return Pass(total, None, dict(buffers))
 
     def slope(self, planned: PlannedStep, state: State, direction: Vectors) -> Vectors:
         """Central difference of a step's gradient along a direction of the parameters, by name and in their shapes."""
@@ -130,7 +130,7 @@ class Passes:
         sides: list[dict[str, Tensor]] = []
         for sign in (size, -size):
             moved = {k: p + sign * direction[k] if k in direction else p for k, p in state.parameters.items()}
-            sides.append(self.gradient(planned, replace(state, parameters=moved)))
+            sides.append(self.whole(planned, replace(state, parameters=moved)).gradients)
         return {k: (sides[0][k] - sides[1][k]) / (2 * size) for k in sides[0]}
 
     def stop_paths(

@@ -48,6 +48,9 @@ class _OneStep:
     def snapshot(self, index: int) -> State:
         return self._state
 
+    def parameters(self, index: int) -> dict[str, Tensor]:
+        return self._state.parameters
+
 
 def twin_of(module: LightningModule) -> LightningModule | None:
     """A copy of a module that shares its parameters, on which a step can be tried: metrics, counters and buffers of the module

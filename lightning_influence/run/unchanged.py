@@ -8,7 +8,7 @@ import sys
 import types
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from enum import Enum
 from functools import partial
 from pathlib import Path
@@ -19,9 +19,13 @@ import torch
 from lightning import LightningModule
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
+from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from lightning_influence.run.lightning_names import is_a
+
+_LARGE = 2**22  # bytes of a tensor that is not copied before it is written to
 
 _PLAIN = frozenset({bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device, torch.Size, range})
 """Types of values that cannot change and hold nothing that can."""
@@ -46,14 +50,16 @@ def unchanged(module: LightningModule) -> Iterator[None]:
     Parameters, buffers and other tensors, gradients, modes, counters and other attributes, metrics, lists, dicts, sets, arrays,
     random generators and objects of the user's own classes that hold any of these; objects of libraries, which may have
     threads and files, are left alone. The attributes of the trainer's datamodule, too, whose hooks prepare batches, but not
-    what its data is like inside. What a training step does to the world outside cannot be undone.
+    what its data is like inside. What a training step does to the world outside cannot be undone. Large tensors are copied
+    when torch first writes to them, and only then; a write through numpy goes unseen.
     """
     kept = _Kept(own=_packages_of(module))
     for value in (module, *module.parameters(), *module.buffers()):  # a scripted module's are not among its attributes
         kept.look(value)
     kept.note_attributes(_datamodule_of(module))
     try:
-        yield
+        with kept.large if kept.large.tensors else nullcontext():
+            yield
     finally:
         kept.put_back()
 
@@ -83,6 +89,7 @@ class _Kept:
 
     def __init__(self, own: frozenset[str]) -> None:
         self._own = own
+        self.large = _CopyOnWrite()
         self._seen: dict[int, Any] = {}
         self._undo: list[Callable[[], object]] = []
 
@@ -145,7 +152,11 @@ class _Kept:
             self._later(setattr, tensor, "grad", gradient)
         if tensor.is_meta or tensor.layout != torch.strided or tensor.is_inference() or is_lazy(tensor):
             return  # it cannot be written to
-        self._later(_rewrite, tensor, tensor.detach().clone(), tensor.requires_grad)
+        if tensor.numel() * tensor.element_size() < _LARGE:
+            self._later(_rewrite, tensor, tensor.detach().clone(), tensor.requires_grad)
+        else:
+            self.large.watch(tensor)
+            self._later(self.large.put_back, tensor, tensor.requires_grad)
 
     def _note_module(self, module: nn.Module) -> Iterator[Any]:
         attributes = vars(module)
@@ -170,6 +181,44 @@ class _Kept:
                 if held is not None and slot not in ("__dict__", "__weakref__"):
                     yield held
                     self._later(object.__setattr__, value, slot, held)
+
+
+class _CopyOnWrite(TorchDispatchMode):
+    """Copies tensors before an operation first writes to their storage.
+
+    Attributes:
+        tensors: by the address of their storage, which some may share.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.tensors: dict[int, list[Tensor]] = {}
+        self._copies: dict[int, Tensor] = {}  # by id
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func._schema.is_mutable:
+            for place, argument in enumerate(func._schema.arguments):
+                if argument.alias_info is not None and argument.alias_info.is_write:
+                    self._copy(args[place] if place < len(args) else kwargs.get(argument.name))
+        return func(*args, **kwargs)
+
+    def watch(self, tensor: Tensor) -> None:
+        self.tensors.setdefault(tensor.untyped_storage().data_ptr(), []).append(tensor)
+
+    def put_back(self, tensor: Tensor, requires_grad: bool) -> None:
+        """As `_rewrite`, where it was written to."""
+        if id(tensor) in self._copies:
+            _rewrite(tensor, self._copies.pop(id(tensor)), requires_grad)
+        elif tensor.is_leaf:
+            tensor.requires_grad_(requires_grad)
+
+    def _copy(self, written: Any) -> None:
+        for tensor in pytree.tree_leaves(written):
+            if isinstance(tensor, Tensor) and tensor.layout == torch.strided:
+                for large in self.tensors.get(tensor.untyped_storage().data_ptr(), ()):
+                    if id(large) not in self._copies:
+                        self._copies[id(large)] = large.detach().clone()
 
 
 def _not_plain(values: Any) -> Iterator[Any]:

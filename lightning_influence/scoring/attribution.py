@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import fields, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -14,6 +14,7 @@ from lightning import Fabric, LightningModule
 from torch import Tensor
 
 from lightning_influence.core.optimizers import UPDATES
+from lightning_influence.core.removal_sets import RemovalSets
 from lightning_influence.core.scores import RowScores
 from lightning_influence.core.sweep import Method, sweep
 from lightning_influence.core.trajectory import Trajectory, Vectors
@@ -23,9 +24,11 @@ from lightning_influence.log.steps import FINAL, LoggedSteps, LoggedTrajectory, 
 from lightning_influence.replay.logged_plan import LoggedPlan
 from lightning_influence.replay.trajectory import ReplayTrajectory
 from lightning_influence.report import InfluenceReport
+from lightning_influence.report.groups import Groups
 from lightning_influence.report.provenance import Coverage, Provenance, RemovalSummary
 from lightning_influence.run.data import TrainingData
 from lightning_influence.run.lightning_names import is_a
+from lightning_influence.scoring.groups import GroupsOf, named_groups
 from lightning_influence.scoring.queries import Queries, Target, check_target, query_gradients
 from lightning_influence.scoring.query_loss import QueryLoss
 
@@ -46,6 +49,7 @@ def attribute(
     optimizer_assumption: Literal["sgd"] | None = None,
     query_loss: QueryLoss | None = None,
     samples: Collection[int] | None = None,
+    groups: GroupsOf | None = None,
     verify: bool = True,
     max_memory: int = 2**32,
     fabric: Fabric | None = None,
@@ -74,6 +78,8 @@ def attribute(
             example (`queries.query_losses`).
         samples: ids of the training samples to score; None for all. Where a replay has to measure removals by running
             steps without the sample, this bounds its cost.
+        groups: a label per sample of the training dataset (its source, annotator, class; None for no group), or sample ids
+            by name, which may overlap. ``report.groups`` says what removing each group as a whole does.
         verify: compare the effect of a few removals at a replay's first step with running that step without them, and
             measure all removals where they differ. The report says what was verified.
         max_memory: bytes that the adjoints of the queries may take; more queries go through the run in turns.
@@ -87,7 +93,9 @@ def attribute(
     """
     check_target(target)
     data = TrainingData.of(data)
-    replay = {"counterfactual": counterfactual, "samples": samples, "verify": verify}
+    named = {} if groups is None else named_groups(groups)
+    sets = RemovalSets(samples, list(named.values()))
+    replay = {"counterfactual": counterfactual, "sets": sets, "verify": verify}
     with open_trajectory(log, model, curvature, data, progress=progress, **replay) as trajectory:
         method = Method(
             curvature=_resolved(curvature, trajectory),
@@ -107,35 +115,47 @@ def attribute(
             query_loss=query_loss,
             progress=progress,
         )
-        rows = _only(_swept(trajectory, gradients, method, max_memory, fabric, progress), samples)
+        sizes = _consumed(trajectory, sets, named)
+        rows, of_groups = sets.split(_swept(trajectory, gradients, method, sets, max_memory, fabric, progress))
         made = _provenance(manifest, trajectory, method, target)
+    query_ids = list(range(rows.n_queries)) if target is None else ["mean" if isinstance(target, str) else "target"]
     return InfluenceReport(
         rows,
-        query_ids=None if target is None else ["mean" if isinstance(target, str) else "target"],
+        query_ids=query_ids,
         metadata=made.to_json(),
+        groups=Groups(list(named), sizes, of_groups, query_ids) if named else None,
     )
 
 
-def _only(rows: RowScores, samples: Collection[int] | None) -> RowScores:
-    """The rows of some samples.
+def _consumed(trajectory: Trajectory, sets: RemovalSets, named: Mapping[str, list[int]]) -> list[int]:
+    """How many samples of each group the run consumed.
 
     Raises:
-        ConfigurationError: a sample that the run did not consume.
+        ConfigurationError: a sample that the run did not consume, or none of a group.
     """
-    if samples is None:
-        return rows
-    asked = torch.as_tensor(list(samples), dtype=torch.int64)
-    missing = asked[~torch.isin(asked, rows.sample_ids)].tolist()
+    used = torch.cat([trajectory.sample_ids(t) for t in range(len(trajectory))]).unique()
+    missing = set(sets.samples or ()).difference(used.tolist())
     if missing:
         raise ConfigurationError(
-            f"samples names {missing[0]}, which no step of the run consumed; give ids of training samples that the run saw."
+            f"samples names {min(missing)}, which no step of the run consumed; give ids of training samples that the run saw."
         )
-    kept = torch.isin(rows.sample_ids, asked)
-    return replace(rows, **{f.name: getattr(rows, f.name)[kept] for f in fields(rows)})
+    sizes = [int(torch.isin(used, torch.tensor(list(members))).sum()) for members in named.values()]
+    if named and not any(sizes):
+        raise ConfigurationError(
+            f"groups names samples of which the run consumed none ({next(iter(named.values()))[:4]}...); ids are indices into "
+            "the training dataset."
+        )
+    return sizes
 
 
 def _swept(
-    trajectory: Trajectory, gradients: Vectors, method: Method, max_memory: int, fabric: Fabric | None, progress: bool
+    trajectory: Trajectory,
+    gradients: Vectors,
+    method: Method,
+    sets: RemovalSets,
+    max_memory: int,
+    fabric: Fabric | None,
+    progress: bool,
 ) -> RowScores:
     """The sweep of all queries: in turns where memory is short, and each process its part."""
     n = len(next(iter(gradients.values())))
@@ -148,7 +168,7 @@ def _swept(
     steps = method.memory_window + 2 if method.response == "finite" else 2  # each holds its own adjoints
     per_query = 4 * kept * steps * sum(d for d, _ in trajectory.sizes.values())
     parts = [
-        sweep(trajectory, {k: g[chunk] for k, g in gradients.items()}, method, progress=progress)
+        sweep(trajectory, {k: g[chunk] for k, g in gradients.items()}, method, sets=sets, progress=progress)
         for chunk in own.split(max(1, max_memory // per_query))
     ]
     rows = replace(parts[0], **{name: torch.cat([getattr(p, name) for p in parts], 1) for name in _COLUMNS})

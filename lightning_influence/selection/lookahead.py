@@ -149,6 +149,9 @@ class Rollout:
     def snapshot(self, index: int) -> State:
         return self._state
 
+    def parameters(self, index: int) -> dict[str, Tensor]:
+        return self._state.parameters
+
 
 def look_ahead(
     trainer: L.Trainer,
@@ -224,6 +227,7 @@ class Window:
     def __init__(self, trajectory: Trajectory, start: int, stop: int) -> None:
         self._trajectory, self._start, self._stop = trajectory, start, stop
         self.optimizer, self.sizes = trajectory.optimizer, trajectory.sizes
+        self.starts = (0,)
 
     def __len__(self) -> int:
         return self._stop - self._start

@@ -86,7 +86,8 @@ class LookAhead:
     reads_batches = True
 
     def __init__(self, queries: Callable[[], Any], settings: Settings) -> None:
-        self.queries, self.settings, self.removals = queries, settings, RemovalCheck()
+        self.queries, self.settings = queries, settings
+        self.removals = RemovalCheck(unverifiable=None if settings.options.verify else "verify=False")
 
     def __call__(self, trainer: L.Trainer, candidates: Sequence[Sequence[Candidates]], scored: int) -> list[Tensor]:
         s = self.settings

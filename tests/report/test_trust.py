@@ -32,6 +32,17 @@ def test_a_ceiling_is_trusted_as_far_as_its_interval_reaches(ceiling: Any, level
     assert told(ceiling=ceiling)["Ceiling"].value == str(Estimate.from_json(ceiling))
 
 
+@pytest.mark.parametrize(
+    ("size", "level"),
+    [(0.0, "solid"), (0.099, "solid"), (0.1, "approximate"), (0.49, "approximate"), (0.5, "caution"), (7.0, "caution")],
+)
+def test_an_error_is_badged_by_its_size(size: float, level: str) -> None:
+    """By the rule that the page states."""
+    assert told(errors={"system": size})["System error"].level == level
+    assumed = told(errors={"config": size}, optimizer_assumption="sgd")
+    assert assumed["Config error"].level == level
+
+
 def test_a_ceiling_that_nobody_can_read_is_not_measured() -> None:
     for ceiling in ("high", 0.9, {"value": 1.0}, None):
         assert told(ceiling=ceiling)["Ceiling"].value == "not measured"
