@@ -63,7 +63,8 @@ def token_scores(
         raise ConfigurationError(
             "scores of tokens need the run to be replayed, and this log holds gradients alone; record with record='replay'."
         )
-    replay = {"counterfactual": counterfactual, "sets": RemovalSets(asked.tolist()), "verify": False}
+    sets = RemovalSets(asked.tolist())
+    replay = {"counterfactual": counterfactual, "sets": sets, "verify": False}
     how = "auto" if curvature == "none" else curvature  # which replays, too
     with open_trajectory(logged, model, how, data, progress=progress, **replay) as trajectory:
         assert isinstance(trajectory, ReplayTrajectory)
