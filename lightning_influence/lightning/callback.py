@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import json
 import math
-import platform
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import asdict
+from dataclasses import replace
 from functools import wraps
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, Literal
 from uuid import uuid4
@@ -18,32 +16,29 @@ import lightning as L
 import torch
 from lightning.pytorch.utilities import rank_zero_info
 
-from lightning_influence.capture import GradientCapture
 from lightning_influence.capture.step import StepOptions
 from lightning_influence.core.coordinates import COMPRESSIONS
 from lightning_influence.errors import ConfigurationError, LogError
 from lightning_influence.lightning.failures import tell_missing
+from lightning_influence.lightning.first_step import first_step_line
 from lightning_influence.lightning.live_run import LiveRun
 from lightning_influence.lightning.run_report import PAGE, SAVED, refuse_no_queries, report_run
 from lightning_influence.log.format import MANIFEST, refuse_undecodable
+from lightning_influence.log.manifest import RECORDS, Manifest, Mask, Recorded
 from lightning_influence.log.reader import StoreReader
 from lightning_influence.log.recorder import Compression, CompressionName, Recorder
 from lightning_influence.log.snapshots import ReplaySettings
 from lightning_influence.log.writer import StoreWriter
 from lightning_influence.report import InfluenceReport
-from lightning_influence.report.numbers import in_bytes
 from lightning_influence.report.tables import in_notebook
-from lightning_influence.run.optimizer import update_name
 from lightning_influence.run.ranks import Ranks
 from lightning_influence.run.sample_ids import IdSource, SampleIds
 from lightning_influence.run.sample_weights import WeightSource
-from lightning_influence.run.trainer import clip_of, loss_scaler
+from lightning_influence.run.trainer import clip_of, loss_scaler, ranks_of, steps_left
 from lightning_influence.words import renamed
 
-RECORDS = ("auto", "gradients", "replay", "both")
-_WAYS = {"replay": "snapshots for exact replay", "gradients": "compressed per-sample gradients"}
+_WAYS = {"replay": "snapshots for replay", "gradients": "per-sample gradients"}
 _BUDGET = 2**16  # bytes of a sample's gradients at a step that are recorded unasked
-_PACKAGES = ("lightning-influence", "torch", "lightning", "safetensors", "transformers", "peft")
 
 
 def _while_recording(hook: Callable[..., None]) -> Callable[..., None]:
@@ -140,7 +135,7 @@ class InfluenceCallback(L.Callback):
         self.dirpath = Path(log)  # the trainer makes a callback's attribute `log` its logging function
         refuse_undecodable(self.dirpath)
         for name, value, known in (
-            ("record", record, RECORDS),
+            ("record", record, ("auto", *RECORDS)),
             ("compression", compression, COMPRESSIONS),
             ("existing", existing, ("error", "overwrite", "resume")),
             ("on_error", on_error, ("raise", "stop_recording")),
@@ -169,8 +164,6 @@ class InfluenceCallback(L.Callback):
         )
         self._records: str = record  # of "gradients", "replay" and "both", what this run is recorded as
         self._left_out: list[str] = []  # why something is not recorded
-        self._rewrite: Callable[[], None] = lambda: None  # the manifest
-        self._told = False
         self.existing, self.on_error = existing, on_error
         self.writes_report = report
         self._report: InfluenceReport | None = None
@@ -182,6 +175,8 @@ class InfluenceCallback(L.Callback):
         self._failure: Exception | None = (
             None  # inside the training or the optimizer's step, to be dealt with at the next hook
         )
+        self._told = False  # of the first step
+        self._manifest: Manifest | None = None
         self._stopped: str | None = None  # why recording ended before the run did
 
     def __repr__(self) -> str:
@@ -233,11 +228,22 @@ class InfluenceCallback(L.Callback):
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if self.writes_report:
             refuse_no_queries(trainer)
-        self._records, self._left_out, self._told = self._begun_as(), [], False
+        self._records, self._left_out = self._begun_as(), []
         collector = self._live.start(
             trainer, pl_module, captures=self._records != "replay", rehearses=self._records != "gradients"
         )
-        manifest = self._manifest(trainer, pl_module, collector.capture, collector.optimizer)
+        manifest = Manifest.of_run(
+            pl_module,
+            collector.optimizer,
+            collector.capture,
+            self.options,
+            record=self._records,
+            compression=self.compression.kind,
+            mask=Mask(self.compression.mask_size, self.compression.seed),
+            precision=str(trainer.precision),
+            budget=self.compression.budget,
+        )
+        self._manifest = manifest
         with ExitStack() as undo:
             writer = self._writer(collector.ranks, manifest, undo)
             self._recorder = Recorder(
@@ -249,13 +255,7 @@ class InfluenceCallback(L.Callback):
                 give_up=self._leave_out if self.record == "auto" else None,
             )
             undo.pop_all()
-
-        def rewrite() -> None:
-            capture = None if self._records == "replay" else collector.capture
-            changed = self._manifest(trainer, pl_module, capture, collector.optimizer)
-            writer.write_manifest(changed | {"run": self._run})
-
-        self._rewrite = rewrite
+        self._told = False
 
     def _begun_as(self) -> str:
         """What is recorded: of a log that goes on, what it began with."""
@@ -263,7 +263,7 @@ class InfluenceCallback(L.Callback):
             return self.record
         goes_on = self._resume_at is not None or self.existing == "resume"
         if goes_on and (self.dirpath / MANIFEST).exists():
-            return str(StoreReader(self.dirpath).manifest["record"])
+            return Manifest.of(StoreReader(self.dirpath)).record
         return "both"
 
     def _leave_out(self, what: str, error: ConfigurationError) -> None:
@@ -275,28 +275,23 @@ class InfluenceCallback(L.Callback):
         if self._records != "both" or (self._recorder is not None and self._recorder.ranks.size > 1):
             raise error
         self._records = "replay" if what == "gradients" else "gradients"
+        self._left_out.append(f"no {_WAYS[what]}, because {str(error).rstrip('.')}.")
+        if self._recorder is None:
+            return
         if what == "replay":
-            self._live.rehearse_no_more()
-        self._left_out.append(f"no {_WAYS[what]} ({str(error).rstrip('.')})")
-        if self._recorder is not None:
-            if what == "replay":
-                self._recorder.replay = None
-            self._rewrite()
-            if self._told:
-                rank_zero_info(f"{self.dirpath}: {self._left_out[-1]}")
+            self._live.steps.rehearse_no_more()
+            self._recorder.replay = None
+        assert self._manifest is not None
+        changed: dict[str, Any] = {"record": self._records, "run": self._run}
+        if what == "gradients":
+            trained = self._manifest.coverage.trained
+            changed |= {"parameters": [], "coverage": Recorded(trained, trained)}
+        self._manifest = replace(self._manifest, **changed)
+        self._recorder.writer.write_manifest(self._manifest.to_json())
+        if self._told:
+            rank_zero_info(f"Influence: {self.dirpath} goes on with {self._left_out[-1]}")
 
-    def _tell(self, trainer: L.Trainer) -> None:
-        """Say once, after the first step, what is recorded and how large the log will be."""
-        assert self._recorder is not None
-        self._told = True
-        size = self._recorder.expected_bytes(_steps_of(trainer))
-        expected = "" if size is None else f", about {in_bytes(size)} by the end of the run"
-        ways = [told for way, told in _WAYS.items() if self._records in ("both", way)]
-        rank_zero_info(
-            f"{self.dirpath} records {' and '.join(ways)}{expected}{''.join('; ' + w for w in self._left_out)}"
-        )
-
-    def _writer(self, ranks: Ranks, manifest: dict[str, Any], undo: ExitStack) -> StoreWriter:
+    def _writer(self, ranks: Ranks, manifest: Manifest, undo: ExitStack) -> StoreWriter:
         """The log, open for the steps that come; ``undo`` closes it."""
         resume_at, self._resume_at = self._resume_at, None
         existing = self.existing if resume_at is None else "resume"
@@ -307,7 +302,7 @@ class InfluenceCallback(L.Callback):
             )
         self._stopped = self._failure = None
         if existing == "resume":
-            _refuse_another_run(self.dirpath, manifest | {"ranks": ranks.size})
+            _refuse_another_run(self.dirpath, manifest, ranks.size)
         recorded = _run_of(self.dirpath) if existing == "resume" else None
         if resume_at is not None and recorded not in (None, self._run):  # another run has overwritten the checkpoint's
             raise _not_its_log(self.dirpath)
@@ -319,19 +314,20 @@ class InfluenceCallback(L.Callback):
             writer.truncate(steps)
         ranks.wait()  # first the one whose part says that the log is whole; and until all have seen what was there
         if ranks.rank == 0:
-            writer.write_manifest(manifest | {"run": self._run})
+            writer.write_manifest(replace(manifest, run=self._run).to_json())
         else:
             writer.truncate(steps)
         return writer
 
     def _replay_settings(self, trainer: L.Trainer) -> ReplaySettings:
-        steps = _steps_of(trainer)
-        every = self.snapshot_every or (100 if steps is None else max(1, math.isqrt(steps)))
+        steps = trainer.estimated_stepping_batches
+        known = steps >= 0 and math.isfinite(steps)  # -1 where neither the loader nor the trainer says when a run ends
+        every = self.snapshot_every or (max(1, math.isqrt(int(steps))) if known else 100)
         return ReplaySettings(every, self.store_batches)
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         # an error here would keep the checkpoints of the end from being saved
-        whole = all(Ranks.of(trainer).gather(self._is_complete(trainer)))
+        whole = all(ranks_of(trainer).gather(self._is_complete(trainer)))
         self._close(trainer, finished=whole)
         if self.writes_report:
             self._write_report(trainer, pl_module, whole)
@@ -350,7 +346,7 @@ class InfluenceCallback(L.Callback):
 
     def _write_report(self, trainer: L.Trainer, module: L.LightningModule, whole: bool) -> None:
         part = self.dirpath / f"rank-{trainer.global_rank}"
-        Ranks.of(trainer).wait()  # until the whole log is written
+        ranks_of(trainer).wait()  # until the whole log is written
         try:
             if whole:
                 self._report = report_run(trainer, module, self.dirpath)
@@ -448,17 +444,9 @@ class InfluenceCallback(L.Callback):
     ) -> None:
         assert self._recorder is not None
         moment = self._live.start_batch(trainer, pl_module, batch, batch_idx)
-        ids, drawn = self._live.ids, self._live.drawn
-        assert drawn is not None
-        noted = asdict(moment) | ({} if torch.equal(ids, drawn) else {"drawn": drawn.tolist()})
-        less = None if self._records == "gradients" else self._live.recollated()
-        self._recorder.begin(batch, noted, self.sample_ids.fetched, less)
-
-    @_while_recording
-    def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: Any) -> None:
-        assert self._recorder is not None
-        if not self._told and self._recorder.begun:
-            self._tell(trainer)
+        steps = self._live.steps
+        less = None if self._records == "gradients" else steps.recollated()
+        self._recorder.begin(batch, steps.noted(moment), self.sample_ids.fetched, less)
 
     @_while_recording
     def on_before_zero_grad(
@@ -471,13 +459,13 @@ class InfluenceCallback(L.Callback):
     @_while_recording
     def on_before_backward(self, trainer: L.Trainer, pl_module: L.LightningModule, loss: torch.Tensor) -> None:
         assert self._recorder is not None
-        self._recorder.observe(self._live.dynamics)
+        self._recorder.observe(self._live.steps.dynamics)
         self._live.before_backward(trainer, loss)
 
     @_while_recording
     def on_after_backward(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         assert self._recorder is not None
-        self._live.after_backward(trainer, pl_module)
+        self._live.after_backward(trainer)
         self._recorder.after_backward()
 
     @_while_recording
@@ -487,47 +475,21 @@ class InfluenceCallback(L.Callback):
         assert self._recorder is not None
         self._recorder.before_step(clip_of(trainer), may_skip=loss_scaler(trainer) is not None)
 
-    # -- what the log says of itself --------------------------------------------------------------------
-
-    def _manifest(
-        self,
-        trainer: L.Trainer,
-        pl_module: L.LightningModule,
-        capture: GradientCapture | None,
-        optimizer: torch.optim.Optimizer,
-    ) -> dict[str, Any]:
-        optimized = {id(p) for group in optimizer.param_groups for p in group["params"]}
-        trained = {k: p for k, p in pl_module.named_parameters() if p.requires_grad and id(p) in optimized}
-        size = sum(p.numel() for p in trained.values())
-        recorded = size if capture is None else sum(p.numel() for p in capture.parameters.values())
-        return {
-            "module": f"{type(pl_module).__module__}.{type(pl_module).__qualname__}",
-            "optimizer": type(optimizer).__name__,
-            "update": update_name(optimizer),
-            "record": self._records,
-            "frozen_batch_norm": self.options.frozen_batch_norm,
-            "parameters": [] if capture is None else capture.table,
-            "shapes": {k: list(p.shape) for k, p in pl_module.named_parameters()},
-            "excluded": list(self.options.exclude),
-            "coverage": {"trained": size, "recorded": recorded},
-            "compression": self.compression.kind,
-            "mask": {"size": self.compression.mask_size, "seed": self.compression.seed},
-            "budget": self.compression.budget,
-            "reduction": self.options.reduction,
-            "precision": str(trainer.precision),
-            "versions": _versions(),
-        }
-
-
-def _steps_of(trainer: L.Trainer) -> int | None:
-    """Optimizer steps of a run; None where neither the loader nor the trainer says when it ends."""
-    steps = trainer.estimated_stepping_batches
-    return int(steps) if steps >= 0 and math.isfinite(steps) else None
+    @_while_recording
+    def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: Any) -> None:
+        assert self._recorder is not None and self._manifest is not None
+        if self._told or not self._recorder.begun:
+            return
+        self._told, left = True, steps_left(trainer) + 1
+        step, snapshot = self._recorder.bytes_written()
+        every = self._recorder.replay.snapshot_every if self._recorder.replay is not None else 1
+        told = first_step_line(self.dirpath, self._manifest, step, snapshot, left, left / every + 1)
+        rank_zero_info(" ".join([told, *(f"There are {why}" for why in self._left_out)]))
 
 
 def _run_of(log: Path) -> str | None:
     """The identifier of the run whose log a directory holds; None where it holds none."""
-    return StoreReader(log).manifest.get("run") if (log / MANIFEST).exists() else None
+    return Manifest.of(StoreReader(log)).run if (log / MANIFEST).exists() else None
 
 
 def _not_its_log(log: Path) -> ConfigurationError:
@@ -537,12 +499,13 @@ def _not_its_log(log: Path) -> ConfigurationError:
     )
 
 
-def _refuse_another_run(log: Path, manifest: dict[str, Any]) -> None:
+def _refuse_another_run(log: Path, manifest: Manifest, ranks: int) -> None:
     """Refuse to continue a log with settings other than those it began with."""
     if not (log / MANIFEST).exists():
         return
-    recorded = StoreReader(log).manifest
-    for key, value in json.loads(json.dumps(manifest)).items():
+    reader = StoreReader(log)
+    recorded = Manifest.of(reader).to_json() | {"ranks": reader.ranks}
+    for key, value in json.loads(json.dumps(manifest.to_json() | {"ranks": ranks})).items():
         if key != "versions" and recorded.get(key) != value:
             raise ConfigurationError(
                 f"the log {log} was recorded with {key}={recorded.get(key)!r:.200} and cannot go on with {value!r:.200}; "
@@ -553,13 +516,3 @@ def _refuse_another_run(log: Path, manifest: dict[str, Any]) -> None:
 def _identity(path: Path) -> tuple[int, int] | None:
     """By which a file is told from an earlier one of its name."""
     return (path.stat().st_mtime_ns, path.stat().st_ino) if path.exists() else None
-
-
-def _versions() -> dict[str, str]:
-    found = {"python": platform.python_version()}
-    for package in _PACKAGES:
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            continue  # an optional one
-    return found

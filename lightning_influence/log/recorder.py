@@ -99,8 +99,8 @@ class Recorder:
         self._noted: list[_Noted] = []
         self._pending: tuple[StepRecord, dict[str, Form], list[_Noted]] | None = None
         self._left_by_steps: Tensor | None = None
-        self._moment_bytes = 0  # of a step that holds moments
         self._guard, self._first = guard, len(writer)  # the first step of this part of the run
+        self._moment_bytes = 0  # in the first step
         self._post_hook = self.optimizer.register_step_post_hook(lambda *_: self._after_step())
 
     def begin(
@@ -174,16 +174,13 @@ class Recorder:
         """Whether a step was written."""
         return self.writer.complete > self._first
 
-    def expected_bytes(self, steps: int | None) -> int | None:
-        """About how large the log will be after a number of steps, from the first that was written; None where that is unknown."""
-        if steps is None:
-            return None
-        found = {path.name: path.stat().st_size for path in self.writer.part.glob("*.safetensors")}
-        of_steps = [size for name, size in found.items() if name.startswith("step-")]
-        snapshots = [size for name, size in found.items() if name.startswith(SNAPSHOT)]
-        each = self.ranks.size * sum(of_steps) / max(len(of_steps), 1) - self._moment_bytes * (1 - 1 / MOMENTS_EVERY)
-        kept = 0 if self.replay is None else steps // self.replay.snapshot_every + 2
-        return round(steps * each + kept * max(snapshots, default=0))
+    def bytes_written(self) -> tuple[float, int]:
+        """Of an average step, and of a snapshot (0 where there is none), as the first ones turned out.
+
+        Moments are in one step of several.
+        """
+        step, snapshot = self.writer.first_bytes(SNAPSHOT)
+        return step - (1 - 1 / MOMENTS_EVERY) * self._moment_bytes, snapshot
 
     def close(self, *, finished: bool) -> None:
         """Write what is pending and let go of the optimizer.
@@ -267,8 +264,8 @@ class Recorder:
             parameters={k: self._kept(k, p) for k, p in (record.parameters or {}).items()},
         )
         self._with_moments |= kept.moments.keys()
-        if kept.moments:
-            self._moment_bytes = sum(m.numel() * m.element_size() for moments in kept.moments.values() for m in moments)
+        if not self.begun:
+            self._moment_bytes = sum(m.nbytes for moments in kept.moments.values() for m in moments)
         return kept
 
     def _kept(self, name: str, values: Tensor) -> Tensor:

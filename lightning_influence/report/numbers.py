@@ -25,16 +25,3 @@ def percent(fraction: float) -> str:
 def short(value: Any) -> str:
     """Any value, numbers with three digits."""
     return f"{value:.3g}" if isinstance(value, float) else str(value)
-
-
-def in_bytes(size: int) -> str:
-    """A size of files.
-
-    Example:
-        >>> in_bytes(14_300_000), in_bytes(2_150), in_bytes(18_400_000_000)
-        ('14 MB', '2.2 kB', '18 GB')
-    """
-    unit, name = next(
-        (u, n) for u, n in ((1e9, "GB"), (1e6, "MB"), (1e3, "kB"), (1.0, "bytes")) if size >= u or u == 1.0
-    )
-    return f"{size / unit:.{0 if size / unit >= 10 or unit == 1 else 1}f} {name}"

@@ -4,21 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from lightning import LightningModule
-from torch import Tensor
+from torch import Tensor, nn
 
 from lightning_influence.errors import ConfigurationError
 from lightning_influence.log.steps import LoggedSteps
 from lightning_influence.report.tables import in_notebook
 from lightning_influence.run.batches import batch_size
 from lightning_influence.run.data import TrainingData
+from lightning_influence.run.moment import Moment
 from lightning_influence.run.tap import LossTap
-from lightning_influence.run.training_step import prepared, training_loss
+from lightning_influence.run.task import Task, as_task
 from lightning_influence.scoring.attribution import attribute
 from lightning_influence.scoring.queries import Queries, query_losses
 from lightning_influence.scoring.query_loss import QueryLoss
@@ -48,7 +47,7 @@ class Cleaning:
     before: Tensor | None = None
     after: Tensor | None = None
     accuracy: tuple[float, float] | None = None
-    model: LightningModule | None = None
+    model: nn.Module | None = None
 
     def to_pandas(self) -> pd.DataFrame:
         """One row: samples removed, mean loss and accuracy before and after, measured and predicted change of the loss."""
@@ -75,13 +74,13 @@ def clean(
     log: str | Path,
     *,
     queries: Any,
-    model: LightningModule,
+    model: Any,
     data: Any,
     samples: Sequence[int] | None = None,
     k: int | None = None,
     dry_run: bool = False,
     query_loss: QueryLoss | None = None,
-    make_model: Callable[[], LightningModule] | None = None,
+    make_model: Callable[[], nn.Module] | None = None,
     progress: bool = True,
 ) -> Cleaning:
     """Train a recorded run again without some of its samples.
@@ -91,7 +90,7 @@ def clean(
     Args:
         log: directory written by `InfluenceCallback`, of a run that can be replayed.
         queries: held-out data on which the two runs are compared, as of `attribute`.
-        model: as it left ``fit``.
+        model: as it left ``fit``; a `LightningModule` or a task.
         data: the training data of the run: a datamodule, a loader or a dataset.
         samples: ids to leave out (``report.select()``, say); None for the `suspects` of the log.
         k: the number of suspects; None for all.
@@ -102,7 +101,8 @@ def clean(
     Raises:
         ConfigurationError: nothing to leave out, or samples that the run did not consume.
     """
-    source, precision = TrainingData.of(data), str(LoggedSteps(log).reader.manifest["precision"])
+    task, steps, source = as_task(model), LoggedSteps.of(log), TrainingData.of(data)
+    precision = steps.manifest.precision
     held = Queries.of(queries, data=source, precision=precision).held()
     removed = suspects(log, k).sample_id.tolist() if samples is None else list(samples)
     if not removed:
@@ -117,28 +117,31 @@ def clean(
     predicted = report.groups.scores[0]
     if dry_run:
         return Cleaning(removed, predicted)
-    prepare = partial(prepared, datamodule=source.datamodule, precision=precision)
-    make = make_model or initialisation(log, model)
-    run = recorded_run(log, make, source.dataset, collate=source.collate, seed=0, prepare=prepare)
+
+    def prepare(trained: Task, batch: Any, moment: Moment) -> Any:
+        return trained.prepared(batch, moment=moment, datamodule=source.datamodule, precision=precision)
+
+    make = make_model or initialisation(steps, task)
+    run = recorded_run(steps, make, source.dataset, collate=source.collate, seed=0, task=task.on, prepare=prepare)
     whole, rest = retrain(run), retrain(run, removed)
-    before, after = (query_losses(m, held, query_loss) for m in (whole, rest))
-    shares = [_accuracy(m, held) for m in (whole, rest)]
+    before, after = (query_losses(task.on(m), held, query_loss) for m in (whole, rest))
+    shares = [_accuracy(task.on(m), held) for m in (whole, rest)]
     accuracy = None if shares[0] is None or shares[1] is None else (shares[0], shares[1])
     return Cleaning(removed, predicted, before, after, accuracy, rest)
 
 
-def _accuracy(model: LightningModule, queries: Any) -> float | None:
+def _accuracy(task: Task, queries: Any) -> float | None:
     """Share of the queries whose label is the most probable class; None where the loss is not one over classes."""
     right: list[Tensor | None] = []
 
-    def look(module: LightningModule, batch: Any) -> Tensor:
+    def look(_: Any, batch: Any) -> Tensor:
         n = batch_size(batch)
         with LossTap() as tap:
-            training_loss(module, batch, 0)
+            task.loss(batch)
         dynamics = tap.dynamics(n)
         right.append(None if dynamics is None else dynamics.margins > 0)
         return torch.zeros(n)
 
-    query_losses(model, queries, look)
+    query_losses(task, queries, look)
     found = [part for part in right if part is not None]
     return float(torch.cat(found).float().mean()) if found and len(found) == len(right) else None
