@@ -239,6 +239,7 @@ def test_a_run_that_stopped_recording_does_not_go_on_with_the_log(
             max_epochs=2,
             accelerator="cpu",
             logger=False,
+            default_root_dir=tmp_path,
             **options,
         )
         trainer.fit(Classifier(), loader(TRAIN), ckpt_path=tmp_path / f"step={step}.ckpt")
