@@ -41,7 +41,7 @@ def main() -> None:
             for form, options in FORMS.items():
                 with tempfile.TemporaryDirectory() as folder:
                     log, module = Path(folder) / "log", workload.make(lr)
-                    workload.fit(module, InfluenceCallback(log, **options))  # type: ignore[arg-type]
+                    workload.fit(module, InfluenceCallback(log, record="gradients", **options))  # type: ignore[arg-type]
                     if truth is None:
                         truth = true_effects(workload, log, chosen, counterfactual="drop", lr=lr)
                     found = scores(workload, log, module, response="tangent", curvature="fisher").scores

@@ -117,7 +117,7 @@ def within_budget(
         >>> shares = {"weight": Dense(torch.zeros(8, 5000)), "bias": Dense(torch.zeros(8, 100))}
         >>> kept = within_budget(shares, {"weight": (100, 50), "bias": (100,)}, budget=4096)
         >>> {name: (keep.kind, keep.size) for name, keep in kept.items()}
-        {'weight': ('mask', 799), 'bias': ('full', 100)}
+        {'weight': ('mask', 785), 'bias': ('full', 100)}
     """
     n = {name: max(share.n_samples, 1) for name, share in shares.items()}
     coordinate = {name: 4 * (1 + _STATE / n[name]) for name in shares}  # bytes of one that is kept
