@@ -174,6 +174,11 @@ class Recorder:
         """Whether a step was written."""
         return self.writer.complete > self._first
 
+    @property
+    def n_coordinates(self) -> int:
+        """Coordinates on which per-sample gradients are kept, as the first step decided."""
+        return sum(kept.size for kept in (self.keeps or {}).values())
+
     def bytes_written(self) -> tuple[float, int]:
         """Of an average step, and of a snapshot (0 where there is none), as the first ones turned out.
 

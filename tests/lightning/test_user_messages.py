@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +16,8 @@ from lightning_influence import InfluenceCallback, SelectionDataModule, attribut
 from lightning_influence.errors import ConfigurationError, LogError
 from lightning_influence.lightning.first_step import first_step_line
 from lightning_influence.log import writer as store
-from lightning_influence.log.manifest import Recorded
 from lightning_influence.log.reader import StoreReader
-from lightning_influence.log.steps import LoggedSteps
+from lightning_influence.log.steps import LoggedTrajectory
 
 TRAIN, VAL = split_digits(64, 8)
 QUERIES = DataLoader(VAL, 4)
@@ -35,7 +33,7 @@ def test_the_first_step_says_what_is_recorded_and_what_it_takes(
     (line,) = [r.getMessage() for r in caplog.records if r.getMessage().startswith("Influence: ")]
     what = {"gradients": "per-sample gradients", "replay": "what a replay needs"}.get(record, "and what a replay needs")
     assert what in line and str(tmp_path / "log") in line and "a step" in line and "of disk are free" in line
-    assert ("of 100% of the coordinates" in line) == (record != "replay")
+    assert ("on 100% of the coordinates" in line) == (record != "replay")
     assert ("a snapshot" in line) == (record != "gradients")
     told = line.split("about ")[1].split(" at the end")[0].split()
     expected = float(told[0]) * {"kB": 1e3, "MB": 1e6}[told[1]]
@@ -44,11 +42,21 @@ def test_the_first_step_says_what_is_recorded_and_what_it_takes(
 
 
 def test_a_disk_that_will_be_full_is_told_at_the_first_step(tmp_path: Path) -> None:
-    fit(Classifier(), loader(TRAIN, 4), InfluenceCallback(tmp_path / "log", record="both"), max_steps=1)
-    manifest = replace(LoggedSteps(tmp_path / "log").manifest, coverage=Recorded(trained=100, recorded=50))
-    line = first_step_line(tmp_path, manifest, 2.0**40, 100.0, 10_000, 10)
-    assert "of 50% of the coordinates" in line and "THE DISK WILL BE FULL BEFORE THE RUN ENDS" in line
-    assert "for as long as the run goes on" in first_step_line(tmp_path, manifest, 1.0, 0.0, float("inf"), 1.0)
+    line = first_step_line(tmp_path, "both", 0.5, 2.0**40, 100.0, 10_000, 10)
+    assert "on 50% of the coordinates" in line and "THE DISK WILL BE FULL BEFORE THE RUN ENDS" in line
+    assert "for as long as the run goes on" in first_step_line(tmp_path, "both", 0.5, 1.0, 0.0, float("inf"), 1.0)
+
+
+def test_the_share_of_the_coordinates_is_that_of_the_log(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Under a budget that masks most of them."""
+    module = Classifier()
+    with caplog.at_level(logging.INFO, "lightning.pytorch"):
+        fit(module, loader(TRAIN, 4), InfluenceCallback(tmp_path / "log", budget=1024), max_steps=2)
+    (line,) = [r.getMessage() for r in caplog.records if r.getMessage().startswith("Influence: ")]
+    held = sum(kept for kept, _ in LoggedTrajectory(tmp_path / "log").sizes.values())
+    share = held / sum(p.numel() for p in module.parameters() if p.requires_grad)
+    assert share < 0.5, "the budget binds"
+    assert f"per-sample gradients on {share:.0%} of the coordinates" in line
 
 
 def test_a_report_says_where_its_page_is_and_how_to_open_it(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
