@@ -9,7 +9,7 @@ forward, to know them at some steps, and from those again on the way back, where
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -19,6 +19,7 @@ from lightning_influence.core.optimizers import Moments, ParameterStep
 from lightning_influence.core.removal import consumed_change, gradient_change
 from lightning_influence.core.removal_sets import RemovalSets
 from lightning_influence.core.scores import RowScores
+from lightning_influence.core.shares import sample_chunks
 from lightning_influence.core.trajectory import StepRecord, Trajectory, Vectors, extrapolation
 
 _CHUNK_ELEMENTS = 2**17  # of one dense block of changed gradients
@@ -94,22 +95,23 @@ class JointResponse:
         record, shares = self._trajectory.record(index), self._trajectory.shares(index)
         removed = gradient_change(record, self._counterfactual, self._groups)  # type: ignore[arg-type]
         held = -1 - removed.sample_ids  # groups of which the step holds something, ascending
-        whole = {k: [slice(a, b) for a, b in _chunks(len(held), s.n_coordinates)] for k, s in shares.items()}
+        whole = {k: sample_chunks(len(held), s.n_coordinates, _CHUNK_ELEMENTS) for k, s in shares.items()}
         consumed = consumed_change(removed, record, shares, self._scales, whole)
         new = dict(moments)
         for name, step in self._recorded(record).items():
             totals = removed.totals(shares[name], record.gradients[name])
             sign = -1.0 if step.hyper["maximize"] else 1.0
             parts: list[Moments] = []
-            for a, b in _chunks(self._n, len(step.gradient)):
+            for part in sample_chunks(self._n, len(step.gradient), _CHUNK_ELEMENTS):
+                a, b, _ = part.indices(self._n)
                 gradient = step.gradient.repeat(b - a, 1)
                 sets = slice(*torch.searchsorted(held, torch.tensor([a, b])).tolist())
                 if sets.start < sets.stop:
                     change = consumed.change(record.gradients[name], shares[name], sets, totals)
                     gradient[held[sets] - a] += sign * change.to(gradient)
                 before = self._before(moments.get(name), step, slice(a, b))
-                delta, part = step.update.apply(before, gradient, step.hyper)
-                parts.append(tuple(m.cpu() for m in part))
+                delta, after = step.update.apply(before, gradient, step.hyper)
+                parts.append(tuple(m.cpu() for m in after))
                 if adjoints is not None and response is not None:
                     response[:, a:b] += (adjoints[name].to(delta) @ (delta - step.taken[0]).T).to(response)
             new[name] = tuple(torch.cat(column) for column in zip(*parts, strict=True))
@@ -129,8 +131,3 @@ def _spread(starts: Sequence[int], n: int) -> list[int]:
         if start < n and (not found or start - found[-1] >= math.isqrt(n)):
             found.append(start)
     return found
-
-
-def _chunks(n: int, n_coordinates: int) -> Iterator[tuple[int, int]]:
-    size = max(1, _CHUNK_ELEMENTS // max(n_coordinates, 1))
-    return ((i, min(i + size, n)) for i in range(0, n, size))

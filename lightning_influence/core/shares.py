@@ -313,6 +313,17 @@ class Stack:
 Form = Dense | Outer | SparseRows | Sum | Stack
 
 
+def sample_chunks(n_samples: int, n_coordinates: int, elements: int) -> list[slice]:
+    """Slices of the samples whose dense shares stay within a block of so many elements.
+
+    Example:
+        >>> sample_chunks(5, n_coordinates=16_000, elements=2**15)
+        [slice(0, 2, None), slice(2, 4, None), slice(4, 6, None)]
+    """
+    size = max(1, elements // max(n_coordinates, 1))
+    return [slice(i, i + size) for i in range(0, n_samples, size)]
+
+
 def add(first: Form, second: Form) -> Form:
     """The sum of two uses of one parameter; two products are one with more tokens.
 

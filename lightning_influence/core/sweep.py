@@ -24,6 +24,7 @@ from lightning_influence.core.removal import consumed_change, consumed_gradients
 from lightning_influence.core.removal_sets import EVERY_SAMPLE, RemovalSets
 from lightning_influence.core.response import finite_response
 from lightning_influence.core.scores import RowScores
+from lightning_influence.core.shares import sample_chunks
 from lightning_influence.core.trajectory import Hyper, Shares, StepRecord, Trajectory, Vectors, extrapolation
 from lightning_influence.core.window import Block, StepRemovals, Window, blocks_of
 from lightning_influence.errors import ConfigurationError
@@ -111,12 +112,13 @@ def sweep(
         delay=2,
         disable=not progress,
     ):
-        after = {k: a.parameter for k, a in walk.adjoints.items()}
+        if groups is not None:
+            groups.before()
         block = walk.back(index, score=index in scored, last=index == last)
         if block is not None:
             blocks.append(block)
         if groups is not None:
-            of_groups += groups.back(index, after)
+            of_groups += groups.passed(index)
     return RowScores.joined([*blocks[::-1], *of_groups[::-1]], walk.n_queries)
 
 
@@ -263,7 +265,7 @@ class _Walk:
         tangent = removed.inner(products)
         scores, interaction = tangent, torch.zeros_like(tangent)
         if self.method.response == "finite":
-            chunks = {k: sample_chunks(len(removed), s.n_coordinates) for k, s in shares.items()}
+            chunks = {k: sample_chunks(len(removed), s.n_coordinates, _CHUNK_ELEMENTS) for k, s in shares.items()}
             consumed = consumed_change(removed, record, shares, self.scales, chunks)
             own = StepRemovals(consumed, record.gradients, shares)
             scores = torch.zeros_like(tangent)
@@ -291,7 +293,7 @@ class _Walk:
         window, after, closing, _ = self.window.of(tuple(names))
         size = sum(own.shares[name].n_coordinates for name in names)
         totals = {k: removed.totals(own.shares[k], own.gradients[k]) for k in names}
-        for samples in sample_chunks(len(removed), size):
+        for samples in sample_chunks(len(removed), size, _CHUNK_ELEMENTS):
             parts = [own.consumed.change(own.gradients[k], own.shares[k], samples, totals[k]) for k in names]
             scores[:, samples] = finite_response(window, after, closing, torch.cat(parts, 1)).to(scores)
         return scores
@@ -305,7 +307,7 @@ class _Walk:
         assert self.window is not None
         window, after, closing, passed = self.window.of(tuple(names))
         size = sum(own.shares[name].n_coordinates for name in names)
-        for part in sample_chunks(len(again), size):
+        for part in sample_chunks(len(again), size, _CHUNK_ELEMENTS):
             ids = own.consumed.before_clipping.sample_ids[again[part]]
             change = own.of(names, ids)
             later = [None if p.removals is None else p.removals.of(names, ids) for p in passed]
@@ -341,19 +343,19 @@ class _Groups:
             self._joint = JointResponse(
                 walk.trajectory, walk.groups, method.counterfactual, walk.recorded, progress=progress
             )
-        self._after: list[Vectors] = []  # newest first, as the tangents
+        self._after: list[Vectors] = []  # adjoints of the parameters after each step, newest first, as the tangents
         self._tangents: list[RowScores] = []
 
-    def back(self, index: int, after: Vectors) -> list[RowScores]:
-        """The walk has passed a step; the rows that can be told now.
+    def before(self) -> None:
+        """The walk is about to pass a step: what it then forgets of the time after it."""
+        if self._joint is not None:
+            self._after.insert(0, {k: a.parameter for k, a in self._walk.adjoints.items()})
 
-        Args:
-            after: ``(q, d)`` each, adjoint of the parameters after the step.
-        """
+    def passed(self, index: int) -> list[RowScores]:
+        """The walk has passed a step; the rows that can be told now."""
         assert self._walk.together is not None
         if self._joint is None:
             return [self._walk.together]
-        self._after.insert(0, after)
         self._tangents.insert(0, self._walk.together)
         if index not in self._joint.anchors:
             return []
@@ -369,14 +371,3 @@ def sum_inner(shares: Mapping[str, Shares], vectors: Vectors) -> Tensor:
 
 def _blocks(recorded: Mapping[str, ParameterStep]) -> list[Block]:
     return blocks_of([{k: r.hyper for k, r in recorded.items()}], {k: len(r.gradient) for k, r in recorded.items()})
-
-
-def sample_chunks(n_samples: int, n_coordinates: int) -> list[slice]:
-    """Slices of the samples whose dense shares stay within a bounded block.
-
-    Example:
-        >>> sample_chunks(5, n_coordinates=16_000)
-        [slice(0, 2, None), slice(2, 4, None), slice(4, 6, None)]
-    """
-    size = max(1, _CHUNK_ELEMENTS // max(n_coordinates, 1))
-    return [slice(i, i + size) for i in range(0, n_samples, size)]

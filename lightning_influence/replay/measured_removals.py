@@ -133,23 +133,22 @@ class MeasuredRemovals:
         sets: Tensor,
     ) -> Vectors:
         """``e_z = grad L(B without z) - grad L(B)`` ``(len(sets), d)`` each, of sets by number."""
-        leaves = leaves_of(parameters)
-        rows: list[Vectors] = []
-        for gone in map(self._sets.members, sets.tolist()):
-            change = {k: torch.zeros_like(g) for k, g in gradients.items()}
-            for number, micro_batch in enumerate(planned.micro_batches):
-                if gone.isdisjoint(planned.sample_ids[planned.micro_batch_numbers == number].tolist()):
-                    continue
-                evaluate = partial(self._passes.run, leaves, buffers[number])
-                whole = evaluate(micro_batch).gradients
-                less = self._without(planned, number, micro_batch, gone)
+        leaves, members = leaves_of(parameters), [self._sets.members(z) for z in sets.tolist()]
+        changes = {k: g.new_zeros(len(members), g.numel()) for k, g in gradients.items()}
+        for number, micro_batch in enumerate(planned.micro_batches):
+            held = planned.sample_ids[planned.micro_batch_numbers == number].tolist()
+            touched = [row for row, gone in enumerate(members) if not gone.isdisjoint(held)]
+            if not touched:
+                continue
+            evaluate = partial(self._passes.run, leaves, buffers[number])
+            whole = evaluate(micro_batch).gradients
+            for row in touched:
+                less = self._without(planned, number, micro_batch, members[row])
                 rest = {} if less is None else evaluate(less).gradients
-                for k, total in change.items():
-                    total += rest.get(k, 0.0) - whole.get(k, 0.0)  # type: ignore[operator]
-            rows.append({k: c.flatten() for k, c in change.items()})
-        if not rows:
-            return {k: g.new_zeros(0, g.numel()) for k, g in gradients.items()}
-        return {k: torch.stack([row[k] for row in rows]) for k in gradients}
+                for k, change in changes.items():
+                    nothing = change.new_zeros(())
+                    change[row] += (rest.get(k, nothing) - whole.get(k, nothing)).flatten()
+        return changes
 
     def _without(
         self, planned: PlannedStep, number: int, micro_batch: PlannedMicroBatch, gone: frozenset[int]

@@ -166,7 +166,7 @@ class ReplayTrajectory:
         return self.plan.sample_ids(index)
 
     def shares(self, index: int) -> Mapping[str, Shares]:
-        kept = self.record(index).gradients
+        kept = self.states.record(index).gradients
         return {k: form for k, form in self.states.evaluation(index).shares.items() if k in kept}
 
     def select(self, name: str, values: Tensor) -> Tensor:
