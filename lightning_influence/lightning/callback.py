@@ -24,7 +24,7 @@ from lightning_influence.lightning.first_step import first_step_line
 from lightning_influence.lightning.live_run import LiveRun
 from lightning_influence.lightning.run_report import PAGE, SAVED, refuse_no_queries, report_run
 from lightning_influence.log.format import MANIFEST, refuse_undecodable
-from lightning_influence.log.manifest import RECORDS, Manifest, Mask, Recorded
+from lightning_influence.log.manifest import RECORDS, Manifest, Mask
 from lightning_influence.log.reader import StoreReader
 from lightning_influence.log.recorder import Compression, CompressionName, Recorder
 from lightning_influence.log.snapshots import ReplaySettings
@@ -243,9 +243,9 @@ class InfluenceCallback(L.Callback):
             precision=str(trainer.precision),
             budget=self.compression.budget,
         )
-        self._manifest = manifest
         with ExitStack() as undo:
             writer = self._writer(collector.ranks, manifest, undo)
+            self._manifest = replace(manifest, run=self._run)
             self._recorder = Recorder(
                 collector,
                 writer,
@@ -281,12 +281,9 @@ class InfluenceCallback(L.Callback):
         if what == "replay":
             self._live.steps.rehearse_no_more()
             self._recorder.replay = None
-        assert self._manifest is not None
-        changed: dict[str, Any] = {"record": self._records, "run": self._run}
-        if what == "gradients":
-            trained = self._manifest.coverage.trained
-            changed |= {"parameters": [], "coverage": Recorded(trained, trained)}
-        self._manifest = replace(self._manifest, **changed)
+        manifest = self._manifest
+        assert manifest is not None
+        self._manifest = manifest.without_gradients() if what == "gradients" else replace(manifest, record="gradients")
         self._recorder.writer.write_manifest(self._manifest.to_json())
         if self._told:
             rank_zero_info(f"Influence: {self.dirpath} goes on with {self._left_out[-1]}")

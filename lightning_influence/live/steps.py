@@ -23,10 +23,10 @@ from lightning_influence.replay.witness import Trial, evaluated, rehearse, witne
 from lightning_influence.run.batches import copied
 from lightning_influence.run.losses import Dynamics
 from lightning_influence.run.moment import Moment
-from lightning_influence.run.optimizer import update_name
+from lightning_influence.run.optimizer import trained_by, update_name
 from lightning_influence.run.random_state import read_random_state
 from lightning_influence.run.ranks import Ranks
-from lightning_influence.run.refusals import REENTRANT, is_reentrant, refuse_parameters
+from lightning_influence.run.refusals import REENTRANT, is_reentrant, left_out, refuse_parameters
 from lightning_influence.run.rows import RowOrder, row_order
 from lightning_influence.run.sample_ids import SampleIds
 from lightning_influence.run.sample_weights import sample_weights
@@ -93,9 +93,7 @@ class LiveSteps:
             refuse_batch_norm(module)
         capture = None
         if captures:
-            optimized = {id(p) for group in optimizer.param_groups for p in group["params"]}
-            trained = {name for name, p in module.named_parameters() if p.requires_grad and id(p) in optimized}
-            capture = self._capture(trained)
+            capture = self._capture(set(trained_by(optimizer, module)))
         self.collector = StepCollector(
             module,
             optimizer,
@@ -123,7 +121,7 @@ class LiveSteps:
     def _capture(self, trained: set[str]) -> GradientCapture | None:
         """Hooks for per-sample gradients; None where they are given up."""
         options = self.options
-        try:
+        with left_out("gradients", self._give_up):
             with warnings.catch_warnings():
                 if self._give_up is not None:
                     warnings.simplefilter("ignore")  # of slow modules, for which they are given up
@@ -137,12 +135,8 @@ class LiveSteps:
                 raise ConfigurationError(
                     f"there is no rule for {', '.join(capture.slow)}, and without one they are slow"
                 )
-        except ConfigurationError as error:
-            if self._give_up is None:
-                raise
-            self._give_up("gradients", error)
-            return None
-        return capture
+            return capture
+        return None
 
     def attach(self, loader: Any) -> None:
         """Training is about to begin.
@@ -309,7 +303,7 @@ class LiveSteps:
         factor = self._accumulated / loss_scale
         named = self._twin.module.named_parameters()  # which it shares with the module
         gradients = {k: p.grad.detach() * factor for k, p in named if p.grad is not None and id(p) in optimized}
-        try:
+        with left_out("replay", self._give_up):
             rehearse(
                 self._twin,
                 self._trial,
@@ -317,10 +311,6 @@ class LiveSteps:
                 frozen_batch_norm=self.options.frozen_batch_norm,
                 autocast=self._autocast,
             )
-        except ConfigurationError as error:
-            if self._give_up is None:
-                raise
-            self._give_up("replay", error)
         if not self._rehearsals:
             self._twin = None
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import platform
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
@@ -15,7 +15,7 @@ from lightning_influence.capture.step import StepOptions
 from lightning_influence.core.optimizers import UPDATES
 from lightning_influence.errors import LogCorrupted
 from lightning_influence.log.reader import StoreReader
-from lightning_influence.run.optimizer import update_name
+from lightning_influence.run.optimizer import trained_by, update_name
 
 RECORDS = ("gradients", "replay", "both")
 """Ways of recording."""
@@ -129,8 +129,7 @@ class Manifest:
         Args:
             capture: of its per-sample gradients; None where they are not recorded.
         """
-        optimized = {id(p) for group in optimizer.param_groups for p in group["params"]}
-        trained = sum(p.numel() for p in module.parameters() if p.requires_grad and id(p) in optimized)
+        trained = sum(p.numel() for p in trained_by(optimizer, module).values())
         return cls(
             module=f"{type(module).__module__}.{type(module).__qualname__}",
             optimizer=type(optimizer).__name__,
@@ -150,6 +149,11 @@ class Manifest:
             versions=_versions(),
             budget=budget,
         )
+
+    def without_gradients(self) -> Manifest:
+        """The same of a run whose per-sample gradients are not recorded after all; as `of_run` without a capture."""
+        trained = self.coverage.trained
+        return replace(self, record="replay", parameters=[], coverage=Recorded(trained, trained))
 
     @classmethod
     def of(cls, reader: StoreReader) -> Manifest:

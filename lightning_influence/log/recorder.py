@@ -35,6 +35,7 @@ from lightning_influence.log.steps import FINAL, LAYOUT, MOMENTS_EVERY, checksum
 from lightning_influence.log.writer import StoreWriter
 from lightning_influence.run.between_steps import BetweenSteps
 from lightning_influence.run.losses import Dynamics, joined
+from lightning_influence.run.refusals import left_out
 
 CompressionName = Literal["auto", "full", "factored", "mask"]
 
@@ -130,13 +131,9 @@ class Recorder:
     ) -> Packed | None:
         if self.replay is None:
             return None
-        try:
+        with left_out("replay", self._give_up):
             return pack_micro_batch(batch, moment, fetched, self.replay, less)
-        except ConfigurationError as error:
-            if self._give_up is None:
-                raise
-            self._give_up("replay", error)
-            return None
+        return None
 
     def observe(self, dynamics: Dynamics | None) -> None:
         """The training step has run; what the micro-batch's loss said of its samples."""

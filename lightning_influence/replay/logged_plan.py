@@ -49,7 +49,7 @@ class LoggedPlan:
         names = [name for name in self._reader.artifacts() if name.startswith(SNAPSHOT)]
         with decoding("the name of a snapshot"):
             self.snapshots = sorted(int(name.removeprefix(SNAPSHOT)) for name in names)
-        if 0 not in self.snapshots or self._reader.manifest["record"] == "gradients":
+        if 0 not in self.snapshots or steps.manifest.record == "gradients":
             raise CurvatureUnavailable(
                 "this log cannot be replayed, because it was recorded with record='gradients'; record with "
                 "InfluenceCallback(record='replay' or 'both'), or use curvature='fisher'."

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from lightning_influence.core.optimizers import Moments, Update
 from lightning_influence.core.trajectory import Hyper
@@ -39,6 +39,12 @@ def _one_rule(kind: type, names: set[str]) -> str:
             "give all groups the same amsgrad (Adam) or all or none of them momentum (SGD)."
         )
     return names.pop()
+
+
+def trained_by(optimizer: torch.optim.Optimizer, module: nn.Module) -> dict[str, nn.Parameter]:
+    """The parameters of a module that train and that an optimizer moves, by name."""
+    moved = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    return {name: p for name, p in module.named_parameters() if p.requires_grad and id(p) in moved}
 
 
 def read_hyper(group: dict[str, Any], state: dict[str, Any], kind: type) -> dict[str, float]:

@@ -2,10 +2,32 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
 import torch
 from torch import Tensor, nn
 
 from lightning_influence.errors import ConfigurationError
+
+
+@contextmanager
+def left_out(what: str, give_up: Callable[[str, ConfigurationError], None] | None) -> Iterator[None]:
+    """Whatever is refused here is left out of what is recorded, if it may be.
+
+    Args:
+        what: is not possible then.
+        give_up: told so and why, and the run goes on without it, unless this raises; None for a run that needs it.
+
+    Raises:
+        ConfigurationError: the refusal, of what a run needs.
+    """
+    try:
+        yield
+    except ConfigurationError as error:
+        if give_up is None:
+            raise
+        give_up(what, error)
 
 
 def refuse_parameters(module: nn.Module, optimizer: torch.optim.Optimizer) -> None:
