@@ -12,7 +12,7 @@ from torch import Tensor
 
 from lightning_influence.core.scores import RowScores
 from lightning_influence.errors import ConfigurationError
-from lightning_influence.report.tables import write_csv
+from lightning_influence.report.tables import score_table, write_csv
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -67,20 +67,16 @@ class Groups:
         """One row per group: ``group``, ``samples`` (that the run consumed), one score column per query (``score`` where there
         is one), ``per_sample`` (the mean score over the queries, divided by the samples) and ``nonlinearity`` (mean).
         """
-        import pandas as pd
-
-        columns = ["score"] if len(self.query_ids) == 1 else [str(q) for q in self.query_ids]
-        table = pd.DataFrame(self.scores.numpy(), columns=columns)
-        sizes = torch.tensor(self.sizes, dtype=torch.float64)
-        ends = {
-            "per_sample": (self.scores.double().mean(1) / sizes.clamp(min=1)).numpy(),
-            "nonlinearity": self.nonlinearity.mean(1).numpy(),
-        }
-        for place, (name, values) in enumerate({"group": list(self.names), "samples": list(self.sizes)}.items()):
-            table.insert(place, name, values, allow_duplicates=True)
-        for name, values in ends.items():
-            table.insert(len(table.columns), name, values, allow_duplicates=True)
-        return table
+        scores, sizes = self.scores, torch.tensor(self.sizes, dtype=torch.float64)
+        return score_table(
+            scores,
+            self.query_ids,
+            before={"group": list(self.names), "samples": list(self.sizes)},
+            after={
+                "per_sample": (scores.double().mean(1) / sizes.clamp(min=1)).numpy(),
+                "nonlinearity": self.nonlinearity.mean(1).numpy(),
+            },
+        )
 
     def to_csv(self, path: str | Path) -> None:
         """Write `to_pandas` as CSV; names that a spreadsheet would run as a formula are quoted."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -218,8 +218,12 @@ def _view(
     }
 
 
-def _suspects(report: Scores, samples: _Samples, k: int) -> list[_Card]:
-    found = report.suspects()
+def _in_doubt(found: Any, samples: _Samples, said: Callable[[Any], Sequence[str]]) -> list[_Card]:
+    """The samples of a table of suspects.
+
+    Args:
+        said: note and words of a row.
+    """
     largest = float(found.suspicion.max()) if len(found) else 1.0
     return [
         _Card(
@@ -228,29 +232,26 @@ def _suspects(report: Scores, samples: _Samples, k: int) -> list[_Card]:
             row.suspicion / largest,
             samples.content(z),
             samples.label(z),
-            f"harms {row.harmed:.0%} of the queries",
+            *said(row),
         )
-        for row in found.head(k).itertuples()
+        for row in found.itertuples()
     ]
+
+
+def _suspects(report: Scores, samples: _Samples, k: int) -> list[_Card]:
+    return _in_doubt(report.suspects().head(k), samples, lambda row: [f"harms {row.harmed:.0%} of the queries"])
 
 
 def _mislabelled(report: Scores, dynamics: Dynamics, samples: _Samples, k: int) -> list[_Card]:
     """Samples of the report for which the network found another label the more likely one."""
     found = dynamics.suspects()
     found = found[found.sample_id.isin(report.sample_ids.numpy())].head(k)
-    largest = float(found.suspicion.max()) if len(found) else 1.0
-    return [
-        _Card(
-            z := int(row.sample_id),
-            -row.suspicion,
-            row.suspicion / largest,
-            samples.content(z),
-            samples.label(z),
-            f"loss {row.loss:.3g}",
-            f"rather {samples.named(str(row.suggested))}" if row.suggested >= 0 else "doubtful",
-        )
-        for row in found.itertuples()
-    ]
+
+    def said(row: Any) -> list[str]:
+        rather = f"rather {samples.named(str(row.suggested))}" if row.suggested >= 0 else "doubtful"
+        return [f"loss {row.loss:.3g}", rather]
+
+    return _in_doubt(found, samples, said)
 
 
 def _texts(report: Scores, tokens: TokenScores, tokenizer: Any) -> list[dict[str, Any]]:

@@ -15,7 +15,7 @@ from lightning_influence.report.files import Saved, read, write
 from lightning_influence.report.groups import Groups
 from lightning_influence.report.numbers import percent
 from lightning_influence.report.provenance import Provenance
-from lightning_influence.report.tables import made, write_csv
+from lightning_influence.report.tables import made, score_table, write_csv
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -102,14 +102,12 @@ class Scores:
         """One row per sample: ``sample_id``, one score column per query (``score`` where there is one), and the sample's
         `nonlinearity`, averaged over the queries.
         """
-        import pandas as pd
-
-        names = ["score"] if len(self.query_ids) == 1 else [str(q) for q in self.query_ids]
-        table = pd.DataFrame(self.scores.numpy(), columns=names)
-        ends = {"sample_id": self.sample_ids.numpy(), "nonlinearity": self.nonlinearity.mean(1).numpy()}
-        table.insert(0, "sample_id", ends["sample_id"], allow_duplicates=True)
-        table.insert(len(table.columns), "nonlinearity", ends["nonlinearity"], allow_duplicates=True)
-        return table
+        return score_table(
+            self.scores,
+            self.query_ids,
+            before={"sample_id": self.sample_ids.numpy()},
+            after={"nonlinearity": self.nonlinearity.mean(1).numpy()},
+        )
 
     def to_csv(self, path: str | Path) -> None:
         """Write `to_pandas` as CSV; names of queries that a spreadsheet would run as a formula are quoted."""

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import html
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     import pandas as pd
+    from torch import Tensor
 
 _FORMULA = ("=", "+", "-", "@", "\t", "\r")
 
@@ -17,6 +19,23 @@ def made(path: str | Path) -> Path:
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     return path
+
+
+def score_table(
+    scores: Tensor, query_ids: Sequence[int | str], *, before: Mapping[str, Any], after: Mapping[str, Any]
+) -> pd.DataFrame:
+    """Scores ``(n, n_queries)`` as a table: one column per query (``score`` where there is one) between others, whose names
+    queries may have, too.
+    """
+    import pandas as pd
+
+    names = ["score"] if len(query_ids) == 1 else [str(q) for q in query_ids]
+    table = pd.DataFrame(scores.numpy(), columns=names)
+    for place, (name, values) in enumerate(before.items()):
+        table.insert(place, name, values, allow_duplicates=True)
+    for name, values in after.items():
+        table.insert(len(table.columns), name, values, allow_duplicates=True)
+    return table
 
 
 def write_csv(table: pd.DataFrame, path: str | Path) -> None:

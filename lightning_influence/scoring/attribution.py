@@ -127,7 +127,7 @@ def attribute(
             query_loss=query_loss,
             progress=progress,
         )
-        sizes = _consumed(trajectory, sets, named)
+        sizes = _sizes(consumed_by(trajectory, samples or ()), named)
         rows, of_groups = sets.split(_swept(trajectory, gradients, method, sets, max_memory, fabric, progress))
         made = _provenance(steps.manifest, trajectory, method, target)
     query_ids = list(range(rows.n_queries)) if target is None else ["mean" if isinstance(target, str) else "target"]
@@ -139,18 +139,27 @@ def attribute(
     )
 
 
-def _consumed(trajectory: Trajectory, sets: RemovalSets, named: Mapping[str, list[int]]) -> list[int]:
-    """How many samples of each group the run consumed.
+def consumed_by(trajectory: Trajectory, samples: Collection[int]) -> Tensor:
+    """Ids of the samples that a run consumed, ascending.
 
     Raises:
-        ConfigurationError: a sample that the run did not consume, or none of a group.
+        ConfigurationError: some of ``samples``, which are asked for, are not among them.
     """
     used = torch.cat([trajectory.sample_ids(t) for t in range(len(trajectory))]).unique()
-    missing = set(sets.samples or ()).difference(used.tolist())
+    missing = set(samples).difference(used.tolist())
     if missing:
         raise ConfigurationError(
             f"samples names {min(missing)}, which no step of the run consumed; give ids of training samples that the run saw."
         )
+    return used
+
+
+def _sizes(used: Tensor, named: Mapping[str, list[int]]) -> list[int]:
+    """How many samples of each group are among those that the run consumed.
+
+    Raises:
+        ConfigurationError: none of any group.
+    """
     sizes = [int(torch.isin(used, torch.tensor(list(members))).sum()) for members in named.values()]
     if named and not any(sizes):
         raise ConfigurationError(

@@ -21,7 +21,7 @@ from lightning_influence.replay.token_products import TokenProducts
 from lightning_influence.replay.trajectory import ReplayTrajectory
 from lightning_influence.report.tokens import TokenScores
 from lightning_influence.run.data import TrainingData
-from lightning_influence.scoring.attribution import open_trajectory
+from lightning_influence.scoring.attribution import consumed_by, open_trajectory
 from lightning_influence.scoring.queries import Queries, Target, query_gradients
 from lightning_influence.scoring.query_loss import QueryLoss
 
@@ -69,12 +69,7 @@ def token_scores(
     with open_trajectory(logged, model, how, data, progress=progress, **replay) as trajectory:
         assert isinstance(trajectory, ReplayTrajectory)
         steps = [t for t in range(len(trajectory)) if bool(torch.isin(trajectory.sample_ids(t), asked).any())]
-        seen = torch.cat([trajectory.sample_ids(t) for t in steps]) if steps else asked[:0]
-        missing = asked[~torch.isin(asked, seen)].tolist()
-        if missing:
-            raise ConfigurationError(
-                f"samples names {missing[0]}, which no step of the run consumed; give ids of training samples that the run saw."
-            )
+        consumed_by(trajectory, asked.tolist())
         gradients = query_gradients(
             model,
             Queries.of(queries, data=data, precision=logged.manifest.precision),

@@ -15,15 +15,14 @@ from lightning_influence.log.steps import LoggedSteps
 from lightning_influence.report.tables import in_notebook
 from lightning_influence.run.batches import batch_size
 from lightning_influence.run.data import TrainingData
-from lightning_influence.run.moment import Moment
 from lightning_influence.run.tap import LossTap
 from lightning_influence.run.task import Task, as_task
 from lightning_influence.scoring.attribution import attribute
 from lightning_influence.scoring.queries import Queries, query_losses
 from lightning_influence.scoring.query_loss import QueryLoss
 from lightning_influence.trust.dynamics import suspects
-from lightning_influence.trust.faithfulness import initialisation
-from lightning_influence.trust.retraining import recorded_run, retrain
+from lightning_influence.trust.own_run import own_run
+from lightning_influence.trust.retraining import retrain
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -102,27 +101,21 @@ def clean(
         ConfigurationError: nothing to leave out, or samples that the run did not consume.
     """
     task, steps, source = as_task(model), LoggedSteps.of(log), TrainingData.of(data)
-    precision = steps.manifest.precision
-    held = Queries.of(queries, data=source, precision=precision).held()
+    held = Queries.of(queries, data=source, precision=steps.manifest.precision).held()
     removed = suspects(log, k).sample_id.tolist() if samples is None else list(samples)
     if not removed:
         raise ConfigurationError(
             "there is no sample to leave out; give samples=, the ids, or k=, a number of suspects."
         )
     report = attribute(
-        log, queries=held, model=model, data=source, query_loss=query_loss,
+        steps, queries=held, model=task, data=source, query_loss=query_loss,
         samples=(), groups={"removed": removed}, progress=progress,
     )  # fmt: skip
     assert report.groups is not None
     predicted = report.groups.scores[0]
     if dry_run:
         return Cleaning(removed, predicted)
-
-    def prepare(trained: Task, batch: Any, moment: Moment) -> Any:
-        return trained.prepared(batch, moment=moment, datamodule=source.datamodule, precision=precision)
-
-    make = make_model or initialisation(steps, task)
-    run = recorded_run(steps, make, source.dataset, collate=source.collate, seed=0, task=task.on, prepare=prepare)
+    run = own_run(steps, task, source, make_model, seed=0)
     whole, rest = retrain(run), retrain(run, removed)
     before, after = (query_losses(task.on(m), held, query_loss) for m in (whole, rest))
     shares = [_accuracy(task.on(m), held) for m in (whole, rest)]

@@ -15,20 +15,19 @@ from tqdm.auto import tqdm
 
 from lightning_influence.errors import ConfigurationError
 from lightning_influence.log.steps import LoggedSteps
-from lightning_influence.replay.logged_plan import LoggedPlan
 from lightning_influence.report import InfluenceReport
 from lightning_influence.report.provenance import Measured
 from lightning_influence.report.tables import in_notebook
 from lightning_influence.run.data import TrainingData
-from lightning_influence.run.moment import Moment
-from lightning_influence.run.task import Task, as_task
+from lightning_influence.run.task import as_task
 from lightning_influence.scoring.attribution import attribute
 from lightning_influence.scoring.groups import GroupsOf, named_groups
 from lightning_influence.scoring.queries import Queries, Target, asked_of, check_target, query_losses
 from lightning_influence.scoring.query_loss import QueryLoss
 from lightning_influence.trust.agreement import Agreement, compare
+from lightning_influence.trust.own_run import own_run
 from lightning_influence.trust.results import Results
-from lightning_influence.trust.retraining import Removal, Run, each_effect, moved_initialisation, recorded_run, retrain
+from lightning_influence.trust.retraining import Removal, Run, each_effect, moved_initialisation, retrain
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -194,8 +193,7 @@ def check_faithfulness(
         raise ConfigurationError("estimators is empty; name at least one, as in faithfulness.ESTIMATORS.")
     task = as_task(model)
     steps, source = LoggedSteps.of(log), TrainingData.of(data)
-    precision = steps.manifest.precision
-    held = Queries.of(queries, data=source, precision=precision).held()
+    held = Queries.of(queries, data=source, precision=steps.manifest.precision).held()
     named = {} if groups is None else named_groups(groups)
     asked = _removals(_used(steps), removals, subsets, subset_size, named, seed)
     together = {str(number): sorted(r) for number, r in enumerate(asked) if isinstance(r, frozenset)}
@@ -206,13 +204,7 @@ def check_faithfulness(
         )
         for name, options in estimators.items()
     }  # fmt: skip
-    initial = make_model or initialisation(steps, task)
-
-    def prepare(trained: Task, batch: Any, moment: Moment) -> Any:
-        return trained.prepared(batch, moment=moment, datamodule=source.datamodule, precision=precision)
-
-    options = {"collate": source.collate, "dtype": dtype, "seed": seed, "task": task.on, "prepare": prepare}
-    run = recorded_run(steps, initial, source.dataset, **options)
+    run = own_run(steps, task, source, make_model, dtype=dtype, seed=seed)
     truth_queries = held if dtype is None else held.to_dtype(dtype)
 
     def losses(module: nn.Module) -> Tensor:
@@ -272,23 +264,6 @@ class _Effects:
 
 def _key(removal: Removal) -> str:
     return json.dumps(sorted(removal) if isinstance(removal, frozenset) else removal)
-
-
-def initialisation(steps: LoggedSteps, task: Task) -> Callable[[], nn.Module]:
-    """The module at the run's first snapshot."""
-    if steps.manifest.record == "gradients":
-        raise ConfigurationError(
-            "this log does not hold the run's initialisation; give make_model=, a function that returns the module as it "
-            "was before training, or record with InfluenceCallback(record='replay')."
-        )
-    first = LoggedPlan(steps, task).snapshot(0)
-
-    def make() -> nn.Module:
-        twin = copy.deepcopy(task.module)
-        twin.load_state_dict({**first.parameters, **first.buffers}, strict=False)
-        return twin
-
-    return make
 
 
 def _used(steps: LoggedSteps) -> Tensor:
