@@ -9,6 +9,7 @@ from typing import Any
 import lightning as L
 import pytest
 import torch
+from modules import fit
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
@@ -200,16 +201,7 @@ def trained(name: str, without: int | None = None, callbacks: Sequence[L.Callbac
     build, make = FAMILIES[name]
     module = Model(build, RATES.get(name, 1e-4))
     batches = [[i for i in range(start, start + BATCH) if i != without] for start in range(0, N, BATCH)]
-    L.Trainer(
-        max_epochs=1,
-        accelerator="cpu",
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        precision="64-true",
-        callbacks=list(callbacks),
-    ).fit(module, DataLoader(samples(make)[:N], batch_sampler=batches))  # type: ignore[arg-type]
+    fit(module, DataLoader(samples(make)[:N], batch_sampler=batches), *callbacks, precision="64-true")  # type: ignore[arg-type]
     return module
 
 

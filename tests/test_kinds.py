@@ -10,6 +10,7 @@ import lightning as L
 import pytest
 import torch
 from kinds import KINDS, QUERIES, Base, N, Samples
+from modules import fit
 from torch import Tensor
 from torch.utils.data import DataLoader
 
@@ -24,10 +25,8 @@ def samples(kind: type[Base]) -> Samples:
 
 def trained(kind: type[Base], without: int | None = None, callbacks: Sequence[L.Callback] = ()) -> Base:
     module = kind()
-    options: dict[str, Any] = {"max_epochs": 2, "precision": "64-true", "accelerator": "cpu", "logger": False}
-    quietly = dict.fromkeys(("enable_checkpointing", "enable_progress_bar", "enable_model_summary"), False)
-    trainer = L.Trainer(**(options | quietly | kind.trainer_options), callbacks=[*kind.callbacks(), *callbacks])
-    trainer.fit(module, kind.loader(samples(kind)[:N], without))
+    options: dict[str, Any] = {"max_epochs": 2, "precision": "64-true"} | kind.trainer_options
+    fit(module, kind.loader(samples(kind)[:N], without), *kind.callbacks(), *callbacks, **options)
     return module
 
 

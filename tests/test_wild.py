@@ -6,9 +6,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import kinds
 import lightning as L
 import pytest
 import torch
+from modules import fit
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset, default_collate
@@ -25,22 +27,7 @@ def data() -> tuple[TensorDataset, TensorDataset]:
     return TensorDataset(x[:N], y[:N]), TensorDataset(x[N:], y[N:])
 
 
-class Base(L.LightningModule):
-    def __init__(self) -> None:
-        super().__init__()
-        torch.manual_seed(3)
-        self.build()
-        self.double()
-
-    def build(self) -> None:
-        self.body, self.head = nn.Linear(6, 8), nn.Linear(8, 3)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.head(F.gelu(self.body(x)))
-
-    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
-        return F.cross_entropy(self(batch[0]), batch[1])
-
+class Base(kinds.Base):
     def configure_optimizers(self) -> Any:
         return torch.optim.AdamW([p for p in self.parameters() if p.requires_grad], lr=1e-3)
 
@@ -174,17 +161,7 @@ REFUSED = {Contrastive, HandWeighted, OwnParameter}  # by a log of gradients
 def trained(kind: type[Base], without: int | None = None, callbacks: Sequence[L.Callback] = ()) -> Base:
     module, (train, _) = kind(), data()
     batches = [[i for i in range(start, start + BATCH) if i != without] for start in range(0, N, BATCH)]
-    trainer = L.Trainer(
-        max_epochs=1,
-        accelerator="cpu",
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        precision="64-true",
-        callbacks=list(callbacks),
-    )
-    trainer.fit(module, DataLoader(train, batch_sampler=batches))  # type: ignore[arg-type]
+    fit(module, DataLoader(train, batch_sampler=batches), *callbacks, precision="64-true")  # type: ignore[arg-type]
     return module
 
 
