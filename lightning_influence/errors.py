@@ -1,5 +1,8 @@
 """Errors that a user can act on. Each message names what was wrong, the value seen and what to do."""
 
+from collections.abc import Iterable
+from typing import Any
+
 
 class InfluenceError(Exception):
     """Base of every error this package raises on purpose."""
@@ -31,3 +34,14 @@ class CurvatureUnavailable(InfluenceError):
 
 class ReplayDrift(InfluenceError):
     """A replayed segment does not arrive at the next recorded snapshot."""
+
+
+def check_choice(name: str, value: Any, known: Iterable[Any]) -> None:
+    """Refuse another value of an argument than those that are known.
+
+    Raises:
+        ConfigurationError: it is another.
+    """
+    known = tuple(known)
+    if value not in known:
+        raise ConfigurationError(f"{name}={value!r}; choose one of {', '.join(map(str, known))}")

@@ -20,7 +20,7 @@ from lightning_influence.capture.sums import NotTheSum, SumCheck, first_disagree
 from lightning_influence.core.optimizers import UPDATES, coupling
 from lightning_influence.core.shares import Form, Stack
 from lightning_influence.core.trajectory import Clip, StepRecord, Vectors
-from lightning_influence.errors import ConfigurationError, InfluenceError
+from lightning_influence.errors import ConfigurationError, InfluenceError, check_choice
 from lightning_influence.run.optimizer import read_hypers, read_moments, update_name
 from lightning_influence.run.ranks import Ranks
 from lightning_influence.run.refusals import refuse_unowned
@@ -51,8 +51,7 @@ class StepOptions:
     verify: bool = True
 
     def __post_init__(self) -> None:
-        if self.reduction not in ("mean", "sum"):
-            raise ConfigurationError(f"reduction={self.reduction!r}; choose one of mean, sum")
+        check_choice("reduction", self.reduction, ("mean", "sum"))
         object.__setattr__(self, "exclude", (self.exclude,) if isinstance(self.exclude, str) else tuple(self.exclude))
 
     @property

@@ -15,7 +15,7 @@ from torch.overrides import TorchFunctionMode
 
 from lightning_influence.core.torch_function import keywords_of
 from lightning_influence.core.trajectory import Shares, StepRecord, Trajectory, Vectors
-from lightning_influence.errors import ConfigurationError, CurvatureUnavailable
+from lightning_influence.errors import CurvatureUnavailable, check_choice
 
 Loss: TypeAlias = Callable[[dict[str, Tensor]], Tensor]
 """``loss(parameters) -> scalar``, by parameter name."""
@@ -254,8 +254,7 @@ def curvature_of(name: str) -> Curvature:
     Raises:
         ConfigurationError: there is none.
     """
-    if name not in CURVATURES:
-        raise ConfigurationError(f"curvature={name!r}; choose one of {', '.join(CURVATURES)}")
+    check_choice("curvature", name, CURVATURES)
     return CURVATURES[name]
 
 

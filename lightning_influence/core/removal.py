@@ -16,7 +16,7 @@ from torch import Tensor
 from lightning_influence.core.clipping import apply_clip, norm_coefficient
 from lightning_influence.core.removal_sets import EVERY_SAMPLE, RemovalSets
 from lightning_influence.core.trajectory import Clip, Shares, StepRecord, Vectors
-from lightning_influence.errors import ConfigurationError
+from lightning_influence.errors import check_choice
 
 COUNTERFACTUALS = ("drop", "zero")
 
@@ -107,8 +107,7 @@ def gradient_change(
         >>> gradient_change(record, "zero").inner(shares.inner(torch.ones(1, 1)))
         tensor([[-0.3333, -0.6667, -2.0000]])
     """
-    if counterfactual not in COUNTERFACTUALS:
-        raise ConfigurationError(f"counterfactual={counterfactual!r}; choose one of {', '.join(COUNTERFACTUALS)}")
+    check_choice("counterfactual", counterfactual, COUNTERFACTUALS)
     weights = record.loss_weights.double().cpu()
     known, numbers = torch.unique(record.micro_batch_numbers.cpu(), return_inverse=True)
     members = torch.nn.functional.one_hot(numbers, max(len(known), 1)).double()

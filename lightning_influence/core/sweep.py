@@ -27,7 +27,7 @@ from lightning_influence.core.scores import RowScores
 from lightning_influence.core.shares import sample_chunks
 from lightning_influence.core.trajectory import Hyper, Shares, StepRecord, Trajectory, Vectors, extrapolation
 from lightning_influence.core.window import Block, StepRemovals, Window, blocks_of
-from lightning_influence.errors import ConfigurationError
+from lightning_influence.errors import ConfigurationError, check_choice
 
 RESPONSES = ("finite", "tangent")
 
@@ -60,8 +60,7 @@ class Method:
             ("response", self.response, RESPONSES),
             ("optimizer_assumption", self.optimizer_assumption, (None, "sgd")),
         ):
-            if value not in known:
-                raise ConfigurationError(f"{name}={value!r}; choose one of {', '.join(map(str, known))}")
+            check_choice(name, value, known)
         if self.memory_window < 0:
             raise ConfigurationError(f"memory_window={self.memory_window}; it counts steps and cannot be negative")
 

@@ -18,7 +18,7 @@ from lightning.pytorch.utilities import rank_zero_info
 
 from lightning_influence.capture.step import StepOptions
 from lightning_influence.core.coordinates import COMPRESSIONS
-from lightning_influence.errors import ConfigurationError, LogError
+from lightning_influence.errors import ConfigurationError, LogError, check_choice
 from lightning_influence.lightning.failures import tell_missing
 from lightning_influence.lightning.first_step import first_step_line
 from lightning_influence.lightning.live_run import LiveRun
@@ -140,8 +140,7 @@ class InfluenceCallback(L.Callback):
             ("existing", existing, ("error", "overwrite", "resume")),
             ("on_error", on_error, ("raise", "stop_recording")),
         ):
-            if value not in known:
-                raise ConfigurationError(f"{name}={value!r}; choose one of {', '.join(known)}")
+            check_choice(name, value, known)
         if mask_size < 1:
             raise ConfigurationError(f"mask_size={mask_size}; a mask keeps at least one coordinate per parameter")
         if budget is not None and budget < 1:

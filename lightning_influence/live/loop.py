@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from lightning_influence.capture.step import StepOptions
 from lightning_influence.core.coordinates import COMPRESSIONS
 from lightning_influence.core.trajectory import Clip
-from lightning_influence.errors import ConfigurationError
+from lightning_influence.errors import ConfigurationError, check_choice
 from lightning_influence.live.steps import LiveSteps
 from lightning_influence.log.manifest import RECORDS, Manifest, Mask
 from lightning_influence.log.recorder import Compression, CompressionName, Recorder
@@ -92,8 +92,7 @@ def recording(
         ("compression", compression, COMPRESSIONS),
         ("existing", existing, ("error", "overwrite")),
     ):
-        if value not in known:
-            raise ConfigurationError(f"{name}={value!r}; choose one of {', '.join(known)}")
+        check_choice(name, value, known)
     for name, number in (("mask_size", mask_size), ("snapshot_every", snapshot_every)):
         if number < 1:
             raise ConfigurationError(f"{name}={number}; it is at least 1")

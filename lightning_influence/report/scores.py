@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from lightning_influence.core.scores import RowScores, mean_score
-from lightning_influence.errors import ConfigurationError, InfluenceError
+from lightning_influence.errors import ConfigurationError, InfluenceError, check_choice
 from lightning_influence.report.files import Saved, read, write
 from lightning_influence.report.groups import Groups
 from lightning_influence.report.numbers import percent
@@ -177,8 +177,7 @@ class Scores:
         Raises:
             ConfigurationError: another criterion.
         """
-        if by not in ("harm", "suspicion"):
-            raise ConfigurationError(f"by={by!r}; choose one of harm, suspicion")
+        check_choice("by", by, ("harm", "suspicion"))
         if by == "suspicion":
             return self.suspects(k).sample_id.tolist()  # type: ignore[no-any-return]
         ranked = self._ranked(None).iloc[::-1]

@@ -11,7 +11,7 @@ from typing import Literal, TypeAlias
 import torch
 from torch import Tensor
 
-from lightning_influence.errors import ConfigurationError, InfluenceError
+from lightning_influence.errors import ConfigurationError, InfluenceError, check_choice
 
 Policy: TypeAlias = Callable[[Tensor, Tensor, Tensor], Tensor]
 """``(scores (n,), sample_ids (n,), batches (n,)) -> weights (n,)`` in [0, 1]; 0 removes a sample."""
@@ -29,8 +29,7 @@ class Fraction:
     def __post_init__(self) -> None:
         if not 0 < self.fraction <= 1:
             raise ConfigurationError(f"keep={self.fraction}; a fraction lies above 0 and is at most 1.")
-        if self.per not in ("batch", "round"):
-            raise ConfigurationError(f"per={self.per!r}; choose one of batch, round")
+        check_choice("per", self.per, ("batch", "round"))
 
     def __call__(self, scores: Tensor, sample_ids: Tensor, batches: Tensor) -> Tensor:
         groups = batches if self.per == "batch" else torch.zeros_like(batches)

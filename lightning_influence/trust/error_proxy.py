@@ -12,7 +12,7 @@ import torch
 from lightning_influence.core.curvature import curvature_of
 from lightning_influence.core.second_variation import ErrorProxy, scaled_learning_rate, second_variation
 from lightning_influence.core.trajectory import Trajectory
-from lightning_influence.errors import ConfigurationError
+from lightning_influence.errors import ConfigurationError, check_choice
 from lightning_influence.log.steps import LoggedSteps
 from lightning_influence.report.tables import in_notebook
 from lightning_influence.scoring.attribution import open_trajectory, resolved
@@ -132,8 +132,7 @@ def error_proxy(
         CurvatureUnavailable: the log does not hold what the curvature needs.
     """
     check_target(target)
-    if curvature not in ("auto", "fisher", "hessian"):
-        raise ConfigurationError(f"curvature={curvature!r}; choose one of auto, fisher, hessian")
+    check_choice("curvature", curvature, ("auto", "fisher", "hessian"))
     steps = LoggedSteps.of(log)
     queries = Queries.of(queries, data=data, precision=steps.manifest.precision).held()
     with open_trajectory(steps, model, curvature, data, progress=progress) as run:

@@ -22,7 +22,7 @@ from torch.utils.data import Dataset, default_collate
 from tqdm.auto import tqdm
 
 from lightning_influence.core.trajectory import Clip, Hyper
-from lightning_influence.errors import ConfigurationError, InfluenceError
+from lightning_influence.errors import ConfigurationError, InfluenceError, check_choice
 from lightning_influence.log.steps import LoggedSteps
 from lightning_influence.run.batches import leaves, to_dtype
 from lightning_influence.run.moment import Moment, eval_modes, set_modes
@@ -231,8 +231,7 @@ class _Retraining:
     """Reruns of one run, started from checkpoints of its baseline where asked for."""
 
     def __init__(self, run: Run, counterfactual: Counterfactual, *, checkpoints: bool = False) -> None:
-        if counterfactual not in ("drop", "zero"):
-            raise ConfigurationError(f"counterfactual={counterfactual!r}; choose one of drop, zero")
+        check_choice("counterfactual", counterfactual, ("drop", "zero"))
         self.run, self.counterfactual = run, counterfactual
         self._batches: dict[tuple[int, ...], Any] = {}
         self._batch_bytes = 0
