@@ -53,14 +53,13 @@ def recording(
     """Record a training loop of one's own, for `attribute`.
 
     The loop takes its batches from the recorder and lets it run the backward pass; everything else stays as it is. A loop
-    that is recorded ends bit for bit where it ends without.
+    that is recorded ends bit for bit where it ends without. Arguments that are not listed are as of
+    `InfluenceCallback`.
 
     Args:
         log: directory to write.
         task: what is trained: a `FunctionTask(module, loss)`, or a `LightningModule`.
         optimizer: of the loop, of the task's parameters.
-        record, store_batches, compression, mask_size, sample_ids, reduction, sample_weights, exclude, frozen_batch_norm, verify, seed:
-            as of `InfluenceCallback`.
         snapshot_every: steps between the snapshots of a log that can be replayed.
         existing: what to do where the directory already holds a log.
 

@@ -44,11 +44,11 @@ def token_scores(
     A token's score is what the loss of predicting it did: the predicted change of the query loss if that one loss were taken out
     of training, scaled as the removal of the whole sample is, so that the tokens of a sample add up to its score of
     ``attribute(..., response="tangent")``. It costs one sweep, and one more evaluation of each step that holds a chosen sample.
+    The other arguments are as of `attribute`.
 
     Args:
         log: directory written by `InfluenceCallback`, with snapshots to replay the run from.
         samples: ids of training samples.
-        queries, model, target, curvature, counterfactual, query_loss, data: as of `attribute`.
 
     Raises:
         LogError: not a log, an empty one, or one of another model.
