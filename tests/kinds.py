@@ -455,6 +455,21 @@ class Triplets(Base):
 
 
 @kind
+class ContrastiveLater(Base):
+    """From the second epoch on, samples are told from each other."""
+
+    refused = GRADIENTS
+    refused_later = True
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        z = self(batch[0])
+        loss = F.cross_entropy(z, batch[1])
+        if self.current_epoch > 0 and self.training:
+            loss = loss + F.cross_entropy(z @ self(batch[0] + 0.1).T, torch.arange(len(z)))
+        return loss
+
+
+@kind
 class PermutedInside(Base):
     """Rows are put in another order inside the training step."""
 

@@ -266,6 +266,8 @@ class InfluenceCallback(L.Callback):
         assert self._recorder is not None
         self._live.after_backward(trainer, pl_module)
         self._recorder.after_backward()
+        if self.record != "replay":
+            self._recorder.verified = self._live.removals.to_metadata()
 
     def on_before_optimizer_step(
         self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: torch.optim.Optimizer

@@ -16,6 +16,7 @@ from lightning_influence.capture import GradientCapture, freeze_batch_norm, refu
 from lightning_influence.capture.step import Samples, StepCollector, StepOptions
 from lightning_influence.errors import ConfigurationError
 from lightning_influence.replay.plan import ReplayMicroBatch
+from lightning_influence.replay.removals import Removals
 from lightning_influence.replay.witness import Trial, evaluated, rehearse, twin_of, witness
 from lightning_influence.run.batches import copied
 from lightning_influence.run.lightning_names import overrides
@@ -31,6 +32,7 @@ from lightning_influence.run.tap import LossTap, tapped
 from lightning_influence.run.trainer import loss_scaler, only_optimizer
 from lightning_influence.run.training_step import Moment
 
+_VERIFIED = 2  # samples of the first batch, each of which costs a step
 _REHEARSALS = 2  # the second sees what the first has left behind
 
 
@@ -50,7 +52,8 @@ class LiveRun:
         self._undo = ExitStack()
         self.drawn: Tensor | None = None  # samples of the present batch, in the order in which they were drawn
         self.dynamics: Dynamics | None = None  # of the present batch
-        self._unverified: list[str] | None = None  # the trained parameters, until the first batch has been verified
+        self.removals = Removals(unverifiable=None if options.verify else "verify=False", few=_VERIFIED)
+        self._to_verify = False  # whether the next batch is to be verified
         self._rehearsals = 0  # steps that are still to be run again
         self._twin: L.LightningModule | None = None  # of the module, on which steps are tried
         self._trial: Trial | None = None
@@ -102,7 +105,7 @@ class LiveRun:
             capture = GradientCapture(
                 module, exclude=options.exclude, frozen_batch_norm=options.frozen_batch_norm, trained=trained
             )
-            self._unverified = sorted(capture.parameters) if options.verify else None
+            self._to_verify = options.verify
         self._collector = StepCollector(
             module,
             optimizer,
@@ -128,8 +131,11 @@ class LiveRun:
         return self._collector
 
     def start_epoch(self, trainer: L.Trainer) -> None:
-        """The loader may have been made anew."""
+        """The loader may have been made anew, and the loss may be another from now on."""
         self.sample_ids.start(trainer.train_dataloader)
+        epoch = trainer.current_epoch
+        if self._collector.capture is not None and epoch > 0 and epoch & (epoch - 1) == 0:  # ever more rarely
+            self._to_verify = self.options.verify
 
     def stop(self, trainer: L.Trainer) -> None:
         """Nothing of this is left in the run; may be called again."""
@@ -157,7 +163,7 @@ class LiveRun:
         weights = sample_weights(batch, len(self.ids), self.options.sample_weights)
         self._n = len(self.ids)
         moment = Moment.now(trainer, module, batch_idx)
-        if self._unverified is not None or self._rehearsals:
+        if self._to_verify or self._rehearsals:
             self._twin = self._twin or twin_of(module)
             less = self.recollated()
             rest = None if less is None else less.__getitem__
@@ -204,7 +210,7 @@ class LiveRun:
         scaler = loss_scaler(trainer)
         scale = scaler.get_scale() if scaler is not None else 1.0
         samples = self._collector.after_backward(scale, watch=self._watches)
-        if self._unverified is not None and samples is not None:
+        if self._to_verify and samples is not None:
             self._verify(trainer, module, samples)
         if self._rehearsals and samples is not None and self._collector.first_of_step:
             self._rehearse(trainer, scale)
@@ -221,33 +227,34 @@ class LiveRun:
         self.dynamics = losses.dynamics(self._n)
 
     def _verify(self, trainer: L.Trainer, module: L.LightningModule, samples: Samples) -> None:
-        """At the first batch: do per-sample gradients say what a removal does?"""
-        trained, self._unverified = self._unverified, None
-        assert trained is not None and self._trial is not None
+        """Do per-sample gradients say what a removal does?"""
+        self._to_verify, removals, capture = False, self.removals, self._collector.capture
+        assert capture is not None and self._trial is not None
         if self._twin is None:
-            warnings.warn(
-                f"{type(module).__name__} cannot be copied, so it is not verified what removing a sample does.",
-                stacklevel=2,
-            )
+            removals.unverifiable = f"{type(module).__name__} cannot be copied"
+            warnings.warn(f"{removals.unverifiable}, so it is not verified what removing a sample does.", stacklevel=2)
             return
         whole = samples.loss_weights.sum() if self.options.averaged else samples.loss_weights[0]
-        removals = witness(
+        witness(
             self._twin,
             self._trial,
             samples.loss_weights / whole,
-            trained=trained,
+            trained=sorted(capture.parameters),
             averaged=self.options.averaged,
+            removals=removals,
             exclude=self.options.exclude,
             frozen_batch_norm=self.options.frozen_batch_norm,
             autocast=trainer.precision_plugin.forward_context,
         )
         if (
-            removals.measuring and removals.not_summed is None
-        ):  # otherwise the collector names the parameter at the step
+            removals.not_summed is not None
+        ):  # the collector names the parameter at the step, if it is so in the run itself
+            self.removals = Removals(unverifiable=f"of a copy of {type(module).__name__}, {removals.reason}")
+        elif removals.measuring:
             raise ConfigurationError(
-                f"per-sample gradients do not say what removing a sample from this training step does: {removals.reason}. "
-                "Samples see each other, rows are not in the order of the samples, or the loss weighs them by hand. "
-                f"{self._otherwise[0].upper()}{self._otherwise[1:]}, which measures removals where it has to."
+                f"step {trainer.global_step}: per-sample gradients do not say what removing a sample from this training step does: "
+                f"{removals.reason}. Samples see each other, rows are not in the order of the samples, or the loss weighs them "
+                f"by hand. {self._otherwise[0].upper()}{self._otherwise[1:]}, which measures removals where it has to."
             )
 
     def _rehearse(self, trainer: L.Trainer, scale: float) -> None:

@@ -64,6 +64,9 @@ class Recorder:
         collector: collects the steps.
         replay: what is written so that the run can be replayed; None for nothing. Of several processes, the first writes
             what they share.
+
+    Attributes:
+        verified: what is known of the run's removals so far, as reports tell it; None where they are not looked at.
     """
 
     def __init__(
@@ -78,6 +81,7 @@ class Recorder:
         self.module, self.optimizer, self.ranks = collector.module, collector.optimizer, collector.ranks
         self.replay, self.compression = replay, compression
         self.keeps: dict[str, Keep] | None = None
+        self.verified: Mapping[str, Any] | None = None
         self._with_moments = _with_moments(writer)  # parameters whose moments the present block of steps holds
         self._names = {id(p): name for name, p in self.module.named_parameters()}
         self._between = BetweenSteps(self.module)
@@ -244,7 +248,8 @@ class Recorder:
         replays = [m.replay for m in noted if m.replay is not None]
         for number, replay in enumerate(replays):
             tensors |= numbered(replay, number)
-        self.writer.append(record.index, tensors, meta | {"micro_batches": [told for _, told in replays]})
+        meta |= {"micro_batches": [told for _, told in replays]}
+        self.writer.append(record.index, tensors, meta if self.verified is None else meta | {"removals": self.verified})
 
     def _check_clip(self, clip: Clip, index: int) -> None:
         consumed = float(total_norm(p.grad for p in self.collector.parameters()))

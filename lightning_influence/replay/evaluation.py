@@ -17,7 +17,7 @@ from lightning_influence.core.curvature import GradientGraph, differentiable_att
 from lightning_influence.core.shares import Form, Stack, nbytes
 from lightning_influence.core.trajectory import Vectors
 from lightning_influence.errors import ConfigurationError
-from lightning_influence.replay.measured_removals import MeasuredRemovals
+from lightning_influence.replay.measured_removals import MeasuredRemovals, Part
 from lightning_influence.replay.passes import Pass, Passes, leaves_of
 from lightning_influence.replay.plan import ReplayMicroBatch, ReplayStep, State
 
@@ -91,18 +91,20 @@ class StepEvaluator:
         leaves = leaves_of(state.parameters)
         stopped = leaves_of(state.parameters) if self.exact and self.stopped_paths == "followed" else {}
         captured: list[dict[str, Form]] = []
+        parts: list[Part] = []
         buffers = [state.buffers]  # before each micro-batch, and after the last
         totals: dict[str, Tensor] = {}
         with differentiable_attention() if self.exact else nullcontext():
             for micro_batch in planned.micro_batches:
                 one = self._pass(leaves, buffers[-1], micro_batch, stopped)
                 captured += [] if one.shares is None else [one.shares]
+                parts.append(Part(buffers[-1], {k: g.detach() for k, g in one.gradients.items()}, one.drew))
                 buffers.append(one.buffers)
                 totals |= {k: totals[k] + g if k in totals else g for k, g in one.gradients.items()}
         if planned.hyper:  # a parameter that is frozen at this step has no gradient for the optimizer
             totals = {k: g for k, g in totals.items() if k in planned.hyper}
         gradients = {k: g.detach() for k, g in totals.items()}
-        shares = self._verified(planned, state, buffers, gradients, captured)
+        shares = self._verified(planned, state, parts, gradients, captured)
         graph = GradientGraph(leaves, totals, stopped) if self.exact else None
         if self.stopped_paths is None and graph is not None:
             stops = self._passes.stop_paths(planned, leaves, buffers)
@@ -110,7 +112,7 @@ class StepEvaluator:
             if self.stopped_paths == "followed":
                 return self.evaluate(planned, state)
         if shares is None:
-            form = partial(self._removals.form, planned, state.parameters, buffers, gradients)
+            form = partial(self._removals.form, planned, state.parameters, parts, gradients)
         else:
             form = partial(dict[str, Form], shares)
         return Evaluation(gradients, graph, shares is None, buffers[-1], form)
@@ -146,7 +148,7 @@ class StepEvaluator:
         self,
         planned: ReplayStep,
         state: State,
-        buffers: Sequence[Mapping[str, Tensor]],
+        parts: Sequence[Part],
         gradients: Vectors,
         captured: Sequence[Mapping[str, Form]],
     ) -> dict[str, Form] | None:
@@ -154,7 +156,7 @@ class StepEvaluator:
         if len(captured) < len(planned.micro_batches):
             return None
         shares = {k: _stacked([part[k] for part in captured]) for k in captured[0] if k in gradients}
-        return shares if self._removals.agree(planned, state.parameters, buffers, gradients, shares) else None
+        return shares if self._removals.agree(planned, state.parameters, parts, gradients, shares) else None
 
     def _paths_to_follow(self, planned: ReplayStep, state: State, graph: GradientGraph) -> StoppedPaths:
         """What has to be done about paths that the loss stops: nothing where following them changes no product; otherwise

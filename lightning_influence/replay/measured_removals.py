@@ -5,8 +5,7 @@ from __future__ import annotations
 import time
 import warnings
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import replace
-from functools import partial
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -19,8 +18,25 @@ from lightning_influence.replay.passes import Passes, leaves_of
 from lightning_influence.replay.plan import Plan, ReplayMicroBatch, ReplayStep
 from lightning_influence.replay.removals import Removals, not_the_sum
 from lightning_influence.run.batches import without
+from lightning_influence.run.kept_random import KeptRandom
 
 _LONG = 10  # seconds of measuring that are announced
+_EVERY = 64  # steps, and every epoch, in which removals are verified
+
+
+@dataclass(frozen=True)
+class Part:
+    """A micro-batch as it was evaluated as a whole.
+
+    Attributes:
+        buffers: before.
+        gradients: its own.
+        drew: whether it drew random numbers.
+    """
+
+    buffers: Mapping[str, Tensor]
+    gradients: Vectors
+    drew: bool
 
 
 class MeasuredRemovals:
@@ -60,15 +76,15 @@ class MeasuredRemovals:
         self,
         planned: ReplayStep,
         parameters: Mapping[str, Tensor],
-        buffers: Sequence[Mapping[str, Tensor]],
+        parts: Sequence[Part],
         gradients: Vectors,
         shares: Mapping[str, Form],
     ) -> bool:
         """Whether the shares give the change of the gradient when a sample leaves: their sum at every step, removals of a
-        few samples at the first.
+        few samples at the first, and of one from time to time.
 
         Args:
-            buffers: before each micro-batch, and after the last.
+            parts: the micro-batches, evaluated.
         """
         if self.found.measuring:
             return False
@@ -77,27 +93,22 @@ class MeasuredRemovals:
             self.found.not_summed = wrong
             self.found.measure(f"the per-sample gradients of {wrong} do not sum to its gradient")
             return False
-        if self.found.verified or self.found.unverifiable:
-            return True
-        if self._passes.draw(planned, parameters, buffers):
-            self.found.unverifiable = (
-                "the training step draws random numbers, so a step without a sample is another one"
-            )
-            return True
-        self._verify(planned, parameters, buffers, gradients, shares)
+        moment = planned.micro_batches[0].moment
+        if self.found.unverifiable is None and self.found.is_due(moment.epoch, moment.global_step // _EVERY):
+            self._verify(planned, parameters, parts, gradients, shares)
         return not self.found.measuring
 
     def form(
         self,
         planned: ReplayStep,
         parameters: Mapping[str, Tensor],
-        buffers: Sequence[Mapping[str, Tensor]],
+        parts: Sequence[Part],
         gradients: Vectors,
     ) -> dict[str, Form]:
         """The change of the gradient by every removal that is asked for, in place of shares."""
         samples = self.asked(planned.sample_ids)
         started = time.perf_counter()
-        changes = self._changes(planned, parameters, buffers, gradients, samples)
+        changes, _ = self._changes(planned, parameters, parts, gradients, samples)
         self._announce((time.perf_counter() - started) / max(len(samples), 1))
         return {k: Dense(rows) for k, rows in changes.items()}
 
@@ -105,61 +116,82 @@ class MeasuredRemovals:
         self,
         planned: ReplayStep,
         parameters: Mapping[str, Tensor],
-        buffers: Sequence[Mapping[str, Tensor]],
+        parts: Sequence[Part],
         gradients: Vectors,
         shares: Mapping[str, Form],
     ) -> None:
-        """Hold what shares say of the first, the middle and the last sample against evaluations without them."""
+        """Hold what shares say of a few samples against evaluations without them."""
         record = StepRecord(0, planned.sample_ids, planned.loss_weights, planned.numbers, {}, {}, {}, planned.averaged)
         removed = removal(record, self._counterfactual)
-        chosen = sorted({0, len(removed) // 2, len(removed) - 1})
-        measured = self._changes(planned, parameters, buffers, gradients, removed.sample_ids[chosen])
-        totals = {k: removed.totals(s, gradients[k].flatten()) for k, s in shares.items()}
+        chosen = self.found.choose(len(removed))
+        changes, lost = self._changes(planned, parameters, parts, gradients, removed.sample_ids[chosen])
+        if lost is not None:
+            self.found.unverifiable = (
+                f"the training step draws random numbers that cannot be kept where a sample leaves ({lost})"
+            )
+            return
+        totals = {
+            k: torch.stack([part.gradients.get(k, torch.zeros_like(gradients[k])).flatten() for part in parts])
+            for k in shares
+        }
         for row, position in enumerate(chosen):
             at = slice(position, position + 1)
             predicted = {k: removed.change(s, at, totals[k])[0] for k, s in shares.items()}
-            self.found.compare(
-                predicted, {k: measured[k][row] for k in predicted}, gradients, autocast=self._passes.half
-            )
+            measured = {k: changes[k][row] for k in predicted}
+            self.found.compare(predicted, measured, gradients, autocast=self._passes.half)
 
     def _changes(
         self,
         planned: ReplayStep,
         parameters: Mapping[str, Tensor],
-        buffers: Sequence[Mapping[str, Tensor]],
+        parts: Sequence[Part],
         gradients: Vectors,
         samples: Tensor,
-    ) -> Vectors:
-        """``e_z = grad L(B without z) - grad L(B)`` ``(len(samples), d)`` each."""
-        leaves = leaves_of(parameters)
-        rows: list[Vectors] = []
-        for z in samples.tolist():
-            change = {k: torch.zeros_like(g) for k, g in gradients.items()}
-            for number, micro_batch in enumerate(planned.micro_batches):
-                if not (planned.sample_ids[planned.numbers == number] == z).any():
+    ) -> tuple[Vectors, str | None]:
+        """``e_z = grad L(B without z) - grad L(B)`` ``(len(samples), d)`` each, and of random numbers that could not be kept what
+        drew them.
+        """
+        leaves, lost = leaves_of(parameters), set[str]()
+        noted = [
+            self._passes.noted_random(parameters, part.buffers, micro_batch) if part.drew else None
+            for part, micro_batch in zip(parts, planned.micro_batches, strict=True)
+        ]
+        changes = {k: g.new_zeros(len(samples), g.numel()) for k, g in gradients.items()}
+        for row, z in enumerate(samples.tolist()):
+            for number, (part, micro_batch) in enumerate(zip(parts, planned.micro_batches, strict=True)):
+                own = (planned.sample_ids[planned.numbers == number] == z).nonzero()[:, 0]
+                if len(own) == 0:
                     continue
-                evaluate = partial(self._passes.run, leaves, buffers[number])
-                whole = evaluate(micro_batch).gradients
-                less = self._without(planned, number, micro_batch, z)
-                rest = {} if less is None else evaluate(less).gradients
-                for k, total in change.items():
-                    total += rest.get(k, 0.0) - whole.get(k, 0.0)  # type: ignore[operator]
-            rows.append({k: c.flatten() for k, c in change.items()})
-        if not rows:
-            return {k: g.new_zeros(0, g.numel()) for k, g in gradients.items()}
-        return {k: torch.stack([row[k] for row in rows]) for k in gradients}
+                drawn = noted[number]
+                random = None if drawn is None else KeptRandom(drawn, own, micro_batch.n_samples)
+                less = self._without(planned, number, micro_batch, z, own)
+                rest = {} if less is None else self._rest(leaves, part, less, random)
+                lost |= {random.lost} if less is not None and random is not None and random.lost else set()
+                for k, change in changes.items():
+                    for sign, gradient in ((1, rest.get(k)), (-1, part.gradients.get(k))):
+                        if gradient is not None:
+                            change[row].add_(gradient.flatten(), alpha=sign)
+        return changes, min(lost, default=None)
+
+    def _rest(
+        self, leaves: dict[str, Tensor], part: Part, less: ReplayMicroBatch, random: KeptRandom | None
+    ) -> Vectors:
+        """Gradients of a micro-batch without a sample; with random numbers of its own, if they cannot be kept."""
+        if random is not None:
+            found = self._passes.run(leaves, part.buffers, less, drawing=random).gradients
+            if random.lost is None:
+                return found
+        return self._passes.run(leaves, part.buffers, less).gradients
 
     def _without(
-        self, planned: ReplayStep, number: int, micro_batch: ReplayMicroBatch, z: int
+        self, planned: ReplayStep, number: int, micro_batch: ReplayMicroBatch, z: int, own: Tensor
     ) -> ReplayMicroBatch | None:
-        """A micro-batch without a sample; None where nothing is left of it."""
-        here = planned.numbers == number
-        own = (planned.sample_ids[here] == z).nonzero()[:, 0]
+        """A micro-batch without a sample, whose rows are its ``own``; None where nothing is left of it."""
         if len(own) == micro_batch.n_samples:
             return None
         factor = micro_batch.factor
         if self._counterfactual == "zero" and planned.averaged:
-            weights = planned.loss_weights[here]
+            weights = planned.loss_weights[planned.numbers == number]
             factor *= float(1 - weights[own].sum() / weights.sum())
         if micro_batch.less is None:
             batch = without(micro_batch.batch, own, micro_batch.n_samples)

@@ -124,10 +124,9 @@ class ReplayTrajectory:
     def __len__(self) -> int:
         return len(self.plan)
 
-    def witness(self) -> Removals:
+    def witness(self) -> None:
         """Verify the removals of the first step, and nothing else."""
         self._evaluator.evaluate(self.plan.step(0), self.plan.snapshot(0))
-        return self.removals
 
     def gradient(self, index: int) -> Vectors:
         """The gradient of a step of `Plan.snapshots`, by parameter and in its shape."""
@@ -225,7 +224,13 @@ class ReplayTrajectory:
         start = max(s for s in self.plan.snapshots if s <= index)
         if self._segment is None or self._segment.start != start:
             self._segment = None  # before the next is built, so that two are never held
+            shares = not self.removals.measuring
             self._segment = self._replay(start)
+            if (
+                shares and self.removals.measuring
+            ):  # found in its midst, so that its steps differ in what their rows are
+                self._segment = None
+                self._segment = self._replay(start)
         return self._segment
 
     def _replay(self, start: int) -> _Segment:

@@ -91,11 +91,16 @@ def witness(
     *,
     trained: Collection[str],
     averaged: bool,
+    removals: Removals,
     exclude: Sequence[str] = (),
     frozen_batch_norm: bool = False,
     autocast: Callable[[], AbstractContextManager[Any]] = nullcontext,
-) -> Removals:
-    """Hold the removals that shares give at a micro-batch against evaluations without the sample (method.md section 11)."""
+) -> None:
+    """Hold the removals that shares give at a micro-batch against evaluations without the sample.
+
+    Args:
+        removals: what was verified of the run so far; added to.
+    """
     with ReplayTrajectory(
         twin,
         trial.plan(twin, trained, loss_weights, averaged),
@@ -104,13 +109,14 @@ def witness(
         autocast=autocast,
         exact=False,
         progress=False,
+        removals=removals,
     ) as run:
         try:
-            return run.witness()
+            run.witness()
         except InfluenceError:
             raise
         except Exception as error:  # a step that does not take fewer samples; a true fault shows in training itself
-            return Removals(unverifiable=f"a step cannot be evaluated apart from the run ({error})")
+            removals.unverifiable = f"a step cannot be evaluated apart from the run ({error})"
 
 
 def evaluated(twin: LightningModule, trial: Trial) -> Tensor:

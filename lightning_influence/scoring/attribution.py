@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import fields, replace
 from pathlib import Path
@@ -98,10 +98,9 @@ def attribute(
             optimizer=optimizer_assumption,
         )
         names = list(trajectory.sizes)
-        manifest = StoreReader(log).manifest
         gradients = query_gradients(
             model,
-            Queries.of(queries, data=data, precision=str(manifest["precision"])),
+            Queries.of(queries, data=data, precision=str(StoreReader(log).manifest["precision"])),
             names,
             trajectory.select,
             target=target,
@@ -109,7 +108,7 @@ def attribute(
             progress=progress,
         )
         rows = _only(_swept(trajectory, gradients, method, max_memory, fabric, progress), samples)
-        made = _provenance(manifest, trajectory, method, target)
+        made = _provenance(log, trajectory, method, target)
     return InfluenceReport(
         rows,
         query_ids=None if target is None else ["mean" if isinstance(target, str) else "target"],
@@ -262,8 +261,9 @@ def _check_model(steps: LoggedSteps, model: LightningModule) -> None:
 
 
 def _provenance(
-    manifest: Mapping[str, Any], trajectory: LoggedTrajectory | ReplayTrajectory, method: Method, target: Target
+    log: str | Path, trajectory: LoggedTrajectory | ReplayTrajectory, method: Method, target: Target
 ) -> Provenance:
+    manifest = StoreReader(log).manifest
     kept = sum(d for d, _ in trajectory.sizes.values())
     trained = manifest["coverage"]["trained"]
     made = Provenance(
@@ -284,8 +284,8 @@ def _provenance(
             manifest["excluded"],
         ),
     )
-    if not isinstance(trajectory, ReplayTrajectory):
-        return made
+    if not isinstance(trajectory, ReplayTrajectory):  # what the run itself verified while it was recorded
+        return replace(made, removals=Removals.from_json(StoreReader(log).meta(len(trajectory) - 1).get("removals")))
     removals = Removals.from_json(trajectory.removals.to_metadata())
     return replace(
         made,
