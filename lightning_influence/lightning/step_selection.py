@@ -91,6 +91,7 @@ class StepSelection(L.Callback):
             weights = self.selector.decide(policy, scores, step.full.sample_ids, step.full.micro_batches, left)
             step = step.weighted(weights)
         step.write(pl_module)
+        self.selector.removals = self._live.removals
         self.selector.note(trainer, step.full.sample_ids, scores, step.weights)
 
     def _target_after(self, trainer: L.Trainer, step: LiveStep) -> Vectors:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from lightning_influence.report.provenance import Removals
 from lightning_influence.report.tables import in_notebook, write_csv
 
 if TYPE_CHECKING:
@@ -22,9 +23,11 @@ class SelectionReport:
 
     Attributes:
         rows: optimizer step at which it was decided, sample ids, scores and weights of each decision.
+        removals: how the scores found what a removal changes, and what was verified of it; None where they were given.
     """
 
     rows: list[tuple[int, Tensor, Tensor, Tensor]] = field(default_factory=list)
+    removals: Removals | None = None
 
     def add(self, step: int, sample_ids: Tensor, scores: Tensor, weights: Tensor) -> None:
         """Note a decision; ``(n,)`` each."""
@@ -33,7 +36,8 @@ class SelectionReport:
     @classmethod
     def merged(cls, parts: Sequence[SelectionReport]) -> SelectionReport:
         """The decisions of several processes, in the order of their steps."""
-        return cls(sorted((row for part in parts for row in part.rows), key=lambda row: row[0]))
+        rows = sorted((row for part in parts for row in part.rows), key=lambda row: row[0])
+        return cls(rows, parts[0].removals if parts else None)
 
     @property
     def kept(self) -> float:
@@ -58,7 +62,8 @@ class SelectionReport:
     def __repr__(self) -> str:
         samples = sum(len(ids) for _, ids, *_ in self.rows)
         kept = f"; mean weight {self.kept:.3g}" if self.rows else ""
-        return f"SelectionReport({len(self.rows)} decisions on {samples} samples{kept})"
+        how = "" if self.removals is None else f"; {self.removals}"
+        return f"SelectionReport({len(self.rows)} decisions on {samples} samples{kept}{how})"
 
     def _repr_html_(self) -> str:
         return in_notebook(repr(self), self.to_pandas())
