@@ -7,14 +7,17 @@ from __future__ import annotations
 
 import warnings
 from contextlib import ExitStack
+from dataclasses import replace
 from typing import Any
 
 import lightning as L
+import torch
 from torch import Tensor
 
 from lightning_influence.capture import GradientCapture, freeze_batch_norm, refuse_batch_norm, refuse_compiled
 from lightning_influence.capture.step import Samples, StepCollector, StepOptions
 from lightning_influence.errors import ConfigurationError
+from lightning_influence.replay.lasting import Tries
 from lightning_influence.replay.plan import ReplayMicroBatch
 from lightning_influence.replay.removals import Removals
 from lightning_influence.replay.witness import Trial, evaluated, rehearse, twin_of, witness
@@ -60,7 +63,7 @@ class LiveRun:
         self._n: int | None = None  # samples of the present batch
         self._watches = False
         self._first_backward = True
-        self._replayed = False
+        self._replayed, self._lasting = False, True
         self._row_order: RowOrder | None = None
 
     # -- start and end of fit ---------------------------------------------------------------------------
@@ -80,13 +83,20 @@ class LiveRun:
         self.sample_ids.listen_to(trainer.strategy)
 
     def start(
-        self, trainer: L.Trainer, module: L.LightningModule, *, captures: bool, rehearses: bool = False
+        self,
+        trainer: L.Trainer,
+        module: L.LightningModule,
+        *,
+        captures: bool,
+        rehearses: bool = False,
+        lasting: bool = True,
     ) -> StepCollector:
         """To be called in ``on_train_start``.
 
         Args:
             captures: whether per-sample gradients are collected; they are verified at the first batch.
             rehearses: whether the first steps are run again on a copy of the module, as a replay will.
+            lasting: whether what a sample does to later steps is followed.
 
         Raises:
             ConfigurationError: a module or loader that cannot be followed.
@@ -125,7 +135,7 @@ class LiveRun:
             for handle in freeze_batch_norm(module):
                 self._undo.callback(handle.remove)
         self._undo.enter_context(tapped(module, self._read_loss))
-        self._first_backward, self._replayed = True, rehearses
+        self._first_backward, self._replayed, self._lasting = True, rehearses, lasting
         self._rehearsals = _REHEARSALS if rehearses and options.verify and self._collector.ranks.size == 1 else 0
         self._watches = self._changes_gradients(trainer, module)
         return self._collector
@@ -170,8 +180,49 @@ class LiveRun:
             micro_batch = ReplayMicroBatch(copied(batch), moment, 1.0, self._n, read_random_state(), rest)
             buffers = {name: b.detach().clone() for name, b in module.named_buffers()}
             self._trial = Trial(micro_batch, self.ids, buffers)
+            if less is None and self._minds_padding(trainer):
+                self._trial = replace(self._trial, micro_batch=replace(micro_batch, less=(self.recollated() or {}).get))
         self._collector.begin(self.ids, weights, trainer.accumulate_grad_batches)
         return moment
+
+    def _minds_padding(self, trainer: L.Trainer) -> bool:
+        """Whether the step gives another loss, or none, where a batch is padded further than its longest sample; then only the
+        collate function can leave a sample out.
+
+        Raises:
+            ConfigurationError: it does, and per-sample gradients are to say what a removal does.
+        """
+        order = self._row_order
+        if order is None or order.padded is None or self._twin is None or self._trial is None:
+            return False
+        padded, order.padded = order.padded, None
+        tries = Tries(self._twin, trainer.precision_plugin.forward_context)
+        if tries.same_loss(self._trial.micro_batch, *padded, self._trial.buffers):
+            return False
+        if self._collector.capture is not None:
+            raise ConfigurationError(
+                "the training step gives another loss, or fails, where the same samples are padded further, so that a batch without its "
+                "longest sample is another for all the others, which per-sample gradients do not say. Let the step pass over "
+                f"padding (a mask; pad_packed_sequence(total_length=...)), or {self._otherwise}."
+            )
+        order.recollates = True
+        return True
+
+    def _refuse_memory(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        """Refuse a step that leaves something of its samples in a buffer that its loss reads."""
+        trial = self._trial
+        if trial is None or self._twin is None or not self._lasting:
+            return
+        buffers = dict(module.named_buffers())
+        if all(torch.equal(trial.buffers[k], b) for k, b in buffers.items() if k in trial.buffers):
+            return
+        name = Tries(self._twin, trainer.precision_plugin.forward_context).remembered(trial.micro_batch, trial.buffers)
+        if name is not None:
+            raise ConfigurationError(
+                f"the buffer {name} keeps something of the samples of a step, and the loss of later steps reads it: without a "
+                "sample they would find another one, which influence does not follow. Compute it from the batch at hand, or "
+                "leave its term out of the loss while recording."
+            )
 
     def recollated(self) -> dict[int, Any] | None:
         """The present batch collated anew without each of its samples, where only the collate function can leave one out."""
@@ -210,6 +261,8 @@ class LiveRun:
         scaler = loss_scaler(trainer)
         scale = scaler.get_scale() if scaler is not None else 1.0
         samples = self._collector.after_backward(scale, watch=self._watches)
+        if samples is not None and (self._to_verify or self._rehearsals):
+            self._refuse_memory(trainer, module)
         if self._to_verify and samples is not None:
             self._verify(trainer, module, samples)
         if self._rehearsals and samples is not None and self._collector.first_of_step:

@@ -51,7 +51,7 @@ class StepSelection(L.Callback):
             self._live.listen(trainer, pl_module)
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self._collector = self._live.start(trainer, pl_module, captures=True)
+        self._collector = self._live.start(trainer, pl_module, captures=True, lasting=False)
 
     def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._live.start_epoch(trainer)

@@ -56,6 +56,7 @@ class LoggedPlan:
                 "InfluenceCallback(record='replay' or 'both'), or use curvature='fisher'."
             )
         self.optimizer = str(self._reader.manifest["update"])
+        self.versions = self._reader.manifest["versions"]  # of the packages that the run had
         self._data = TrainingData.of(data)
         self._first_in: dict[str, int] = {}  # the first snapshot that holds a parameter: before it, it did not train
         for start in reversed(self.snapshots):

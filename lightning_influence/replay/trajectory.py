@@ -23,6 +23,7 @@ from lightning_influence.core.optimizers import UPDATES, coupling, step
 from lightning_influence.core.removal import consumed_gradients
 from lightning_influence.core.trajectory import Clip, Shares, StepRecord, Vectors
 from lightning_influence.errors import CurvatureUnavailable, ReplayDrift
+from lightning_influence.replay.drift import difference, difference_on_arrival
 from lightning_influence.replay.evaluation import Evaluation, StepEvaluator, StoppedPaths, distance
 from lightning_influence.replay.measured_removals import MeasuredRemovals
 from lightning_influence.replay.passes import Passes, copies
@@ -250,7 +251,7 @@ class ReplayTrajectory:
             state = self._next(record, state, evaluation.buffers)
         segment.states.append(state)
         if stop in self.plan.snapshots:
-            self._check_arrival(start, stop, segment.states[0], state)
+            self._check_arrival(segment, stop)
         return segment
 
     def _evaluation(self, index: int) -> Evaluation:
@@ -268,7 +269,8 @@ class ReplayTrajectory:
         recorded = planned.clip.raw_norm
         if recorded and abs(norm - recorded) > _NORM_TOLERANCE * recorded:
             raise ReplayDrift(
-                f"step {index}: the replayed gradient has norm {norm:.6g}, the recorded one had {recorded:.6g}. {_CAUSES}"
+                f"step {index}: the replayed gradient has norm {norm:.6g}, the recorded one had {recorded:.6g}. "
+                + difference(self._passes, self.plan, planned, state)
             )
         own = [k for k in gradients if k in planned.hyper]
         columns = (planned.sample_ids, planned.loss_weights, planned.numbers)
@@ -299,22 +301,18 @@ class ReplayTrajectory:
             )
         return State(parameters, moments, buffers)
 
-    def _check_arrival(self, start: int, stop: int, first: State, arrived: State) -> None:
-        expected = self.plan.snapshot(stop).parameters
-        missed = distance(arrived.parameters, expected)
-        moved = distance(first.parameters, expected)
+    def _check_arrival(self, segment: _Segment, stop: int) -> None:
+        first, *_, before, arrived = [segment.states[0], *segment.states]
+        expected = self.plan.snapshot(stop)
+        missed = distance(arrived.parameters, expected.parameters)
+        moved = distance(first.parameters, expected.parameters)
         self.drift[stop] = missed / max(moved, 1e-30)
         if self.drift[stop] > _TOLERANCE:
+            last = self.plan.step(stop - 1)
             raise ReplayDrift(
-                f"steps {start} to {stop - 1}: the replay misses the snapshot before step {stop} by {self.drift[stop]:.2g} of "
-                f"the way it went. {_CAUSES}"
+                f"steps {segment.start} to {stop - 1}: the replay misses the snapshot before step {stop} by {self.drift[stop]:.2g} of "
+                f"the way it went. {difference_on_arrival(self._passes, self.plan, last, before, arrived, expected)}"
             )
-
-
-_CAUSES = (
-    "Likely causes: other data or another collate function than in the run, random augmentation in loader workers (record "
-    "with store_batches=True), a module or library that changed since, or an operation that is not deterministic."
-)
 
 
 @contextmanager

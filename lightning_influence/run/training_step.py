@@ -137,27 +137,39 @@ class _TrainerAt:
         return getattr(self._real, name)
 
 
+_SMALL = 16  # numbers in a dict that may be settings rather than a history
 _LIBRARIES = {"torch", "torchmetrics", "lightning", "pytorch_lightning", "transformers", "peft", "timm"}
 """Whose modules keep settings in their attributes, and nothing that changes from step to step."""
 
 
 def numbers_of(module: nn.Module) -> dict[str, float]:
-    """Plain numbers among the attributes of a module and its submodules, by ``<module>:<attribute>``."""
-    return {
-        f"{path}:{name}": value
-        for path, m in module.named_modules()
-        if type(m).__module__.partition(".")[0] not in _LIBRARIES
-        for name, value in vars(m).items()
-        if type(value) in (bool, int, float) and name != "training" and math.isfinite(value)
-    }
+    """Plain numbers among the attributes of a module and its submodules, by ``<module>:<attribute>``, and in dicts among them, by
+    ``<module>:<attribute>/<key>``.
+    """
+    return {f"{path}:{name}": value for path, m in _own_modules(module) for name, _, value in _numbers_in(m)}
 
 
 def _set_numbers(module: nn.Module, numbers: Mapping[str, float]) -> None:
-    owners = dict(module.named_modules())
-    for key, value in numbers.items():
-        path, _, name = key.rpartition(":")
-        if path in owners and name in vars(owners[path]):
-            object.__setattr__(owners[path], name, value)
+    for path, m in _own_modules(module):
+        for name, holder, value in list(_numbers_in(m)):
+            there = numbers.get(f"{path}:{name}", value)
+            if there != value or type(there) is not type(value):
+                holder[name.rpartition("/")[2]] = there
+
+
+def _own_modules(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    return ((path, m) for path, m in module.named_modules() if type(m).__module__.partition(".")[0] not in _LIBRARIES)
+
+
+def _numbers_in(module: nn.Module) -> Iterator[tuple[str, dict[str, Any], float]]:
+    """Name, where it is kept, and value."""
+    attributes = vars(module)
+    dicts = [(f"{k}/", v) for k, v in attributes.items() if type(v) is dict and not k.startswith("_")]
+    for prefix, held in (("", attributes), *((prefix, d) for prefix, d in dicts if len(d) <= _SMALL)):
+        for name, value in held.items():
+            plain = type(value) in (bool, int, float) and type(name) is str and "/" not in name
+            if plain and name != "training" and math.isfinite(value):
+                yield f"{prefix}{name}", held, value
 
 
 def eval_modes(module: nn.Module) -> tuple[str, ...]:

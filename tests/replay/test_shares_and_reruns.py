@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from kinds import KINDS, N, QUERIES, Base
+from kinds import KINDS, Base, N
 from test_kinds import samples, trained
 from torch import Tensor
 
