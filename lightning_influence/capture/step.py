@@ -110,7 +110,7 @@ class Samples:
 
     @staticmethod
     def columns(micro_batches: Sequence[Samples]) -> tuple[Tensor, Tensor, Tensor]:
-        """``sample_ids``, ``loss_weights`` and ``micro_batches`` of a `StepRecord`, ``(n,)`` each."""
+        """``sample_ids``, ``loss_weights`` and ``micro_batch_numbers`` of a `StepRecord`, ``(n,)`` each."""
         return (
             torch.cat([m.ids for m in micro_batches]),
             torch.cat([m.loss_weights for m in micro_batches]),
@@ -294,7 +294,7 @@ class StepCollector:
             index=index,
             sample_ids=ids,
             loss_weights=loss_weights,
-            micro_batches=numbers,
+            micro_batch_numbers=numbers,
             gradients={k: p.grad.detach().flatten() for k, p in collected.items() if p.grad is not None},
             moments={
                 k: tuple(m.flatten() for m in read_moments(state.get(p, {}), update, p)) for k, p in collected.items()

@@ -1,9 +1,10 @@
 """What is kept of per-sample gradients, and the contractions each form supports.
 
 Forms (all are `trajectory.Shares`): `Dense` rows, `Outer` products of layer inputs and output gradients,
-sparse `Rows` of an embedding, `Sum` over several uses of a parameter, `Stack` over micro-batches.
+sparse `SparseRows` of an embedding, `Sum` over several uses of a parameter, `Stack` over micro-batches.
 `sum_at` of each is the sum of all its shares on a `Block` of coordinates.
-`Keep` says which coordinates of a parameter a log holds; `plan` chooses it (method.md section 7).
+`Coordinates` says which coordinates of a parameter a log holds; `choose_coordinates` chooses it
+(docs/method.md, "Where a trajectory comes from").
 """
 
 from __future__ import annotations
@@ -168,11 +169,11 @@ class Outer:
 
 
 @dataclass(frozen=True)
-class Rows:
+class SparseRows:
     """Sparse rows of a matrix of ``n_rows``: ``values (n, t, e)`` added at row ``rows (n, t)``.
 
     Example:
-        >>> shares = Rows(torch.tensor([[2, 0, 2]]), torch.tensor([[[1.0], [5.0], [3.0]]]), n_rows=4)
+        >>> shares = SparseRows(torch.tensor([[2, 0, 2]]), torch.tensor([[[1.0], [5.0], [3.0]]]), n_rows=4)
         >>> shares.dense()
         tensor([[5., 0., 4., 0.]])
     """
@@ -207,8 +208,8 @@ class Rows:
         index = rows[..., None].expand_as(values)
         return total.scatter_add_(1, index, values).flatten(1)
 
-    def scaled(self, factor: float) -> Rows:
-        return Rows(self.rows, self.values * factor, self.n_rows)
+    def scaled(self, factor: float) -> SparseRows:
+        return SparseRows(self.rows, self.values * factor, self.n_rows)
 
     def at(self, coordinates: Tensor) -> Dense:
         rows, columns = coordinates // self.values.shape[2], coordinates % self.values.shape[2]
@@ -314,7 +315,7 @@ class Stack:
         return torch.stack([part.sum_at(block) for part in self.parts]).sum(0)
 
 
-Form = Dense | Outer | Rows | Sum | Stack
+Form = Dense | Outer | SparseRows | Sum | Stack
 
 
 def add(first: Form, second: Form) -> Form:
@@ -347,9 +348,9 @@ def merged(form: Form, n: int) -> Form:
     if isinstance(form, Outer):
         left, right = (x.unflatten(0, (n, -1)).flatten(1, 2) for x in (form.left, form.right))
         return Outer(left, right)
-    if isinstance(form, Rows):
+    if isinstance(form, SparseRows):
         rows, values = form.rows.unflatten(0, (n, -1)), form.values.unflatten(0, (n, -1))
-        return Rows(rows.flatten(1), values.flatten(1, 2), form.n_rows)
+        return SparseRows(rows.flatten(1), values.flatten(1, 2), form.n_rows)
     raise TypeError(f"{type(form).__name__} is not what a rule returns")
 
 
@@ -358,7 +359,7 @@ def merged(form: Form, n: int) -> Form:
 _FIELDS: dict[str, tuple[type[Any], tuple[str, ...]]] = {
     "dense": (Dense, ("values",)),
     "outer": (Outer, ("left", "right")),
-    "rows": (Rows, ("rows", "values")),
+    "rows": (SparseRows, ("rows", "values")),
 }
 
 
@@ -380,7 +381,7 @@ def pack(shares: Shares) -> tuple[dict[str, Tensor], dict[str, Any]]:
         return tensors, {"form": type(shares).__name__.lower(), "parts": [meta for _, meta in parts]}
     for form, (kind, fields) in _FIELDS.items():
         if isinstance(shares, kind):
-            extra = {"n_rows": shares.n_rows} if isinstance(shares, Rows) else {}
+            extra = {"n_rows": shares.n_rows} if isinstance(shares, SparseRows) else {}
             return {field: getattr(shares, field) for field in fields}, {"form": form, **extra}
     raise TypeError(f"{type(shares).__name__} is not a form of per-sample gradients")
 

@@ -6,8 +6,10 @@ Recording and selection inside the step both follow a run this way.
 from __future__ import annotations
 
 import warnings
-from contextlib import ExitStack
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import lightning as L
@@ -18,8 +20,8 @@ from lightning_influence.capture import GradientCapture, freeze_batch_norm, refu
 from lightning_influence.capture.step import Samples, StepCollector, StepOptions
 from lightning_influence.errors import ConfigurationError
 from lightning_influence.replay.lasting import Tries
-from lightning_influence.replay.plan import ReplayMicroBatch
-from lightning_influence.replay.removals import Removals
+from lightning_influence.replay.plan import PlannedMicroBatch
+from lightning_influence.replay.removals import RemovalCheck
 from lightning_influence.replay.witness import Trial, evaluated, rehearse, twin_of, witness
 from lightning_influence.run.batches import copied
 from lightning_influence.run.lightning_names import overrides
@@ -34,9 +36,10 @@ from lightning_influence.run.sample_weights import sample_weights
 from lightning_influence.run.tap import LossTap, tapped
 from lightning_influence.run.trainer import loss_scaler, only_optimizer
 from lightning_influence.run.training_step import Moment
+from lightning_influence.run.unchanged import unchanged
 
 _VERIFIED = 2  # samples of the first batch, each of which costs a step
-_REHEARSALS = 2  # the second sees what the first has left behind
+_REHEARSALS = 2  # the second sees state that the first left behind
 
 
 class LiveRun:
@@ -47,15 +50,25 @@ class LiveRun:
         sample_ids: tells which samples a batch holds.
         follower: the callback, whose own hooks are no reason to watch the gradients.
         otherwise: what a user can do where per-sample gradients do not say what a removal does, for the errors' texts.
+        guard: makes the context of what is done inside the training step, where an error would tear the run.
     """
 
-    def __init__(self, options: StepOptions, sample_ids: SampleIds, follower: L.Callback, *, otherwise: str) -> None:
+    def __init__(
+        self,
+        options: StepOptions,
+        sample_ids: SampleIds,
+        follower: L.Callback,
+        *,
+        otherwise: str,
+        guard: Callable[[], AbstractContextManager[None]] = nullcontext,
+    ) -> None:
         self.options, self.sample_ids = options, sample_ids
         self._follower, self._otherwise = follower, otherwise
-        self._undo = ExitStack()
+        self._guard = guard
+        self._undo, self._thaw = ExitStack(), ExitStack()
         self.drawn: Tensor | None = None  # samples of the present batch, in the order in which they were drawn
         self.dynamics: Dynamics | None = None  # of the present batch
-        self.removals = Removals(unverifiable=None if options.verify else "verify=False", few=_VERIFIED)
+        self.removals = RemovalCheck(unverifiable=None if options.verify else "verify=False", few=_VERIFIED)
         self._to_verify = False  # whether the next batch is to be verified
         self._rehearsals = 0  # steps that are still to be run again
         self._twin: L.LightningModule | None = None  # of the module, on which steps are tried
@@ -131,9 +144,9 @@ class LiveRun:
         if capture is not None:
             self._undo.callback(capture.detach)
             capture.attach()
-        elif options.frozen_batch_norm:
+        if options.frozen_batch_norm:  # also after nothing is captured any more
             for handle in freeze_batch_norm(module):
-                self._undo.callback(handle.remove)
+                self._thaw.callback(handle.remove)
         self._undo.enter_context(tapped(module, self._read_loss))
         self._first_backward, self._replayed, self._lasting = True, rehearses, lasting
         self._rehearsals = _REHEARSALS if rehearses and options.verify and self._collector.ranks.size == 1 else 0
@@ -147,11 +160,22 @@ class LiveRun:
         if self._collector.capture is not None and epoch > 0 and epoch & (epoch - 1) == 0:  # ever more rarely
             self._to_verify = self.options.verify
 
-    def stop(self, trainer: L.Trainer) -> None:
-        """Nothing of this is left in the run; may be called again."""
+    @property
+    def trying(self) -> bool:
+        """Whether the first steps are still being tried."""
+        return self._to_verify or self._rehearsals > 0
+
+    def stop(self, trainer: L.Trainer, *, trains: bool = False) -> None:
+        """Nothing of this is left in the run; may be called again.
+
+        Args:
+            trains: the run goes on, with batch normalisation as frozen as it was.
+        """
         trainer.strategy.__dict__.pop("process_dataloader", None)
         self.sample_ids.stop()
         self._undo.close()
+        if not trains:
+            self._thaw.close()
         self._twin = self._trial = None
 
     def _changes_gradients(self, trainer: L.Trainer, module: L.LightningModule) -> bool:
@@ -176,12 +200,13 @@ class LiveRun:
         if self._to_verify or self._rehearsals:
             self._twin = self._twin or twin_of(module)
             less = self.recollated()
-            rest = None if less is None else less.__getitem__
-            micro_batch = ReplayMicroBatch(copied(batch), moment, 1.0, self._n, read_random_state(), rest)
+            rest = None if less is None else partial(_without_one, less)
+            micro_batch = PlannedMicroBatch(copied(batch), moment, 1.0, self._n, read_random_state(), rest)
             buffers = {name: b.detach().clone() for name, b in module.named_buffers()}
             self._trial = Trial(micro_batch, self.ids, buffers)
             if less is None and self._minds_padding(trainer):
-                self._trial = replace(self._trial, micro_batch=replace(micro_batch, less=(self.recollated() or {}).get))
+                rest = partial(_without_one, self.recollated() or {})
+                self._trial = replace(self._trial, micro_batch=replace(micro_batch, less=rest))
         self._collector.begin(self.ids, weights, trainer.accumulate_grad_batches)
         return moment
 
@@ -246,7 +271,7 @@ class LiveRun:
         self._collector.before_backward(trainer.global_step)
 
     def _asks_plainly(self) -> bool:
-        """Whether the training step does without reentrant checkpointing in eval mode, in which queries are asked."""
+        """Whether the training step uses no reentrant checkpointing in eval mode, the mode in which query losses are computed."""
         return (
             self._twin is not None and self._trial is not None and not is_reentrant(evaluated(self._twin, self._trial))
         )
@@ -262,11 +287,14 @@ class LiveRun:
         scale = scaler.get_scale() if scaler is not None else 1.0
         samples = self._collector.after_backward(scale, watch=self._watches)
         if samples is not None and (self._to_verify or self._rehearsals):
-            self._refuse_memory(trainer, module)
+            with unchanged(module):  # a copy may share with the module what a hook closes over
+                self._refuse_memory(trainer, module)
         if self._to_verify and samples is not None:
-            self._verify(trainer, module, samples)
+            with unchanged(module):
+                self._verify(trainer, module, samples)
         if self._rehearsals and samples is not None and self._collector.first_of_step:
-            self._rehearse(trainer, scale)
+            with unchanged(module):
+                self._rehearse(trainer, scale)
         elif not self._rehearsals:
             self._twin = None
 
@@ -274,10 +302,11 @@ class LiveRun:
         """What the loss that was called says of the batch's samples: their weights in it, and their training dynamics."""
         if self._n is None:
             return
-        weights = losses.sample_weights(self._n)
-        if weights is not None and self.options.reads_the_loss:
-            self._collector.weigh(weights)
-        self.dynamics = losses.dynamics(self._n)
+        with self._guard():
+            weights = losses.sample_weights(self._n)
+            if weights is not None and self.options.reads_the_loss:
+                self._collector.weigh(weights)
+            self.dynamics = losses.dynamics(self._n)
 
     def _verify(self, trainer: L.Trainer, module: L.LightningModule, samples: Samples) -> None:
         """Do per-sample gradients say what a removal does?"""
@@ -302,7 +331,7 @@ class LiveRun:
         if (
             removals.not_summed is not None
         ):  # the collector names the parameter at the step, if it is so in the run itself
-            self.removals = Removals(unverifiable=f"of a copy of {type(module).__name__}, {removals.reason}")
+            self.removals = RemovalCheck(unverifiable=f"of a copy of {type(module).__name__}, {removals.reason}")
         elif removals.measuring:
             raise ConfigurationError(
                 f"step {trainer.global_step}: per-sample gradients do not say what removing a sample from this training step does: "
@@ -328,3 +357,9 @@ class LiveRun:
         )
         if not self._rehearsals:
             self._twin = None
+
+
+def _without_one(batches: Mapping[int, Any], gone: frozenset[int]) -> Any:
+    """The batch without the one sample that is gone; the witness removes no others."""
+    (z,) = gone
+    return batches[z]

@@ -10,7 +10,7 @@ from lightning import LightningModule
 from torch import Tensor, nn
 
 from lightning_influence.replay.passes import Passes
-from lightning_influence.replay.plan import Plan, ReplayStep, State
+from lightning_influence.replay.plan import Plan, PlannedStep, State
 from lightning_influence.run.lightning_names import overrides
 from lightning_influence.run.training_step import numbers_of
 
@@ -19,7 +19,7 @@ _HOOKS = ("on_after_backward", "on_before_optimizer_step", "configure_gradient_c
 """Hooks of a module in which gradients or parameters may be changed, and which a replay does not call."""
 
 
-def difference(passes: Passes, plan: Plan, planned: ReplayStep, state: State) -> str:
+def difference(passes: Passes, plan: Plan, planned: PlannedStep, state: State) -> str:
     """What differs, found at a step whose gradient is another than in the run, as sentences."""
     found = [
         *_not_repeatable(passes, planned, state),
@@ -31,7 +31,7 @@ def difference(passes: Passes, plan: Plan, planned: ReplayStep, state: State) ->
 
 
 def difference_on_arrival(
-    passes: Passes, plan: Plan, planned: ReplayStep, before: State, arrived: State, expected: State
+    passes: Passes, plan: Plan, planned: PlannedStep, before: State, arrived: State, expected: State
 ) -> str:
     """What differs in the state after some steps, found at the last of them."""
     missed = {k: _distance(arrived.parameters[k], p) for k, p in expected.parameters.items()}
@@ -48,8 +48,8 @@ def difference_on_arrival(
     return f"{told} {difference(passes, plan, planned, before)}"
 
 
-def _not_repeatable(passes: Passes, planned: ReplayStep, state: State) -> Iterator[str]:
-    one, other = passes.gradient(planned, state), passes.gradient(planned, state)
+def _not_repeatable(passes: Passes, planned: PlannedStep, state: State) -> Iterator[str]:
+    one, other = passes.whole(planned, state).gradients, passes.whole(planned, state).gradients
     apart = {k: _distance(one[k], other[k]) for k in one}
     worst = max(apart, key=apart.__getitem__)
     if apart[worst] > _SAME:
@@ -59,7 +59,7 @@ def _not_repeatable(passes: Passes, planned: ReplayStep, state: State) -> Iterat
         )
 
 
-def _other_numbers(module: LightningModule, planned: ReplayStep) -> Iterator[str]:
+def _other_numbers(module: LightningModule, planned: PlannedStep) -> Iterator[str]:
     here = numbers_of(module)
     for key in planned.micro_batches[0].moment.numbers:
         if key not in here:

@@ -19,7 +19,7 @@ from lightning_influence.core.trajectory import Vectors
 from lightning_influence.errors import ConfigurationError
 from lightning_influence.replay.measured_removals import MeasuredRemovals, Part
 from lightning_influence.replay.passes import Pass, Passes, leaves_of
-from lightning_influence.replay.plan import ReplayMicroBatch, ReplayStep, State
+from lightning_influence.replay.plan import PlannedMicroBatch, PlannedStep, State
 
 StoppedPaths = Literal["none", "followed", "not followed"]
 
@@ -59,6 +59,7 @@ class StepEvaluator:
         exact: whether gradients will be differentiated again.
 
     Attributes:
+        passes: by which it runs them.
         stopped_paths: whether the gradient depends on the parameters along paths that the loss stops, and whether the
             curvature follows them; None before the first exact evaluation.
     """
@@ -72,7 +73,7 @@ class StepEvaluator:
         *,
         exact: bool = True,
     ) -> None:
-        self._passes, self._removals, self.exact = passes, removals, exact
+        self.passes, self._removals, self.exact = passes, removals, exact
         self.stopped_paths: StoppedPaths | None = None
         self._capture = self._hooks(trained, exclude)
 
@@ -81,12 +82,17 @@ class StepEvaluator:
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # of layers that are slow to capture
-                return GradientCapture(self._passes.module, exclude=exclude, frozen_batch_norm=True, trained=trained)
+                return GradientCapture(self.passes.module, exclude=exclude, frozen_batch_norm=True, trained=trained)
         except ConfigurationError as error:
             self._removals.found.measure(str(error))
             return None
 
-    def evaluate(self, planned: ReplayStep, state: State) -> Evaluation:
+    @property
+    def half(self) -> bool:
+        """Whether steps are evaluated in half precision."""
+        return self.passes.half
+
+    def evaluate(self, planned: PlannedStep, state: State) -> Evaluation:
         """Gradients and shares of a step, by the module's own training step."""
         leaves = leaves_of(state.parameters)
         stopped = leaves_of(state.parameters) if self.exact and self.stopped_paths == "followed" else {}
@@ -107,7 +113,7 @@ class StepEvaluator:
         shares = self._verified(planned, state, parts, gradients, captured)
         graph = GradientGraph(leaves, totals, stopped) if self.exact else None
         if self.stopped_paths is None and graph is not None:
-            stops = self._passes.stop_paths(planned, leaves, buffers)
+            stops = self.passes.stop_paths(planned, leaves, buffers)
             self.stopped_paths = self._paths_to_follow(planned, state, graph) if stops else "none"
             if self.stopped_paths == "followed":
                 return self.evaluate(planned, state)
@@ -117,7 +123,13 @@ class StepEvaluator:
             form = partial(dict[str, Form], shares)
         return Evaluation(gradients, graph, shares is None, buffers[-1], form)
 
-    def nbytes(self, planned: ReplayStep, state: State) -> int:
+    def gradients(self, planned: PlannedStep, state: State) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """The gradients of a step, as `evaluate` finds them, and the buffers after it."""
+        with differentiable_attention() if self.exact else nullcontext():
+            one = self.passes.whole(planned, state)
+        return {k: g for k, g in one.gradients.items() if not planned.hyper or k in planned.hyper}, one.buffers
+
+    def nbytes(self, planned: PlannedStep, state: State) -> int:
         """Bytes that it takes to keep a step's evaluation; about the same for every step."""
         with _saved_bytes() as saved:
             evaluation = self.evaluate(planned, state)
@@ -130,23 +142,23 @@ class StepEvaluator:
         self,
         leaves: dict[str, Tensor],
         buffers: Mapping[str, Tensor],
-        micro_batch: ReplayMicroBatch,
+        micro_batch: PlannedMicroBatch,
         stopped: dict[str, Tensor],
     ) -> Pass:
         """A pass with its shares, while hooks can give them."""
         if self._capture is not None:
             try:
-                return self._passes.run(
+                return self.passes.run(
                     leaves, buffers, micro_batch, exact=self.exact, capture=self._capture, stopped=stopped
                 )
             except ConfigurationError as error:
                 self._removals.found.measure(str(error))
                 self._capture = None
-        return self._passes.run(leaves, buffers, micro_batch, exact=self.exact, stopped=stopped)
+        return self.passes.run(leaves, buffers, micro_batch, exact=self.exact, stopped=stopped)
 
     def _verified(
         self,
-        planned: ReplayStep,
+        planned: PlannedStep,
         state: State,
         parts: Sequence[Part],
         gradients: Vectors,
@@ -158,12 +170,12 @@ class StepEvaluator:
         shares = {k: _stacked([part[k] for part in captured]) for k in captured[0] if k in gradients}
         return shares if self._removals.agree(planned, state.parameters, parts, gradients, shares) else None
 
-    def _paths_to_follow(self, planned: ReplayStep, state: State, graph: GradientGraph) -> StoppedPaths:
+    def _paths_to_follow(self, planned: PlannedStep, state: State, graph: GradientGraph) -> StoppedPaths:
         """What has to be done about paths that the loss stops: nothing where following them changes no product; otherwise
         they are followed, if the products are then those of a finite difference.
         """
         direction = _random_direction(state.parameters)
-        moved = self._passes.slope(planned, state, direction)
+        moved = self.passes.slope(planned, state, direction)
         self.stopped_paths = "followed"
         followed = self.evaluate(planned, state).graph
         assert followed is not None

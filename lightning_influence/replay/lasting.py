@@ -12,7 +12,7 @@ from lightning import LightningModule
 from torch import Tensor
 
 from lightning_influence.replay.passes import Passes, copies
-from lightning_influence.replay.plan import ReplayMicroBatch
+from lightning_influence.replay.plan import PlannedMicroBatch
 from lightning_influence.run.batches import without
 from lightning_influence.run.random_state import random_state
 from lightning_influence.run.training_step import placed, quiet
@@ -33,7 +33,7 @@ class Tries:
     ) -> None:
         self._twin, self._passes = twin, Passes(twin, autocast)
 
-    def remembered(self, micro_batch: ReplayMicroBatch, buffers: Mapping[str, Tensor]) -> str | None:
+    def remembered(self, micro_batch: PlannedMicroBatch, buffers: Mapping[str, Tensor]) -> str | None:
         """The name of a buffer in which the step leaves something of its samples, and which its loss reads."""
         first = torch.zeros(1, dtype=torch.int64)
         less = replace(
@@ -52,7 +52,7 @@ class Tries:
                 return name
         return None
 
-    def same_loss(self, micro_batch: ReplayMicroBatch, one: Any, other: Any, buffers: Mapping[str, Tensor]) -> bool:
+    def same_loss(self, micro_batch: PlannedMicroBatch, one: Any, other: Any, buffers: Mapping[str, Tensor]) -> bool:
         """Whether two batches of a sample fewer have the same loss; they have not, where the step takes only the first."""
         n = micro_batch.n_samples - 1
         losses = list[Tensor]()
@@ -63,7 +63,7 @@ class Tries:
                 losses.append(torch.tensor(torch.nan))
         return _same(*losses) or bool(losses[0].isnan())
 
-    def _after(self, micro_batch: ReplayMicroBatch, buffers: Mapping[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+    def _after(self, micro_batch: PlannedMicroBatch, buffers: Mapping[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
         """The loss, and the buffers that the step leaves."""
         with torch.no_grad(), random_state(None), quiet(self._twin), placed(self._twin, copies(buffers)) as inside:
             loss = self._passes.loss(micro_batch).detach().clone()

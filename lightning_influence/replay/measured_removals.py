@@ -4,19 +4,20 @@ from __future__ import annotations
 
 import time
 import warnings
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
 from torch import Tensor
 
-from lightning_influence.core.removal import removal
+from lightning_influence.core.removal import gradient_change
+from lightning_influence.core.removal_sets import EVERY_SAMPLE, RemovalSets
 from lightning_influence.core.shares import Dense, Form
 from lightning_influence.core.trajectory import StepRecord, Vectors
 from lightning_influence.replay.passes import Passes, leaves_of
-from lightning_influence.replay.plan import Plan, ReplayMicroBatch, ReplayStep
-from lightning_influence.replay.removals import Removals, not_the_sum
+from lightning_influence.replay.plan import Plan, PlannedMicroBatch, PlannedStep
+from lightning_influence.replay.removals import RemovalCheck, not_the_sum
 from lightning_influence.run.batches import without
 from lightning_influence.run.kept_random import KeptRandom
 
@@ -46,7 +47,7 @@ class MeasuredRemovals:
         plan: of the run.
         found: what is known of the run's removals, and is added to.
         counterfactual: of the removals.
-        samples: the only ones whose removals are measured; None for all.
+        sets: what is removed.
         announce: warn where measuring will take long.
 
     Attributes:
@@ -57,24 +58,23 @@ class MeasuredRemovals:
         self,
         passes: Passes,
         plan: Plan,
-        found: Removals,
+        found: RemovalCheck,
         *,
         counterfactual: Literal["drop", "zero"] = "drop",
-        samples: Collection[int] | None = None,
+        sets: RemovalSets = EVERY_SAMPLE,
         announce: bool = True,
     ) -> None:
         self._passes, self._plan, self.found, self._counterfactual = passes, plan, found, counterfactual
-        self._samples = None if samples is None else set(samples)
+        self._sets = sets
         self._to_announce = announce
 
     def asked(self, sample_ids: Tensor) -> Tensor:
-        """Those whose removal is asked for, each once, in order of first appearance."""
-        each = list(dict.fromkeys(sample_ids.tolist()))
-        return torch.tensor([z for z in each if self._samples is None or z in self._samples], dtype=torch.int64)
+        """The sets, by number, whose removal from a step of these samples is asked for."""
+        return self._sets.within(sample_ids).sets
 
     def agree(
         self,
-        planned: ReplayStep,
+        planned: PlannedStep,
         parameters: Mapping[str, Tensor],
         parts: Sequence[Part],
         gradients: Vectors,
@@ -103,29 +103,31 @@ class MeasuredRemovals:
 
     def form(
         self,
-        planned: ReplayStep,
+        planned: PlannedStep,
         parameters: Mapping[str, Tensor],
         parts: Sequence[Part],
         gradients: Vectors,
     ) -> dict[str, Form]:
         """The change of the gradient by every removal that is asked for, in place of shares."""
-        samples = self.asked(planned.sample_ids)
+        sets = self.asked(planned.sample_ids)
         started = time.perf_counter()
-        changes, _ = self._changes(planned, parameters, parts, gradients, samples)
-        self._announce((time.perf_counter() - started) / max(len(samples), 1))
+        changes, _ = self._changes(planned, parameters, parts, gradients, sets)
+        self._announce((time.perf_counter() - started) / max(len(sets), 1))
         return {k: Dense(rows) for k, rows in changes.items()}
 
     def _verify(
         self,
-        planned: ReplayStep,
+        planned: PlannedStep,
         parameters: Mapping[str, Tensor],
         parts: Sequence[Part],
         gradients: Vectors,
         shares: Mapping[str, Form],
     ) -> None:
         """Hold what shares say of a few samples against evaluations without them."""
-        record = StepRecord(0, planned.sample_ids, planned.loss_weights, planned.numbers, {}, {}, {}, planned.averaged)
-        removed = removal(record, self._counterfactual)
+        record = StepRecord(
+            0, planned.sample_ids, planned.loss_weights, planned.micro_batch_numbers, {}, {}, {}, planned.averaged
+        )
+        removed = gradient_change(record, self._counterfactual)
         chosen = self.found.choose(len(removed))
         changes, lost = self._changes(planned, parameters, parts, gradients, removed.sample_ids[chosen])
         if lost is not None:
@@ -145,13 +147,13 @@ class MeasuredRemovals:
 
     def _changes(
         self,
-        planned: ReplayStep,
+        planned: PlannedStep,
         parameters: Mapping[str, Tensor],
         parts: Sequence[Part],
         gradients: Vectors,
-        samples: Tensor,
+        sets: Tensor,
     ) -> tuple[Vectors, str | None]:
-        """``e_z = grad L(B without z) - grad L(B)`` ``(len(samples), d)`` each, and of random numbers that could not be kept what
+        """``e_z = grad L(B without z) - grad L(B)`` ``(len(sets), d)`` each, of sets by number, and of random numbers that could not be kept what
         drew them.
         """
         leaves, lost = leaves_of(parameters), set[str]()
@@ -159,15 +161,16 @@ class MeasuredRemovals:
             self._passes.noted_random(parameters, part.buffers, micro_batch) if part.drew else None
             for part, micro_batch in zip(parts, planned.micro_batches, strict=True)
         ]
-        changes = {k: g.new_zeros(len(samples), g.numel()) for k, g in gradients.items()}
-        for row, z in enumerate(samples.tolist()):
+        changes = {k: g.new_zeros(len(sets), g.numel()) for k, g in gradients.items()}
+        for row, gone in enumerate(map(self._sets.members, sets.tolist())):
             for number, (part, micro_batch) in enumerate(zip(parts, planned.micro_batches, strict=True)):
-                own = (planned.sample_ids[planned.numbers == number] == z).nonzero()[:, 0]
+                here = planned.sample_ids[planned.micro_batch_numbers == number]
+                own = torch.isin(here, torch.tensor(sorted(gone))).nonzero()[:, 0]
                 if len(own) == 0:
                     continue
                 drawn = noted[number]
                 random = None if drawn is None else KeptRandom(drawn, own, micro_batch.n_samples)
-                less = self._without(planned, number, micro_batch, z, own)
+                less = self._without(planned, number, micro_batch, gone, own)
                 rest = {} if less is None else self._rest(leaves, part, less, random)
                 lost |= {random.lost} if less is not None and random is not None and random.lost else set()
                 for k, change in changes.items():
@@ -177,7 +180,7 @@ class MeasuredRemovals:
         return changes, min(lost, default=None)
 
     def _rest(
-        self, leaves: dict[str, Tensor], part: Part, less: ReplayMicroBatch, random: KeptRandom | None
+        self, leaves: dict[str, Tensor], part: Part, less: PlannedMicroBatch, random: KeptRandom | None
     ) -> Vectors:
         """Gradients of a micro-batch without a sample; with random numbers of its own, if they cannot be kept."""
         if random is not None:
@@ -187,19 +190,19 @@ class MeasuredRemovals:
         return self._passes.run(leaves, part.buffers, less).gradients
 
     def _without(
-        self, planned: ReplayStep, number: int, micro_batch: ReplayMicroBatch, z: int, own: Tensor
-    ) -> ReplayMicroBatch | None:
-        """A micro-batch without a sample, whose rows are its ``own``; None where nothing is left of it."""
+        self, planned: PlannedStep, number: int, micro_batch: PlannedMicroBatch, gone: frozenset[int], own: Tensor
+    ) -> PlannedMicroBatch | None:
+        """A micro-batch without some samples, whose rows are its ``own``; None where nothing is left of it."""
         if len(own) == micro_batch.n_samples:
             return None
         factor = micro_batch.factor
         if self._counterfactual == "zero" and planned.averaged:
-            weights = planned.loss_weights[planned.numbers == number]
+            weights = planned.loss_weights[planned.micro_batch_numbers == number]
             factor *= float(1 - weights[own].sum() / weights.sum())
         if micro_batch.less is None:
             batch = without(micro_batch.batch, own, micro_batch.n_samples)
         else:
-            batch = micro_batch.less(z)
+            batch = micro_batch.less(gone)
         return replace(micro_batch, batch=batch, n_samples=micro_batch.n_samples - len(own), factor=factor)
 
     def _announce(self, seconds: float) -> None:

@@ -1,4 +1,4 @@
-"""What is known of the removals of a replay: from shares that were verified, or measured by evaluating steps again."""
+"""Whether the removals of a replay follow from shares, which are verified, or are measured by evaluating steps again."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _NOISE = 1e-6  # relative to the gradient: what single precision leaves of a dif
 
 
 @dataclass
-class Removals:
+class RemovalCheck:
     """How the changes of the gradient by removals are found.
 
     Attributes:
@@ -60,7 +60,7 @@ class Removals:
         self.reason = self.reason or reason
 
     def compare(self, predicted: Vectors, measured: Vectors, gradients: Vectors, *, autocast: bool = False) -> None:
-        """Hold the change that shares give for one sample against the measured one; measure from now on if they differ.
+        """Compare the change that shares give for one sample with the measured one; measure from now on if they differ.
 
         Args:
             autocast: whether the step was evaluated in half precision.

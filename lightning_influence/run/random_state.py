@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from typing import Any
 
 import numpy as np
 import torch
@@ -34,7 +35,7 @@ def write_random_state(state: Mapping[str, Tensor]) -> None:
     *keys, position, has_gauss = state["numpy"].tolist()
     np.random.set_state(("MT19937", np.array(keys, dtype=np.uint32), position, has_gauss, float(state["numpy_gauss"])))
     torch.set_rng_state(state["torch"])
-    if "cuda" in state:
+    if "cuda" in state and torch.cuda.is_available():
         torch.cuda.set_rng_state(state["cuda"])
 
 
@@ -48,3 +49,15 @@ def random_state(state: Mapping[str, Tensor] | None) -> Iterator[None]:
         yield
     finally:
         write_random_state(before)
+
+
+@contextmanager
+def generator_as_it_was(loader: Any) -> Iterator[None]:
+    """A loader may be read without moving on the generator it was given, which it may share with another."""
+    generator = getattr(loader, "generator", None)
+    before = None if generator is None else generator.get_state()
+    try:
+        yield
+    finally:
+        if generator is not None:
+            generator.set_state(before)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from lightning_influence.report.provenance import Removals
+from lightning_influence.report.provenance import RemovalSummary
 from lightning_influence.report.tables import in_notebook, write_csv
 
 if TYPE_CHECKING:
@@ -27,7 +27,7 @@ class SelectionReport:
     """
 
     rows: list[tuple[int, Tensor, Tensor, Tensor]] = field(default_factory=list)
-    removals: Removals | None = None
+    removals: RemovalSummary | None = None
 
     def add(self, step: int, sample_ids: Tensor, scores: Tensor, weights: Tensor) -> None:
         """Note a decision; ``(n,)`` each."""

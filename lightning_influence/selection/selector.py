@@ -16,8 +16,8 @@ from torch import Tensor
 from lightning_influence.capture.step import StepOptions
 from lightning_influence.core.sweep import Method
 from lightning_influence.errors import ConfigurationError
-from lightning_influence.replay.removals import Removals
-from lightning_influence.report.provenance import Removals as Told
+from lightning_influence.replay.removals import RemovalCheck
+from lightning_influence.report.provenance import RemovalSummary
 from lightning_influence.selection.decisions import SelectionReport
 from lightning_influence.selection.lookahead import Candidates, look_ahead
 from lightning_influence.selection.policies import Policy, Soft, decide
@@ -77,7 +77,7 @@ class LookAhead:
     """Scores by rolling the run out (`lookahead.look_ahead`).
 
     Args:
-        target: gives the target, as `look_ahead` takes it.
+        queries: gives the queries, as `look_ahead` takes them.
         settings: of the selection.
 
     Attributes:
@@ -86,18 +86,18 @@ class LookAhead:
 
     reads_batches = True
 
-    def __init__(self, target: Callable[[], Any], settings: Settings) -> None:
-        self.target, self.settings = target, settings
+    def __init__(self, queries: Callable[[], Any], settings: Settings) -> None:
+        self.queries, self.settings = queries, settings
         self.forget()
 
     def forget(self) -> None:
         """Nothing is known of the run's removals any more."""
-        self.removals = Removals(unverifiable=None if self.settings.options.verify else "verify=False")
+        self.removals = RemovalCheck(unverifiable=None if self.settings.options.verify else "verify=False")
 
     def __call__(self, trainer: L.Trainer, candidates: Sequence[Sequence[Candidates]], scored: int) -> list[Tensor]:
         s = self.settings
         return look_ahead(
-            trainer, candidates, self.target(), s.horizon, s.method, scored, options=s.options, removals=self.removals
+            trainer, candidates, self.queries(), s.horizon, s.method, scored, options=s.options, removals=self.removals
         )
 
 
@@ -138,7 +138,7 @@ class Selector:
             raise ConfigurationError("Soft weighs gradients, which horizon=0, every=1 does; a batch has no weights.")
         self.settings, self.scorer = settings, scorer
         self.report = SelectionReport()
-        self.removals: Removals | None = None
+        self.removals: RemovalCheck | None = None
 
     @property
     def inside_the_step(self) -> bool:
@@ -158,7 +158,7 @@ class Selector:
         """Keep a decision, and log it through the trainer's loggers."""
         self.report.add(trainer.global_step, sample_ids, scores, weights)
         found = self.removals or getattr(self.scorer, "removals", None)
-        self.report.removals = None if found is None else Told.from_json(found.to_metadata())
+        self.report.removals = None if found is None else RemovalSummary.from_json(found.to_metadata())
         every = trainer.log_every_n_steps if self.inside_the_step else 1  # type: ignore[attr-defined]
         if trainer.global_step % every == 0:
             means = {

@@ -12,7 +12,7 @@ from lightning_influence.core.shares import (
     Dense,
     Form,
     Outer,
-    Rows,
+    SparseRows,
     Stack,
     Sum,
     add,
@@ -44,7 +44,7 @@ def draw(kind: str, n: int, t: int, generator: torch.Generator) -> tuple[Form, t
         for i in range(n):
             for k in range(t):
                 dense[i, where[i, k]] += values[i, k]
-        return Rows(where, values, ROWS), dense.flatten(1)
+        return SparseRows(where, values, ROWS), dense.flatten(1)
     parts = [draw(k, n, t, generator) for k in ("outer", "rows", "dense")]
     if kind == "sum":
         return Sum([p for p, _ in parts]), sum(d for _, d in parts)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from lightning_influence import InfluenceCallback
 from lightning_influence.core.sweep import Method, sweep
-from lightning_influence.replay.removals import Removals
+from lightning_influence.replay.removals import RemovalCheck
 from lightning_influence.run.data import TrainingData
 from lightning_influence.scoring.attribution import open_trajectory
 from lightning_influence.scoring.queries import Queries, query_gradients
@@ -20,7 +20,7 @@ from lightning_influence.scoring.queries import Queries, query_gradients
 RIGHT = [kind for kind in KINDS if not kind.refused]
 
 
-def scores(log: Path, kind: type[Base], module: Base, removals: Removals) -> Tensor:
+def scores(log: Path, kind: type[Base], module: Base, removals: RemovalCheck) -> Tensor:
     data = TrainingData.of(None)
     with open_trajectory(log, module, "none", data, progress=False, removals=removals) as run:
         queries = Queries.of([kind.collate(samples(kind)[N:])], data=data, precision="64-true")
@@ -34,8 +34,8 @@ def scores(log: Path, kind: type[Base], module: Base, removals: Removals) -> Ten
 @pytest.mark.parametrize("kind", RIGHT, ids=lambda kind: kind.__name__)
 def test_both_give_the_same_scores(kind: type[Base], tmp_path: Path) -> None:
     module = trained(kind, callbacks=[InfluenceCallback(tmp_path / "log", record="replay", **kind.options)])
-    by_shares = Removals()
+    by_shares = RemovalCheck()
     shares = scores(tmp_path / "log", kind, module, by_shares)
-    reruns = scores(tmp_path / "log", kind, module, Removals(reason="asked for"))
+    reruns = scores(tmp_path / "log", kind, module, RemovalCheck(reason="asked for"))
     assert not by_shares.measuring, by_shares.reason
     assert (shares - reruns).norm() <= 1e-6 * reruns.norm()
