@@ -29,7 +29,7 @@ from lightning_influence.run.losses import Dynamics
 from lightning_influence.run.optimizer import update_name
 from lightning_influence.run.random_state import read_random_state
 from lightning_influence.run.ranks import Ranks
-from lightning_influence.run.refusals import REENTRANT, is_reentrant, refuse_parameters
+from lightning_influence.run.refusals import REENTRANT, is_reentrant, refuse_parameters, refuse_thawing
 from lightning_influence.run.rows import RowOrder, row_order
 from lightning_influence.run.sample_ids import SampleIds
 from lightning_influence.run.sample_weights import sample_weights
@@ -119,6 +119,13 @@ class LiveRun:
         refuse_parameters(module, optimizer)
         refuse_compiled(module)
         options.check(module)
+        if overrides(module, "configure_gradient_clipping"):
+            raise ConfigurationError(
+                f"{type(module).__name__} overrides configure_gradient_clipping, so how its gradients are clipped is not known. Leave "
+                "it to Trainer(gradient_clip_val=..., gradient_clip_algorithm=...)."
+            )
+        if captures:
+            refuse_thawing(trainer, module, options.exclude)
         if not options.frozen_batch_norm:
             refuse_batch_norm(module)
         capture = None

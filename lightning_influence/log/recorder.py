@@ -91,6 +91,7 @@ class Recorder:
         self._buffers: dict[str, Tensor] = {}  # before the first micro-batch of a step whose state is due
         self._in_snapshots = _in_snapshots(writer)  # parameters
         self._begun: _Noted | None = None
+        self._taken = False  # the optimizer took a step since the last micro-batch was begun
         self._noted: list[_Noted] = []
         self._pending: tuple[StepRecord, dict[str, Form], list[_Noted]] | None = None
         self._left_by_steps: Tensor | None = None
@@ -111,6 +112,7 @@ class Recorder:
             moment, fetched, less: as of `snapshots.pack_micro_batch`.
         """
         self._between.check()
+        self._taken = False
         if self._snapshot_due() and not self.collector.inside_a_step:
             self._buffers = {name: b.detach().clone() for name, b in self.module.named_buffers()}
         replay = None if self.replay is None else pack_micro_batch(batch, moment, fetched, self.replay, less)
@@ -251,7 +253,13 @@ class Recorder:
     def _stepped(self) -> None:
         """The optimizer took the step: its gradients are now the clipped ones."""
         if self._pending is None:
+            if self._begun is None and self._taken:
+                raise ConfigurationError(
+                    f"step {len(self.writer) - 1}: the optimizer stepped once more without another backward pass: optimizer_step is "
+                    "overridden and steps twice. Influence follows one step for each gradient; step once."
+                )
             return
+        self._taken = True
         (record, shares, noted), self._pending = self._pending, None
         self._between.note_step()
         self._check_clip(record.clip, record.index)

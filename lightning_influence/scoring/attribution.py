@@ -249,6 +249,10 @@ def _check_model(steps: LoggedSteps, model: LightningModule) -> None:
     if not is_a(model, "LightningModule"):
         raise ConfigurationError(f"model is a {type(model).__name__}; give the LightningModule that was trained.")
     parameters = dict(model.named_parameters())
+    if any(p.is_meta for p in parameters.values()):
+        raise ConfigurationError(
+            "the model is on the meta device and holds no weights; load those of the run's end into it first."
+        )
     for name, shape in steps.reader.manifest["shapes"].items():
         if name not in parameters or list(parameters[name].shape) != shape:
             found = "no such parameter" if name not in parameters else f"shape {list(parameters[name].shape)}"
