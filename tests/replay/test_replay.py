@@ -274,7 +274,7 @@ def test_a_step_that_makes_a_parameter_not_finite_says_so(tmp_path: Path) -> Non
 
     def forge(place: str, tensors: Any, meta: Any) -> None:
         if place == "step" and next(steps) == 1:
-            meta["hyper"][0]["weight_decay"] = 1e60
+            meta["hyper"][0] |= {"weight_decay": 1e29, "lr": 1e29}
 
     wrong = forged(log, tmp_path / "forged", forge)
     with pytest.raises(
