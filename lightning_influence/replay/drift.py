@@ -6,13 +6,12 @@ import platform
 from collections.abc import Iterator, Mapping
 from importlib.metadata import PackageNotFoundError, version
 
-from lightning import LightningModule
 from torch import Tensor, nn
 
 from lightning_influence.replay.passes import Passes
 from lightning_influence.replay.plan import Plan, PlannedStep, State
 from lightning_influence.run.lightning_names import overrides
-from lightning_influence.run.training_step import numbers_of
+from lightning_influence.run.moment import numbers_of
 
 _SAME = 1e-5  # relative
 _HOOKS = ("on_after_backward", "on_before_optimizer_step", "configure_gradient_clipping", "optimizer_step")
@@ -59,7 +58,7 @@ def _not_repeatable(passes: Passes, planned: PlannedStep, state: State) -> Itera
         )
 
 
-def _other_numbers(module: LightningModule, planned: PlannedStep) -> Iterator[str]:
+def _other_numbers(module: nn.Module, planned: PlannedStep) -> Iterator[str]:
     here = numbers_of(module)
     for key in planned.micro_batches[0].moment.numbers:
         if key not in here:
@@ -70,7 +69,7 @@ def _other_numbers(module: LightningModule, planned: PlannedStep) -> Iterator[st
             return
 
 
-def _changes_of_gradients(module: LightningModule) -> Iterator[str]:
+def _changes_of_gradients(module: nn.Module) -> Iterator[str]:
     hooked = [name for name, p in module.named_parameters() if p._backward_hooks]
     if hooked:
         yield f"A hook on {hooked[0]} changes its gradient, which a replay does not call. Train without it."

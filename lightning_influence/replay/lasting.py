@@ -8,14 +8,14 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from lightning import LightningModule
 from torch import Tensor
 
 from lightning_influence.replay.passes import Passes, copies
 from lightning_influence.replay.plan import PlannedMicroBatch
 from lightning_influence.run.batches import without
+from lightning_influence.run.parameters import placed
 from lightning_influence.run.random_state import random_state
-from lightning_influence.run.training_step import placed, quiet
+from lightning_influence.run.task import Task
 
 _SAME = 1e-6  # relative
 
@@ -24,13 +24,11 @@ class Tries:
     """Runs a micro-batch forward on a copy of a module, at chosen buffers.
 
     Args:
-        twin: the copy, which shares the module's parameters.
+        twin: on the copy, which shares the module's parameters.
         autocast: makes the context of the run's mixed precision.
     """
 
-    def __init__(
-        self, twin: LightningModule, autocast: Callable[[], AbstractContextManager[Any]] = nullcontext
-    ) -> None:
+    def __init__(self, twin: Task, autocast: Callable[[], AbstractContextManager[Any]] = nullcontext) -> None:
         self._twin, self._passes = twin, Passes(twin, autocast)
 
     def remembered(self, micro_batch: PlannedMicroBatch, buffers: Mapping[str, Tensor]) -> str | None:
@@ -65,7 +63,12 @@ class Tries:
 
     def _after(self, micro_batch: PlannedMicroBatch, buffers: Mapping[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
         """The loss, and the buffers that the step leaves."""
-        with torch.no_grad(), random_state(None), quiet(self._twin), placed(self._twin, copies(buffers)) as inside:
+        with (
+            torch.no_grad(),
+            random_state(None),
+            self._twin.quiet(),
+            placed(self._twin.module, copies(buffers)) as inside,
+        ):
             loss = self._passes.loss(micro_batch).detach().clone()
         return loss, {k: inside[k].detach() for k in buffers}
 
