@@ -14,11 +14,13 @@ from uuid import uuid4
 
 import lightning as L
 import torch
+from lightning.pytorch.utilities import rank_zero_info
 
 from lightning_influence.capture.step import StepOptions
 from lightning_influence.core.coordinates import COMPRESSIONS
 from lightning_influence.errors import ConfigurationError, LogError
 from lightning_influence.lightning.failures import tell_missing
+from lightning_influence.lightning.first_step import first_step_line
 from lightning_influence.lightning.live_run import LiveRun
 from lightning_influence.lightning.run_report import PAGE, SAVED, refuse_no_queries, report_run
 from lightning_influence.log.format import MANIFEST, refuse_undecodable
@@ -32,7 +34,7 @@ from lightning_influence.report.tables import in_notebook
 from lightning_influence.run.ranks import Ranks
 from lightning_influence.run.sample_ids import IdSource, SampleIds
 from lightning_influence.run.sample_weights import WeightSource
-from lightning_influence.run.trainer import clip_of, loss_scaler, ranks_of
+from lightning_influence.run.trainer import clip_of, loss_scaler, ranks_of, steps_left
 from lightning_influence.words import renamed
 
 
@@ -153,6 +155,8 @@ class InfluenceCallback(L.Callback):
         self._failure: Exception | None = (
             None  # inside the training or the optimizer's step, to be dealt with at the next hook
         )
+        self._told = False  # of the first step
+        self._manifest: Manifest | None = None
         self._stopped: str | None = None  # why recording ended before the run did
 
     def __repr__(self) -> str:
@@ -226,6 +230,8 @@ class InfluenceCallback(L.Callback):
                 guard=self._inside,
             )
             undo.pop_all()
+        self._told = False
+        self._manifest = manifest
 
     def _writer(self, ranks: Ranks, manifest: Manifest, undo: ExitStack) -> StoreWriter:
         """The log, open for the steps that come; ``undo`` closes it."""
@@ -412,6 +418,16 @@ class InfluenceCallback(L.Callback):
     ) -> None:
         assert self._recorder is not None
         self._recorder.before_step(clip_of(trainer), may_skip=loss_scaler(trainer) is not None)
+
+    @_while_recording
+    def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: Any) -> None:
+        assert self._recorder is not None and self._manifest is not None
+        if self._told or not self._recorder.begun:
+            return
+        self._told, left = True, steps_left(trainer) + 1
+        step, snapshot = self._recorder.bytes_written()
+        every = self._recorder.replay.snapshot_every if self._recorder.replay is not None else 1
+        rank_zero_info(first_step_line(self.dirpath, self._manifest, step, snapshot, left, left / every + 1))
 
 
 def _run_of(log: Path) -> str | None:

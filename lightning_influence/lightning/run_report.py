@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
+from lightning.pytorch.utilities import rank_zero_info
 from torch.utils._pytree import tree_flatten
 from torch.utils.data import DataLoader, DistributedSampler
 
@@ -96,6 +97,6 @@ def _made(trainer: L.Trainer, module: L.LightningModule, log: Path, queries: Any
     data = getattr(training, "dataset", None)
     page = tried(PAGE, lambda: made.to_html(log / PAGE, data=data, dynamics=dynamics_of(log)))
     if page is not None:
-        print(f"The influence report is {page.resolve()}; open it in a browser: {page.resolve().as_uri()}")
+        rank_zero_info(f"The influence report is {page.resolve()}; open it in a browser: {page.resolve().as_uri()}")
     tried("the report in the loggers", lambda: log_report(made, trainer, page))
     return made

@@ -161,6 +161,8 @@ def _set_batch_sampler(loader: DataLoader[Any], sampler: Any) -> None:
 
 
 def _describe(loader: Any) -> str:
+    if isinstance(loader, (Mapping, list, tuple)):
+        return f"{len(loader)} loaders, whose batches come together"
     if not isinstance(loader, DataLoader):
         return f"a {type(loader).__name__}"
     if isinstance(loader.dataset, torch.utils.data.IterableDataset):
