@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import lightning as L
 import torch
@@ -13,7 +13,7 @@ from lightning.pytorch.utilities import CombinedLoader
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils.parametrizations import spectral_norm, weight_norm
-from torch.nn.utils.rnn import pack_padded_sequence
+from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence, pad_sequence
 from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader, IterableDataset, default_collate
 
@@ -455,6 +455,21 @@ class Triplets(Base):
 
 
 @kind
+class ContrastiveLater(Base):
+    """From the second epoch on, samples are told from each other."""
+
+    refused = GRADIENTS
+    refused_later = True
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        z = self(batch[0])
+        loss = F.cross_entropy(z, batch[1])
+        if self.current_epoch > 0 and self.training:
+            loss = loss + F.cross_entropy(z @ self(batch[0] + 0.1).T, torch.arange(len(z)))
+        return loss
+
+
+@kind
 class PermutedInside(Base):
     """Rows are put in another order inside the training step."""
 
@@ -551,6 +566,64 @@ class Combined(Base):
     def training_step(self, batch: Any, batch_idx: int) -> Any:
         a, b = (batch["a"], batch["b"]) if isinstance(batch, dict) else (batch, batch)
         return F.cross_entropy(self(a[0]), a[1]) + 0.1 * F.cross_entropy(self(b[0]), b[1])
+
+
+class Point(NamedTuple):
+    x: Tensor
+    y: Tensor
+
+
+@kind
+class NamedTuples(Base):
+    """A batch is a named tuple."""
+
+    @staticmethod
+    def collate(samples: Samples) -> Any:
+        return Point(*default_collate(samples))
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        return F.cross_entropy(self(batch.x), batch.y)
+
+
+@kind
+class Padded(Texts):
+    """Texts of several lengths, whose mean is taken over the padding, too."""
+
+    refused = GRADIENTS
+
+    @staticmethod
+    def samples(n: int) -> Samples:
+        found = texts(n)
+        lengths = [2 + i % 4 if i < N else TOKENS for i in range(n)]
+        return [(x[:length], y) for length, (x, y) in zip(lengths, found, strict=True)]
+
+    @staticmethod
+    def collate(samples: Samples) -> Any:
+        return pad_sequence([x for x, _ in samples], batch_first=True), torch.stack([y for _, y in samples])
+
+
+@kind
+class PackedTags(Padded):
+    """A label for every word; what is unpacked is as long as the longest text that is left."""
+
+    @staticmethod
+    def samples(n: int) -> Samples:
+        return [(x, x % 3) for x, _ in Padded.samples(n)]
+
+    @staticmethod
+    def collate(samples: Samples) -> Any:
+        words, tags = ([s[i] for s in samples] for i in range(2))
+        lengths = torch.tensor([len(x) for x in words])
+        padded = pad_sequence(tags, batch_first=True, padding_value=-100)
+        return pad_sequence(words, batch_first=True), padded, lengths
+
+    def layer(self) -> nn.Module:
+        return nn.GRU(8, 8, batch_first=True)
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        packed = pack_padded_sequence(self.words(batch[0]), batch[2], batch_first=True, enforce_sorted=False)
+        hidden, _ = pad_packed_sequence(self.body(packed)[0], batch_first=True)
+        return F.cross_entropy(self.head(hidden).flatten(0, 1), batch[1].flatten())
 
 
 class Stream(IterableDataset[Any]):
@@ -792,6 +865,41 @@ class Counter(Base):
         if self.training:
             self.count += 1
         return F.cross_entropy(self(batch[0]), batch[1]) * (1.0 + 0.1 * self.count if self.training else 1.0)
+
+
+@kind
+class AnnealedInDict(Base):
+    """A hook sets the weight of a term, which is kept in a dict."""
+
+    def build(self) -> None:
+        super().build()
+        self.weights = {"square": 0.0}
+
+    def on_train_epoch_start(self) -> None:
+        self.weights["square"] = 0.1 + self.current_epoch
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        logits = self(batch[0])
+        term = self.weights["square"] * logits.square().mean() if self.training else 0.0
+        return F.cross_entropy(logits, batch[1]) + term
+
+
+@kind
+class Queue(Base):
+    """What was seen before is kept in a buffer, and looked at."""
+
+    refused = BOTH
+
+    def build(self) -> None:
+        super().build()
+        self.register_buffer("queue", torch.ones(6, 3, dtype=torch.float64))
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        logits = self(batch[0])
+        loss = F.cross_entropy(logits, batch[1]) + 0.1 * (logits @ self.queue.T).logsumexp(1).mean()
+        if self.training:
+            self.queue = torch.cat([logits.detach(), self.queue])[:6]
+        return loss
 
 
 @kind

@@ -220,6 +220,34 @@ def test_the_weight_of_an_l1_loss_survives_being_seen(tmp_path: Path) -> None:
         assert torch.equal(p, q)
 
 
+class Dropped(Base):
+    """Dropout in the layers and of the inputs."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(F.dropout(F.gelu(self.body(F.dropout(x, 0.2, self.training))), 0.5, self.training))
+
+
+class DroppedContrastive(Dropped):
+    """Two views of every sample by dropout alone, told from those of the others."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        z, other = self(batch[0]), self(batch[0])
+        return F.cross_entropy(z, batch[1]) + F.cross_entropy(z @ other.T, torch.arange(len(z)))
+
+
+def test_removals_are_verified_with_the_random_numbers_of_every_other_sample(tmp_path: Path) -> None:
+    for kind, how in ((Dropped, "shares"), (DroppedContrastive, "rerun")):
+        log = tmp_path / kind.__name__
+        module = trained(kind, callbacks=[InfluenceCallback(log, record="replay")])
+        report = attribute(log, queries=DataLoader(data()[1], QUERIES), model=module, progress=False)
+        told = report.metadata["removals"]
+        assert told["by"] == how
+        assert told["verified"] == 3 and told["largest_error"] < 1e-8 if how == "shares" else told["reason"]
+    trained(Dropped, callbacks=[InfluenceCallback(tmp_path / "dropped", record="gradients")])
+    with pytest.raises(InfluenceError, match=r"miss the effect of a removal by .* of its size \(most at"):
+        trained(DroppedContrastive, callbacks=[InfluenceCallback(tmp_path / "contrastive", record="gradients")])
+
+
 def test_a_report_says_how_removals_were_found(tmp_path: Path) -> None:
     for kind, how in ((Base, "shares"), (Contrastive, "rerun")):
         log = tmp_path / kind.__name__

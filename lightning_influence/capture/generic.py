@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.func import functional_call, vmap
+from torch.nn.utils.rnn import PackedSequence
 from torch.utils import _pytree as pytree
 
 from lightning_influence.core.shares import Dense, Form
@@ -34,6 +35,11 @@ def generic(
     Raises:
         ConfigurationError: the module cannot be run one sample at a time.
     """
+    if any(isinstance(value, PackedSequence) for value in args):
+        raise ConfigurationError(
+            f"{type(layer).__name__} is given a packed sequence, in which the words of all samples are mixed, so that no row is a "
+            "sample's. Give it padded sequences, or use record='replay', which measures what a removal does."
+        )
     # by attribute, since a replay puts plain tensors in the place of the parameters
     parameters = {name: attrgetter(name)(layer).detach() for name in names}
     leaves, structure = pytree.tree_flatten((args, kwargs))

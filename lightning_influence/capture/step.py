@@ -16,10 +16,10 @@ import torch
 from torch import Tensor
 
 from lightning_influence.capture.hooks import GradientCapture
-from lightning_influence.capture.sums import NotTheSum, SumCheck, first_disagreement
+from lightning_influence.capture.sums import SumCheck
 from lightning_influence.core.optimizers import UPDATES, coupling
 from lightning_influence.core.shares import Form, Stack
-from lightning_influence.core.trajectory import Clip, StepRecord, Vectors
+from lightning_influence.core.trajectory import Clip, StepRecord
 from lightning_influence.errors import ConfigurationError, InfluenceError, check_choice
 from lightning_influence.run.optimizer import read_hypers, read_moments, update_name
 from lightning_influence.run.ranks import Ranks
@@ -141,7 +141,7 @@ class StepCollector:
         averaged: whether the training loss is a mean over its samples.
         ranks: the processes whose gradients are averaged.
         otherwise: what a user can do whose per-sample gradients do not add up to the gradient, for the error's text.
-        verify: hold their sum against the gradient: on all coordinates at the first step, on a few at every step.
+        verify: hold their sum against the gradient at every step, on a few coordinates of every parameter.
         give_up: told why per-sample gradients cannot be collected, and that they are not from here on; None to raise that.
 
     Attributes:
@@ -174,7 +174,6 @@ class StepCollector:
         self._norm: Tensor | None = None  # of the gradient after the last backward pass
         self._sums = None if capture is None or not verify else SumCheck(capture.parameters)
         self._local_scale = 1.0  # of the gradients of this process alone, in the step's
-        self._whole = verify  # the shares of the first step are held against the gradient on all coordinates
         several = self._sums is not None and self.ranks.size > 1
         self._handles = self._sums.watch_local() if self._sums is not None and several else []
 
@@ -286,7 +285,7 @@ class StepCollector:
         with self._may_give_up():
             self._refuse_uncollected(index)
             shares = self._of_step([part for _, part in micro_batches])
-            self._refuse_other_sums(index, shares, float(norm))
+            self._refuse_other_sums(index, float(norm))
         if self.capture is None:
             shares = {}
         refuse_unowned(self.module, self.optimizer)
@@ -364,37 +363,19 @@ class StepCollector:
                 "to train after fit had started. Unfreeze them before fit, or name them in exclude=."
             )
 
-    def _refuse_other_sums(self, index: int, shares: Mapping[str, Form], norm: float) -> None:
+    def _refuse_other_sums(self, index: int, norm: float) -> None:
         """The safety net under all capture rules: shares are additive parts of the gradient."""
         if self._sums is None:
             return
         assert self.capture is not None
         gradients = {k: p.grad for k, p in self.capture.parameters.items() if p.grad is not None}
         wrong = self._sums.disagreement(gradients, norm, self._local_scale)
-        if wrong is None and self._whole:
-            wrong = self._wrong_anywhere(shares, gradients, norm)
-        self._whole = False
         if wrong is not None:
             raise ConfigurationError(
                 f"step {index}: the per-sample gradient shares of {wrong.parameter} sum to its gradient only up to a relative error of "
                 f"{wrong.error:.3g}. The parameter is used in a way that its module's rule does not see (outside its module's "
                 f"forward, say), or a hook changes its gradient. Freeze it, name it in exclude=, or {self._otherwise}."
             )
-
-    def _wrong_anywhere(self, shares: Mapping[str, Form], gradients: Vectors, norm: float) -> NotTheSum | None:
-        """On all coordinates, and over all processes."""
-        assert self.capture is not None
-        return first_disagreement(
-            (
-                (
-                    name,
-                    self.ranks.sum(share.combine(torch.ones(1, share.n_samples, device=p.device))),
-                    gradients.get(name),
-                )
-                for (name, share), p in zip(shares.items(), self.capture.parameters.values(), strict=True)
-            ),
-            norm,
-        )
 
     def close(self) -> None:
         """Leave nothing in the module."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -61,7 +61,7 @@ class SumCheck:
 
     def add(self, shares: Mapping[str, Form]) -> None:
         """The shares of a micro-batch, by parameter, all of them."""
-        sums = torch.cat([shares[name].sum_at(block).flatten() for name, block in self._blocks.items()])
+        sums = block_sums(self._blocks, shares)
         self._sums = sums if self._sums is None else self._sums + sums
 
     def disagreement(self, gradients: Mapping[str, Tensor], norm: float, scale: float = 1.0) -> NotTheSum | None:
@@ -81,25 +81,36 @@ class SumCheck:
             if local is None
             else {k: g * scale for k, g in local.items()}
         )
-        parts = zip(self._blocks, sums.split([block.size for block in self._blocks.values()]), strict=True)
-        return first_disagreement(((k, s, found.get(k)) for k, s in parts), norm)
+        return first_disagreement(self._blocks, sums, found, norm)
 
 
-def first_disagreement(sums: Iterable[tuple[str, Tensor, Tensor | None]], norm: float) -> NotTheSum | None:
-    """The first of ``(parameter, sum of shares, gradient)`` in which the two differ; a gradient of None is zero.
+def first_disagreement(
+    blocks: Mapping[str, Block], sums: Tensor, gradients: Mapping[str, Tensor], norm: float
+) -> NotTheSum | None:
+    """The first parameter of whose gradient, on its block, the sum of shares is another.
 
     Args:
+        sums: on the blocks, one after the other.
+        gradients: on the blocks; a missing one is zero.
         norm: of the whole gradient.
     """
-    names, rows, half = list[str](), list[Tensor](), list[bool]()
-    for name, total, gradient in sums:
-        expected = torch.zeros_like(total) if gradient is None else gradient.flatten().to(total.dtype)
-        rows.append(
-            torch.stack([torch.linalg.vector_norm(total.flatten() - expected), torch.linalg.vector_norm(expected)])
-        )
-        half.append(gradient is not None and gradient.dtype in (torch.float16, torch.bfloat16))
-        names.append(name)
-    for name, narrow, (error, size) in zip(names, half, torch.stack(rows).tolist() if rows else [], strict=True):
-        if not error <= (_TOLERANCE_HALF if narrow else _TOLERANCE) * size + _NOISE * norm:
+    sizes = [block.size for block in blocks.values()]
+    expected = torch.cat(
+        [
+            gradients[k].flatten().to(sums) if k in gradients else sums.new_zeros(size)
+            for k, size in zip(blocks, sizes, strict=True)
+        ]
+    )
+    owner = torch.arange(len(sizes)).repeat_interleave(torch.tensor(sizes)).to(sums.device)
+    squared = torch.stack([sums - expected, expected]).square()
+    errors, norms = squared.new_zeros(2, len(sizes)).index_add_(1, owner, squared).sqrt().tolist()
+    for name, error, size in zip(blocks, errors, norms, strict=True):
+        half = name in gradients and gradients[name].dtype in (torch.float16, torch.bfloat16)
+        if not error <= (_TOLERANCE_HALF if half else _TOLERANCE) * size + _NOISE * norm:
             return NotTheSum(name, error / max(size, 1e-30))
     return None
+
+
+def block_sums(blocks: Mapping[str, Block], shares: Mapping[str, Form]) -> Tensor:
+    """Sums of shares on the blocks, one after the other."""
+    return torch.cat([shares[name].sum_at(block).flatten() for name, block in blocks.items()])

@@ -9,6 +9,7 @@ sparse `SparseRows` of an embedding, `Sum` over several uses of a parameter, `St
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -26,42 +27,45 @@ _FEW = (4, 8)  # rows and columns of a block
 class Block:
     """A few coordinates of a parameter, seen as a matrix ``shape`` of its first dimension and all others together.
 
-    Attributes:
-        rows, columns: int64, on the device of the parameter.
-
     Example:
-        >>> block = Block((3, 2), torch.tensor([0, 2]), torch.tensor([1]))
-        >>> block.select(torch.tensor([[1, 2], [3, 4], [5, 6]]))
+        >>> Block((3, 2), slice(0, 3, 2), slice(1, 2)).select(torch.tensor([[1, 2], [3, 4], [5, 6]]))
         tensor([[2],
                 [6]])
-        >>> Block.of(torch.zeros(100, 50, 2)).size
-        32
+        >>> block = Block.of(torch.zeros(100, 8, 8))
+        >>> block.size, block.columns
+        (32, slice(3, 59, 7))
     """
 
     shape: tuple[int, int]
-    rows: Tensor
-    columns: Tensor
+    rows: slice
+    columns: slice
 
     @classmethod
     def of(cls, parameter: Tensor) -> Block:
-        """A few rows times a few columns, drawn once and for all: regular ones would meet the border of every image."""
-        n_rows = parameter.shape[0] if parameter.dim() else 1
-        n_columns = parameter.numel() // max(n_rows, 1)
-        drawn = torch.Generator().manual_seed(0)
-        rows, columns = (
-            torch.randperm(n, generator=drawn)[:few].to(parameter.device)
-            for n, few in zip((n_rows, n_columns), _FEW, strict=True)
-        )
-        return cls((n_rows, n_columns), rows, columns)
+        """A few rows times a few columns, spread evenly."""
+        rows = parameter.shape[0] if parameter.dim() else 1
+        columns = parameter.numel() // max(rows, 1)
+        return cls((rows, columns), *(_spread(n, few) for n, few in zip((rows, columns), _FEW, strict=True)))
 
     @property
     def size(self) -> int:
         """Number of the coordinates."""
-        return len(self.rows) * len(self.columns)
+        return math.prod(
+            len(range(*part.indices(n))) for part, n in zip((self.rows, self.columns), self.shape, strict=True)
+        )
 
     def select(self, values: Tensor) -> Tensor:
         """``(rows, columns)`` of one tensor in the shape of the parameter, or flat."""
-        return values.reshape(self.shape)[self.rows[:, None], self.columns]
+        return values.reshape(self.shape)[self.rows, self.columns]
+
+
+def _spread(n: int, few: int) -> slice:
+    """A few of ``n`` in equal steps, which have no divisor in common with ``n``: of an image they would all meet its border."""
+    step = max(1, n // few)
+    while math.gcd(step, n) > 1:
+        step -= 1
+    start = (step - 1) // 2
+    return slice(start, min(start + step * few, n), step)
 
 
 @dataclass(frozen=True)
@@ -102,7 +106,7 @@ class Dense:
         return Dense(self.values[:, coordinates])
 
     def sum_at(self, block: Block) -> Tensor:
-        return self.values.unflatten(1, block.shape)[:, block.rows[:, None], block.columns].sum(0)
+        return self.values.unflatten(1, block.shape)[:, block.rows, block.columns].sum(0)
 
 
 @dataclass(frozen=True)
@@ -220,7 +224,8 @@ class SparseRows:
 
     def sum_at(self, block: Block) -> Tensor:
         values = self.values[..., block.columns].flatten(0, 1)
-        return (self.rows.flatten() == block.rows[:, None]).to(values) @ values
+        wanted = torch.arange(self.n_rows, device=self.rows.device)[block.rows]
+        return (self.rows.flatten() == wanted[:, None]).to(values) @ values
 
 
 @dataclass(frozen=True)

@@ -463,6 +463,7 @@ class InfluenceCallback(L.Callback):
         assert self._recorder is not None
         self._live.after_backward(trainer)
         self._recorder.after_backward()
+        self._recorder.verified = self._live.steps.verified
 
     @_while_recording
     def on_before_optimizer_step(

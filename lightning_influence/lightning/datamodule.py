@@ -17,7 +17,6 @@ from lightning_influence.core.sweep import Method
 from lightning_influence.errors import ConfigurationError
 from lightning_influence.lightning.callback import InfluenceCallback
 from lightning_influence.lightning.step_selection import RoundSelection, StepSelection
-from lightning_influence.replay.removals import RemovalCheck
 from lightning_influence.report import InfluenceReport
 from lightning_influence.report.tables import in_notebook
 from lightning_influence.run.lightning_names import is_a, overrides
@@ -210,7 +209,7 @@ class SelectionDataModule(L.LightningDataModule):
         scorer = self.selector.scorer
         if scorer is not None:
             if isinstance(scorer, LookAhead):
-                scorer.removals = RemovalCheck()  # another run, perhaps of another module
+                scorer.forget()  # another run, perhaps of another module
             if scorer.reads_batches:
                 callbacks.append(RoundSelection(self.selector.settings.options))
             return

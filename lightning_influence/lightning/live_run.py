@@ -15,6 +15,7 @@ from lightning_influence.live.steps import LiveSteps
 from lightning_influence.run.lightning_names import overrides
 from lightning_influence.run.lightning_task import LightningTask, tapped
 from lightning_influence.run.moment import Moment
+from lightning_influence.run.refusals import left_out, refuse_thawing
 from lightning_influence.run.sample_ids import SampleIds
 from lightning_influence.run.trainer import loss_scaler, moment_of, only_optimizer, ranks_of
 
@@ -70,23 +71,35 @@ class LiveRun:
         strategy.process_dataloader = lambda loader: listen(process(loader))  # type: ignore[method-assign, assignment]
 
     def start(
-        self, trainer: L.Trainer, module: L.LightningModule, *, captures: bool, rehearses: bool = False
+        self,
+        trainer: L.Trainer,
+        module: L.LightningModule,
+        *,
+        captures: bool,
+        rehearses: bool = False,
+        lasting: bool = True,
     ) -> StepCollector:
         """To be called in ``on_train_start``.
 
         Args:
-            captures, rehearses: as of `LiveSteps`.
+            captures, rehearses, lasting: as of `LiveSteps`.
 
         Raises:
             ConfigurationError: a module or loader that cannot be followed.
         """
+        if overrides(module, "configure_gradient_clipping"):
+            raise ConfigurationError(
+                f"{type(module).__name__} overrides configure_gradient_clipping, so how its gradients are clipped is not known. Leave "
+                "it to Trainer(gradient_clip_val=..., gradient_clip_algorithm=...)."
+            )
         self.steps = LiveSteps(
             LightningTask(module),
             only_optimizer(trainer),
             self.options,
             self.sample_ids,
-            captures=captures,
+            captures=captures and self._may_capture(trainer, module),
             rehearses=rehearses,
+            lasting=lasting,
             ranks=ranks_of(trainer),
             autocast=trainer.precision_plugin.forward_context,
             watches=self._changes_gradients(trainer, module),
@@ -98,9 +111,17 @@ class LiveRun:
         self._undo.enter_context(tapped(module, self.steps.read_loss))
         return self.steps.collector
 
+    def _may_capture(self, trainer: L.Trainer, module: L.LightningModule) -> bool:
+        """Whether per-sample gradients can be collected throughout the run."""
+        with left_out("gradients", self._give_up):
+            refuse_thawing(trainer, module, self.options.exclude)
+            return True
+        return False
+
     def start_epoch(self, trainer: L.Trainer) -> None:
-        """The loader may have been made anew."""
+        """The loader may have been made anew, and the loss may be another from now on."""
         self.sample_ids.start(trainer.train_dataloader)
+        self.steps.start_epoch(trainer.current_epoch)
 
     @property
     def trying(self) -> bool:

@@ -51,7 +51,7 @@ class StepSelection(L.Callback):
             self._live.listen(trainer, pl_module)
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self._collector = self._live.start(trainer, pl_module, captures=True)
+        self._collector = self._live.start(trainer, pl_module, captures=True, lasting=False)
 
     def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._live.start_epoch(trainer)
@@ -91,6 +91,7 @@ class StepSelection(L.Callback):
             weights = self.selector.decide(policy, scores, step.full.sample_ids, step.full.micro_batch_numbers, left)
             step = step.weighted(weights)
         step.write(pl_module)
+        self.selector.removals = self._live.steps.removals
         self.selector.note(trainer, step.full.sample_ids, scores, step.weights)
 
     def _target_after(self, trainer: L.Trainer, step: LiveStep) -> Vectors:
@@ -102,7 +103,8 @@ class StepSelection(L.Callback):
             for k, gradient in consumed_gradients(record).items()
         }
         with parameters_at(module, moved):
-            return self.live_target.gradient(module, self.queries(), step.select, trainer.global_step)
+            found = self.live_target.gradient(module, self.queries(), step.select, trainer.global_step)
+        return {k: found[k] for k in step.sizes}  # without what is excluded
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
         self._live.stop(trainer)

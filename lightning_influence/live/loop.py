@@ -216,6 +216,7 @@ class LoopRecorder:
         (loss / parts).backward()
         self._steps.after_backward()
         self._recorder.after_backward()
+        self._recorder.verified = self._steps.verified
         return loss.detach()
 
     def clip_grad_norm(self, max_norm: float) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, ExitStack, nullcontext
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
 from typing import Any
 
@@ -18,7 +18,9 @@ from torch import Tensor
 from lightning_influence.capture import GradientCapture, freeze_batch_norm, refuse_batch_norm, refuse_compiled
 from lightning_influence.capture.step import Samples, StepCollector, StepOptions
 from lightning_influence.errors import ConfigurationError
+from lightning_influence.replay.lasting import Tries
 from lightning_influence.replay.plan import PlannedMicroBatch
+from lightning_influence.replay.removals import RemovalCheck
 from lightning_influence.replay.witness import Trial, evaluated, rehearse, witness
 from lightning_influence.run.batches import copied
 from lightning_influence.run.losses import Dynamics
@@ -33,6 +35,7 @@ from lightning_influence.run.sample_weights import sample_weights
 from lightning_influence.run.tap import LossTap
 from lightning_influence.run.task import Task
 
+_VERIFIED = 2  # samples of the first batch, each of which costs a step
 _REHEARSALS = 2  # the second sees state that the first left behind
 
 
@@ -44,8 +47,9 @@ class LiveSteps:
         optimizer: the one that moves the task's parameters.
         options: of the steps.
         sample_ids: tells which samples a batch holds.
-        captures: whether per-sample gradients are collected; they are verified at the first batch.
+        captures: whether per-sample gradients are collected; they are verified at the first batch, and ever more rarely later.
         rehearses: whether the first steps are run again on a copy of the module, as a replay will.
+        lasting: whether what a sample does to later steps is followed.
         ranks: the processes whose gradients are averaged.
         autocast: makes the context of the run's mixed precision.
         watches: whether something may change gradients between the backward pass and the step.
@@ -59,6 +63,7 @@ class LiveSteps:
         drawn: samples of the present batch, in the order in which they were drawn.
         ids: the same in the order of the batch's rows.
         dynamics: of the present batch.
+        removals: what was verified of the run's removals so far.
 
     Raises:
         ConfigurationError: a module that cannot be followed.
@@ -74,6 +79,7 @@ class LiveSteps:
         *,
         captures: bool,
         rehearses: bool = False,
+        lasting: bool = True,
         ranks: Ranks | None = None,
         autocast: Callable[[], AbstractContextManager[Any]] = nullcontext,
         watches: bool = False,
@@ -106,14 +112,14 @@ class LiveSteps:
         )
         self.drawn: Tensor | None = None
         self.dynamics: Dynamics | None = None
-        # the trained parameters, until the first batch has been verified
-        self._unverified = sorted(capture.parameters) if capture is not None and options.verify else None
+        self.removals = RemovalCheck(unverifiable=None if options.verify else "verify=False", few=_VERIFIED)
+        self._to_verify = capture is not None and options.verify  # the next batch
         # steps that are still to be run again
         self._rehearsals = _REHEARSALS if rehearses and options.verify and self.collector.ranks.size == 1 else 0
         self._twin: Task | None = None  # on which steps are tried
         self._trial: Trial | None = None
         self._n: int | None = None  # samples of the present batch
-        self._first_backward, self._replayed = True, rehearses
+        self._first_backward, self._replayed, self._lasting = True, rehearses, lasting
         self._row_order: RowOrder | None = None
         self._undo, self._thaw = ExitStack(), ExitStack()
         self._undo.callback(self.collector.close)
@@ -164,7 +170,18 @@ class LiveSteps:
     @property
     def trying(self) -> bool:
         """Whether the first steps are still being tried."""
-        return self._unverified is not None or self._rehearsals > 0
+        first = self._to_verify and not self.removals.verified and self.removals.unverifiable is None
+        return first or self._rehearsals > 0
+
+    @property
+    def verified(self) -> dict[str, Any] | None:
+        """What is known of the run's removals so far, as reports tell it; None where per-sample gradients do not say them."""
+        return None if self.collector.capture is None else self.removals.to_metadata()
+
+    def start_epoch(self, epoch: int) -> None:
+        """The loss may be another from now on; it is looked at again in epochs 1, 2, 4, 8 and so on."""
+        if self.collector.capture is not None and epoch > 0 and epoch & (epoch - 1) == 0:
+            self._to_verify = self.options.verify
 
     def close(self, *, trains: bool = False) -> None:
         """Nothing of this is left in the run; may be called again.
@@ -192,13 +209,16 @@ class LiveSteps:
         self.ids = self.drawn if self._row_order is None else self._row_order(batch, self.drawn)
         weights = sample_weights(batch, len(self.ids), self.options.sample_weights)
         self._n = len(self.ids)
-        if self._unverified is not None or self._rehearsals:
+        if self._to_verify or self._rehearsals:
             self._twin = self._twin or self.task.twin()
             less = self.recollated()
             rest = None if less is None else partial(_without_one, less)
             micro_batch = PlannedMicroBatch(copied(batch), moment, 1.0, self._n, read_random_state(), rest)
             buffers = {name: b.detach().clone() for name, b in self.task.module.named_buffers()}
             self._trial = Trial(micro_batch, self.ids, buffers)
+            if less is None and self._minds_padding():
+                rest = partial(_without_one, self.recollated() or {})
+                self._trial = replace(self._trial, micro_batch=replace(micro_batch, less=rest))
         self._accumulated = accumulated
         self.collector.begin(self.ids, weights, accumulated)
 
@@ -248,8 +268,11 @@ class LiveSteps:
                 step, run again, gives another gradient.
         """
         samples = self.collector.after_backward(loss_scale, watch=self._watches)
-        if self._unverified is not None and samples is not None:
+        if samples is not None and (self._to_verify or self._rehearsals):
             with self.task.unchanged():  # a copy may share with the module what a hook closes over
+                self._refuse_memory()
+        if samples is not None and self._to_verify:
+            with self.task.unchanged():
                 self._verify(samples)
         if self._rehearsals and samples is not None and self.collector.first_of_step:
             with self.task.unchanged():
@@ -264,35 +287,79 @@ class LiveSteps:
         )
 
     def _verify(self, samples: Samples) -> None:
-        """At the first batch: do per-sample gradients say what a removal does?"""
-        trained, self._unverified = self._unverified, None
-        assert trained is not None and self._trial is not None
+        """Do per-sample gradients say what a removal does?"""
+        self._to_verify, removals, capture = False, self.removals, self.collector.capture
+        name = type(self.task.module).__name__
+        assert capture is not None and self._trial is not None
         if self._twin is None:
-            warnings.warn(
-                f"{type(self.task.module).__name__} cannot be copied, so it is not verified what removing a sample does.",
-                stacklevel=2,
-            )
+            removals.unverifiable = f"{name} cannot be copied"
+            warnings.warn(f"{removals.unverifiable}, so it is not verified what removing a sample does.", stacklevel=2)
             return
         whole = samples.loss_weights.sum() if self.options.averaged else samples.loss_weights[0]
-        removals = witness(
+        witness(
             self._twin,
             self._trial,
             samples.loss_weights / whole,
-            trained=trained,
+            trained=sorted(capture.parameters),
             averaged=self.options.averaged,
+            removals=removals,
             exclude=self.options.exclude,
             frozen_batch_norm=self.options.frozen_batch_norm,
             autocast=self._autocast,
         )
         if (
-            removals.measuring and removals.not_summed is None
-        ):  # otherwise the collector names the parameter at the step
+            removals.not_summed is not None
+        ):  # the collector names the parameter at the step, if it is so in the run itself
+            self.removals = RemovalCheck(unverifiable=f"of a copy of {name}, {removals.reason}")
+        elif removals.measuring:
             error = ConfigurationError(
-                f"per-sample gradients do not say what removing a sample from this training step does: {removals.reason}. "
-                "Samples see each other, rows are not in the order of the samples, or the loss weighs them by hand. "
-                f"{self._otherwise[0].upper()}{self._otherwise[1:]}, which measures removals where it has to."
+                f"step {self._trial.micro_batch.moment.global_step}: per-sample gradients do not say what removing a sample from "
+                f"this training step does: {removals.reason}. Samples see each other, rows are not in the order of the samples, or "
+                f"the loss weighs them by hand. {self._otherwise[0].upper()}{self._otherwise[1:]}, which measures removals where it "
+                "has to."
             )
             self.collector.give_up(error)
+
+    def _minds_padding(self) -> bool:
+        """Whether the step gives another loss, or none, where a batch is padded further than its longest sample; then only the
+        collate function can leave a sample out.
+
+        Raises:
+            ConfigurationError: it does, and per-sample gradients are to say what a removal does.
+        """
+        order = self._row_order
+        if order is None or order.padded is None or self._twin is None or self._trial is None:
+            return False
+        padded, order.padded = order.padded, None
+        tries = Tries(self._twin, self._autocast)
+        if tries.same_loss(self._trial.micro_batch, *padded, self._trial.buffers):
+            return False
+        if self.collector.capture is not None:
+            error = ConfigurationError(
+                "the training step gives another loss, or fails, where the same samples are padded further, so that a batch without its "
+                "longest sample is another for all the others, which per-sample gradients do not say. Let the step pass over "
+                f"padding (a mask; pad_packed_sequence(total_length=...)), or {self._otherwise}."
+            )
+            self.collector.give_up(error)
+            self._to_verify = False
+        order.recollates = True
+        return True
+
+    def _refuse_memory(self) -> None:
+        """Refuse a step that leaves something of its samples in a buffer that its loss reads."""
+        trial = self._trial
+        if trial is None or self._twin is None or not self._lasting:
+            return
+        buffers = dict(self.task.module.named_buffers())
+        if all(torch.equal(trial.buffers[k], b) for k, b in buffers.items() if k in trial.buffers):
+            return
+        name = Tries(self._twin, self._autocast).remembered(trial.micro_batch, trial.buffers)
+        if name is not None:
+            raise ConfigurationError(
+                f"the buffer {name} keeps something of the samples of a step, and the loss of later steps reads it: without a "
+                "sample they would find another one, which influence does not follow. Compute it from the batch at hand, or "
+                "leave its term out of the loss while recording."
+            )
 
     def _rehearse(self, loss_scale: float) -> None:
         """At the first steps: does a step that is run again give the gradient of the run?"""

@@ -74,6 +74,9 @@ class Recorder:
             what they share.
         guard: makes the context of what is done inside the optimizer's step, where an error would tear the run.
         give_up: told ``"replay"`` and why a batch cannot be kept for it, where the run is recorded without; None to raise that.
+
+    Attributes:
+        verified: what is known of the run's removals so far, as reports tell it; None where they are not looked at.
     """
 
     def __init__(
@@ -91,12 +94,14 @@ class Recorder:
         self.module, self.optimizer, self.ranks = collector.module, collector.optimizer, collector.ranks
         self.replay, self.compression = replay, compression
         self.keeps: dict[str, Coordinates] | None = None
+        self.verified: Mapping[str, Any] | None = None
         self._with_moments = _with_moments(writer)  # parameters whose moments the present block of steps holds
         self._names = {id(p): name for name, p in self.module.named_parameters()}
         self._between = BetweenSteps(self.module)
         self._buffers: dict[str, Tensor] = {}  # before the first micro-batch of a step whose state is due
         self._in_snapshots = _in_snapshots(writer)  # parameters
         self._begun: _Noted | None = None
+        self._taken = False  # the optimizer took a step since the last micro-batch was begun
         self._noted: list[_Noted] = []
         self._pending: tuple[StepRecord, dict[str, Form], list[_Noted]] | None = None
         self._left_by_steps: Tensor | None = None
@@ -118,6 +123,7 @@ class Recorder:
             moment, fetched, less: as of `snapshots.pack_micro_batch`.
         """
         self._between.check()
+        self._taken = False
         if self._snapshot_due() and not self.collector.inside_a_step:
             self._buffers = {name: b.detach().clone() for name, b in self.module.named_buffers()}
         self._begun = _Noted(self._packed(batch, moment, fetched, less))
@@ -284,7 +290,13 @@ class Recorder:
     def _stepped(self) -> None:
         """The optimizer took the step: its gradients are now the clipped ones."""
         if self._pending is None:
+            if self._begun is None and self._taken:
+                raise ConfigurationError(
+                    f"step {len(self.writer) - 1}: the optimizer stepped once more without another backward pass: optimizer_step is "
+                    "overridden and steps twice. Influence follows one step for each gradient; step once."
+                )
             return
+        self._taken = True
         (record, shares, noted), self._pending = self._pending, None
         self._between.note_step()
         self._check_clip(record.clip, record.index)
@@ -293,7 +305,8 @@ class Recorder:
         replays = [m.replay for m in noted if m.replay is not None]
         for number, replay in enumerate(replays):
             tensors |= numbered(replay, number)
-        self.writer.append(record.index, tensors, meta | {"micro_batches": [told for _, told in replays]})
+        meta |= {"micro_batches": [told for _, told in replays]}
+        self.writer.append(record.index, tensors, meta if self.verified is None else meta | {"removals": self.verified})
 
     def _check_clip(self, clip: Clip, index: int) -> None:
         consumed = float(total_norm(p.grad for p in self.collector.parameters()))

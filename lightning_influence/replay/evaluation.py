@@ -17,7 +17,7 @@ from lightning_influence.core.curvature import GradientGraph, differentiable_att
 from lightning_influence.core.shares import Form, Stack, nbytes
 from lightning_influence.core.trajectory import Vectors
 from lightning_influence.errors import ConfigurationError
-from lightning_influence.replay.measured_removals import MeasuredRemovals
+from lightning_influence.replay.measured_removals import MeasuredRemovals, Part
 from lightning_influence.replay.passes import Pass, Passes, leaves_of
 from lightning_influence.replay.plan import PlannedMicroBatch, PlannedStep, State
 
@@ -59,6 +59,7 @@ class StepEvaluator:
         exact: whether gradients will be differentiated again.
 
     Attributes:
+        passes: by which it runs them.
         stopped_paths: whether the gradient depends on the parameters along paths that the loss stops, and whether the
             curvature follows them; None before the first exact evaluation.
     """
@@ -72,7 +73,7 @@ class StepEvaluator:
         *,
         exact: bool = True,
     ) -> None:
-        self._passes, self._removals, self.exact = passes, removals, exact
+        self.passes, self._removals, self.exact = passes, removals, exact
         self.stopped_paths: StoppedPaths | None = None
         self._capture = self._hooks(trained, exclude)
 
@@ -81,7 +82,7 @@ class StepEvaluator:
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # of layers that are slow to capture
-                return GradientCapture(self._passes.module, exclude=exclude, frozen_batch_norm=True, trained=trained)
+                return GradientCapture(self.passes.module, exclude=exclude, frozen_batch_norm=True, trained=trained)
         except ConfigurationError as error:
             self._removals.found.measure(str(error))
             return None
@@ -89,33 +90,35 @@ class StepEvaluator:
     @property
     def half(self) -> bool:
         """Whether steps are evaluated in half precision."""
-        return self._passes.half
+        return self.passes.half
 
     def evaluate(self, planned: PlannedStep, state: State) -> Evaluation:
         """Gradients and shares of a step, by the module's own training step."""
         leaves = leaves_of(state.parameters)
         stopped = leaves_of(state.parameters) if self.exact and self.stopped_paths == "followed" else {}
         captured: list[dict[str, Form]] = []
+        parts: list[Part] = []
         buffers = [state.buffers]  # before each micro-batch, and after the last
         totals: dict[str, Tensor] = {}
         with differentiable_attention() if self.exact else nullcontext():
             for micro_batch in planned.micro_batches:
                 one = self._pass(leaves, buffers[-1], micro_batch, stopped)
                 captured += [] if one.shares is None else [one.shares]
+                parts.append(Part(buffers[-1], {k: g.detach() for k, g in one.gradients.items()}, one.drew))
                 buffers.append(one.buffers)
                 totals |= {k: totals[k] + g if k in totals else g for k, g in one.gradients.items()}
         if planned.hyper:  # a parameter that is frozen at this step has no gradient for the optimizer
             totals = {k: g for k, g in totals.items() if k in planned.hyper}
         gradients = {k: g.detach() for k, g in totals.items()}
-        shares = self._verified(planned, state, buffers, gradients, captured)
+        shares = self._verified(planned, state, parts, gradients, captured)
         graph = GradientGraph(leaves, totals, stopped) if self.exact else None
         if self.stopped_paths is None and graph is not None:
-            stops = self._passes.stop_paths(planned, leaves, buffers)
+            stops = self.passes.stop_paths(planned, leaves, buffers)
             self.stopped_paths = self._paths_to_follow(planned, state, graph) if stops else "none"
             if self.stopped_paths == "followed":
                 return self.evaluate(planned, state)
         if shares is None:
-            form = partial(self._removals.form, planned, state.parameters, buffers, gradients)
+            form = partial(self._removals.form, planned, state.parameters, parts, gradients)
         else:
             form = partial(dict[str, Form], shares)
         return Evaluation(gradients, graph, shares is None, buffers[-1], form)
@@ -123,7 +126,7 @@ class StepEvaluator:
     def gradients(self, planned: PlannedStep, state: State) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """The gradients of a step, as `evaluate` finds them, and the buffers after it."""
         with differentiable_attention() if self.exact else nullcontext():
-            one = self._passes.whole(planned, state)
+            one = self.passes.whole(planned, state)
         return {k: g for k, g in one.gradients.items() if not planned.hyper or k in planned.hyper}, one.buffers
 
     def nbytes(self, planned: PlannedStep, state: State) -> int:
@@ -145,19 +148,19 @@ class StepEvaluator:
         """A pass with its shares, while hooks can give them."""
         if self._capture is not None:
             try:
-                return self._passes.run(
+                return self.passes.run(
                     leaves, buffers, micro_batch, exact=self.exact, capture=self._capture, stopped=stopped
                 )
             except ConfigurationError as error:
                 self._removals.found.measure(str(error))
                 self._capture = None
-        return self._passes.run(leaves, buffers, micro_batch, exact=self.exact, stopped=stopped)
+        return self.passes.run(leaves, buffers, micro_batch, exact=self.exact, stopped=stopped)
 
     def _verified(
         self,
         planned: PlannedStep,
         state: State,
-        buffers: Sequence[Mapping[str, Tensor]],
+        parts: Sequence[Part],
         gradients: Vectors,
         captured: Sequence[Mapping[str, Form]],
     ) -> dict[str, Form] | None:
@@ -165,14 +168,14 @@ class StepEvaluator:
         if len(captured) < len(planned.micro_batches):
             return None
         shares = {k: _stacked([part[k] for part in captured]) for k in captured[0] if k in gradients}
-        return shares if self._removals.agree(planned, state.parameters, buffers, gradients, shares) else None
+        return shares if self._removals.agree(planned, state.parameters, parts, gradients, shares) else None
 
     def _paths_to_follow(self, planned: PlannedStep, state: State, graph: GradientGraph) -> StoppedPaths:
         """What has to be done about paths that the loss stops: nothing where following them changes no product; otherwise
         they are followed, if the products are then those of a finite difference.
         """
         direction = _random_direction(state.parameters)
-        moved = self._passes.slope(planned, state, direction)
+        moved = self.passes.slope(planned, state, direction)
         self.stopped_paths = "followed"
         followed = self.evaluate(planned, state).graph
         assert followed is not None

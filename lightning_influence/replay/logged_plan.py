@@ -55,6 +55,7 @@ class LoggedPlan:
                 "InfluenceCallback(record='replay' or 'both'), or use curvature='fisher'."
             )
         self.optimizer = steps.manifest.update
+        self.versions = steps.manifest.versions  # of the packages that the run had
         self._data = TrainingData.of(data)
         self._first_in: dict[str, int] = {}  # the first snapshot that holds a parameter: before it, it did not train
         for start in reversed(self.snapshots):

@@ -5,8 +5,7 @@ from __future__ import annotations
 import time
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
-from functools import partial
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -20,8 +19,25 @@ from lightning_influence.replay.passes import Passes, leaves_of
 from lightning_influence.replay.plan import Plan, PlannedMicroBatch, PlannedStep
 from lightning_influence.replay.removals import RemovalCheck, not_the_sum
 from lightning_influence.run.batches import without
+from lightning_influence.run.kept_random import KeptRandom
 
 _LONG = 10  # seconds of measuring that are announced
+_EVERY = 64  # steps, and every epoch, in which removals are verified
+
+
+@dataclass(frozen=True)
+class Part:
+    """A micro-batch as it was evaluated as a whole.
+
+    Attributes:
+        buffers: before.
+        gradients: its own.
+        drew: whether it drew random numbers.
+    """
+
+    buffers: Mapping[str, Tensor]
+    gradients: Vectors
+    drew: bool
 
 
 class MeasuredRemovals:
@@ -60,44 +76,42 @@ class MeasuredRemovals:
         self,
         planned: PlannedStep,
         parameters: Mapping[str, Tensor],
-        buffers: Sequence[Mapping[str, Tensor]],
+        parts: Sequence[Part],
         gradients: Vectors,
         shares: Mapping[str, Form],
     ) -> bool:
         """Whether the shares give the change of the gradient when a sample leaves: their sum at every step, removals of a
-        few samples at the first.
+        few samples at the first, and of one from time to time.
 
         Args:
-            buffers: before each micro-batch, and after the last.
+            parts: the micro-batches, evaluated.
         """
         if self.found.measuring:
+            return False
+        if any(micro_batch.less is not None for micro_batch in planned.micro_batches):
+            self.found.measure("the collate function makes another batch of the other samples where one leaves")
             return False
         wrong = not_the_sum(shares, gradients)
         if wrong is not None:
             self.found.not_summed = wrong
             self.found.measure(f"the per-sample gradients of {wrong} do not sum to its gradient")
             return False
-        if self.found.verified or self.found.unverifiable:
-            return True
-        if self._passes.draw(planned, parameters, buffers):
-            self.found.unverifiable = (
-                "the training step draws random numbers, so a step without a sample is another one"
-            )
-            return True
-        self._verify(planned, parameters, buffers, gradients, shares)
+        moment = planned.micro_batches[0].moment
+        if self.found.unverifiable is None and self.found.is_due(moment.epoch, moment.global_step // _EVERY):
+            self._verify(planned, parameters, parts, gradients, shares)
         return not self.found.measuring
 
     def form(
         self,
         planned: PlannedStep,
         parameters: Mapping[str, Tensor],
-        buffers: Sequence[Mapping[str, Tensor]],
+        parts: Sequence[Part],
         gradients: Vectors,
     ) -> dict[str, Form]:
         """The change of the gradient by every removal that is asked for, in place of shares."""
         sets = self.asked(planned.sample_ids)
         started = time.perf_counter()
-        changes = self._changes(planned, parameters, buffers, gradients, sets)
+        changes, _ = self._changes(planned, parameters, parts, gradients, sets)
         self._announce((time.perf_counter() - started) / max(len(sets), 1))
         return {k: Dense(rows) for k, rows in changes.items()}
 
@@ -105,62 +119,85 @@ class MeasuredRemovals:
         self,
         planned: PlannedStep,
         parameters: Mapping[str, Tensor],
-        buffers: Sequence[Mapping[str, Tensor]],
+        parts: Sequence[Part],
         gradients: Vectors,
         shares: Mapping[str, Form],
     ) -> None:
-        """Hold what shares say of the first, the middle and the last sample against evaluations without them."""
+        """Hold what shares say of a few samples against evaluations without them."""
         record = StepRecord(
             0, planned.sample_ids, planned.loss_weights, planned.micro_batch_numbers, {}, {}, {}, planned.averaged
         )
         removed = gradient_change(record, self._counterfactual)
-        chosen = sorted({0, len(removed) // 2, len(removed) - 1})
-        measured = self._changes(planned, parameters, buffers, gradients, removed.sample_ids[chosen])
-        totals = {k: removed.totals(s, gradients[k].flatten()) for k, s in shares.items()}
+        chosen = self.found.choose(len(removed))
+        changes, lost = self._changes(planned, parameters, parts, gradients, removed.sample_ids[chosen])
+        if lost is not None:
+            self.found.unverifiable = (
+                f"the training step draws random numbers that cannot be kept where a sample leaves ({lost})"
+            )
+            return
+        totals = {
+            k: torch.stack([part.gradients.get(k, torch.zeros_like(gradients[k])).flatten() for part in parts])
+            for k in shares
+        }
         for row, position in enumerate(chosen):
             at = slice(position, position + 1)
             predicted = {k: removed.change(s, at, totals[k])[0] for k, s in shares.items()}
-            self.found.compare(
-                predicted, {k: measured[k][row] for k in predicted}, gradients, autocast=self._passes.half
-            )
+            measured = {k: changes[k][row] for k in predicted}
+            self.found.compare(predicted, measured, gradients, autocast=self._passes.half)
 
     def _changes(
         self,
         planned: PlannedStep,
         parameters: Mapping[str, Tensor],
-        buffers: Sequence[Mapping[str, Tensor]],
+        parts: Sequence[Part],
         gradients: Vectors,
         sets: Tensor,
-    ) -> Vectors:
-        """``e_z = grad L(B without z) - grad L(B)`` ``(len(sets), d)`` each, of sets by number."""
-        leaves, members = leaves_of(parameters), [self._sets.members(z) for z in sets.tolist()]
-        changes = {k: g.new_zeros(len(members), g.numel()) for k, g in gradients.items()}
-        for number, micro_batch in enumerate(planned.micro_batches):
-            held = planned.sample_ids[planned.micro_batch_numbers == number].tolist()
-            touched = [row for row, gone in enumerate(members) if not gone.isdisjoint(held)]
-            if not touched:
-                continue
-            evaluate = partial(self._passes.run, leaves, buffers[number])
-            whole = evaluate(micro_batch).gradients
-            for row in touched:
-                less = self._without(planned, number, micro_batch, members[row])
-                rest = {} if less is None else evaluate(less).gradients
+    ) -> tuple[Vectors, str | None]:
+        """``e_z = grad L(B without z) - grad L(B)`` ``(len(sets), d)`` each, of sets by number, and of random numbers that could not be kept what
+        drew them.
+        """
+        leaves, lost = leaves_of(parameters), set[str]()
+        noted = [
+            self._passes.noted_random(parameters, part.buffers, micro_batch) if part.drew else None
+            for part, micro_batch in zip(parts, planned.micro_batches, strict=True)
+        ]
+        changes = {k: g.new_zeros(len(sets), g.numel()) for k, g in gradients.items()}
+        for row, gone in enumerate(map(self._sets.members, sets.tolist())):
+            for number, (part, micro_batch) in enumerate(zip(parts, planned.micro_batches, strict=True)):
+                here = planned.sample_ids[planned.micro_batch_numbers == number]
+                own = torch.isin(here, torch.tensor(sorted(gone))).nonzero()[:, 0]
+                if len(own) == 0:
+                    continue
+                drawn = noted[number]
+                random = None if drawn is None else KeptRandom(drawn, own, micro_batch.n_samples)
+                less = self._without(planned, number, micro_batch, gone, own)
+                rest = {} if less is None else self._rest(leaves, part, less, random)
+                lost |= {random.lost} if less is not None and random is not None and random.lost else set()
                 for k, change in changes.items():
-                    nothing = change.new_zeros(())
-                    change[row] += (rest.get(k, nothing) - whole.get(k, nothing)).flatten()
-        return changes
+                    for sign, gradient in ((1, rest.get(k)), (-1, part.gradients.get(k))):
+                        if gradient is not None:
+                            change[row].add_(gradient.flatten(), alpha=sign)
+        return changes, min(lost, default=None)
+
+    def _rest(
+        self, leaves: dict[str, Tensor], part: Part, less: PlannedMicroBatch, random: KeptRandom | None
+    ) -> Vectors:
+        """Gradients of a micro-batch without a sample; with random numbers of its own, if they cannot be kept."""
+        if random is not None:
+            found = self._passes.run(leaves, part.buffers, less, drawing=random).gradients
+            if random.lost is None:
+                return found
+        return self._passes.run(leaves, part.buffers, less).gradients
 
     def _without(
-        self, planned: PlannedStep, number: int, micro_batch: PlannedMicroBatch, gone: frozenset[int]
+        self, planned: PlannedStep, number: int, micro_batch: PlannedMicroBatch, gone: frozenset[int], own: Tensor
     ) -> PlannedMicroBatch | None:
-        """A micro-batch without some samples; None where nothing is left of it."""
-        here = planned.micro_batch_numbers == number
-        own = torch.isin(planned.sample_ids[here], torch.tensor(sorted(gone))).nonzero()[:, 0]
+        """A micro-batch without some samples, whose rows are its ``own``; None where nothing is left of it."""
         if len(own) == micro_batch.n_samples:
             return None
         factor = micro_batch.factor
         if self._counterfactual == "zero" and planned.averaged:
-            weights = planned.loss_weights[here]
+            weights = planned.loss_weights[planned.micro_batch_numbers == number]
             factor *= float(1 - weights[own].sum() / weights.sum())
         if micro_batch.less is None:
             batch = without(micro_batch.batch, own, micro_batch.n_samples)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
@@ -18,6 +18,7 @@ from lightning_influence.core.torch_function import keywords_of
 from lightning_influence.core.trajectory import Vectors
 from lightning_influence.replay.plan import PlannedMicroBatch, PlannedStep, State
 from lightning_influence.replay.stopped_paths import NotedPaths, OpenPaths, StopWatch
+from lightning_influence.run.kept_random import NotedRandom
 from lightning_influence.run.moment import set_modes
 from lightning_influence.run.parameters import placed
 from lightning_influence.run.random_state import read_random_state, write_random_state
@@ -32,11 +33,13 @@ class Pass:
         gradients: of the parameters that have one; the optimizer skips the others.
         shares: None where they were not captured.
         buffers: after the pass.
+        drew: whether the training step drew random numbers, of the micro-batch's own random state.
     """
 
     gradients: dict[str, Tensor]
     shares: dict[str, Form] | None
     buffers: dict[str, Tensor]
+    drew: bool = False
 
 
 class Passes:
@@ -84,6 +87,7 @@ class Passes:
         exact: bool = False,
         capture: GradientCapture | None = None,
         stopped: dict[str, Tensor] | None = None,
+        drawing: AbstractContextManager[Any] | None = None,
     ) -> Pass:
         """One forward and backward pass.
 
@@ -91,6 +95,7 @@ class Passes:
             exact: whether the gradients will be differentiated again.
             capture: hooks for the shares.
             stopped: leaves for the paths that the loss stops (`stopped_paths`), to be followed.
+            drawing: a context for the pass, which gives it random numbers.
         """
         if stopped and capture is not None:  # whose own hooks detach what they keep
             captured = self.run(leaves, buffers, micro_batch, capture=capture)
@@ -100,20 +105,30 @@ class Passes:
             with placed(self.module, stopped | copies(buffers)), noted:
                 self.loss(micro_batch)
         shares: dict[str, Form] | None = None
-        with placed(self.module, leaves | copies(buffers)) as inside:
+        with placed(self.module, leaves | copies(buffers)) as inside, drawing or nullcontext():
             if capture is not None:
                 capture.attach()
                 capture.begin(micro_batch.n_samples)
             try:
                 with NotedPaths(noted) if stopped else nullcontext():
                     loss = self.loss(micro_batch)
+                drew = _drew(micro_batch)
                 gradients = torch.autograd.grad(loss, list(leaves.values()), create_graph=exact, allow_unused=True)
                 shares = None if capture is None else capture.take()
             finally:
                 if capture is not None:
                     capture.detach()
         present = {k: g for k, g in zip(leaves, gradients, strict=True) if g is not None}
-        return Pass(present, shares, {k: inside[k].detach() for k in buffers})
+        return Pass(present, shares, {k: inside[k].detach() for k in buffers}, drew)
+
+    def noted_random(
+        self, parameters: Mapping[str, Tensor], buffers: Mapping[str, Tensor], micro_batch: PlannedMicroBatch
+    ) -> NotedRandom:
+        """The random numbers that a micro-batch's training step draws."""
+        noted = NotedRandom()
+        with torch.no_grad(), placed(self.module, {**parameters, **copies(buffers)}), noted:
+            self.loss(micro_batch)
+        return noted
 
     def whole(self, planned: PlannedStep, state: State) -> Pass:
         """The gradient of a whole step, by parameter and in its shape, and the buffers after it, without shares."""
@@ -147,20 +162,13 @@ class Passes:
                 self.loss(micro_batch)
         return watch.seen
 
-    def draw(
-        self, planned: PlannedStep, parameters: Mapping[str, Tensor], buffers: Sequence[Mapping[str, Tensor]]
-    ) -> bool:
-        """Whether the training step draws random numbers, for one of the micro-batches."""
-        return any(self._draws(planned, parameters, buffers))
 
-    def _draws(
-        self, planned: PlannedStep, parameters: Mapping[str, Tensor], buffers: Sequence[Mapping[str, Tensor]]
-    ) -> Iterator[bool]:
-        for micro_batch, before in zip(planned.micro_batches, buffers[:-1], strict=True):
-            with torch.no_grad(), placed(self.module, {**parameters, **copies(before)}):
-                self.loss(micro_batch)
-            start, now = micro_batch.random, read_random_state()
-            yield start is not None and any(not torch.equal(start[k], now[k]) for k in start if k in now)
+def _drew(micro_batch: PlannedMicroBatch) -> bool:
+    """Whether random numbers were drawn since a micro-batch's random state was put in force."""
+    if micro_batch.random is None:
+        return False
+    start, now = micro_batch.random, read_random_state()
+    return any(not torch.equal(start[k], now[k]) for k in start if k in now)
 
 
 class _AutocastWatch(TorchFunctionMode):

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
-from lightning_influence.capture.sums import first_disagreement
+from lightning_influence.capture.sums import block_sums, first_disagreement
 from lightning_influence.core.shares import Block, Form
 from lightning_influence.core.trajectory import Vectors
 
@@ -27,6 +27,7 @@ class RemovalCheck:
         verified: samples whose removal was compared with an evaluation without them.
         largest_error: relative, among those.
         not_summed: the parameter whose shares do not sum to its gradient.
+        few: samples of the first step that are verified; of later ones it is one.
     """
 
     reason: str | None = None
@@ -34,6 +35,20 @@ class RemovalCheck:
     verified: int = 0
     largest_error: float = 0.0
     not_summed: str | None = None
+    few: int = 3
+    _parts: set[tuple[int, ...]] = field(default_factory=set)
+
+    def is_due(self, *part: int) -> bool:
+        """Whether a part of the run has yet to be verified, which it is then taken to be."""
+        due = part not in self._parts
+        self._parts.add(part)
+        return due
+
+    def choose(self, n: int) -> list[int]:
+        """Which of ``n`` samples are to be verified next: the first, the last and those between, later in turn."""
+        if self.verified:
+            return [self.verified % n]
+        return sorted({round(i * (n - 1) / (self.few - 1)) for i in range(self.few)})
 
     @property
     def measuring(self) -> bool:
@@ -56,7 +71,11 @@ class RemovalCheck:
         half = autocast or any(g.dtype in (torch.float16, torch.bfloat16) for g in gradients.values())
         error = missed / max(size, 1e-30)
         if missed > (_TOLERANCE_HALF if half else _TOLERANCE) * size + _NOISE * whole:
-            self.measure(f"the per-sample gradients miss the effect of a removal by {error:.2g} of its size")
+            misses = {k: _norm({k: predicted[k].double() - measured[k].double()}) for k in measured}
+            most = max(misses, key=misses.__getitem__)
+            self.measure(
+                f"the per-sample gradients miss the effect of a removal by {error:.2g} of its size (most at {most})"
+            )
             return
         self.verified += 1
         self.largest_error = max(self.largest_error, missed / max(size, _NOISE * whole, 1e-30))
@@ -74,8 +93,8 @@ class RemovalCheck:
 def not_the_sum(shares: Mapping[str, Form], gradients: Vectors) -> str | None:
     """The first parameter of whose gradient the shares are not additive parts, seen on a small block of coordinates."""
     blocks = {k: Block.of(gradients[k]) for k in shares}
-    sums = ((k, s.sum_at(blocks[k]), blocks[k].select(gradients[k])) for k, s in shares.items())
-    found = first_disagreement(sums, _norm(gradients))
+    expected = {k: block.select(gradients[k]) for k, block in blocks.items()}
+    found = first_disagreement(blocks, block_sums(blocks, shares), expected, _norm(gradients))
     return None if found is None else found.parameter
 
 

@@ -19,6 +19,7 @@ from tqdm.auto import tqdm
 from lightning_influence.core.optimizers import UPDATES
 from lightning_influence.core.trajectory import Clip, StepRecord
 from lightning_influence.errors import InfluenceError, ReplayDrift
+from lightning_influence.replay.drift import difference, difference_on_arrival
 from lightning_influence.replay.evaluation import Evaluation, StepEvaluator, distance
 from lightning_influence.replay.plan import Plan, PlannedStep, State
 from lightning_influence.replay.segment import Segment, state_after
@@ -204,7 +205,7 @@ class States:
         for i in range(nearest, index):
             planned = self._plan.step(i)
             gradients, buffers = self._gradients(i, state)
-            state = state_after(self._update, self._outline(i, planned, gradients), state, buffers)
+            state = state_after(self._update, self._outline(i, planned, state, gradients), state, buffers)
             if every and (i + 1 - first) % every == 0 and i + 1 < end:
                 self._known[i + 1] = state
         return state
@@ -240,11 +241,11 @@ class States:
                     self._now = index, evaluation
             else:
                 gradients, buffers = self._gradients(index, here)
-            segment.append(self._outline(index, planned, gradients), buffers)
+            segment.append(self._outline(index, planned, here, gradients), buffers)
         if stop in self._plan.snapshots:
             first = self._between(start)[0]
             begun = state.parameters if first == start else self._plan.parameters(first)
-            self._check_arrival(first, stop, begun, segment.state(stop).parameters)
+            self._check_arrival(first, stop, begun, segment)
         return segment
 
     def _held_of(self, start: int, steps: int) -> tuple[int, int]:
@@ -256,13 +257,15 @@ class States:
         states = int(_OF_STATES * room) // self._state_bytes
         return -(-steps // states) if states else steps + 1, (room - states * self._state_bytes) // one
 
-    def _check_arrival(self, start: int, stop: int, begun: Mapping[str, Tensor], arrived: Mapping[str, Tensor]) -> None:
-        expected = self._plan.parameters(stop)
-        self.drift[stop] = distance(arrived, expected) / max(distance(begun, expected), 1e-30)
+    def _check_arrival(self, start: int, stop: int, begun: Mapping[str, Tensor], segment: Segment) -> None:
+        arrived, expected = segment.state(stop), self._plan.parameters(stop)
+        self.drift[stop] = distance(arrived.parameters, expected) / max(distance(begun, expected), 1e-30)
         if not self.drift[stop] <= _TOLERANCE:  # also where it is not a number
+            last, before = self._plan.step(stop - 1), segment.state(stop - 1)
+            passes, there = self._evaluator.passes, self._plan.snapshot(stop)
             raise ReplayDrift(
                 f"steps {start} to {stop - 1}: the replay misses the snapshot before step {stop} by {self.drift[stop]:.2g} of "
-                f"the way it went. {_CAUSES}"
+                f"the way it went. {difference_on_arrival(passes, self._plan, last, before, arrived, there)}"
             )
 
     # -- backward ---------------------------------------------------------------------------------------------
@@ -276,8 +279,9 @@ class States:
         walk, planned = self._walk, self._plan.step(index)
         assert walk is not None
         self._walk = self._walked = self._now = None  # nothing to be looked at, should the step not be undone
-        evaluation = self._evaluate(index, walk.parameters(planned.hyper))
-        record = self._outline(index, planned, evaluation.gradients, _WALK_NORM_TOLERANCE)
+        state = walk.parameters(planned.hyper)
+        evaluation = self._evaluate(index, state)
+        record = self._outline(index, planned, state, evaluation.gradients, _WALK_NORM_TOLERANCE)
         walk.arrive(record, evaluation.buffers)
         self._walk, self._walked, self._now = walk, record, (index, evaluation)
         if index == start:
@@ -310,7 +314,12 @@ class States:
             return self._evaluator.gradients(self._plan.step(index), state)
 
     def _outline(
-        self, index: int, planned: PlannedStep, gradients: Mapping[str, Tensor], tolerance: float = _NORM_TOLERANCE
+        self,
+        index: int,
+        planned: PlannedStep,
+        state: State,
+        gradients: Mapping[str, Tensor],
+        tolerance: float = _NORM_TOLERANCE,
     ) -> StepRecord:
         """A step's record without moments, its gradient held against the norm that the run had."""
         norm = float(torch.linalg.vector_norm(torch.stack([g.float().norm() for g in gradients.values()])))
@@ -318,11 +327,13 @@ class States:
         if recorded and not math.isfinite(norm):
             wrong = next(k for k, g in gradients.items() if not g.isfinite().all())
             raise ReplayDrift(
-                f"step {index}: the replayed gradient of {wrong} is not finite, the recorded one had norm {recorded:.6g}. {_CAUSES}"
+                f"step {index}: the replayed gradient of {wrong} is not finite, the recorded one had norm {recorded:.6g}. "
+                + difference(self._evaluator.passes, self._plan, planned, state)
             )
         if recorded and abs(norm - recorded) > (_NORM_TOLERANCE if self._evaluator.half else tolerance) * recorded:
             raise ReplayDrift(
-                f"step {index}: the replayed gradient has norm {norm:.6g}, the recorded one had {recorded:.6g}. {_CAUSES}"
+                f"step {index}: the replayed gradient has norm {norm:.6g}, the recorded one had {recorded:.6g}. "
+                + difference(self._evaluator.passes, self._plan, planned, state)
             )
         return StepRecord(
             index=index,
@@ -349,10 +360,7 @@ def _told_at(index: int) -> Iterator[None]:
     except (InfluenceError, MemoryError, torch.OutOfMemoryError):
         raise
     except Exception as error:
-        raise ReplayDrift(f"step {index} cannot be run again ({type(error).__name__}: {error}). {_CAUSES}") from error
-
-
-_CAUSES = (
-    "Likely causes: other data or another collate function than in the run, random augmentation in loader workers (record "
-    "with store_batches=True), a module or library that changed since, or an operation that is not deterministic."
-)
+        raise ReplayDrift(
+            f"step {index} cannot be run again ({type(error).__name__}: {error}). In the run it could be, so the module, its code or "
+            "the data given is another; give those of the run."
+        ) from error

@@ -113,10 +113,9 @@ class ReplayTrajectory:
     def starts(self) -> Sequence[int]:
         return self.plan.snapshots
 
-    def witness(self) -> RemovalCheck:
+    def witness(self) -> None:
         """Verify the removals of the first step, and nothing else."""
         self._evaluator.evaluate(self.plan.step(0), self.plan.snapshot(0))
-        return self.removals
 
     def gradient(self, index: int) -> Vectors:
         """The gradient of a step of `Plan.snapshots`, by parameter and in its shape."""

@@ -77,12 +77,16 @@ def witness(
     *,
     trained: Collection[str],
     averaged: bool,
+    removals: RemovalCheck,
     exclude: Sequence[str] = (),
     frozen_batch_norm: bool = False,
     autocast: Callable[[], AbstractContextManager[Any]] = nullcontext,
-) -> RemovalCheck:
+) -> None:
     """Compare the removals that shares give at a micro-batch with evaluations without the sample (docs/method.md, "Removals in
     any module").
+
+    Args:
+        removals: what was verified of the run so far; added to.
     """
     with ReplayTrajectory(
         twin,
@@ -92,13 +96,14 @@ def witness(
         autocast=autocast,
         exact=False,
         progress=False,
+        removals=removals,
     ) as run:
         try:
-            return run.witness()
+            run.witness()
         except InfluenceError:
             raise
         except Exception as error:  # a step that does not take fewer samples; a true fault shows in training itself
-            return RemovalCheck(unverifiable=f"a step cannot be evaluated apart from the run ({error})")
+            removals.unverifiable = f"a step cannot be evaluated apart from the run ({error})"
 
 
 def evaluated(twin: Task, trial: Trial) -> Tensor:

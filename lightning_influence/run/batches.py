@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import namedtuple
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -139,6 +140,8 @@ def pack_batch(batch: Any) -> tuple[dict[str, Tensor], Any]:
             return {"tensor": str(len(tensors) - 1)}
         if isinstance(node, Mapping) and all(isinstance(key, str) for key in node):
             return {"dict": {key: walk(value) for key, value in node.items()}}
+        if isinstance(node, tuple) and hasattr(node, "_fields"):
+            return {"named": [type(node).__name__, {k: walk(v) for k, v in zip(node._fields, node, strict=True)}]}
         if type(node) in (list, tuple):
             return {type(node).__name__: [walk(value) for value in node]}
         if node is None or isinstance(node, (bool, int, float, str)):
@@ -149,12 +152,15 @@ def pack_batch(batch: Any) -> tuple[dict[str, Tensor], Any]:
 
 
 def unpack_batch(structure: Any, load: Callable[[str], Tensor]) -> Any:
-    """The inverse of `pack_batch`; any mapping comes back as a dict."""
+    """The inverse of `pack_batch`; any mapping comes back as a dict, and a named tuple as one of a class of its own."""
     ((kind, content),) = structure.items()
     if kind == "tensor":
         return load(content)
     if kind == "dict":
         return {key: unpack_batch(value, load) for key, value in content.items()}
+    if kind == "named":
+        name, fields = content
+        return namedtuple(name, list(fields))(*(unpack_batch(value, load) for value in fields.values()))  # type: ignore[misc]
     if kind in ("list", "tuple"):
         values = [unpack_batch(value, load) for value in content]
         return values if kind == "list" else tuple(values)

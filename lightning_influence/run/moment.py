@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import Any
 
 from torch import nn
 
@@ -18,8 +19,8 @@ class Moment:
         batch_idx: its argument.
         epoch, global_step: of the run.
         in_eval: names of the modules that are in eval mode.
-        numbers: plain numbers that the modules keep as attributes (a counter, a weight that follows the epoch), by
-            ``<module>:<attribute>``.
+        numbers: plain numbers that the modules keep as attributes (a counter, a weight that follows the epoch), as of
+            `numbers_of`.
     """
 
     batch_idx: int = 0
@@ -34,19 +35,16 @@ class Moment:
         return cls(batch_idx, epoch, global_step, eval_modes(module), numbers_of(module))
 
 
+_SMALL = 16  # numbers in a dict that may be settings rather than a history
 _LIBRARIES = {"torch", "torchmetrics", "lightning", "pytorch_lightning", "transformers", "peft", "timm"}
 """Whose modules keep settings in their attributes, and nothing that changes from step to step."""
 
 
 def numbers_of(module: nn.Module) -> dict[str, float]:
-    """Plain numbers among the attributes of a module and its submodules, by ``<module>:<attribute>``."""
-    return {
-        f"{path}:{name}": value
-        for path, m in module.named_modules()
-        if type(m).__module__.partition(".")[0] not in _LIBRARIES
-        for name, value in vars(m).items()
-        if type(value) in (bool, int, float) and name != "training" and math.isfinite(value)
-    }
+    """Plain numbers among the attributes of a module and its submodules, by ``<module>:<attribute>``, and in dicts among them, by
+    ``<module>:<attribute>/<key>``.
+    """
+    return {f"{path}:{name}": value for path, m in _own_modules(module) for name, _, value in _numbers_in(m)}
 
 
 @contextmanager
@@ -61,11 +59,26 @@ def numbers_at(module: nn.Module, numbers: Mapping[str, float]) -> Iterator[None
 
 
 def _set_numbers(module: nn.Module, numbers: Mapping[str, float]) -> None:
-    owners = dict(module.named_modules())
-    for key, value in numbers.items():
-        path, _, name = key.rpartition(":")
-        if path in owners and name in vars(owners[path]):
-            object.__setattr__(owners[path], name, value)
+    for path, m in _own_modules(module):
+        for name, holder, value in list(_numbers_in(m)):
+            there = numbers.get(f"{path}:{name}", value)
+            if there != value or type(there) is not type(value):
+                holder[name.rpartition("/")[2]] = there
+
+
+def _own_modules(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    return ((path, m) for path, m in module.named_modules() if type(m).__module__.partition(".")[0] not in _LIBRARIES)
+
+
+def _numbers_in(module: nn.Module) -> Iterator[tuple[str, dict[str, Any], float]]:
+    """Name, where it is kept, and value."""
+    attributes = vars(module)
+    dicts = [(f"{k}/", v) for k, v in attributes.items() if type(v) is dict and not k.startswith("_")]
+    for prefix, held in (("", attributes), *((prefix, d) for prefix, d in dicts if len(d) <= _SMALL)):
+        for name, value in held.items():
+            plain = type(value) in (bool, int, float) and type(name) is str and "/" not in name
+            if plain and name != "training" and math.isfinite(value):
+                yield f"{prefix}{name}", held, value
 
 
 def eval_modes(module: nn.Module) -> tuple[str, ...]:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from fnmatch import fnmatchcase
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from lightning_influence.errors import ConfigurationError
+from lightning_influence.run.lightning_names import is_a
 
 
 @contextmanager
@@ -65,6 +68,22 @@ def refuse_unowned(module: nn.Module, optimizer: torch.optim.Optimizer) -> None:
                 "state cannot be recorded. Assign it to the module as an nn.Parameter (or to an nn.ParameterList), not to a "
                 "plain list, dict or tensor."
             )
+
+
+def refuse_thawing(trainer: Any, module: nn.Module, exclude: Sequence[str]) -> None:
+    """Refuse a callback that will unfreeze parameters, whose per-sample gradients would then be missing.
+
+    Raises:
+        ConfigurationError: there is one, and a frozen parameter that is not excluded.
+    """
+    thaws = [c for c in trainer.callbacks if is_a(c, "BaseFinetuning")]
+    frozen = [k for k, p in module.named_parameters() if not p.requires_grad]
+    waiting = [k for k in frozen if not any(fnmatchcase(k, pattern) for pattern in exclude)]
+    if thaws and waiting:
+        raise ConfigurationError(
+            f"{type(thaws[0]).__name__} unfreezes parameters while the run trains, and {waiting[0]} is frozen now, so that its "
+            "per-sample gradients would come in the midst of the log. Name what it unfreezes in exclude=, or use record='replay'."
+        )
 
 
 REENTRANT = (

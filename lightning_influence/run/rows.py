@@ -39,6 +39,8 @@ class RowOrder:
         rearranged: whether rows are not the samples in the order in which they were drawn.
         recollates: whether a batch without a sample is another than the batch without that sample's rows: the collate function
             relates samples (a graph, offsets), so only it can leave one out.
+        padded: a batch without its longest sample, collated anew and by taking its rows away, where the first is padded less;
+            None where there is no such.
     """
 
     def __init__(
@@ -52,6 +54,7 @@ class RowOrder:
         self._left = _LOOKED_AT
         self.rearranged = False
         self.recollates = False
+        self.padded: tuple[Any, Any] | None = None
 
     def __call__(self, batch: Any, drawn: Tensor) -> Tensor:
         """The ids ``(n,)`` of the rows of a batch, from those in the order in which they were drawn.
@@ -67,11 +70,13 @@ class RowOrder:
             reproduced = self._collated(samples)
             owners = None
             if reproduced is not None and same_batch(reproduced, batch):
-                owners = owners_of_rows(batch, [self._collated([s]) for s in samples])
+                alone = [self._collated([s]) for s in samples]
+                owners = owners_of_rows(batch, alone)
                 if looking and len(samples) > 1:
                     in_order = owners is None and batch_size(batch) == len(samples)
                     positions = list(range(len(samples))) if in_order else owners
-                    self.recollates |= positions is not None and self._relates(batch, samples, positions)
+                    longest = _longest(alone)
+                    self.recollates |= positions is not None and self._relates(batch, samples, positions, longest)
         if owners is None:
             if batch_size(batch) != len(drawn) and not self.recollates:
                 raise ConfigurationError(
@@ -97,14 +102,23 @@ class RowOrder:
         except Exception:
             return None
 
-    def _relates(self, batch: Any, samples: list[Any], owners: list[int]) -> bool:
+    def _relates(self, batch: Any, samples: list[Any], owners: list[int], longest: int | None) -> bool:
         rows = torch.tensor(owners)
-        for position in sorted({owners[0], owners[len(owners) // 2], owners[-1]}):
+        looked_at = {owners[0], owners[len(owners) // 2], owners[-1], longest}
+        for position in sorted(p for p in looked_at if p is not None):
             rest = self._collated([s for i, s in enumerate(samples) if i != position])
             taken = without(batch, (rows == position).nonzero()[:, 0], len(owners))
             if rest is not None and not same_batch(rest, taken):
                 return True
+            if rest is not None and [x.shape for x in leaves(rest)] != [x.shape for x in leaves(taken)]:
+                self.padded = rest, taken
         return False
+
+
+def _longest(alone: Sequence[Any]) -> int | None:
+    """The position of the longest of samples that were collated alone; None where all are of one length."""
+    sizes = [0 if one is None else sum(leaf.numel() for leaf in leaves(one)) for one in alone]
+    return sizes.index(max(sizes)) if len(set(sizes)) > 1 else None
 
 
 def relates_samples(dataset: Any, collate: Callable[[list[Any]], Any]) -> bool:

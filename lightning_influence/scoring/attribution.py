@@ -19,7 +19,6 @@ from lightning_influence.core.scores import RowScores
 from lightning_influence.core.sweep import Method, sweep
 from lightning_influence.core.trajectory import Trajectory, Vectors
 from lightning_influence.errors import ConfigurationError, LogError
-from lightning_influence.log.manifest import Manifest
 from lightning_influence.log.steps import FINAL, LoggedSteps, LoggedTrajectory, checksum
 from lightning_influence.replay.logged_plan import LoggedPlan
 from lightning_influence.replay.trajectory import ReplayTrajectory
@@ -129,7 +128,7 @@ def attribute(
         )
         sizes = _sizes(consumed_by(trajectory, samples or ()), named)
         rows, of_groups = sets.split(_swept(trajectory, gradients, method, sets, max_memory, fabric, progress))
-        made = _provenance(steps.manifest, trajectory, method, target)
+        made = _provenance(steps, trajectory, method, target)
     query_ids = list(range(rows.n_queries)) if target is None else ["mean" if isinstance(target, str) else "target"]
     return InfluenceReport(
         rows,
@@ -286,6 +285,10 @@ def _autocast(precision: str, task: Task) -> Callable[[], AbstractContextManager
 def _check_model(steps: LoggedSteps, task: Task) -> None:
     """Refuse a log of another model; warn where the parameters are not those the run ended with."""
     parameters = dict(task.module.named_parameters())
+    if any(p.is_meta for p in parameters.values()):
+        raise ConfigurationError(
+            "the model is on the meta device and holds no weights; load those of the run's end into it first."
+        )
     for name, shape in steps.manifest.shapes.items():
         if name not in parameters or list(parameters[name].shape) != shape:
             found = "no such parameter" if name not in parameters else f"shape {list(parameters[name].shape)}"
@@ -320,8 +323,9 @@ def _check_model(steps: LoggedSteps, task: Task) -> None:
 
 
 def _provenance(
-    manifest: Manifest, trajectory: LoggedTrajectory | ReplayTrajectory, method: Method, target: Target
+    steps: LoggedSteps, trajectory: LoggedTrajectory | ReplayTrajectory, method: Method, target: Target
 ) -> Provenance:
+    manifest = steps.manifest
     kept = sum(d for d, _ in trajectory.sizes.values())
     trained = manifest.coverage.trained
     made = Provenance(
@@ -347,8 +351,9 @@ def _provenance(
             manifest.excluded,
         ),
     )
-    if not isinstance(trajectory, ReplayTrajectory):
-        return made
+    if not isinstance(trajectory, ReplayTrajectory):  # what the run itself verified while it was recorded
+        told = steps.reader.meta(len(trajectory) - 1).get("removals")
+        return replace(made, removals=RemovalSummary.from_json(told))
     removals = RemovalSummary.from_json(trajectory.removals.to_metadata())
     return replace(
         made,

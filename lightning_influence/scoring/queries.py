@@ -90,6 +90,11 @@ def batches_of(source: Any) -> Iterable[Any]:
         raise ConfigurationError(
             f"queries is a single batch ({shape_of(source):.200}); wrap it in a list: queries=[batch]."
         )
+    if isinstance(source, (list, tuple)) and any(isinstance(part, DataLoader) for part in source):
+        raise ConfigurationError(
+            f"queries holds {len(source)} loaders; join their datasets (torch.utils.data.ConcatDataset) into one, or ask by each of "
+            "them in turn."
+        )
     if is_map_style(source) and relates_samples(source.dataset, source.collate_fn):  # each query is collated alone
         alone = [[i] for batch in source.batch_sampler for i in batch]
         return DataLoader(source.dataset, batch_sampler=alone, collate_fn=source.collate_fn)

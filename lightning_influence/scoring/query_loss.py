@@ -63,9 +63,12 @@ class LossOfQueries:
             with self._paths():
                 return self.task.loss(batch)
         except (RuntimeError, TypeError, ValueError, KeyError, IndexError, AttributeError) as error:
+            single = (
+                " If queries is one batch, wrap it in a list: queries=[batch]." if isinstance(batch, Tensor) else ""
+            )
             raise ConfigurationError(
                 f"{self.task.step_name} cannot take a batch of the queries ({shape_of(batch)}): {error}. "
-                "Give queries whose batches look like the training batches, or query_loss(model, batch) -> (batch,)."
+                f"Give queries whose batches look like the training batches, or query_loss(model, batch) -> (batch,).{single}"
             ) from error
 
     def opened_where_needed(self, batch: Any, parameters: Mapping[str, Tensor]) -> LossOfQueries:

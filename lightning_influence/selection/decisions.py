@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from lightning_influence.errors import LogCorrupted
+from lightning_influence.report.provenance import RemovalSummary
 from lightning_influence.report.tables import in_notebook, write_csv
 
 if TYPE_CHECKING:
@@ -49,6 +50,9 @@ class SelectionReport:
 
     Args:
         file: where they go; None to keep them in memory.
+
+    Attributes:
+        removals: how the scores found what a removal changes, and what was verified of it; None where they were given.
     """
 
     def __init__(self, file: Path | None = None) -> None:
@@ -59,6 +63,7 @@ class SelectionReport:
         self._before: list[SelectionReport] = []  # of the processes of runs that have ended
         self._rows = self._samples = 0
         self._weight = 0.0
+        self.removals: RemovalSummary | None = None
 
     def go_to(self, file: Path) -> None:
         """Write decisions to another file from now on; those that were written are copied when it is begun."""
@@ -81,6 +86,7 @@ class SelectionReport:
             return parts[0]
         report = cls()
         report._before = list(parts)
+        report.removals = parts[0].removals if parts else None
         return report
 
     @property
@@ -199,7 +205,8 @@ class SelectionReport:
 
     def __repr__(self) -> str:
         kept = f"; mean weight {self.kept:.3g}" if len(self) else ""
-        return f"SelectionReport({len(self)} decisions on {self.n_samples} samples{kept})"
+        how = "" if self.removals is None else f"; {self.removals}"
+        return f"SelectionReport({len(self)} decisions on {self.n_samples} samples{kept}{how})"
 
     def _repr_html_(self) -> str:
         return in_notebook(repr(self), self.to_pandas())

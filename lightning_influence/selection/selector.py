@@ -17,6 +17,7 @@ from lightning_influence.capture.step import StepOptions
 from lightning_influence.core.sweep import Method
 from lightning_influence.errors import ConfigurationError
 from lightning_influence.replay.removals import RemovalCheck
+from lightning_influence.report.provenance import RemovalSummary
 from lightning_influence.selection.decisions import SelectionReport
 from lightning_influence.selection.lookahead import Candidates, look_ahead
 from lightning_influence.selection.policies import Policy, Soft, decide
@@ -87,7 +88,11 @@ class LookAhead:
 
     def __init__(self, queries: Callable[[], Any], settings: Settings) -> None:
         self.queries, self.settings = queries, settings
-        self.removals = RemovalCheck(unverifiable=None if settings.options.verify else "verify=False")
+        self.forget()
+
+    def forget(self) -> None:
+        """Nothing is known of the run's removals any more."""
+        self.removals = RemovalCheck(unverifiable=None if self.settings.options.verify else "verify=False")
 
     def __call__(self, trainer: L.Trainer, candidates: Sequence[Sequence[Candidates]], scored: int) -> list[Tensor]:
         s = self.settings
@@ -122,6 +127,7 @@ class Selector:
 
     Attributes:
         report: what was decided so far.
+        removals: what is known of the run's removals, inside the step.
 
     Raises:
         ConfigurationError: weights between 0 and 1 where only whole samples can leave.
@@ -132,6 +138,7 @@ class Selector:
             raise ConfigurationError("Soft weighs gradients, which horizon=0, every=1 does; a batch has no weights.")
         self.settings, self.scorer = settings, scorer
         self.report = SelectionReport()
+        self.removals: RemovalCheck | None = None
 
     @property
     def inside_the_step(self) -> bool:
@@ -150,6 +157,8 @@ class Selector:
     def note(self, trainer: L.Trainer, sample_ids: Tensor, scores: Tensor, weights: Tensor) -> None:
         """Keep a decision, and log it through the trainer's loggers."""
         self.report.add(trainer.global_step, sample_ids, scores, weights)
+        found = self.removals or getattr(self.scorer, "removals", None)
+        self.report.removals = None if found is None else RemovalSummary.from_json(found.to_metadata())
         every = trainer.log_every_n_steps if self.inside_the_step else 1  # type: ignore[attr-defined]
         if trainer.global_step % every == 0:
             means = {

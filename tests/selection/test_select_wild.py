@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -125,7 +126,8 @@ NAMES = [kind.__name__ for kind, _ in KINDS]
 
 def trainer(*callbacks: L.Callback, **options: Any) -> L.Trainer:
     quiet = dict.fromkeys(("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"), False)
-    return L.Trainer(max_epochs=1, accelerator="cpu", callbacks=list(callbacks), **quiet, **options)  # type: ignore[arg-type]
+    settings = {"max_epochs": 1, "accelerator": "cpu"} | quiet | options
+    return L.Trainer(callbacks=list(callbacks), **settings)  # type: ignore[arg-type]
 
 
 def stepped(module: Base, batches: list[Any], first: int = 0, state: Any = None, accumulate: int = 1) -> Base:
@@ -257,7 +259,7 @@ def test_look_ahead_divides_the_last_short_window_of_an_epoch_as_lightning_does(
 
 
 class Noisy(Base):
-    """Draws random numbers, so a step without a sample is another step."""
+    """Draws random numbers, which the other samples keep where one leaves."""
 
     def forward(self, x: Tensor) -> Tensor:
         return self.head(F.dropout(F.gelu(self.body(x)), 0.5, self.training))
@@ -266,7 +268,33 @@ class Noisy(Base):
 def test_look_ahead_does_not_take_random_numbers_for_an_effect() -> None:
     check = LooksAhead({}, [1, 1])
     trainer(check, precision="64-true").fit(Noisy(), DataLoader(data(), BATCH))
-    assert not check.removals.measuring and "random" in str(check.removals.unverifiable)
+    assert not check.removals.measuring and check.removals.verified == 3 and check.removals.largest_error < 1e-8
+
+
+class ContrastiveLater(Contrastive):
+    """Samples see each other from the second epoch on."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        return (super() if self.current_epoch > 0 else super(Contrastive, self)).training_step(batch, batch_idx)
+
+
+@pytest.mark.parametrize("options", [{"every": 1}, {"every": "epoch"}, {"every": 2, "horizon": 1}], ids=str)
+def test_what_begins_later_is_seen_later(options: dict[str, Any]) -> None:
+    selected, run = selecting({}, **options), trainer(precision="64-true", max_epochs=2)
+    if options == {"every": 1}:
+        with pytest.raises(ConfigurationError, match="step 4: per-sample gradients do not say"):
+            run.fit(ContrastiveLater(), selected)
+    else:
+        run.fit(ContrastiveLater(), selected)
+        assert "removals measured by evaluating each step without the sample" in repr(selected.selection_report)
+
+
+@pytest.mark.parametrize("options", [{"every": 1}, {"every": "epoch"}, {"every": 2, "horizon": 1}], ids=str)
+def test_what_was_verified_is_told(options: dict[str, Any]) -> None:
+    for verify, told in ((True, "removal verified on [23] of [23] samples"), (False, "not verified: verify=False")):
+        selected = selecting({"verify": verify}, **options)
+        trainer(precision="64-true").fit(Base(), selected)
+        assert re.search(told, repr(selected.selection_report))
 
 
 class ChangesGradients(Base):

@@ -1,0 +1,247 @@
+"""What users are told where something cannot be followed: what was wrong, the cause that was found, and what to do."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import pytest
+import torch
+from lightning.pytorch.callbacks import BaseFinetuning
+from lightning.pytorch.utilities import CombinedLoader
+from modules import Classifier, fit, loader, split_digits
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.nn.utils.rnn import pack_padded_sequence
+from torch.utils.data import DataLoader, TensorDataset, default_collate
+
+from lightning_influence import InfluenceCallback, attribute
+from lightning_influence.errors import ConfigurationError, InfluenceError, ReplayDrift
+
+TRAIN, VAL = split_digits(64, 8)
+QUERIES = DataLoader(VAL, 4)
+Run = Callable[[Path], object]
+
+
+def record(module: L.LightningModule, path: Path, data: Any = None, **options: Any) -> L.LightningModule:
+    options.setdefault("on_error", "raise")
+    trainer = {k: options.pop(k) for k in ("precision", "callbacks", "max_epochs") if k in options}
+    others = trainer.pop("callbacks", [])
+    fit(module, loader(TRAIN) if data is None else data, InfluenceCallback(path, **options), *others, **trainer)
+    return module
+
+
+def replayed(path: Path, **options: Any) -> Any:
+    module = record(Classifier(), path, record="replay")
+    return attribute(path, **{"queries": QUERIES, "model": module, "progress": False, **options})
+
+
+# -- queries -----------------------------------------------------------------------------------------------
+
+
+class Data(L.LightningDataModule):
+    def val_dataloader(self) -> Any:
+        return QUERIES
+
+
+@pytest.mark.parametrize(
+    "queries", [Data(), VAL, Data().val_dataloader, [next(iter(QUERIES))]], ids=lambda q: type(q).__name__
+)
+def test_queries_in_every_form_are_taken(queries: Any, tmp_path: Path) -> None:
+    assert replayed(tmp_path, queries=queries, target="mean").scores.isfinite().all()
+
+
+ASKED: dict[str, tuple[dict[str, Any], str]] = {
+    "one batch": ({"queries": next(iter(QUERIES))}, r"wrap it in a list: queries=\[batch\]"),
+    "a string": ({"queries": "val"}, "give a loader, a list of batches"),
+    "several loaders": ({"queries": [QUERIES, QUERIES]}, "join their datasets .*ConcatDataset"),
+    "fewer samples than the run's": (
+        {"data": TensorDataset(*(t[:10] for t in TRAIN.tensors))},
+        "10 samples.*the log has sample",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", ASKED)
+def test_what_cannot_be_asked(name: str, tmp_path: Path) -> None:
+    options, told = ASKED[name]
+    module = record(Classifier(), tmp_path, record="replay", store_batches=False if "data" in options else None)
+    with pytest.raises(InfluenceError, match=told):
+        attribute(tmp_path, **{"queries": QUERIES, "model": module, "progress": False, **options})
+
+
+def test_a_model_without_weights(tmp_path: Path) -> None:
+    record(Classifier(), tmp_path)
+    with torch.device("meta"):
+        model = Classifier()
+    with pytest.raises(ConfigurationError, match="meta device.*[Ll]oad"):
+        attribute(tmp_path, queries=QUERIES, model=model, progress=False)
+
+
+# -- modules that a log of gradients cannot follow ---------------------------------------------------------
+
+
+class Packed(Classifier):
+    def __init__(self) -> None:
+        super().__init__()
+        self.rnn, self.out = nn.LSTM(8, 8, batch_first=True), nn.Linear(8, 10)
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        x = batch[0].view(-1, 8, 8)
+        lengths = 1 + torch.arange(len(x)) % 8
+        packed = pack_padded_sequence(x, lengths, batch_first=True, enforce_sorted=False)
+        return F.cross_entropy(self.out(self.rnn(packed)[1][0][0]), batch[1])
+
+
+class BatchSecond(Classifier):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer, self.out = nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0), nn.Linear(8, 10)
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        x = batch[0].view(-1, 8, 8).transpose(0, 1)
+        return F.cross_entropy(self.out(self.layer(x).mean(0)), batch[1])
+
+
+class Remembers(Classifier):
+    """A queue of what was seen before."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("queue", torch.ones(4, 10))
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        z = self.net(batch[0])
+        loss = F.cross_entropy(z, batch[1]) + 0.1 * (z @ self.queue.T).logsumexp(1).mean()
+        self.queue = torch.cat([z.detach(), self.queue])[:4]
+        return loss
+
+
+class OwnClipping(Classifier):
+    def configure_gradient_clipping(self, *args: Any, **kwargs: Any) -> None:
+        nn.utils.clip_grad_norm_(self.parameters(), 1e3)
+
+
+class TwoSteps(Classifier):
+    def optimizer_step(self, epoch: int, batch_idx: int, optimizer: Any, optimizer_closure: Any = None) -> None:
+        optimizer.step(closure=optimizer_closure)
+        optimizer.step()
+
+
+class Thaws(BaseFinetuning):
+    def freeze_before_training(self, pl_module: Any) -> None:
+        self.freeze(pl_module.net[0])
+
+    def finetune_function(self, pl_module: Any, epoch: int, optimizer: Any) -> None:
+        if epoch == 1:
+            self.unfreeze_and_add_param_group(pl_module.net[0], optimizer)
+
+
+def one_row_less(samples: list[Any]) -> Any:
+    x, y = default_collate(samples)
+    return x[1:] + torch.randn(()), y[1:]
+
+
+BOTH = ("gradients", "replay")
+REFUSED: dict[str, tuple[Run, str]] = {
+    "packed sequences": (lambda p: record(Packed(), p, record="gradients"), r"LSTM.*packed sequence.*replay"),
+    "the batch second": (
+        lambda p: record(BatchSecond(), p, record="gradients"),
+        "batch in its second dimension; build it with batch_first=True",
+    ),
+    "a collate function that drops rows": (
+        lambda p: record(Classifier(), p, DataLoader(TRAIN, 8, collate_fn=one_row_less)),
+        "a batch of 8 samples has 7 rows: the collate function drops, adds or joins rows.*sample_ids",
+    ),
+    "a queue": (lambda p: record(Remembers(), p, record="replay"), "the buffer queue keeps something of the samples"),
+    "own clipping": (lambda p: record(OwnClipping(), p), "configure_gradient_clipping.*gradient_clip_val"),
+    "two steps at once": (lambda p: record(TwoSteps(), p), "optimizer_step is overridden and steps twice"),
+    "a callback that unfreezes": (
+        lambda p: record(Classifier(), p, record="gradients", callbacks=[Thaws()], max_epochs=2),
+        "Thaws.*net.0.weight.*exclude=",
+    ),
+    "two training loaders": (
+        lambda p: record(Classifier(), p, CombinedLoader({"a": loader(TRAIN), "b": loader(TRAIN)})),
+        "sample_ids=",
+    ),
+    "reentrant checkpointing": (
+        lambda p: record(Reentrant(), p, record="replay"),
+        "use_reentrant=False",
+    ),
+}
+
+
+class Reentrant(Classifier):
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        from torch.utils.checkpoint import checkpoint
+
+        return F.cross_entropy(checkpoint(self.net, batch[0].requires_grad_(), use_reentrant=True), batch[1])
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("name", REFUSED)
+def test_a_run_that_is_refused_is_told_why(name: str, tmp_path: Path) -> None:
+    run, told = REFUSED[name]
+    with pytest.raises(ConfigurationError, match=re.compile(told, re.DOTALL)):
+        run(tmp_path / "log")
+
+
+# -- replay ------------------------------------------------------------------------------------------------
+
+
+class Hooked(Classifier):
+    def __init__(self) -> None:
+        super().__init__()
+        self.net[0].weight.register_hook(lambda g: 0.5 * g)
+
+
+class Halves(Classifier):
+    def on_after_backward(self) -> None:
+        for p in self.parameters():
+            p.grad.mul_(0.5)
+
+
+class ByList(Classifier):
+    """The weight of a term is kept in a list that a hook writes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.annealed = [0.0]
+
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        self.annealed[0] = batch_idx
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        return super().training_step(batch, batch_idx) * (1 + self.annealed[0])
+
+
+class Restless(Classifier):
+    """What a step gives depends on how often it was called."""
+
+    calls: list[int] = []  # noqa: RUF012
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        self.calls.append(0)
+        return super().training_step(batch, batch_idx) * (1 + 0.1 * len(self.calls))
+
+
+DRIFTS: dict[type[Classifier], str] = {
+    Hooked: "A hook on net.0.weight changes its gradient",
+    Halves: "Halves.on_after_backward is overridden",
+    ByList: "attributes annealed",
+    Restless: "replayed twice, gives two gradients of net",
+}
+
+
+@pytest.mark.parametrize("kind", DRIFTS, ids=lambda kind: kind.__name__)
+def test_a_replay_that_drifts_names_what_it_found(kind: type[Classifier], tmp_path: Path) -> None:
+    if kind is Halves:  # known while recording, of every run that is recorded
+        with pytest.raises(ConfigurationError, match="on_after_backward"):
+            record(kind(), tmp_path, record="replay")
+        return
+    module = record(kind(), tmp_path, record="replay", verify=False)
+    with pytest.raises(ReplayDrift, match=rf"step \d: the replayed gradient has norm .* {DRIFTS[kind]}"):
+        attribute(tmp_path, queries=QUERIES, model=module, progress=False)
