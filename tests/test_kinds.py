@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from lightning_influence import InfluenceCallback, InfluenceError, attribute
-from lightning_influence.run.training_step import loss_of, quiet
+from lightning_influence.run.lightning_task import loss_of, quiet
 
 
 def samples(kind: type[Base]) -> Samples:

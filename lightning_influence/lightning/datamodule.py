@@ -25,6 +25,7 @@ from lightning_influence.run.random_state import random_state
 from lightning_influence.run.ranks import Ranks
 from lightning_influence.run.sample_ids import is_map_style
 from lightning_influence.run.sample_weights import WeightSource
+from lightning_influence.run.trainer import ranks_of
 from lightning_influence.scoring.queries import batches_of
 from lightning_influence.selection.decisions import SelectionReport
 from lightning_influence.selection.loader import SelectingLoader
@@ -203,7 +204,7 @@ class SelectionDataModule(L.LightningDataModule):
             self.data.setup(stage)
         if stage != "fit" or not self.online_selection or self.trainer is None:
             return
-        ranks = Ranks.of(self.trainer)
+        ranks = ranks_of(self.trainer)
         callbacks: list[Any] = self.trainer.callbacks  # type: ignore[attr-defined]
         self.selector.report.go_to(_decisions_of(self.trainer) / f"rank-{ranks.rank}.bin")
         scorer = self.selector.scorer
@@ -225,7 +226,7 @@ class SelectionDataModule(L.LightningDataModule):
             self.data.teardown(stage)
         self._leave()
         if self.trainer is not None and stage == "fit" and self.online_selection:
-            self.selector.report = SelectionReport.merged(Ranks.of(self.trainer).gather(self.selector.report))
+            self.selector.report = SelectionReport.merged(ranks_of(self.trainer).gather(self.selector.report))
 
     def on_exception(self, exception: BaseException) -> None:
         if is_a(self.data, "LightningDataModule"):
@@ -295,7 +296,7 @@ class SelectionDataModule(L.LightningDataModule):
         return in_notebook(repr(self), self.selection_report.to_pandas())
 
     def state_dict(self) -> dict[str, Any]:
-        ranks = Ranks() if self.trainer is None else Ranks.of(self.trainer)
+        ranks = Ranks() if self.trainer is None else ranks_of(self.trainer)
         return {
             "decisions": ranks.gather(self.selector.report.state_dict()),
             "target": self.live_target.state_dict(),

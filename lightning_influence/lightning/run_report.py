@@ -18,6 +18,7 @@ from lightning_influence.report import InfluenceReport
 from lightning_influence.run.random_state import generator_as_it_was, random_state
 from lightning_influence.run.ranks import Ranks
 from lightning_influence.run.sample_ids import is_map_style
+from lightning_influence.run.trainer import ranks_of
 from lightning_influence.scoring.attribution import attribute
 from lightning_influence.trust.dynamics import dynamics_of
 
@@ -56,7 +57,7 @@ def report_run(trainer: L.Trainer, module: L.LightningModule, log: Path) -> Infl
     """
     (loader,), _ = tree_flatten(trainer.val_dataloaders)
     with random_state(None), generator_as_it_was(loader):  # a loader draws random numbers
-        queries = whole_validation(loader, Ranks.of(trainer))
+        queries = whole_validation(loader, ranks_of(trainer))
         if not trainer.is_global_zero:
             return None
         return _made(trainer, module, log, queries)

@@ -12,7 +12,6 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any, TypeAlias
 
 import torch
-from lightning.pytorch.strategies import Strategy
 from torch import Tensor
 from torch.utils.data import BatchSampler, DataLoader
 
@@ -97,13 +96,6 @@ class SampleIds:
             # samples are fetched right after they are drawn, where that happens in this process
             sampler.subscribe(self, random=self.random and loader.num_workers == 0)
         return loader
-
-    def listen_to(self, strategy: Strategy) -> None:
-        """Listen to every training loader that the strategy prepares: its iterator is made before on_train_start, so
-        the recorder has to be in place earlier. Undone by removing ``process_dataloader`` from its ``__dict__``.
-        """
-        process = strategy.process_dataloader
-        strategy.process_dataloader = lambda loader: self.listen(process(loader))  # type: ignore[method-assign, assignment]
 
     def start(self, loader: Any) -> None:
         """Choose the loader that the training batches come from.

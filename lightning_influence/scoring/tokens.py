@@ -8,14 +8,14 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from lightning import LightningModule
 from torch import Tensor
 
 from lightning_influence.core.removal import gradient_change
+from lightning_influence.core.removal_sets import RemovalSets
 from lightning_influence.core.sweep import Method, gradient_adjoints
 from lightning_influence.core.trajectory import StepRecord
 from lightning_influence.errors import ConfigurationError
-from lightning_influence.log.reader import StoreReader
+from lightning_influence.log.steps import LoggedSteps
 from lightning_influence.replay.plan import PlannedStep
 from lightning_influence.replay.token_products import TokenProducts
 from lightning_influence.replay.trajectory import ReplayTrajectory
@@ -27,11 +27,11 @@ from lightning_influence.scoring.query_loss import QueryLoss
 
 
 def token_scores(
-    log: str | Path,
+    log: str | Path | LoggedSteps,
     samples: Collection[int],
     *,
     queries: Any,
-    model: LightningModule,
+    model: Any,
     target: Target = "mean",
     curvature: Literal["none", "gauss_newton", "hessian"] = "hessian",
     counterfactual: Literal["drop", "zero"] = "drop",
@@ -58,14 +58,13 @@ def token_scores(
     asked = torch.tensor(sorted(set(samples)), dtype=torch.int64)
     if not len(asked):
         raise ConfigurationError("samples is empty; give ids of training samples, those of report.bottom(5), say.")
-    data = TrainingData.of(data)
-    manifest = StoreReader(log).manifest
-    if manifest["record"] == "gradients":
+    data, logged = TrainingData.of(data), LoggedSteps.of(log)
+    if logged.manifest.record == "gradients":
         raise ConfigurationError(
             "scores of tokens need the run to be replayed, and this log holds gradients alone; record with record='replay'."
         )
-    replay = {"counterfactual": counterfactual, "samples": samples, "verify": False}
-    with open_trajectory(log, model, curvature, data, progress=progress, **replay) as trajectory:
+    replay = {"counterfactual": counterfactual, "sets": RemovalSets(samples), "verify": False}
+    with open_trajectory(logged, model, curvature, data, progress=progress, **replay) as trajectory:
         assert isinstance(trajectory, ReplayTrajectory)
         steps = [t for t in range(len(trajectory)) if bool(torch.isin(trajectory.sample_ids(t), asked).any())]
         seen = torch.cat([trajectory.sample_ids(t) for t in steps]) if steps else asked[:0]
@@ -76,7 +75,7 @@ def token_scores(
             )
         gradients = query_gradients(
             model,
-            Queries.of(queries, data=data, precision=str(manifest["precision"])),
+            Queries.of(queries, data=data, precision=logged.manifest.precision),
             list(trajectory.sizes),
             trajectory.select,
             target=target,

@@ -18,7 +18,7 @@ from modules import Classifier, fit, split_digits
 from torch.utils.data import DataLoader, DistributedSampler, IterableDataset, Sampler
 
 from lightning_influence import InfluenceCallback, InfluenceReport, SelectionDataModule, attribute
-from lightning_influence.core.removal import removal
+from lightning_influence.core.removal import gradient_change
 from lightning_influence.errors import ConfigurationError, LogCorrupted
 from lightning_influence.lightning.run_report import whole_validation
 from lightning_influence.log.steps import LoggedTrajectory
@@ -223,8 +223,8 @@ def test_without_a_sample_its_process_averages_over_the_rest_and_the_others_stay
 
     whole = step(None, InfluenceCallback(tmp_path, compression="full"))
     log = LoggedTrajectory(tmp_path)
-    removed = removal(log.record(0), "drop")
-    at = removed.sample_ids.tolist().index(3)
+    removed = gradient_change(log.record(0), "drop")
+    at = removed.sets.tolist().index(3)
     shares, gradients = log.shares(0), log.record(0).gradients
     names = [k for k, _ in Classifier().named_parameters()]
     expected = torch.cat(

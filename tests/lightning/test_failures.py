@@ -213,7 +213,12 @@ def test_a_run_that_stopped_recording_does_not_go_on_with_the_log(
 
     def resume(step: int) -> None:
         trainer = L.Trainer(
-            callbacks=[InfluenceCallback(tmp_path / "log")], max_epochs=2, accelerator="cpu", logger=False, **options
+            callbacks=[InfluenceCallback(tmp_path / "log")],
+            max_epochs=2,
+            accelerator="cpu",
+            logger=False,
+            default_root_dir=tmp_path,
+            **options,
         )
         trainer.fit(Classifier(), loader(TRAIN), ckpt_path=tmp_path / f"step={step}.ckpt")
 

@@ -41,10 +41,9 @@ def test_the_first_step_says_what_is_recorded_and_what_it_takes(
 
 
 def test_a_disk_that_will_be_full_is_told_at_the_first_step(tmp_path: Path) -> None:
-    manifest = {"record": "both", "coverage": {"recorded": 50, "trained": 100}}
-    line = first_step_line(tmp_path, manifest, 2.0**40, 100.0, 10_000, 10)
+    line = first_step_line(tmp_path, "both", 0.5, 2.0**40, 100.0, 10_000, 10)
     assert "of 50% of the coordinates" in line and "THE DISK WILL BE FULL BEFORE THE RUN ENDS" in line
-    assert "for as long as the run goes on" in first_step_line(tmp_path, manifest, 1.0, 0.0, float("inf"), 1.0)
+    assert "for as long as the run goes on" in first_step_line(tmp_path, "both", 0.5, 1.0, 0.0, float("inf"), 1.0)
 
 
 def test_a_report_says_where_its_page_is_and_how_to_open_it(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
