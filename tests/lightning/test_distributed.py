@@ -224,7 +224,7 @@ def test_without_a_sample_its_process_averages_over_the_rest_and_the_others_stay
     whole = step(None, InfluenceCallback(tmp_path, compression="full"))
     log = LoggedTrajectory(tmp_path)
     removed = gradient_change(log.record(0), "drop")
-    at = removed.sets.tolist().index(3)
+    at = removed.sample_ids.tolist().index(3)
     shares, gradients = log.shares(0), log.record(0).gradients
     names = [k for k, _ in Classifier().named_parameters()]
     expected = torch.cat(
