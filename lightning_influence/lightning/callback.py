@@ -156,7 +156,7 @@ class InfluenceCallback(L.Callback):
             None  # inside the training or the optimizer's step, to be dealt with at the next hook
         )
         self._told = False  # of the first step
-        self._covered = 0.0  # fraction of the trained coordinates
+        self._manifest: Manifest | None = None
         self._stopped: str | None = None  # why recording ended before the run did
 
     def __repr__(self) -> str:
@@ -231,7 +231,7 @@ class InfluenceCallback(L.Callback):
             )
             undo.pop_all()
         self._told = False
-        self._covered = manifest.coverage.recorded / max(manifest.coverage.trained, 1)
+        self._manifest = manifest
 
     def _writer(self, ranks: Ranks, manifest: Manifest, undo: ExitStack) -> StoreWriter:
         """The log, open for the steps that come; ``undo`` closes it."""
@@ -419,14 +419,13 @@ class InfluenceCallback(L.Callback):
 
     @_while_recording
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: Any) -> None:
-        assert self._recorder is not None
+        assert self._recorder is not None and self._manifest is not None
         if self._told or not self._recorder.begun:
             return
         self._told, left = True, steps_left(trainer) + 1
         step, snapshot = self._recorder.bytes_written()
         every = self._recorder.replay.snapshot_every if self._recorder.replay is not None else 1
-        line = first_step_line(self.dirpath, self.record, self._covered, step, snapshot, left, left / every + 1)
-        rank_zero_info(line)
+        rank_zero_info(first_step_line(self.dirpath, self._manifest, step, snapshot, left, left / every + 1))
 
 
 def _run_of(log: Path) -> str | None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
+from lightning_influence.log.manifest import Manifest
+
 _WHAT = {
     "gradients": "per-sample gradients",
     "replay": "what a replay needs",
@@ -13,24 +15,27 @@ _WHAT = {
 
 
 def first_step_line(
-    log: Path, record: str, covered: float, per_step: float, per_snapshot: float, steps: float, snapshots: float
+    log: Path, manifest: Manifest, per_step: float, per_snapshot: float, steps: float, snapshots: float
 ) -> str:
     """One line about a recording.
 
     Args:
         log: its directory.
-        record: what is recorded, as of `InfluenceCallback`.
-        covered: the fraction of the trained coordinates whose per-sample gradients are.
+        manifest: what the log says of itself.
         per_step, per_snapshot: bytes.
         steps, snapshots: that the run will have written at its end; infinite where nobody knows when it ends.
     """
-    share = "" if record == "replay" else f" of {covered:.0%} of the coordinates"
+    share = (
+        ""
+        if manifest.record == "replay"
+        else f" of {manifest.coverage.recorded / max(manifest.coverage.trained, 1):.0%} of the coordinates"
+    )
     end, free = per_step * steps + per_snapshot * snapshots, shutil.disk_usage(log).free
     expected = f"about {_size(end)} at the end" if steps < float("inf") else "for as long as the run goes on"
     held = f", {_size(per_snapshot)} a snapshot" if per_snapshot else ""
     short = "; THE DISK WILL BE FULL BEFORE THE RUN ENDS" if steps < float("inf") and end > free else ""
     return (
-        f"Influence: {_WHAT[record]}{share} go to {log}: {_size(per_step)} a step{held}, {expected}, "
+        f"Influence: {_WHAT[manifest.record]}{share} go to {log}: {_size(per_step)} a step{held}, {expected}, "
         f"{_size(free)} of disk are free{short}."
     )
 

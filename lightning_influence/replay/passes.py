@@ -14,6 +14,7 @@ from torch.overrides import TorchFunctionMode
 
 from lightning_influence.capture import GradientCapture
 from lightning_influence.core.shares import Form
+from lightning_influence.core.torch_function import keywords_of
 from lightning_influence.core.trajectory import Vectors
 from lightning_influence.replay.plan import PlannedMicroBatch, PlannedStep, State
 from lightning_influence.replay.stopped_paths import NotedPaths, OpenPaths, StopWatch
@@ -175,7 +176,7 @@ class _AutocastWatch(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         self.seen |= torch.is_autocast_enabled(self._device_type)
-        return func(*args, **(kwargs or {}))
+        return func(*args, **keywords_of(func, kwargs))
 
 
 def leaves_of(parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -63,8 +63,10 @@ def token_scores(
         raise ConfigurationError(
             "scores of tokens need the run to be replayed, and this log holds gradients alone; record with record='replay'."
         )
-    replay = {"counterfactual": counterfactual, "sets": RemovalSets(samples), "verify": False}
-    with open_trajectory(logged, model, curvature, data, progress=progress, **replay) as trajectory:
+    sets = RemovalSets(asked.tolist())
+    replay = {"counterfactual": counterfactual, "sets": sets, "verify": False}
+    how = "auto" if curvature == "none" else curvature  # which replays, too
+    with open_trajectory(logged, model, how, data, progress=progress, **replay) as trajectory:
         assert isinstance(trajectory, ReplayTrajectory)
         steps = [t for t in range(len(trajectory)) if bool(torch.isin(trajectory.sample_ids(t), asked).any())]
         seen = torch.cat([trajectory.sample_ids(t) for t in steps]) if steps else asked[:0]
@@ -91,7 +93,7 @@ def token_scores(
             if t not in held:
                 continue
             products = trajectory.token_products(t, vectors)
-            for z, (found, targets, counted) in _of_step(trajectory.plan.step(t), products, asked, counterfactual):
+            for z, (found, targets, counted) in _of_step(trajectory.plan.step(t), products, sets, counterfactual):
                 if z in labels and len(labels[z]) != len(targets):
                     raise ConfigurationError(
                         f"sample {z} has {len(targets)} labels at step {t} and {len(labels[z])} at a later one; scores of tokens "
@@ -107,30 +109,27 @@ def token_scores(
 
 
 def _of_step(
-    planned: PlannedStep, products: list[TokenProducts], asked: Tensor, counterfactual: Literal["drop", "zero"]
+    planned: PlannedStep, products: list[TokenProducts], sets: RemovalSets, counterfactual: Literal["drop", "zero"]
 ) -> Iterator[tuple[int, tuple[Tensor, Tensor, Tensor]]]:
     """Scores ``(q, labels)``, labels and their weights of each row of the step that is a chosen sample's.
 
     The change of the gradient, ``sum_b shared_b G_b + sum_i own_i s_i``, is split by the labels: ``s_i`` is the sum of theirs, and
     the other term, which the smaller denominator causes, goes by their weights in it.
     """
-    columns = (planned.sample_ids, planned.loss_weights, planned.micro_batch_numbers)
-    removed = gradient_change(StepRecord(0, *columns, {}, {}, {}, averaged=planned.averaged), counterfactual)
-    position = {z: i for i, z in enumerate(removed.sample_ids.tolist())}
-    for b, part in enumerate(products):
-        rows = (planned.micro_batch_numbers == b).nonzero()[:, 0]
+    numbers = planned.micro_batch_numbers
+    columns = (planned.sample_ids, planned.loss_weights, numbers)
+    removed = gradient_change(StepRecord(0, *columns, {}, {}, {}, averaged=planned.averaged), counterfactual, sets)
+    for own, owner, row in zip(removed.own.tolist(), removed.owner.tolist(), removed.row.tolist(), strict=True):
+        z, b = int(removed.sample_ids[owner]), int(numbers[row])
+        rows, part = (numbers == b).nonzero()[:, 0], products[b]
         if part.products.shape[1] % len(rows):
             raise ConfigurationError(
                 f"the training step has {part.products.shape[1]} labels for {len(rows)} samples; scores of tokens need the same "
                 "number of labels, ignored ones included, for every sample of a batch."
             )
-        each = part.products.unflatten(1, (len(rows), -1))
-        targets, weights = (x.view(len(rows), -1) for x in (part.targets, part.weights))
-        for i, row in enumerate(rows.tolist()):
-            z = int(planned.sample_ids[row])
-            if z not in set(asked.tolist()):
-                continue
-            own = planned.sample_ids[rows] == z
-            fraction = weights[i] / weights[own].sum().clamp(min=1e-30)
-            shared = float(removed.shared[position[z], b]) * part.whole[:, None] * fraction.to(part.whole)
-            yield z, (float(removed.own[row]) * each[:, i] + shared, targets[i], weights[i])
+        i = int((rows < row).sum())
+        each = part.products.unflatten(1, (len(rows), -1))[:, i]
+        targets, weights = (values.view(len(rows), -1) for values in (part.targets, part.weights))
+        leaving = weights[planned.sample_ids[rows] == z].sum().clamp(min=1e-30)
+        shared = float(removed.shared[owner, b]) * part.whole[:, None] * (weights[i] / leaving).to(part.whole)
+        yield z, (own * each + shared, targets[i], weights[i])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,9 @@ from lightning_influence import InfluenceCallback, SelectionDataModule, attribut
 from lightning_influence.errors import ConfigurationError, LogError
 from lightning_influence.lightning.first_step import first_step_line
 from lightning_influence.log import writer as store
+from lightning_influence.log.manifest import Recorded
 from lightning_influence.log.reader import StoreReader
+from lightning_influence.log.steps import LoggedSteps
 
 TRAIN, VAL = split_digits(64, 8)
 QUERIES = DataLoader(VAL, 4)
@@ -41,9 +44,11 @@ def test_the_first_step_says_what_is_recorded_and_what_it_takes(
 
 
 def test_a_disk_that_will_be_full_is_told_at_the_first_step(tmp_path: Path) -> None:
-    line = first_step_line(tmp_path, "both", 0.5, 2.0**40, 100.0, 10_000, 10)
+    fit(Classifier(), loader(TRAIN, 4), InfluenceCallback(tmp_path / "log", record="both"), max_steps=1)
+    manifest = replace(LoggedSteps(tmp_path / "log").manifest, coverage=Recorded(trained=100, recorded=50))
+    line = first_step_line(tmp_path, manifest, 2.0**40, 100.0, 10_000, 10)
     assert "of 50% of the coordinates" in line and "THE DISK WILL BE FULL BEFORE THE RUN ENDS" in line
-    assert "for as long as the run goes on" in first_step_line(tmp_path, "both", 0.5, 1.0, 0.0, float("inf"), 1.0)
+    assert "for as long as the run goes on" in first_step_line(tmp_path, manifest, 1.0, 0.0, float("inf"), 1.0)
 
 
 def test_a_report_says_where_its_page_is_and_how_to_open_it(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
