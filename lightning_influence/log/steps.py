@@ -321,7 +321,14 @@ class _LazyShares(Mapping[str, Shares]):
         return self._read[name]
 
     def _unpack(self, name: str, rank: int, form: dict[str, Any]) -> Form:
-        share = unpack(form, lambda key: self._reader.tensor(self._index, f"share/{name}/{key}", rank))
+        read = dict[str, Tensor]()
+
+        def load(key: str) -> Tensor:
+            read[key] = self._reader.tensor(self._index, f"share/{name}/{key}", rank)
+            return read[key]
+
+        share = unpack(form, load)
+        _check_types_of_share(read)
         samples = len(self._reader.tensor(self._index, "sample_ids", rank))
         expect((share.n_samples, share.n_coordinates) == (samples, self._sizes[name][0]), "a share of another size")
         return share
@@ -351,6 +358,19 @@ def _check_layout(optimizer: str, keeps: Mapping[str, Coordinates], shapes: Mapp
             or (index.dtype == torch.int64 and index.dim() == 1 and bool(((index >= 0) & (index < keep.total)).all())),
             "an impossible mask",
         )
+
+
+def _check_types_of_share(tensors: Mapping[str, Tensor]) -> None:
+    """What is multiplied together is of one type: the tensors of a form, but for the places of rows."""
+    types: dict[str, set[torch.dtype]] = {}
+    for key, tensor in tensors.items():
+        part, _, field = key.rpartition("/")
+        if field == "rows":
+            expect(tensor.dtype == torch.int64, "places that are no whole numbers")
+        else:
+            expect(tensor.is_floating_point(), "a share that is no numbers")
+            types.setdefault(part, set()).add(tensor.dtype)
+    expect(all(len(kinds) == 1 for kinds in types.values()), "a share of several types")
 
 
 def _check_samples(ids: Tensor, weights: Tensor, numbers: Tensor) -> None:

@@ -7,7 +7,7 @@ In a step's shard: ``random/<m>/<generator>`` before each micro-batch's training
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -90,8 +90,8 @@ class LoggedPlan:
             batch = self._batch(read, number, told, ids)
             less = self._less(read, number, told, ids)
             random = read.generators(f"random/{number}/")
-            with decoding(f"the random state of step {index}"), random_state(random):
-                pass
+            with decoding(f"the random state of step {index}"):
+                _try_random_state(random)
             micro_batches.append(PlannedMicroBatch(batch, moment, factor, int(here.sum()), random, less))
         return PlannedStep(
             micro_batches,
@@ -130,21 +130,28 @@ class LoggedPlan:
 
     def _check(self, state: State) -> None:
         """A snapshot holds what the module has, in its shapes."""
-        own, buffers = dict(self._task.module.named_parameters()), dict(self._task.module.named_buffers())
+        buffers = dict(self._task.module.named_buffers())
+        self._check_parameters(state.parameters)
         n_moments = len(UPDATES[self.optimizer].moments)
         for k, p in state.parameters.items():
-            expect(p.shape == own[k].shape and p.is_floating_point(), f"{k} of another shape or type")
             alike = all(m.shape == p.shape and m.dtype == p.dtype for m in state.moments[k])
             expect(alike and len(state.moments[k]) == n_moments, f"moments of {k} that are none")
         for k, b in state.buffers.items():
             expect(b.dtype.is_floating_point == buffers[k].dtype.is_floating_point, f"{k} of another type")
+
+    def _check_parameters(self, parameters: Mapping[str, Tensor]) -> None:
+        own = dict(self._task.module.named_parameters())
+        for k, p in parameters.items():
+            expect(p.shape == own[k].shape and p.is_floating_point(), f"{k} of another shape or type")
 
     def parameters(self, index: int) -> dict[str, Tensor]:
         artifact, kind = snapshot_name(index), "parameter/"
         with decoding(f"the snapshot before step {index}"):
             held = [n.removeprefix(kind) for n in self._reader.artifact_names(artifact) if n.startswith(kind)]
             starts = {k: artifact if k in held else snapshot_name(start) for k, start in self._first_in.items()}
-            return {k: self._reader.artifact(a, kind + k).to(self._task.device) for k, a in starts.items()}
+            found = {k: self._reader.artifact(a, kind + k).to(self._task.device) for k, a in starts.items()}
+            self._check_parameters(found)
+            return found
 
     def _batch(self, read: _Read, number: int, told: dict[str, Any], ids: list[int]) -> Any:
         if "structure" in told:
@@ -196,6 +203,14 @@ class LoggedPlan:
             batch = self._data.batch(ids)
         precision = self._steps.manifest.precision
         return self._task.prepared(batch, datamodule=self._data.datamodule, precision=precision)
+
+
+def _try_random_state(state: Mapping[str, Tensor]) -> None:
+    try:
+        with random_state(state):
+            pass
+    except RuntimeError as error:  # torch's word for a state that is none
+        raise ValueError(str(error)) from error
 
 
 @dataclass(frozen=True)

@@ -325,7 +325,8 @@ class States:
         norm = float(torch.linalg.vector_norm(torch.stack([g.float().norm() for g in gradients.values()])))
         recorded = planned.clip.raw_norm
         if recorded and not math.isfinite(norm):
-            wrong = next(k for k, g in gradients.items() if not g.isfinite().all())
+            # by itself each may be finite, and only their norm not
+            wrong = max(gradients, key=lambda k: float(gradients[k].double().norm().nan_to_num(math.inf, math.inf)))
             raise ReplayDrift(
                 f"step {index}: the replayed gradient of {wrong} is not finite, the recorded one had norm {recorded:.6g}. "
                 + difference(self._evaluator.passes, self._plan, planned, state)

@@ -43,9 +43,9 @@ def write_random_state(state: Mapping[str, Tensor]) -> None:
 def random_state(state: Mapping[str, Tensor] | None) -> Iterator[None]:
     """Run under a recorded state (or the present one, for None) and leave the generators as they were."""
     before = read_random_state()
-    if state is not None:
-        write_random_state(state)
     try:
+        if state is not None:
+            write_random_state(state)
         yield
     finally:
         write_random_state(before)

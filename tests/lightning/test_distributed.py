@@ -21,6 +21,7 @@ from lightning_influence import InfluenceCallback, InfluenceReport, SelectionDat
 from lightning_influence.core.removal import gradient_change
 from lightning_influence.errors import ConfigurationError, LogCorrupted
 from lightning_influence.lightning.run_report import whole_validation
+from lightning_influence.log.format import FINAL
 from lightning_influence.log.steps import LoggedTrajectory
 from lightning_influence.selection.decisions import SelectionReport
 
@@ -110,6 +111,27 @@ def test_recording_leaves_training_as_it_was(tmp_path: Path) -> None:
     together(recorded, InfluenceCallback(tmp_path, record="both"))
     together(plain)
     assert all(torch.equal(p, q) for p, q in zip(recorded.parameters(), plain.parameters(), strict=True))
+
+
+class FailsOnOne(L.Callback):
+    """Recording fails on the second process after two steps."""
+
+    def on_train_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
+        if trainer.global_rank == 1 and trainer.global_step == 2:
+            callback = next(c for c in trainer.callbacks if isinstance(c, InfluenceCallback))  # type: ignore[attr-defined]
+            callback._recorder.begin = lambda *_: 1 / 0  # type: ignore[union-attr, method-assign]
+
+
+def test_a_failure_of_one_process_stops_no_other_and_the_log_says_so(tmp_path: Path) -> None:
+    recorded, plain = Classifier(), Classifier()
+    options: dict[str, Any] = {"val": DataLoader(QUERIES, 6), "strategy": "ddp_fork", "devices": PROCESSES}
+    data = DataLoader(TRAIN, LOCAL)
+    fit(recorded, data, InfluenceCallback(tmp_path, report=True), FailsOnOne(), **options)
+    fit(plain, data, **options)
+    assert all(torch.equal(p, q) for p, q in zip(recorded.parameters(), plain.parameters(), strict=True))
+    run = LoggedTrajectory(tmp_path)
+    assert len(run) == 2 and FINAL not in run.reader.artifacts()
+    assert set(run.reader.missing) == {"the steps from 2 on", "report.html"}
 
 
 def test_a_log_of_more_processes_is_overwritten_whole(tmp_path: Path) -> None:
