@@ -78,7 +78,7 @@ class ReplayTrajectory:
         memory: int = 2**32,
     ) -> None:
         self.module, self.plan, self.optimizer = module, plan, plan.optimizer
-        names = plan.snapshot(0).parameters.keys()
+        names = plan.parameters(0).keys()
         self._trained = {k: p for k, p in module.named_parameters() if k in names}
         self.sizes = {k: (p.numel(), p.numel()) for k, p in self._trained.items()}
         refuse_compiled(module)

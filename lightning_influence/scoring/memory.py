@@ -25,7 +25,8 @@ MaxMemory: TypeAlias = "int | Literal['auto']"
 """Bytes; ``"auto"`` for half of what is free where the model is."""
 
 _OF_FREE = 0.5
-_CHAIN = 2**17 * 16  # elements that are computed of one piece of a parameter at a time, over the window
+_PIECE = 2**17  # coordinates of a parameter that are computed at a time, over the whole window
+_OF_PIECE = (12, 4)  # copies of them, and how many more for each step of the window
 _PULLED = 5  # copies of the parameters, for each query: adjoint before the step and of its gradient, twice where it is clipped, and a product
 _VARIATION = 24  # copies of the parameters in double precision, for each pair of the error proxy
 
@@ -81,7 +82,7 @@ class _Sizes:
     steps: int
     step: int
     wanted: int
-    chain: int
+    piece: int
 
     @classmethod
     def of(cls, run: Trajectory, parameters: Mapping[str, Tensor]) -> _Sizes:
@@ -92,7 +93,7 @@ class _Sizes:
             step, wanted = run.states.least(), run.states.wanted()
         else:  # a block of steps is read together
             step = wanted = min(MOMENTS_EVERY, len(run)) * (1 + moments) * kept * item
-        return cls(kept * item, moments, len(run), step, wanted, min(_CHAIN, 16 * kept) * item)
+        return cls(kept * item, moments, len(run), step, wanted, min(_PIECE, kept) * item)
 
     def sweep(self, length: int, queries: int) -> int:
         """Bytes of a sweep, the states of a replay aside.
@@ -102,12 +103,13 @@ class _Sizes:
         """
         forgets = self.moments + 1 if 0 < length < self.steps else 0  # the closing adjoint, and the queries themselves
         copies = length * (1 + queries) + queries * (_PULLED + self.moments + forgets)
-        return copies * self.coordinates + self.chain
+        fixed, each = _OF_PIECE
+        return copies * self.coordinates + (fixed + each * length) * self.piece
 
     def proxy(self, queries: int, pairs: int) -> int:
         """Bytes of an error proxy, the states of a replay aside."""
         passed = (self.steps * (2 + self.moments) + _PULLED) * queries
-        return passed * self.coordinates + pairs * _VARIATION * 2 * self.coordinates + self.chain
+        return passed * self.coordinates + (pairs * self.coordinates + self.piece) * 2 * _VARIATION
 
 
 def held_by_a_sweep(
