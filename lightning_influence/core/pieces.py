@@ -49,6 +49,10 @@ class Pieces:
                 self._of[piece] = Piece(name, slice(start, stop))
                 self.sizes[piece] = (stop - start, round(total * (stop - start) / max(kept, 1)))
 
+    @property
+    def starts(self) -> Sequence[int]:
+        return self._whole.starts
+
     def __len__(self) -> int:
         return len(self._whole)
 

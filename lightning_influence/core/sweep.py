@@ -17,9 +17,11 @@ from tqdm.auto import tqdm
 from lightning_influence.core.adjoint import Adjoint, adjoint, gradient_adjoint, join_adjoints
 from lightning_influence.core.clipping import clip_adjoint
 from lightning_influence.core.curvature import CURVATURES, fisher_product
+from lightning_influence.core.joint import JointResponse
 from lightning_influence.core.optimizers import UPDATES, Moments, ParameterStep, Update, effective_gradient, join
 from lightning_influence.core.pieces import Pieces
 from lightning_influence.core.removal import consumed_change, consumed_gradients, gradient_change
+from lightning_influence.core.removal_sets import EVERY_SAMPLE, RemovalSets
 from lightning_influence.core.response import finite_response
 from lightning_influence.core.scores import RowScores
 from lightning_influence.core.trajectory import Hyper, Shares, StepRecord, Trajectory, Vectors, extrapolation
@@ -71,22 +73,31 @@ def sweep(
     queries: Vectors,
     method: Method = Method(),
     *,
+    sets: RemovalSets = EVERY_SAMPLE,
     scored: range | None = None,
     progress: bool = True,
 ) -> RowScores:
-    """Walk a trajectory backwards and score every sample of every step.
+    """Walk a trajectory backwards and score every sample of every step, or other sets of samples.
 
     Args:
         trajectory: the run.
         queries: ``(q, d)`` each, gradients of the queries at the parameters after the last step, on
             the kept coordinates (`Trajectory.select`).
+        sets: what is removed; a row is of one set and one step, and its sample id the set's number.
         scored: the steps to score; all by default. The walk ends at the first of them.
         progress: show a bar where the walk takes longer than two seconds.
+
+    Raises:
+        ConfigurationError: groups, and not all steps to score.
     """
     scored = range(len(trajectory)) if scored is None else scored
+    if sets.groups and scored != range(len(trajectory)):
+        raise ConfigurationError("groups are removed from the whole run; score all of its steps.")
     pieces = Pieces(trajectory)
-    walk = _Walk(pieces, method, pieces.cut(queries), Window(_update(pieces, method), window_length(pieces, method)))
-    blocks = []
+    window = Window(_update(pieces, method), window_length(pieces, method))
+    walk = _Walk(pieces, method, pieces.cut(queries), window, sets)
+    groups = _Groups(walk, progress=progress) if sets.groups else None
+    blocks, of_groups = [], list[RowScores]()
     last = min(scored, default=len(trajectory))
     for index in tqdm(
         range(len(trajectory) - 1, last - 1, -1),
@@ -95,10 +106,13 @@ def sweep(
         delay=2,
         disable=not progress,
     ):
+        after = {k: a.parameter for k, a in walk.adjoints.items()}
         block = walk.back(index, score=index in scored, last=index == last)
         if block is not None:
             blocks.append(block)
-    return RowScores.joined(blocks[::-1], walk.n_queries)
+        if groups is not None:
+            of_groups += groups.back(index, after)
+    return RowScores.joined([*blocks[::-1], *of_groups[::-1]], walk.n_queries)
 
 
 @dataclass(frozen=True)
@@ -152,10 +166,20 @@ class _Walk:
     Attributes:
         adjoints: of the optimizer state after the steps that are still to come.
         gradient: ``(q, d)`` each, adjoint of the batch gradient before clipping of the newest step.
+        together: first-order scores of its groups; None where there are no groups.
     """
 
-    def __init__(self, trajectory: Trajectory, method: Method, queries: Vectors, window: Window | None = None) -> None:
+    def __init__(
+        self,
+        trajectory: Trajectory,
+        method: Method,
+        queries: Vectors,
+        window: Window | None = None,
+        sets: RemovalSets = EVERY_SAMPLE,
+    ) -> None:
         self.trajectory, self.method, self.window = trajectory, method, window
+        self.alone, self.groups = sets.alone, sets.together
+        self.together: RowScores | None = None
         self.update = _update(trajectory, method)
         self.scales = extrapolation(trajectory.sizes)
         self.n_queries = next(iter(queries.values())).shape[0]
@@ -166,7 +190,7 @@ class _Walk:
         """Move from after step ``index`` to before it, unless it is the last; the step's scores where asked for."""
         record, shares = self.trajectory.record(index), self.trajectory.shares(index)
         # a parameter without a gradient was skipped by the optimizer: its adjoint stays as it is
-        recorded = self._recorded(record)
+        recorded = self.recorded(record)
         if self.window is not None and self.window.length:
             self.window.push(recorded, self.adjoints)
         pulled = self._pull_gradient(recorded) if last else self._pull(recorded)
@@ -175,6 +199,8 @@ class _Walk:
         if score or self.method.curvature == "fisher":
             products = sum_inner(shares, self.gradient)
         rows = self._score(record, shares, products) if score else None
+        if self.groups.groups:
+            self.together = self._first_order(record, products)
         if not last:
             for k, bent in self._curvature(record, shares, self.gradient, products).items():
                 self.adjoints[k].parameter.add_(bent)  # a tensor that `_pull` has made
@@ -204,7 +230,14 @@ class _Walk:
     def _joined(self, recorded: Mapping[str, ParameterStep], block: Block) -> tuple[ParameterStep, Adjoint]:
         return join([recorded[name] for name in block]), join_adjoints([self.adjoints[name] for name in block])
 
-    def _recorded(self, record: StepRecord) -> dict[str, ParameterStep]:
+    def _first_order(self, record: StepRecord, products: Tensor) -> RowScores:
+        """Tangent scores of the groups of which a step holds something."""
+        removed = gradient_change(record, self.method.counterfactual, self.groups)
+        found = removed.inner(products).T.cpu()
+        return RowScores(removed.sample_ids, torch.full_like(removed.sample_ids, record.index), found, found)
+
+    def recorded(self, record: StepRecord) -> dict[str, ParameterStep]:
+        """The step as the optimizer took it, or is assumed to have, by parameter."""
         if self.method.optimizer_assumption == "sgd":  # theta' = theta - lr g, nothing else
             plain = {"weight_decay": 0.0, "decoupled": 1.0}
             hyper: dict[str, Hyper] = {k: {**h, **plain} for k, h in record.hyper.items()}
@@ -218,7 +251,9 @@ class _Walk:
         }
 
     def _score(self, record: StepRecord, shares: Mapping[str, Shares], products: Tensor) -> RowScores:
-        removed = gradient_change(record, self.method.counterfactual)
+        removed = gradient_change(record, self.method.counterfactual, self.alone)
+        if not len(removed):
+            return RowScores.joined([], self.n_queries)
         tangent = removed.inner(products)
         scores, interaction = tangent, torch.zeros_like(tangent)
         if self.method.response == "finite":
@@ -303,6 +338,37 @@ class _Walk:
                 )
             return fisher_product(record, shares, products)
         return self.trajectory.curvature_product(record.index, self.method.curvature, vectors)
+
+
+class _Groups:
+    """The rows of groups, as the walk passes their steps."""
+
+    def __init__(self, walk: _Walk, *, progress: bool) -> None:
+        self._walk, method = walk, walk.method
+        self._joint = None
+        if method.response == "finite":
+            self._joint = JointResponse(
+                walk.trajectory, walk.groups, method.counterfactual, walk.recorded, progress=progress
+            )
+        self._after: list[Vectors] = []  # newest first, as the tangents
+        self._tangents: list[RowScores] = []
+
+    def back(self, index: int, after: Vectors) -> list[RowScores]:
+        """The walk has passed a step; the rows that can be told now.
+
+        Args:
+            after: ``(q, d)`` each, adjoint of the parameters after the step.
+        """
+        assert self._walk.together is not None
+        if self._joint is None:
+            return [self._walk.together]
+        self._after.insert(0, after)
+        self._tangents.insert(0, self._walk.together)
+        if index not in self._joint.anchors:
+            return []
+        rows = self._joint.rows(index, self._after, self._tangents)
+        self._after, self._tangents = [], []
+        return [rows]
 
 
 def sum_inner(shares: Mapping[str, Shares], vectors: Vectors) -> Tensor:

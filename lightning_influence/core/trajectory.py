@@ -108,6 +108,10 @@ class Trajectory(Protocol):
     sizes: dict[str, tuple[int, int]]
     """``{parameter: (kept coordinates d, all coordinates)}``, in the order of the module."""
 
+    @property
+    def starts(self) -> Sequence[int]:
+        """Steps, ascending from 0, that can be walked from to the next of them without going back."""
+
     def __len__(self) -> int: ...
 
     def record(self, index: int) -> StepRecord:

@@ -45,7 +45,7 @@ def blocks_of(hypers: Sequence[Mapping[str, Hyper]], sizes: Mapping[str, int]) -
 
 @dataclass(frozen=True)
 class StepRemovals:
-    """The changes of a step's consumed gradient by the removal of each of its samples."""
+    """The changes of a step's consumed gradient by each removal from it."""
 
     consumed: ConsumedChange
     gradients: Vectors

@@ -6,8 +6,9 @@ Recording and selection inside the step both follow a run this way.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, ExitStack, nullcontext
+from functools import partial
 from typing import Any
 
 import lightning as L
@@ -183,7 +184,7 @@ class LiveRun:
         if self._unverified is not None or self._rehearsals:
             self._twin = self._twin or twin_of(module)
             less = self.recollated()
-            rest = None if less is None else less.__getitem__
+            rest = None if less is None else partial(_without_one, less)
             micro_batch = PlannedMicroBatch(copied(batch), moment, 1.0, self._n, read_random_state(), rest)
             buffers = {name: b.detach().clone() for name, b in module.named_buffers()}
             self._trial = Trial(micro_batch, self.ids, buffers)
@@ -294,3 +295,9 @@ class LiveRun:
         )
         if not self._rehearsals:
             self._twin = None
+
+
+def _without_one(batches: Mapping[int, Any], gone: frozenset[int]) -> Any:
+    """The batch without the one sample that is gone; the witness removes no others."""
+    (z,) = gone
+    return batches[z]

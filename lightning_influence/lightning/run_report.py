@@ -18,6 +18,7 @@ from lightning_influence.run.random_state import generator_as_it_was, random_sta
 from lightning_influence.run.ranks import Ranks
 from lightning_influence.run.sample_ids import is_map_style
 from lightning_influence.scoring.attribution import attribute
+from lightning_influence.trust.dynamics import dynamics_of
 
 SAVED, PAGE = "report.safetensors", "report.html"
 
@@ -91,8 +92,9 @@ def _made(trainer: L.Trainer, module: L.LightningModule, log: Path, queries: Any
     if made is None:
         return None
     tried(SAVED, lambda: made.save(log / SAVED))
-    page = tried(PAGE, lambda: made.to_html(log / PAGE, data=getattr(training, "dataset", None)))
+    data = getattr(training, "dataset", None)
+    page = tried(PAGE, lambda: made.to_html(log / PAGE, data=data, dynamics=dynamics_of(log)))
     if page is not None:
         print(f"The influence report is {page.resolve()}; open it in a browser: {page.resolve().as_uri()}")
-    tried("the report in the loggers", lambda: log_report(made, trainer))
+    tried("the report in the loggers", lambda: log_report(made, trainer, page))
     return made

@@ -31,7 +31,7 @@ class PlannedMicroBatch:
         factor: of its loss in the step's loss.
         n_samples: in the batch.
         random: the generators' states before its training step; None to leave them.
-        less: gives the batch without a sample, by its id; None where that is the batch without its rows.
+        less: gives the batch without some samples, by their ids; None where that is the batch without their rows.
     """
 
     batch: Any
@@ -39,7 +39,7 @@ class PlannedMicroBatch:
     factor: float
     n_samples: int
     random: Mapping[str, Tensor] | None = None
-    less: Callable[[int], Any] | None = None
+    less: Callable[[frozenset[int]], Any] | None = None
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ look-ahead, from the batches to come.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import replace
 from typing import Any, Literal
@@ -19,6 +19,7 @@ from torch import Tensor
 from lightning_influence.capture import freeze_batch_norm, refuse_compiled
 from lightning_influence.core.curvature import gauss_newton_product, third_derivative
 from lightning_influence.core.optimizers import coupling
+from lightning_influence.core.removal_sets import EVERY_SAMPLE, RemovalSets
 from lightning_influence.core.trajectory import Shares, StepRecord, Vectors
 from lightning_influence.errors import CurvatureUnavailable
 from lightning_influence.replay.evaluation import StepEvaluator, StoppedPaths
@@ -48,7 +49,7 @@ class ReplayTrajectory:
         exact: whether exact Hessian products will be asked for.
         at_once: vectors carried through the network together in an exact curvature product.
         counterfactual: of the removals, where they have to be measured.
-        samples: the only ones whose removals are measured; None for all.
+        sets: what is removed, where removals have to be measured.
         verify: hold the removals that shares give against evaluations without the sample.
         progress: show a bar where replaying a segment takes longer than two seconds.
         removals: what was verified in an earlier part of the same run, so that it is not verified again.
@@ -71,7 +72,7 @@ class ReplayTrajectory:
         exact: bool = True,
         at_once: int = 8,
         counterfactual: Literal["drop", "zero"] = "drop",
-        samples: Collection[int] | None = None,
+        sets: RemovalSets = EVERY_SAMPLE,
         verify: bool = True,
         progress: bool = True,
         removals: RemovalCheck | None = None,
@@ -85,7 +86,7 @@ class ReplayTrajectory:
         self.removals = removals or RemovalCheck(unverifiable=None if verify else "verify=False")
         self._passes = Passes(module, autocast)
         self._measured = MeasuredRemovals(
-            self._passes, plan, self.removals, counterfactual=counterfactual, samples=samples, announce=progress
+            self._passes, plan, self.removals, counterfactual=counterfactual, sets=sets, announce=progress
         )
         self._evaluator = StepEvaluator(self._passes, self._measured, list(self._trained), exclude, exact=exact)
         self.states = States(plan, self._evaluator, self._trained, memory=memory, progress=progress)
@@ -107,6 +108,10 @@ class ReplayTrajectory:
 
     def __len__(self) -> int:
         return len(self.plan)
+
+    @property
+    def starts(self) -> Sequence[int]:
+        return self.plan.snapshots
 
     def witness(self) -> RemovalCheck:
         """Verify the removals of the first step, and nothing else."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import fields, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -13,6 +13,7 @@ import torch
 from lightning import Fabric, LightningModule
 from torch import Tensor
 
+from lightning_influence.core.removal_sets import RemovalSets
 from lightning_influence.core.scores import RowScores
 from lightning_influence.core.sweep import Method, sweep
 from lightning_influence.core.trajectory import Trajectory, Vectors
@@ -23,9 +24,11 @@ from lightning_influence.replay.logged_plan import LoggedPlan
 from lightning_influence.replay.states import WalkedAstray
 from lightning_influence.replay.trajectory import ReplayTrajectory
 from lightning_influence.report import InfluenceReport
+from lightning_influence.report.groups import Groups
 from lightning_influence.report.provenance import Coverage, Provenance, RemovalSummary
 from lightning_influence.run.data import TrainingData
 from lightning_influence.run.lightning_names import is_a
+from lightning_influence.scoring.groups import GroupsOf, named_groups
 from lightning_influence.scoring.memory import Holding, MaxMemory, bytes_of, held_by_a_sweep
 from lightning_influence.scoring.queries import Queries, Target, check_target, count_queries, query_gradients
 from lightning_influence.scoring.query_loss import QueryLoss
@@ -47,6 +50,7 @@ def attribute(
     optimizer_assumption: Literal["sgd"] | None = None,
     query_loss: QueryLoss | None = None,
     samples: Collection[int] | None = None,
+    groups: GroupsOf | None = None,
     verify: bool = True,
     max_memory: MaxMemory = "auto",
     fabric: Fabric | None = None,
@@ -75,6 +79,8 @@ def attribute(
             example (`queries.query_losses`).
         samples: ids of the training samples to score; None for all. Where a replay has to measure removals by running
             steps without the sample, this bounds its cost.
+        groups: a label per sample of the training dataset (its source, annotator, class; None for no group), or sample ids
+            by name, which may overlap. ``report.groups`` says what removing each group as a whole does.
         verify: compare the effect of a few removals at a replay's first step with running that step without them, and
             measure all removals where they differ. The report says what was verified.
         max_memory: bytes that may be held besides the model and one evaluation of a training step, or ``"auto"`` for half of
@@ -91,7 +97,9 @@ def attribute(
     """
     check_target(target)
     data = TrainingData.of(data)
-    replay = {"counterfactual": counterfactual, "samples": samples, "verify": verify}
+    named = {} if groups is None else named_groups(groups)
+    sets = RemovalSets(samples, list(named.values()))
+    replay = {"counterfactual": counterfactual, "sets": sets, "verify": verify}
     with open_trajectory(log, model, curvature, data, progress=progress, **replay) as trajectory:
         method = Method(
             curvature=_resolved(curvature, trajectory),
@@ -107,6 +115,7 @@ def attribute(
         held = held_by_a_sweep(
             trajectory, method, dict(model.named_parameters()), max(len(own), 1), bytes_of(max_memory, model.device)
         )
+        sizes = _consumed(trajectory, sets, named)
         method = _within(held, method, trajectory)
 
         def gradients(only: range) -> Vectors:
@@ -122,32 +131,37 @@ def attribute(
             )
 
         parts = [own[start : start + held.queries] for start in range(0, max(len(own), 1), held.queries)]
-        rows = _joined([_swept(trajectory, gradients(part), method, progress) for part in parts])
-        rows = _only(rows if fabric is None else _gathered(rows, fabric, n_queries), samples)
+        every = _joined([_swept(trajectory, gradients(part), method, sets, progress) for part in parts])
+        rows, of_groups = sets.split(every if fabric is None else _gathered(every, fabric, n_queries))
         made = _provenance(manifest, trajectory, method, target)
+    query_ids = list(range(rows.n_queries)) if target is None else ["mean" if isinstance(target, str) else "target"]
     return InfluenceReport(
         rows,
-        query_ids=None if target is None else ["mean" if isinstance(target, str) else "target"],
+        query_ids=query_ids,
         metadata=made.to_json(),
+        groups=Groups(list(named), sizes, of_groups, query_ids) if named else None,
     )
 
 
-def _only(rows: RowScores, samples: Collection[int] | None) -> RowScores:
-    """The rows of some samples.
+def _consumed(trajectory: Trajectory, sets: RemovalSets, named: Mapping[str, list[int]]) -> list[int]:
+    """How many samples of each group the run consumed.
 
     Raises:
-        ConfigurationError: a sample that the run did not consume.
+        ConfigurationError: a sample that the run did not consume, or none of a group.
     """
-    if samples is None:
-        return rows
-    asked = torch.as_tensor(list(samples), dtype=torch.int64)
-    missing = asked[~torch.isin(asked, rows.sample_ids)].tolist()
+    used = torch.cat([trajectory.sample_ids(t) for t in range(len(trajectory))]).unique()
+    missing = set(sets.samples or ()).difference(used.tolist())
     if missing:
         raise ConfigurationError(
-            f"samples names {missing[0]}, which no step of the run consumed; give ids of training samples that the run saw."
+            f"samples names {min(missing)}, which no step of the run consumed; give ids of training samples that the run saw."
         )
-    kept = torch.isin(rows.sample_ids, asked)
-    return replace(rows, **{f.name: getattr(rows, f.name)[kept] for f in fields(rows)})
+    sizes = [int(torch.isin(used, torch.tensor(list(members))).sum()) for members in named.values()]
+    if named and not any(sizes):
+        raise ConfigurationError(
+            f"groups names samples of which the run consumed none ({next(iter(named.values()))[:4]}...); ids are indices into "
+            "the training dataset."
+        )
+    return sizes
 
 
 def _own_part(n_queries: int, fabric: Fabric | None) -> range:
@@ -173,15 +187,15 @@ def _within(held: Holding, method: Method, trajectory: Trajectory) -> Method:
     return replace(method, memory_window=held.memory_window)
 
 
-def _swept(trajectory: Trajectory, gradients: Vectors, method: Method, progress: bool) -> RowScores:
+def _swept(trajectory: Trajectory, gradients: Vectors, method: Method, sets: RemovalSets, progress: bool) -> RowScores:
     """A sweep; where the run cannot be walked back, it is run forward."""
     try:
-        return sweep(trajectory, gradients, method, progress=progress)
+        return sweep(trajectory, gradients, method, sets=sets, progress=progress)
     except WalkedAstray:
         assert isinstance(trajectory, ReplayTrajectory)
         trajectory.states.clear()
         trajectory.states.walks = False
-        return sweep(trajectory, gradients, method, progress=progress)
+        return sweep(trajectory, gradients, method, sets=sets, progress=progress)
 
 
 def _joined(parts: Sequence[RowScores]) -> RowScores:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -37,6 +37,7 @@ class LiveStep:
     weights: Tensor
     ranks: Ranks
     whole: bool = True
+    starts: Sequence[int] = (0,)
 
     @classmethod
     def of(cls, step: CollectedStep, module: nn.Module, optimizer: str, ranks: Ranks) -> LiveStep:

@@ -227,6 +227,7 @@ class Window:
     def __init__(self, trajectory: Trajectory, start: int, stop: int) -> None:
         self._trajectory, self._start, self._stop = trajectory, start, stop
         self.optimizer, self.sizes = trajectory.optimizer, trajectory.sizes
+        self.starts = (0,)
 
     def __len__(self) -> int:
         return self._stop - self._start

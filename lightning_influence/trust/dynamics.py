@@ -73,15 +73,23 @@ def training_dynamics(log: str | Path) -> TrainingDynamics:
     Raises:
         LogError: no log, or one without training dynamics.
     """
-    steps = LoggedSteps(log)
-    found = [step for step in map(steps.dynamics, range(len(steps))) if step is not None]
-    visits = joined([dynamics for _, dynamics in found])
-    if not found or visits is None:
+    dynamics = dynamics_of(log)
+    if dynamics is None:
         raise LogError(
             f"the log {log} holds no training dynamics: its training step calls no functional loss over classes "
             "(cross_entropy, nll_loss, binary_cross_entropy), or several, or the log is of an older version. Score the samples "
             "with attribute(...) instead, whose report has suspects() too."
         )
+    return dynamics
+
+
+def dynamics_of(log: str | Path) -> TrainingDynamics | None:
+    """The same; None where the log has none."""
+    steps = LoggedSteps(log)
+    found = [step for step in map(steps.dynamics, range(len(steps))) if step is not None]
+    visits = joined([dynamics for _, dynamics in found])
+    if not found or visits is None:
+        return None
     ids = torch.cat([ids for ids, _ in found])
     return TrainingDynamics.of(ids, visit_numbers(ids), visits)
 

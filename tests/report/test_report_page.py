@@ -393,7 +393,7 @@ def test_the_callback_writes_the_page_and_logs_it(tmp_path: Path) -> None:
     fit(Classifier(), train, influence, val=val, logger=[bare, *loggers], log_every_n_steps=1)
     report = influence.report
     assert report is not None and len(report.sample_ids) == 40
-    assert (tmp_path / "log" / "report.html").exists()
+    assert 'id="mislabelled"' in (tmp_path / "log" / "report.html").read_text(), "labels in doubt, from the log"
     assert InfluenceReport.load(tmp_path / "log" / "report.safetensors").scores.shape == (40, 1)
     assert bare.told["influence/most_harmful"] == pytest.approx(float(report.scores.min()))
     assert "influence/most_harmful" in (tmp_path / "csv/lightning_logs/version_0/metrics.csv").read_text()

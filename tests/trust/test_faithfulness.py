@@ -58,6 +58,27 @@ def test_the_better_estimator_agrees_better(tmp_path: Path) -> None:
     torch.testing.assert_close(check.truth[:12], by_hand, rtol=1e-9, atol=1e-12)
 
 
+def test_groups_and_subsets_are_predicted_as_wholes(tmp_path: Path) -> None:
+    module, train, queries = trained(tmp_path)
+    options: dict[str, Any] = {"model": module, "data": train, "queries": queries, "ceiling": False, "progress": False}
+    labels = [f"source {i % 4}" for i in range(48)]
+    check = check_faithfulness(
+        tmp_path / "log", **options, removals=3, subsets=4, subset_size=0.25, groups=labels, estimators={"finite": {}}
+    )
+    assert check.removals[7:] == [frozenset(range(i, 48, 4)) for i in range(4)]
+    report = attribute(tmp_path / "log", queries=queries, model=module, data=train, groups=labels, progress=False)
+    assert report.groups is not None
+    torch.testing.assert_close(check.scores["finite"][7:], report.groups.scores.double())
+    summed = torch.stack([report.scores[i::4].double().sum(0) for i in range(4)])
+    error = float((summed - check.truth[7:]).norm() / check.truth[7:].norm())
+    assert check.groups["finite"].relative_error.value < 0.15 < error
+    assert check.groups["finite"].n_removals == check.subsets["finite"].n_removals == 4
+    assert check.to_pandas().groups_relative_error[0] == check.groups["finite"].relative_error.value
+    assert "4 subsets and 4 groups" in repr(check)
+    with pytest.raises(ConfigurationError, match="2 groups are too few"):
+        check_faithfulness(tmp_path / "log", **options, groups={"a": [0], "b": [1]})
+
+
 def test_an_interrupted_check_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     module, train, queries = trained(tmp_path)
     options: dict[str, Any] = {
@@ -90,6 +111,16 @@ def test_an_interrupted_check_goes_on(tmp_path: Path, monkeypatch: pytest.Monkey
     for other in ({"counterfactual": "zero"}, {"queries": [tuple(t[:5] for t in queries[0])]}, {"dtype": None}):
         with pytest.raises(ConfigurationError, match="holds the retrainings of another check"):
             check_faithfulness(tmp_path / "log", **{**options, **other}, results=tmp_path / "done")
+
+
+def test_the_seed_reaches_the_noise_of_the_ceiling(tmp_path: Path) -> None:
+    module, train, queries = trained(tmp_path)
+    options: dict[str, Any] = {"model": module, "data": train, "queries": queries, "target": "mean", "progress": False}
+    options |= {"removals": [1, 5, 7], "estimators": {"finite": {}}}
+    found = [check_faithfulness(tmp_path / "log", **options, seed=seed) for seed in (0, 0, 1)]
+    errors = [check.single[CEILING].relative_error.value for check in found]
+    assert errors[0] == errors[1] != errors[2]
+    assert torch.equal(found[0].truth, found[2].truth)
 
 
 def test_random_numbers_of_the_module_are_the_check_s_own(tmp_path: Path) -> None:
