@@ -31,7 +31,6 @@ from torch.utils.data import DataLoader, TensorDataset
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 from lightning_influence import InfluenceCallback, attribute, error_proxy
-from lightning_influence.report import InfluenceReport
 
 N_QUERIES = 4
 
@@ -53,6 +52,7 @@ class Setting:
         if self.model == "gpt2":
             config = GPT2Config(resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0)
             config.n_layer, config.n_embd = self.layers or 12, self.width or 768
+            config.n_head = config.n_embd // 64
             config.vocab_size = self.vocabulary or config.vocab_size
             return GPT2LMHeadModel(config)
         from peft import LoraConfig, get_peft_model
@@ -118,11 +118,13 @@ def recorded(setting: Setting, where: Path) -> float:
     return seconds
 
 
-def scored(setting: Setting, where: Path, **options: Any) -> tuple[float, InfluenceReport]:
+def scored(setting: Setting, where: Path, **options: Any) -> tuple[float, dict[int, float], int]:
+    """Seconds, the score of every sample, and the memory window that was used."""
     module = _trained(setting, where)
     start = time.perf_counter()
     report = attribute(where / "log", queries=setting.queries(), model=module, target="mean", progress=False, **options)
-    return time.perf_counter() - start, report
+    seconds, scores = time.perf_counter() - start, report.scores[:, 0].tolist()
+    return seconds, dict(zip(report.sample_ids.tolist(), scores, strict=True)), report.metadata["memory_window"]
 
 
 def proxied(setting: Setting, where: Path, **options: Any) -> float:
@@ -251,15 +253,15 @@ def measure(setting: Setting, where: Path, memory: dict[str, int], removals: int
     note("plain", *apart(plain, setting, where))
     note("recorded", *apart(recorded, setting, where))
     print(f"log: {sum(f.stat().st_size for f in where.rglob('*.safetensors')) / 2**30:.2f} GB")
-    (seconds, _), peak = apart(scored, setting, where, response="tangent", **memory)
+    (seconds, _, _), peak = apart(scored, setting, where, response="tangent", **memory)
     note("tangent + Hessian", seconds, peak)
-    (seconds, report), peak = apart(scored, setting, where, **memory)
+    (seconds, scores, window), peak = apart(scored, setting, where, **memory)
     note("finite + Hessian", seconds, peak)
-    print(f"memory window of {report.metadata['memory_window']} steps")
+    print(f"memory window of {window} steps")
     if proxy:
         note("error proxy, one pair", *apart(proxied, setting, where, **memory))
     if removals:
-        _truth(setting, where, report, removals)
+        _truth(setting, where, scores, removals)
 
 
 def _count(setting: Setting) -> tuple[int, int]:
@@ -267,13 +269,13 @@ def _count(setting: Setting) -> tuple[int, int]:
     return sum(p.numel() for p in parameters), sum(p.numel() for p in parameters if p.requires_grad)
 
 
-def _truth(setting: Setting, where: Path, report: InfluenceReport, removals: int) -> None:
+def _truth(setting: Setting, where: Path, scores: dict[int, float], removals: int) -> None:
     """Scores of one sample of each of some steps, the first among them, beside retraining without it."""
     steps = torch.linspace(0, setting.steps - 1, min(removals, setting.steps)).round().long().tolist()
     chosen = [step * setting.batch for step in steps]
     baseline, _ = apart(retrained, setting, where, None)
     truth = torch.tensor([apart(retrained, setting, where, z)[0] - baseline for z in chosen], dtype=torch.float64)
-    found = report.scores[[report.sample_ids.tolist().index(z) for z in chosen]][:, 0].double()
+    found = torch.tensor([scores[z] for z in chosen], dtype=torch.float64)
     show([{"step": t, "score": float(s), "truth": float(e)} for t, s, e in zip(steps, found, truth, strict=True)], 6)
     error = float((found - truth).norm() / truth.norm())
     print(f"Spearman {spearmanr(found, truth).statistic:.3f}, relative error {error:.3f}")
