@@ -75,6 +75,7 @@ def sweep(
     *,
     sets: RemovalSets = EVERY_SAMPLE,
     scored: range | None = None,
+    window_in_files: bool = False,
     progress: bool = True,
 ) -> RowScores:
     """Walk a trajectory backwards and score every sample of every step, or other sets of samples.
@@ -85,6 +86,7 @@ def sweep(
             the kept coordinates (`Trajectory.select`).
         sets: what is removed; a row is of one set and one step, and its sample id the set's number.
         scored: the steps to score; all by default. The walk ends at the first of them.
+        window_in_files: keep the steps of the memory window in files, where there is no memory for them.
         progress: show a bar where the walk takes longer than two seconds.
 
     Raises:
@@ -94,7 +96,8 @@ def sweep(
     if sets.groups and scored != range(len(trajectory)):
         raise ConfigurationError("groups are removed from the whole run; score all of its steps.")
     pieces = Pieces(trajectory)
-    window = Window(_update(pieces, method), window_length(pieces, method))
+    length = window_length(pieces, method)
+    window = Window(_update(pieces, method), length, in_files=window_in_files)
     walk = _Walk(pieces, method, pieces.cut(queries), window, sets)
     groups = _Groups(walk, progress=progress) if sets.groups else None
     blocks, of_groups = [], list[RowScores]()

@@ -85,8 +85,8 @@ def attribute(
             measure all removals where they differ. The report says what was verified.
         max_memory: bytes that may be held besides the model and one evaluation of a training step, or ``"auto"`` for half of
             what is free. By it queries go through the run in turns, and a replay keeps fewer states and evaluations, which takes
-            longer. Where it is too little for the memory window, the window is shorter, with a warning; the report says what
-            was used.
+            longer. A memory window for which it is too little lies in temporary files, and where the disk has no room either it
+            is shorter, with a warning; the report says what was used.
         fabric: a launched `lightning.Fabric`, over whose processes the queries are spread; each process gets the
             whole report.
 
@@ -131,7 +131,12 @@ def attribute(
             )
 
         parts = [own[start : start + held.queries] for start in range(0, max(len(own), 1), held.queries)]
-        every = _joined([_swept(trajectory, gradients(part), method, sets, progress) for part in parts])
+        every = _joined(
+            [
+                _swept(trajectory, gradients(part), method, sets, in_files=held.in_files, progress=progress)
+                for part in parts
+            ]
+        )
         rows, of_groups = sets.split(every if fabric is None else _gathered(every, fabric, n_queries))
         made = _provenance(manifest, trajectory, method, target)
     query_ids = list(range(rows.n_queries)) if target is None else ["mean" if isinstance(target, str) else "target"]
@@ -181,21 +186,24 @@ def _within(held: Holding, method: Method, trajectory: Trajectory) -> Method:
     if held.memory_window < method.memory_window:
         warnings.warn(
             f"max_memory allows a memory window of {held.memory_window} steps instead of {method.memory_window}: scores of the "
-            "first steps of a run, while its second moments are young, may be wrong. Give more memory.",
+            "first steps of a run, while its second moments are young, may be wrong. Give more memory, or room for temporary files.",
             stacklevel=3,
         )
     return replace(method, memory_window=held.memory_window)
 
 
-def _swept(trajectory: Trajectory, gradients: Vectors, method: Method, sets: RemovalSets, progress: bool) -> RowScores:
+def _swept(
+    trajectory: Trajectory, gradients: Vectors, method: Method, sets: RemovalSets, *, in_files: bool, progress: bool
+) -> RowScores:
     """A sweep; where the run cannot be walked back, it is run forward."""
+    options: dict[str, Any] = {"sets": sets, "window_in_files": in_files, "progress": progress}
     try:
-        return sweep(trajectory, gradients, method, sets=sets, progress=progress)
+        return sweep(trajectory, gradients, method, **options)
     except WalkedAstray:
         assert isinstance(trajectory, ReplayTrajectory)
         trajectory.states.clear()
         trajectory.states.walks = False
-        return sweep(trajectory, gradients, method, sets=sets, progress=progress)
+        return sweep(trajectory, gradients, method, **options)
 
 
 def _joined(parts: Sequence[RowScores]) -> RowScores:

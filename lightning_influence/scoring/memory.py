@@ -7,6 +7,8 @@ and what a replay holds of the states of a run. Sizes are those of the largest m
 from __future__ import annotations
 
 import os
+import shutil
+import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Literal, TypeAlias
@@ -37,6 +39,7 @@ class Holding:
 
     Attributes:
         memory_window: steps for which the optimizer's memory of a removal is followed.
+        in_files: whether these steps are kept in files that are mapped to memory.
         queries: that go through the run together.
         replay: bytes for the states of a replay.
         pairs: that the error proxy carries through the run together.
@@ -46,6 +49,7 @@ class Holding:
     queries: int
     replay: int
     pairs: int = 1
+    in_files: bool = False
 
 
 def bytes_of(max_memory: MaxMemory, device: torch.device) -> int:
@@ -73,6 +77,11 @@ def _free(device: torch.device) -> int:
         return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
 
 
+def _free_on_disk() -> int:
+    """Where temporary files go."""
+    return shutil.disk_usage(tempfile.gettempdir()).free
+
+
 @dataclass(frozen=True)
 class _Sizes:
     """Of a run: bytes of its kept coordinates, as queries are differentiated by them, moments, and what a step needs."""
@@ -95,14 +104,16 @@ class _Sizes:
             step = wanted = min(MOMENTS_EVERY, len(run)) * (1 + moments) * kept * item
         return cls(kept * item, moments, len(run), step, wanted, min(_PIECE, kept) * item)
 
-    def sweep(self, length: int, queries: int) -> int:
+    def sweep(self, length: int, queries: int, *, in_files: bool = False) -> int:
         """Bytes of a sweep, the states of a replay aside.
 
         Args:
             length: of the window.
+            in_files: whether its steps take none.
         """
         forgets = self.moments + 1 if 0 < length < self.steps else 0  # the closing adjoint, and the queries themselves
-        copies = length * (1 + queries) + queries * (_PULLED + self.moments + forgets)
+        copies = queries * (_PULLED + self.moments + forgets)
+        copies += 0 if in_files else length * (1 + queries)
         fixed, each = _OF_PIECE
         return copies * self.coordinates + (fixed + each * length) * self.piece
 
@@ -117,23 +128,35 @@ def held_by_a_sweep(
 ) -> Holding:
     """What a sweep may hold: the window that was asked for before all else, then queries, then the states of a replay.
 
+    A window for which there is no memory lies in files, where the disk has room, and is shorter, where it has not.
+
     Args:
         parameters: of the model, by name.
         queries: that there are.
 
     Raises:
-        ConfigurationError: it is too little for a single query without a window.
+        ConfigurationError: it is too little for a single query.
     """
-    sizes = _Sizes.of(run, parameters)
-    lengths = {w: window_length(run, replace(method, memory_window=w)) for w in range(method.memory_window + 1)}
-    need = {w: sizes.step + sizes.sweep(length, 1) for w, length in lengths.items()}
-    _refuse_too_little(max_memory, need[0], f"{need[method.memory_window]} with the whole memory window")
-    window = max(w for w, bytes_ in need.items() if bytes_ <= max_memory)
-    spare = max_memory - need[window]
+    sizes, asked = _Sizes.of(run, parameters), method.memory_window
+    lengths = {w: window_length(run, replace(method, memory_window=w)) for w in range(asked + 1)}
+    on_disk = 2 * lengths[asked] * sizes.coordinates
+    in_files = sizes.step + sizes.sweep(lengths[asked], 1) > max_memory and on_disk <= _free_on_disk()
+
+    def bytes_of_window(window: int, queries: int = 1) -> int:
+        return sizes.sweep(lengths[window], queries, in_files=in_files)
+
+    least = sizes.step + bytes_of_window(asked if in_files else 0)
+    _refuse_too_little(
+        max_memory, least, f"{sizes.step + sizes.sweep(lengths[asked], 1)} with the memory window in memory"
+    )
+    window = asked if in_files else max(w for w in lengths if sizes.step + bytes_of_window(w) <= max_memory)
+    spare = max_memory - sizes.step - bytes_of_window(window)
     replay = sizes.step + min(sizes.wanted - sizes.step, spare // 2)  # before more queries go through the run together
-    more = sizes.sweep(lengths[window], 2) - sizes.sweep(lengths[window], 1)
-    together = min(queries, 1 + (max_memory - replay - sizes.sweep(lengths[window], 1)) // more)
-    return Holding(window, together, max_memory - sizes.sweep(lengths[window], together))
+    more = bytes_of_window(window, 2) - bytes_of_window(window)
+    together = min(queries, 1 + (max_memory - replay - bytes_of_window(window)) // more)
+    if in_files:
+        together = max(1, min(together, _free_on_disk() // max(on_disk, 1) * 2 - 1))
+    return Holding(window, together, max_memory - bytes_of_window(window, together), in_files=in_files)
 
 
 def held_by_a_proxy(

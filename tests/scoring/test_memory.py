@@ -16,7 +16,7 @@ from modules import Classifier, fit, loader, split_digits
 from torch import Tensor
 
 from lightning_influence import InfluenceCallback, InfluenceReport, attribute, error_proxy
-from lightning_influence.core import response, sweep
+from lightning_influence.core import response, sweep, window
 from lightning_influence.errors import ConfigurationError
 from lightning_influence.replay.passes import Passes
 
@@ -86,7 +86,7 @@ def least(run: tuple[Path, Any, Any], **options: Any) -> int:
 def with_window(run: tuple[Path, Any, Any]) -> int:
     with pytest.raises(ConfigurationError) as caught:
         scores(run, 1000)
-    found = re.search(r"\((\d+) with the whole memory window", str(caught.value))
+    found = re.search(r"\((\d+) with the memory window in memory", str(caught.value))
     assert found is not None
     return int(found[1])
 
@@ -108,7 +108,23 @@ def test_memory_is_bounded_and_scores_are_the_same(
         assert report.metadata["memory_window"] == 8
 
 
-def test_a_window_that_does_not_fit_is_shorter_and_the_report_says_so(run: tuple[Path, Any, Any]) -> None:
+def test_a_window_that_does_not_fit_lies_in_files(run: tuple[Path, Any, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    number, whole = least(run), scores(run, 2**30)
+    with pytest.raises(ConfigurationError, match=str(number)):
+        scores(run, number - 1)
+    mapped: list[int] = []
+    real = window._mapped
+    monkeypatch.setattr(window, "_mapped", lambda size, dtype: (mapped.append(size), real(size, dtype))[1])
+    report = scores(run, number)
+    assert len(mapped) == 2 * STEPS * 3, "gradients and adjoints of every step, for each of three queries"
+    assert report.metadata["memory_window"] == 8
+    assert (report.rows.scores - whole.rows.scores).norm() <= 1e-6 * whole.rows.scores.norm()
+
+
+def test_a_window_without_room_anywhere_is_shorter_and_the_report_says_so(
+    run: tuple[Path, Any, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("lightning_influence.scoring.memory._free_on_disk", lambda: 0)
     short = (least(run) + with_window(run)) // 2
     with pytest.warns(UserWarning, match="memory window of . steps instead of 8"):
         report = scores(run, short, target="mean")
@@ -116,14 +132,11 @@ def test_a_window_that_does_not_fit_is_shorter_and_the_report_says_so(run: tuple
     assert 0 < used < 8
     same = scores(run, 2**30, target="mean", memory_window=used)
     assert (report.rows.scores - same.rows.scores).norm() <= 1e-6 * same.rows.scores.norm()
-
-
-def test_the_number_that_an_error_gives_would_do(run: tuple[Path, Any, Any]) -> None:
-    number = least(run)
-    with pytest.raises(ConfigurationError, match=str(number)):
-        scores(run, number - 1)
     with pytest.warns(UserWarning, match="memory window"):
-        assert scores(run, number, target="mean").metadata["memory_window"] == 0
+        assert scores(run, least(run), target="mean").metadata["memory_window"] == 0
+
+
+def test_what_max_memory_may_be(run: tuple[Path, Any, Any]) -> None:
     for wrong in (0, -5, "much", 1.5, True):
         with pytest.raises(ConfigurationError, match="give a number of bytes, or 'auto'"):
             scores(run, wrong)
