@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast
 
 import torch
-from lightning import LightningModule
 
+from lightning_influence.core.curvature import curvature_of
 from lightning_influence.core.second_variation import ErrorProxy, QueryCurvature, scaled_learning_rate, second_variation
 from lightning_influence.core.trajectory import Trajectory
 from lightning_influence.errors import ConfigurationError
@@ -17,7 +17,8 @@ from lightning_influence.log.steps import LoggedSteps, LoggedTrajectory
 from lightning_influence.replay.states import WalkedAstray
 from lightning_influence.replay.trajectory import ReplayTrajectory
 from lightning_influence.report.tables import in_notebook
-from lightning_influence.scoring.attribution import open_trajectory
+from lightning_influence.run.task import as_task
+from lightning_influence.scoring.attribution import open_trajectory, resolved
 from lightning_influence.scoring.memory import MaxMemory, bytes_of, held_by_a_proxy
 from lightning_influence.scoring.queries import (
     Queries,
@@ -112,10 +113,10 @@ class PredictedErrors:
 
 
 def error_proxy(
-    log: str | Path,
+    log: str | Path | LoggedSteps,
     *,
     queries: Any,
-    model: LightningModule,
+    model: Any,
     data: Any = None,
     target: Target = None,
     curvature: Literal["auto", "fisher", "hessian"] = "auto",
@@ -146,17 +147,18 @@ def error_proxy(
     check_target(target)
     if curvature not in ("auto", "fisher", "hessian"):
         raise ConfigurationError(f"curvature={curvature!r}; choose one of auto, fisher, hessian")
-    precision = str(LoggedSteps(log).reader.manifest["precision"])
-    queries = Queries.of(queries, data=data, precision=precision).held()
-    with open_trajectory(log, model, curvature, data, progress=progress) as run:
-        exact = isinstance(run, ReplayTrajectory) and curvature != "fisher"
+    task, steps = as_task(model), LoggedSteps.of(log)
+    queries = Queries.of(queries, data=data, precision=steps.manifest.precision).held()
+    with open_trajectory(steps, model, curvature, data, progress=progress) as run:
+        used = resolved(curvature, run)
+        exact = curvature_of(used).third_derivative
         names = list(run.sizes)
         chosen = _drawn(run, pairs, seed) if isinstance(pairs, int) else list(pairs)
         if not chosen:
             raise ConfigurationError("pairs is empty; give at least one (sample id, step).")
         count = 1 if target is not None else count_queries(model, queries)
-        parameters = dict(model.named_parameters())
-        held = held_by_a_proxy(run, parameters, max(count, 1), len(chosen), bytes_of(max_memory, model.device))
+        parameters = dict(task.module.named_parameters())
+        held = held_by_a_proxy(run, parameters, max(count, 1), len(chosen), bytes_of(max_memory, task.device))
         if isinstance(run, ReplayTrajectory):
             run.states.memory = held.replay
         bent = query_curvature(model, queries, names, target=target, query_loss=query_loss) if exact else None
@@ -171,7 +173,7 @@ def error_proxy(
                     factor,
                     gradients,
                     chosen,
-                    curvature="hessian" if exact else "fisher",
+                    curvature=used,
                     counterfactual=counterfactual,
                     query_curvature=None if bent is None else _columns(bent, only),
                     at_once=held.pairs,
@@ -179,7 +181,7 @@ def error_proxy(
                 )
                 parts.setdefault(factor, []).append(one)
         proxies = {factor: ErrorProxy.of_queries(each) for factor, each in parts.items()}
-        return PredictedErrors(proxies, "hessian" if exact else "fisher", len(run))
+        return PredictedErrors(proxies, used, len(run))
 
 
 def _proxy(run: LoggedTrajectory | ReplayTrajectory, factor: float, *args: Any, **options: Any) -> ErrorProxy:
