@@ -12,6 +12,7 @@ from typing import Literal
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import _disable_current_modes
 from tqdm.auto import tqdm
 
 from lightning_influence.core.adjoint import Adjoint, adjoint, gradient_adjoint, join_adjoints
@@ -197,6 +198,20 @@ class _Walk:
     def back(self, index: int, *, score: bool, last: bool = False) -> RowScores | None:
         """Move from after step ``index`` to before it, unless it is the last; the step's scores where asked for."""
         record, shares = self.trajectory.record(index), self.trajectory.shares(index)
+        with (
+            _disable_current_modes()
+        ):  # one of torch's that watches the module (`run.unchanged`) has nothing to see here
+            products, rows = self._pass(record, shares, score=score, last=last)
+        if not last:
+            bent = self.method.hessian.product(self.trajectory, record, shares, self.gradient, products)
+            for k, b in bent.items():
+                self.adjoints[k].parameter.add_(b)  # a tensor that `_pull` has made
+        return rows
+
+    def _pass(
+        self, record: StepRecord, shares: Mapping[str, Shares], *, score: bool, last: bool
+    ) -> tuple[Tensor, RowScores | None]:
+        """What of a step needs no module: inner products ``(q, n)`` of its gradient's adjoint with the shares, and scores."""
         # a parameter without a gradient was skipped by the optimizer: its adjoint stays as it is
         recorded = self.recorded(record)
         if self.window is not None and self.window.length:
@@ -209,11 +224,7 @@ class _Walk:
         rows = self._score(record, shares, products) if score else None
         if self.groups.groups:
             self.together = self._first_order(record, products)
-        if not last:
-            bent = self.method.hessian.product(self.trajectory, record, shares, self.gradient, products)
-            for k, b in bent.items():
-                self.adjoints[k].parameter.add_(b)  # a tensor that `_pull` has made
-        return rows
+        return products, rows
 
     def _pull(self, recorded: Mapping[str, ParameterStep]) -> Vectors:
         """Move the adjoints to before a step, its gradient held fixed; the adjoint of its consumed gradient."""
