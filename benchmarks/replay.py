@@ -2,6 +2,7 @@
 
 python benchmarks/replay.py [network ...]        # cost and fidelity of each estimator, one target
 python benchmarks/replay.py mlp --growth         # with the number of steps, samples, queries and snapshots
+python benchmarks/replay.py gpt2 --memory        # run forward and walked back, within less and less memory
 """
 
 from __future__ import annotations
@@ -13,8 +14,14 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 from measure import ESTIMATORS, agreement_row, picked, quiet, scores, show, timed, trained, true_effects
+from torch.utils.data import DataLoader
 from workloads import WORKLOADS, Workload
+
+from lightning_influence.core.sweep import Method, sweep
+from lightning_influence.scoring.attribution import open_trajectory
+from lightning_influence.scoring.queries import query_gradients
 
 SETTINGS: dict[str, Any] = {"lr": 1e-4, "betas": (0.9, 0.999)}
 
@@ -84,15 +91,49 @@ def growth(workload: Workload) -> None:
     show(rows, 2)
 
 
+def memory(workload: Workload) -> None:
+    """Seconds, evaluations of a step, and what the scores lose, as less is held: 64 steps, a snapshot every 16."""
+    case = replace(workload, n_train=workload.batch * 64)
+    rows: list[dict[str, Any]] = []
+    with tempfile.TemporaryDirectory() as folder:
+        module = trained(case, Path(folder), **SETTINGS, snapshot_every=16)
+        queries = DataLoader(case.split()[1], case.n_queries)
+        with open_trajectory(folder, module, "hessian", progress=False) as run:
+            gradients = query_gradients(module, queries, list(run.sizes), run.select, target="mean", progress=False)
+        copy = sum(g.numel() * g.element_size() for g in gradients.values())  # of the parameters
+        whole = None
+        for held, walks in ((None, False), (40, True), (40, False), (20, False), (4, True), (4, False)):
+            seconds: dict[str, float] = {}
+            with open_trajectory(folder, module, "hessian", progress=False) as run:
+                if held is not None:
+                    run.states.memory = run.states.least() + held * copy
+                run.states.walks = walks
+                with timed(seconds, "sweep"):
+                    scores = sweep(run, gradients, Method("hessian", "tangent"), progress=False).scores
+                whole = scores if whole is None else whole
+                row = {"held": "everything" if held is None else f"{held} copies", "walks back": walks}
+                row |= {"seconds": seconds["sweep"], "evaluations": run.states.evaluated}
+                row |= {"score error": float((scores - whole).norm() / whole.norm()), "drift": max(run.drift.values())}
+                rows.append(row)
+    print(f"{workload.name}: {copy / 2**20:.1f} MB of parameters")
+    print(pd.DataFrame(rows).to_string(index=False, float_format=lambda v: f"{v:.3g}"), flush=True)
+
+
 def main() -> None:
     quiet()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("networks", nargs="*", default=list(WORKLOADS), metavar="network", help=", ".join(WORKLOADS))
     parser.add_argument("--growth", action="store_true")
+    parser.add_argument("--memory", action="store_true")
     parser.add_argument("--removals", type=int, default=20)
     args = parser.parse_args()
     for name in args.networks:
-        growth(WORKLOADS[name]) if args.growth else cost(WORKLOADS[name], args.removals)
+        if args.memory:
+            memory(WORKLOADS[name])
+        elif args.growth:
+            growth(WORKLOADS[name])
+        else:
+            cost(WORKLOADS[name], args.removals)
 
 
 if __name__ == "__main__":

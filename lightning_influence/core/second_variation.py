@@ -60,6 +60,12 @@ class ErrorProxy:
     curvature: Tensor
     finite: Tensor
 
+    @classmethod
+    def of_queries(cls, parts: Sequence[ErrorProxy]) -> ErrorProxy:
+        """The same pairs for the queries of all parts."""
+        names = ("tangent", "step", "memory", "curvature", "finite")
+        return replace(parts[0], **{name: torch.cat([getattr(part, name) for part in parts], 1) for name in names})
+
     @property
     def second_order(self) -> Tensor:
         """Half the second variation, ``(k, q)`` (docs/method.md, "How far to trust a score")."""
@@ -91,6 +97,7 @@ def second_variation(
     curvature: Literal["none", "fisher", "hessian"] = "fisher",
     counterfactual: Literal["drop", "zero"] = "drop",
     query_curvature: QueryCurvature | None = None,
+    at_once: int | None = None,
     progress: bool = True,
 ) -> ErrorProxy:
     """Half the second derivative of every query in the removed share of chosen (sample, step) pairs.
@@ -101,6 +108,7 @@ def second_variation(
         curvature: ``"hessian"`` is exact and needs a replayed trajectory; ``"fisher"`` works from the log
             alone and drops the third derivative of the loss.
         query_curvature: second derivative of the queries; None leaves it out.
+        at_once: pairs that go through the run together, at most; by default as many as a few million coordinates allow.
 
     Raises:
         ConfigurationError: a pair that the trajectory does not hold.
@@ -121,7 +129,7 @@ def second_variation(
     passed = walk_back(trajectory, pieces.cut(queries), method)
     bends = None if query_curvature is None else lambda moved: query_curvature(pieces.joined(moved))
     order = sorted(range(len(pairs)), key=lambda i: pairs[i][1])  # pairs of neighbouring steps share a walk
-    size = max(1, _ELEMENTS // sum(kept for kept, _ in trajectory.sizes.values()))
+    size = max(1, min(at_once or len(pairs), _ELEMENTS // sum(kept for kept, _ in trajectory.sizes.values())))
     groups = [[pairs[i] for i in order[start : start + size]] for start in range(0, len(order), size)]
     total = sum(len(trajectory) - group[0][1] for group in groups)
     with tqdm(total=total, desc="error proxy", unit="step", delay=2, disable=not progress) as bar:

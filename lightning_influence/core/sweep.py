@@ -12,6 +12,7 @@ from typing import Literal
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import _disable_current_modes
 from tqdm.auto import tqdm
 
 from lightning_influence.core.adjoint import Adjoint, adjoint, gradient_adjoint, join_adjoints
@@ -80,6 +81,7 @@ def sweep(
     *,
     sets: RemovalSets = EVERY_SAMPLE,
     scored: range | None = None,
+    window_in_files: bool = False,
     progress: bool = True,
 ) -> RowScores:
     """Walk a trajectory backwards and score every sample of every step, or other sets of samples.
@@ -90,6 +92,7 @@ def sweep(
             the kept coordinates (`Trajectory.select`).
         sets: what is removed; a row is of one set and one step, and its sample id the set's number.
         scored: the steps to score; all by default. The walk ends at the first of them.
+        window_in_files: keep the steps of the memory window in files, where there is no memory for them.
         progress: show a bar where the walk takes longer than two seconds.
 
     Raises:
@@ -99,7 +102,8 @@ def sweep(
     if sets.groups and scored != range(len(trajectory)):
         raise ConfigurationError("groups are removed from the whole run; score all of its steps.")
     pieces = Pieces(trajectory)
-    window = Window(_update(pieces, method), window_length(pieces, method))
+    length = window_length(pieces, method)
+    window = Window(_update(pieces, method), length, in_files=window_in_files)
     walk = _Walk(pieces, method, pieces.cut(queries), window, sets)
     groups = _Groups(walk, progress=progress) if sets.groups else None
     blocks, of_groups = [], list[RowScores]()
@@ -195,6 +199,20 @@ class _Walk:
     def back(self, index: int, *, score: bool, last: bool = False) -> RowScores | None:
         """Move from after step ``index`` to before it, unless it is the last; the step's scores where asked for."""
         record, shares = self.trajectory.record(index), self.trajectory.shares(index)
+        with (
+            _disable_current_modes()
+        ):  # one of torch's that watches the module (`run.unchanged`) has nothing to see here
+            products, rows = self._pass(record, shares, score=score, last=last)
+        if not last:
+            bent = self.method.hessian.product(self.trajectory, record, shares, self.gradient, products)
+            for k, b in bent.items():
+                self.adjoints[k].parameter.add_(b)  # a tensor that `_pull` has made
+        return rows
+
+    def _pass(
+        self, record: StepRecord, shares: Mapping[str, Shares], *, score: bool, last: bool
+    ) -> tuple[Tensor, RowScores | None]:
+        """What of a step needs no module: inner products ``(q, n)`` of its gradient's adjoint with the shares, and scores."""
         # a parameter without a gradient was skipped by the optimizer: its adjoint stays as it is
         recorded = self.recorded(record)
         if self.window is not None and self.window.length:
@@ -207,11 +225,7 @@ class _Walk:
         rows = self._score(record, shares, products) if score else None
         if self.groups.groups:
             self.together = self._first_order(record, products)
-        if not last:
-            bent = self.method.hessian.product(self.trajectory, record, shares, self.gradient, products)
-            for k, b in bent.items():
-                self.adjoints[k].parameter.add_(b)  # a tensor that `_pull` has made
-        return rows
+        return products, rows
 
     def _pull(self, recorded: Mapping[str, ParameterStep]) -> Vectors:
         """Move the adjoints to before a step, its gradient held fixed; the adjoint of its consumed gradient."""

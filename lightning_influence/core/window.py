@@ -6,6 +6,7 @@ before the newest, and the adjoint of the moments after the oldest from that aft
 
 from __future__ import annotations
 
+import tempfile
 from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -102,10 +103,11 @@ class Window:
     Args:
         update: of every step.
         length: the most steps.
+        in_files: keep what is large of each step in a file that is mapped to memory, from which it is read piece by piece.
     """
 
-    def __init__(self, update: Update, length: int) -> None:
-        self._update, self.length = update, length
+    def __init__(self, update: Update, length: int, *, in_files: bool = False) -> None:
+        self._update, self.length, self._in_files = update, length, in_files
         self.steps: deque[WindowStep] = deque()  # newest first: steps t, t+1, ...
         self._moments: dict[str, Moments] = {}  # before the newest step of each parameter
         self._closing: dict[str, Moments] = {}  # adjoint of the moments after its oldest one
@@ -123,7 +125,10 @@ class Window:
         self._moments |= {k: step.moments for k, step in recorded.items()}
         gradients = {k: step.gradient for k, step in recorded.items()}
         hyper = {k: step.hyper for k, step in recorded.items()}
-        self.steps.appendleft(WindowStep(gradients, hyper, {k: after[k].parameter for k in recorded}))
+        adjoints = {k: after[k].parameter for k in recorded}
+        if self._in_files:
+            gradients, adjoints = _in_a_file(gradients), _in_a_file(adjoints)
+        self.steps.appendleft(WindowStep(gradients, hyper, adjoints))
 
     def blocks(self) -> list[Block]:
         """The parameters that the newest step moved, as they can be evaluated end to end."""
@@ -136,12 +141,13 @@ class Window:
         joined = [step.of(block) for step in steps]
         moments = _joined([self._moments[name] for name in block])
         recorded: list[ParameterStep] = []
+        device = self._moments[block[0]][0].device if self._update.moments else joined[0][0].device
         for step, (gradient, _) in zip(steps, joined, strict=True):
-            recorded.append(ParameterStep(self._update, moments, gradient, step.hyper[block[0]]))
+            recorded.append(ParameterStep(self._update, moments, gradient.to(device), step.hyper[block[0]]))
             moments = recorded[-1].taken[1]
         closings = [self._closing[name] for name in block]
         closing = _joined_adjoints(closings, [steps[-1].after[name] for name in block])
-        return recorded, [weight for _, weight in joined], closing, steps
+        return recorded, [weight.to(device) for _, weight in joined], closing, steps
 
     def _forget(self) -> None:
         """Let the oldest step go: the closing adjoint moves to before it."""
@@ -156,6 +162,27 @@ class Window:
                 parts = zip(*(m.split([sizes[name] for name in block], 1) for m in before), strict=True)
                 self._closing |= dict(zip(block, parts, strict=True))
         self.steps.pop()
+
+
+def _in_a_file(tensors: Vectors) -> Vectors:
+    """The same, in a file that goes when they do."""
+    total = {t.dtype: 0 for t in tensors.values()}
+    for t in tensors.values():
+        total[t.dtype] += t.numel()
+    files = {dtype: _mapped(size, dtype) for dtype, size in total.items()}
+    starts = dict.fromkeys(total, 0)
+    found = Vectors()
+    for k, t in tensors.items():
+        start = starts[t.dtype]
+        starts[t.dtype] = stop = start + t.numel()
+        found[k] = files[t.dtype][start:stop].view(t.shape).copy_(t)
+    return found
+
+
+def _mapped(size: int, dtype: torch.dtype) -> Tensor:
+    with tempfile.NamedTemporaryFile(prefix="influence-window-") as file:
+        file.truncate(size * dtype.itemsize)
+        return torch.from_file(file.name, shared=True, size=size, dtype=dtype)  # which stays when the name goes
 
 
 def _joined(moments: Sequence[Moments]) -> Moments:

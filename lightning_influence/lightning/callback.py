@@ -318,8 +318,8 @@ class InfluenceCallback(L.Callback):
     def _replay_settings(self, trainer: L.Trainer) -> ReplaySettings:
         steps = trainer.estimated_stepping_batches
         known = steps >= 0 and math.isfinite(steps)  # -1 where neither the loader nor the trainer says when a run ends
-        every = self.snapshot_every or (max(1, math.isqrt(int(steps))) if known else 100)
-        return ReplaySettings(every, self.store_batches)
+        every = self.snapshot_every or (max(1, math.isqrt(int(steps))) if known else 8)
+        return ReplaySettings(every, self.store_batches, thinned=self.snapshot_every is None and not known)
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         # an error here would keep the checkpoints of the end from being saved

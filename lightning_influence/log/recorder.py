@@ -100,6 +100,7 @@ class Recorder:
         self._between = BetweenSteps(self.module)
         self._buffers: dict[str, Tensor] = {}  # before the first micro-batch of a step whose state is due
         self._in_snapshots = _in_snapshots(writer)  # parameters
+        self._regular: list[int] = []  # steps of this part of the run whose snapshots may be dropped
         self._begun: _Noted | None = None
         self._taken = False  # the optimizer took a step since the last micro-batch was begun
         self._noted: list[_Noted] = []
@@ -227,16 +228,30 @@ class Recorder:
         """Whether the state before this step is written: every few steps, and where a parameter begins to train."""
         if self.replay is None or self.ranks.rank > 0:
             return False
-        return len(self.writer) % self.replay.snapshot_every == 0 or not self._training() <= self._in_snapshots
+        return (
+            len(self.writer) % self.replay.spacing(len(self.writer)) == 0 or not self._training() <= self._in_snapshots
+        )
 
     def _training(self) -> set[str]:
         """Names of the parameters that the optimizer is to move."""
         return {self._names[id(p)] for p in self.collector.parameters() if p.requires_grad and id(p) in self._names}
 
     def _snapshot(self, index: int, buffers: Mapping[str, Tensor]) -> None:
+        self._thin(index)
+        if index and self._training() <= self._in_snapshots:
+            self._regular.append(index)
         self._in_snapshots |= self._training()
         packed = pack_snapshot(self.module, self.optimizer, self.collector.update_name, self._in_snapshots, buffers)
         self.writer.save(snapshot_name(index), *packed)
+
+    def _thin(self, steps: int) -> None:
+        """Drop the snapshots between those that are kept of a run so long; one with which a parameter began to train stays."""
+        assert self.replay is not None
+        spacing = self.replay.spacing(steps)
+        dropped = [index for index in self._regular if index % spacing]
+        if dropped:
+            self.writer.drop([snapshot_name(index) for index in dropped])
+            self._regular = [index for index in self._regular if index % spacing == 0]
 
     def _plan(self, shares: dict[str, Form], capture: GradientCapture) -> dict[str, Form]:
         """Decide at the first step what is kept."""

@@ -19,7 +19,6 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
 from torch import Tensor
 
 from lightning_influence.errors import InfluenceError
@@ -35,23 +34,58 @@ UNDECODABLE = (  # what JSON, safetensors and torch say of content that a writer
     ValueError,
 )
 
+_DTYPES = {
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.float8_e4m3fn: "F8_E4M3",
+    torch.float8_e5m2: "F8_E5M2",
+    torch.complex64: "C64",
+    torch.int64: "I64",
+    torch.int32: "I32",
+    torch.int16: "I16",
+    torch.int8: "I8",
+    torch.uint64: "U64",
+    torch.uint32: "U32",
+    torch.uint16: "U16",
+    torch.uint8: "U8",
+    torch.bool: "BOOL",
+}
+"""Of safetensors."""
+
 _META, _SUMS, _SEAL = "meta", "crc32", "header"
 _SEALED = re.compile(rb'(?<="%s":")[0-9a-f]{8}(?=")' % _SEAL.encode())  # quotes inside of a text are escaped
 _OPEN = b"0" * 8
 
 
 def serialise(tensors: Mapping[str, Tensor], meta: dict[str, Any], **more: str) -> bytes:
-    """A file of tensors with their checksums, and what is told of them.
+    """A file of tensors with their checksums, and what is told of them; arguments and errors as of `parts_of`."""
+    return b"".join(parts_of(tensors, meta, **more))
+
+
+def parts_of(tensors: Mapping[str, Tensor], meta: dict[str, Any], **more: str) -> list[bytes | memoryview]:
+    """A file's header, and the bytes of its tensors as they lie in memory, in their order: large tensors are not copied.
 
     Args:
         more: further entries of the file's own metadata.
 
     Raises:
-        TypeError: JSON cannot hold `meta`.
+        TypeError: JSON cannot hold `meta`, or safetensors a tensor's type.
     """
-    tensors = _unshared(tensors)
+    tensors = dict(sorted(_unshared(tensors).items(), key=lambda item: (-item[1].element_size(), item[0])))
     sums = {name: zlib.crc32(bytes_of(tensor)) for name, tensor in tensors.items()}
-    return save(tensors, {_META: json.dumps(meta), _SUMS: json.dumps(sums), **more})
+    header: dict[str, Any] = {"__metadata__": {_META: json.dumps(meta), _SUMS: json.dumps(sums), **more}}
+    start = 0
+    for name, tensor in tensors.items():
+        if tensor.dtype not in _DTYPES:
+            raise TypeError(f"{tensor.dtype} is no type of a safetensors file")
+        stop = start + tensor.numel() * tensor.element_size()
+        header[name] = {"dtype": _DTYPES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [start, stop]}
+        start = stop
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    return [struct.pack("<Q", len(text)) + text, *map(bytes_of, tensors.values())]
 
 
 def sealed(tensors: Mapping[str, Tensor], meta: dict[str, Any], **more: str) -> bytes:

@@ -36,10 +36,26 @@ class ReplaySettings:
     Attributes:
         snapshot_every: steps between snapshots.
         store_batches: None stores batches that are small.
+        thinned: whether snapshots become rarer as a run goes on whose number of steps nobody knows: there are then between
+            one and two times the square root of the steps so far.
     """
 
     snapshot_every: int
     store_batches: bool | None = None
+    thinned: bool = False
+
+    def spacing(self, steps: int) -> int:
+        """Steps between snapshots after so many steps.
+
+        Example:
+            >>> settings = ReplaySettings(8, thinned=True)
+            >>> [settings.spacing(steps) for steps in (0, 255, 256, 10_000)]
+            [8, 8, 16, 64]
+        """
+        every = self.snapshot_every
+        while self.thinned and steps >= (2 * every) ** 2:
+            every *= 2
+        return every
 
 
 def pack_micro_batch(

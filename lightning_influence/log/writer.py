@@ -9,7 +9,7 @@ import queue
 import shutil
 import threading
 import zlib
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, suppress
 from pathlib import Path
 from typing import IO, Any, Literal
@@ -35,7 +35,7 @@ from lightning_influence.log.format import (
 )
 from lightning_influence.log.missing import MISSING
 from lightning_influence.log.reader import StoreReader
-from lightning_influence.log.shard import header_size, serialise
+from lightning_influence.log.shard import parts_of
 
 _LOCK = "lock"
 _STOP = object()
@@ -48,7 +48,7 @@ class StoreWriter:
         log: the log's directory, created where needed.
         rank, ranks: whose part of the store this is, and of how many; every process writes its own.
         existing: what to do where the directory already holds a store.
-        max_pending_bytes: backlog at which `append` waits for the disk.
+        max_pending_bytes: backlog at which `append` waits for the disk; besides it, one entry that alone is larger may wait.
 
     Raises:
         LogError: the directory holds a store and ``existing="error"``, cannot be written, or is being
@@ -85,6 +85,7 @@ class StoreWriter:
             self._index = self._begin_index()
             undo.pop_all()
         self._limit, self._pending = max_pending_bytes, 0
+        self._large = 0  # bytes of the entry that is larger than the limit
         self._room = threading.Condition()
         self._queue: queue.SimpleQueue[Any] = queue.SimpleQueue()
         self._error: LogError | None = None
@@ -196,6 +197,10 @@ class StoreWriter:
             raise LogError(f"{name!r} cannot name an artifact; use letters, digits, '.', '_' and '-'.")
         self._submit({"artifact": name, "file": name, "after": self._steps}, tensors, meta)
 
+    def drop(self, names: Collection[str]) -> None:
+        """Remove artifacts, after what was appended before."""
+        self._submit({"drop": set(names)}, {}, {})
+
     def truncate(self, steps: int) -> None:
         """Drop the steps from number ``steps`` on, the artifacts that were written after them, and `FINAL`: a store
         that is cut goes on.
@@ -222,7 +227,7 @@ class StoreWriter:
     def flush(self) -> None:
         """Wait until everything appended so far is on disk."""
         with self._room:
-            self._room.wait_for(lambda: self._pending == 0 or self._error is not None)
+            self._room.wait_for(lambda: self._pending + self._large == 0 or self._error is not None)
         self._raise()
 
     def close(self) -> None:
@@ -251,9 +256,15 @@ class StoreWriter:
     def _submit(self, entry: dict[str, Any], tensors: Mapping[str, Tensor], meta: dict[str, Any]) -> None:
         self._raise()
         size = sum(t.numel() * t.element_size() for t in tensors.values()) + 1
+        large = size > self._limit
         with self._room:
-            self._room.wait_for(lambda: self._pending == 0 or self._pending + size <= self._limit or self._error)
-            self._pending += size
+            self._room.wait_for(
+                lambda: self._error or (not self._large if large else self._pending + size <= self._limit)
+            )
+            if large:
+                self._large = size
+            else:
+                self._pending += size
         self._raise()
         self._queue.put((entry, tensors, meta, size))
 
@@ -271,18 +282,32 @@ class StoreWriter:
                 self._fail(error)
             finally:
                 with self._room:
-                    self._pending -= size
+                    if size > self._limit:
+                        self._large = 0
+                    else:
+                        self._pending -= size
                     self._room.notify_all()
 
     def _write(self, entry: dict[str, Any], tensors: Mapping[str, Tensor], meta: dict[str, Any]) -> None:
         self._refuse_lost()
-        data = serialise(tensors, meta)
-        header = data[: header_size(data)]
-        entry |= {"file": f"{entry['file']}.safetensors", "bytes": len(data), "header": zlib.crc32(header)}
-        _replace(self._dir / entry["file"], data)
+        if "drop" in entry:
+            self._drop(entry["drop"])
+            return
+        parts = parts_of(tensors, meta)
+        size = sum(len(part) for part in parts)
+        entry |= {"file": f"{entry['file']}.safetensors", "bytes": size, "header": zlib.crc32(parts[0])}
+        _replace(self._dir / entry["file"], parts)
         self._written += self._index.write(index_line(entry))
         self._index.flush()
         self._entries.append(entry)
+
+    def _drop(self, names: Collection[str]) -> None:
+        gone = [entry for entry in self._entries if entry.get("artifact") in names]
+        self._entries = [entry for entry in self._entries if entry not in gone]
+        self._index.close()
+        self._index = self._begin_index()  # without them, before their files go
+        for entry in gone:
+            (self._dir / entry["file"]).unlink(missing_ok=True)
 
     def _fail(self, error: BaseException) -> None:
         """Keep the first error for whoever calls next."""
@@ -331,12 +356,12 @@ class StoreWriter:
         return None if kept else INDEX
 
 
-def _replace(path: Path, data: bytes) -> None:
+def _replace(path: Path, data: bytes | Sequence[bytes | memoryview]) -> None:
     temporary = path.with_name(f".{path.name}.tmp")
     temporary.unlink(missing_ok=True)  # of a run that was killed; or a link, which must not be written through
     try:
         with open(temporary, "xb") as file:
-            file.write(data)
+            file.writelines([data] if isinstance(data, bytes) else data)
         os.replace(temporary, path)
     except BaseException:
         temporary.unlink(missing_ok=True)  # on a disk that is full, it leaves room to say so

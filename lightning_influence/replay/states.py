@@ -94,6 +94,10 @@ class States:
             return self._state_bytes + self._gradient_bytes
         return 3 * self._state_bytes + 2 * self._gradient_bytes
 
+    def wanted(self) -> int:
+        """Bytes with which no step is run forward more than once to find the states."""
+        return self.least() + self._longest() * self._gradient_bytes
+
     def _longest(self) -> int:
         """Steps between two snapshots, at most."""
         bounds = [*self._plan.snapshots, len(self._plan)]

@@ -79,7 +79,7 @@ class ReplayTrajectory:
     ) -> None:
         self.task, self.plan, self.optimizer = as_task(model), plan, plan.optimizer
         self.module = module = self.task.module
-        names = plan.snapshot(0).parameters.keys()
+        names = plan.parameters(0).keys()
         self._trained = {k: p for k, p in module.named_parameters() if k in names}
         self.sizes = {k: (p.numel(), p.numel()) for k, p in self._trained.items()}
         refuse_compiled(module)

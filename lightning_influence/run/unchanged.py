@@ -24,7 +24,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from lightning_influence.run.lightning_names import is_a
 
-_LARGE = 2**22  # bytes of a tensor that is not copied before it is written to
+_LARGE = 2**24  # bytes of a tensor that is not copied before it is written to
 
 _PLAIN = frozenset({bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device, torch.Size, range})
 """Types of values that cannot change and hold nothing that can."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 
 from lightning_influence.core.curvature import best_curvature, curvature_of
-from lightning_influence.core.optimizers import UPDATES
 from lightning_influence.core.removal_sets import RemovalSets
 from lightning_influence.core.scores import RowScores
 from lightning_influence.core.sweep import Method, sweep
@@ -21,6 +20,7 @@ from lightning_influence.core.trajectory import Trajectory, Vectors
 from lightning_influence.errors import ConfigurationError, LogError
 from lightning_influence.log.steps import FINAL, LoggedSteps, LoggedTrajectory, checksum
 from lightning_influence.replay.logged_plan import LoggedPlan
+from lightning_influence.replay.states import WalkedAstray
 from lightning_influence.replay.trajectory import ReplayTrajectory
 from lightning_influence.report import InfluenceReport
 from lightning_influence.report.groups import Groups
@@ -28,7 +28,8 @@ from lightning_influence.report.provenance import Coverage, Provenance, RemovalS
 from lightning_influence.run.data import TrainingData
 from lightning_influence.run.task import Task, as_task
 from lightning_influence.scoring.groups import GroupsOf, named_groups
-from lightning_influence.scoring.queries import Queries, Target, check_target, query_gradients
+from lightning_influence.scoring.memory import Holding, MaxMemory, bytes_of, held_by_a_sweep
+from lightning_influence.scoring.queries import Queries, Target, check_target, count_queries, query_gradients
 from lightning_influence.scoring.query_loss import QueryLoss
 
 
@@ -62,7 +63,7 @@ def attribute(
     samples: Collection[int] | None = None,
     groups: GroupsOf | None = None,
     verify: bool = True,
-    max_memory: int = 2**32,
+    max_memory: MaxMemory = "auto",
     fabric: Fabric | None = None,
     progress: bool = True,
 ) -> InfluenceReport:
@@ -94,13 +95,16 @@ def attribute(
             by name, which may overlap. ``report.groups`` says what removing each group as a whole does.
         verify: compare the effect of a few removals at a replay's first step with running that step without them, and
             measure all removals where they differ. The report says what was verified.
-        max_memory: bytes that the adjoints of the queries may take; more queries go through the run in turns.
+        max_memory: bytes that may be held besides the model and one evaluation of a training step, or ``"auto"`` for half of
+            what is free. By it queries go through the run in turns, and a replay keeps fewer states and evaluations, which takes
+            longer. A memory window for which it is too little lies in temporary files, and where the disk has no room either it
+            is shorter, with a warning; the report says what was used.
         fabric: a launched `lightning.Fabric`, over whose processes the queries are spread; each process gets the
             whole report.
 
     Raises:
         LogError: not a log, an empty one, or one of another model.
-        ConfigurationError: queries that the model cannot take, or an unknown choice.
+        ConfigurationError: queries that the model cannot take, an unknown choice, or too little memory.
         CurvatureUnavailable: the log does not hold what the curvature needs.
     """
     check_target(target)
@@ -116,18 +120,39 @@ def attribute(
             counterfactual=counterfactual,
             optimizer_assumption=optimizer_assumption,
         )
-        names = list(trajectory.sizes)
-        gradients = query_gradients(
-            task,
-            Queries.of(queries, data=data, precision=steps.manifest.precision),
-            names,
-            trajectory.select,
-            target=target,
-            query_loss=query_loss,
-            progress=progress,
+        asked = Queries.of(queries, data=data, precision=steps.manifest.precision).held()
+        n_queries = 1 if target is not None else count_queries(task, asked)
+        own = _own_part(n_queries, fabric)
+        held = held_by_a_sweep(
+            trajectory,
+            method,
+            dict(task.module.named_parameters()),
+            max(len(own), 1),
+            bytes_of(max_memory, task.device),
         )
         sizes = _sizes(consumed_by(trajectory, samples or ()), named)
-        rows, of_groups = sets.split(_swept(trajectory, gradients, method, sets, max_memory, fabric, progress))
+        method = _within(held, method, trajectory)
+
+        def gradients(only: range) -> Vectors:
+            return query_gradients(
+                task,
+                asked,
+                list(trajectory.sizes),
+                trajectory.select,
+                target=target,
+                query_loss=query_loss,
+                only=only,
+                progress=progress,
+            )
+
+        parts = [own[start : start + held.queries] for start in range(0, max(len(own), 1), held.queries)]
+        every = _joined(
+            [
+                _swept(trajectory, gradients(part), method, sets, in_files=held.in_files, progress=progress)
+                for part in parts
+            ]
+        )
+        rows, of_groups = sets.split(every if fabric is None else _gathered(every, fabric, n_queries))
         made = _provenance(steps, trajectory, method, target)
     query_ids = list(range(rows.n_queries)) if target is None else ["mean" if isinstance(target, str) else "target"]
     return InfluenceReport(
@@ -168,31 +193,46 @@ def _sizes(used: Tensor, named: Mapping[str, list[int]]) -> list[int]:
     return sizes
 
 
+def _own_part(n_queries: int, fabric: Fabric | None) -> range:
+    """The queries of this process."""
+    if fabric is None:
+        return range(n_queries)
+    if n_queries < fabric.world_size:
+        raise ConfigurationError(f"{n_queries} queries cannot be spread over {fabric.world_size} processes; use fewer.")
+    own = torch.arange(n_queries).tensor_split(fabric.world_size)[fabric.global_rank]
+    return range(int(own[0]), int(own[-1]) + 1)
+
+
+def _within(held: Holding, method: Method, trajectory: Trajectory) -> Method:
+    """The method that there is memory for; what a replay may hold is told to it."""
+    if isinstance(trajectory, ReplayTrajectory):
+        trajectory.states.memory = held.replay
+    if held.memory_window < method.memory_window:
+        warnings.warn(
+            f"max_memory allows a memory window of {held.memory_window} steps instead of {method.memory_window}: scores of the "
+            "first steps of a run, while its second moments are young, may be wrong. Give more memory, or room for temporary files.",
+            stacklevel=3,
+        )
+    return replace(method, memory_window=held.memory_window)
+
+
 def _swept(
-    trajectory: Trajectory,
-    gradients: Vectors,
-    method: Method,
-    sets: RemovalSets,
-    max_memory: int,
-    fabric: Fabric | None,
-    progress: bool,
+    trajectory: Trajectory, gradients: Vectors, method: Method, sets: RemovalSets, *, in_files: bool, progress: bool
 ) -> RowScores:
-    """The sweep of all queries: in turns where memory is short, and each process its part."""
-    n = len(next(iter(gradients.values())))
-    own = torch.arange(n)
-    if fabric is not None:
-        if n < fabric.world_size:
-            raise ConfigurationError(f"{n} queries cannot be spread over {fabric.world_size} processes; use fewer.")
-        own = own.tensor_split(fabric.world_size)[fabric.global_rank]
-    kept = len(UPDATES[trajectory.optimizer].moments) + 1
-    steps = method.memory_window + 2 if method.response == "finite" else 2  # each holds its own adjoints
-    per_query = 4 * kept * steps * sum(d for d, _ in trajectory.sizes.values())
-    parts = [
-        sweep(trajectory, {k: g[chunk] for k, g in gradients.items()}, method, sets=sets, progress=progress)
-        for chunk in own.split(max(1, max_memory // per_query))
-    ]
-    rows = replace(parts[0], **{name: torch.cat([getattr(p, name) for p in parts], 1) for name in _COLUMNS})
-    return rows if fabric is None else _gathered(rows, fabric, n)
+    """A sweep; where the run cannot be walked back, it is run forward."""
+    options: dict[str, Any] = {"sets": sets, "window_in_files": in_files, "progress": progress}
+    try:
+        return sweep(trajectory, gradients, method, **options)
+    except WalkedAstray:
+        assert isinstance(trajectory, ReplayTrajectory)
+        trajectory.states.clear()
+        trajectory.states.walks = False
+        return sweep(trajectory, gradients, method, **options)
+
+
+def _joined(parts: Sequence[RowScores]) -> RowScores:
+    """The same rows for the queries of all parts."""
+    return replace(parts[0], **{name: torch.cat([getattr(p, name) for p in parts], 1) for name in _COLUMNS})
 
 
 def _gathered(rows: RowScores, fabric: Fabric, n_queries: int) -> RowScores:

@@ -156,6 +156,7 @@ def query_gradients(
     *,
     target: Target = None,
     query_loss: QueryLoss | None = None,
+    only: range | None = None,
     progress: bool = True,
 ) -> Vectors:
     """Gradients of the query losses, ``(n_queries, d)`` each, or of their target, ``(1, d)``.
@@ -166,6 +167,7 @@ def query_gradients(
         names: parameters to differentiate by.
         select: ``(name, values (..., *shape)) -> (..., d)``, the coordinates to keep.
         target: `Target`.
+        only: of which queries, by their position, where there is no target; of all by default.
 
     Raises:
         ConfigurationError: no queries, a batch that the module cannot take, weights of another number.
@@ -181,10 +183,21 @@ def query_gradients(
         losses = LossOfQueries(task, query_loss).opened_where_needed(first, chosen)
         bar = tqdm(chain([first], batches), desc="query gradients", unit="batch", delay=2, disable=not progress)
         if target is None:
-            rows = [row for batch in bar for row in _each_gradient(losses, batch, chosen, select)]
+            rows, seen = list[Vectors](), 0
+            for batch in bar:
+                n = batch_size(batch)
+                here = [i for i in range(n) if only is None or seen + i in only]
+                rows += _each_gradient(losses, batch, here, chosen, select) if here else ()
+                seen += n
         else:
             rows = [_target_gradient(losses, bar, chosen, select, target)]
     return {name: torch.stack([row[name] for row in rows]) for name in names}
+
+
+def count_queries(task: Task, queries: Queries | Iterable[Any]) -> int:
+    """The number of examples that there are in all batches."""
+    with _asked(task):
+        return sum(batch_size(batch) for batch in _batches(task, queries))
 
 
 def query_curvature(
@@ -234,16 +247,20 @@ def _gradient_graphs(
 
 
 def _each_gradient(
-    losses: LossOfQueries, batch: Any, parameters: Mapping[str, Tensor], select: Callable[[str, Tensor], Tensor]
+    losses: LossOfQueries,
+    batch: Any,
+    examples: Sequence[int],
+    parameters: Mapping[str, Tensor],
+    select: Callable[[str, Tensor], Tensor],
 ) -> Iterator[Vectors]:
     if losses.query_loss is None:
-        for i in range(batch_size(batch)):
+        for i in examples:
             loss = losses.own_loss(example(batch, i))
             yield _kept(_gradient(loss, parameters), select)
     else:
         each = losses.each(batch)
-        for i, loss in enumerate(each):
-            yield _kept(_gradient(loss, parameters, keep_graph=i + 1 < len(each)), select)
+        for i in examples:
+            yield _kept(_gradient(each[i], parameters, keep_graph=i != examples[-1]), select)
 
 
 def _target_gradient(

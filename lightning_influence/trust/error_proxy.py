@@ -10,13 +10,24 @@ from typing import TYPE_CHECKING, Any, Literal, cast
 import torch
 
 from lightning_influence.core.curvature import curvature_of
-from lightning_influence.core.second_variation import ErrorProxy, scaled_learning_rate, second_variation
+from lightning_influence.core.second_variation import ErrorProxy, QueryCurvature, scaled_learning_rate, second_variation
 from lightning_influence.core.trajectory import Trajectory
 from lightning_influence.errors import ConfigurationError, check_choice
-from lightning_influence.log.steps import LoggedSteps
+from lightning_influence.log.steps import LoggedSteps, LoggedTrajectory
+from lightning_influence.replay.states import WalkedAstray
+from lightning_influence.replay.trajectory import ReplayTrajectory
 from lightning_influence.report.tables import in_notebook
+from lightning_influence.run.task import as_task
 from lightning_influence.scoring.attribution import open_trajectory, resolved
-from lightning_influence.scoring.queries import Queries, Target, check_target, query_curvature, query_gradients
+from lightning_influence.scoring.memory import MaxMemory, bytes_of, held_by_a_proxy
+from lightning_influence.scoring.queries import (
+    Queries,
+    Target,
+    check_target,
+    count_queries,
+    query_curvature,
+    query_gradients,
+)
 from lightning_influence.scoring.query_loss import QueryLoss
 
 if TYPE_CHECKING:
@@ -114,6 +125,7 @@ def error_proxy(
     pairs: int | Sequence[tuple[int, int]] = 16,
     lr_factors: Sequence[float] = (1.0,),
     seed: int = 0,
+    max_memory: MaxMemory = "auto",
     progress: bool = True,
 ) -> PredictedErrors:
     """Predicted error (truth minus score) of first-order scores: `ErrorProxy.total`, which is half the run's second
@@ -126,39 +138,66 @@ def error_proxy(
     Args:
         pairs: (sample id, step) pairs, or how many to draw at random.
         lr_factors: multiples of the learning rate at which the same recorded path is looked at.
+        max_memory: as of `attribute`. The adjoints of the queries at every step of the run have to fit.
 
     Raises:
-        ConfigurationError: a pair that the run does not hold.
+        ConfigurationError: a pair that the run does not hold, or too little memory.
         CurvatureUnavailable: the log does not hold what the curvature needs.
     """
     check_target(target)
     check_choice("curvature", curvature, ("auto", "fisher", "hessian"))
-    steps = LoggedSteps.of(log)
+    task, steps = as_task(model), LoggedSteps.of(log)
     queries = Queries.of(queries, data=data, precision=steps.manifest.precision).held()
     with open_trajectory(steps, model, curvature, data, progress=progress) as run:
         used = resolved(curvature, run)
         exact = curvature_of(used).third_derivative
         names = list(run.sizes)
-        gradients = query_gradients(
-            model, queries, names, run.select, target=target, query_loss=query_loss, progress=progress
-        )
-        bent = query_curvature(model, queries, names, target=target, query_loss=query_loss) if exact else None
         chosen = _drawn(run, pairs, seed) if isinstance(pairs, int) else list(pairs)
         if not chosen:
             raise ConfigurationError("pairs is empty; give at least one (sample id, step).")
-        proxies = {
-            factor: second_variation(
-                run if factor == 1.0 else scaled_learning_rate(run, factor),
-                gradients,
-                chosen,
-                curvature=used,  # type: ignore[arg-type]
-                counterfactual=counterfactual,
-                query_curvature=bent,
-                progress=progress,
+        count = 1 if target is not None else count_queries(task, queries)
+        parameters = dict(task.module.named_parameters())
+        held = held_by_a_proxy(run, parameters, max(count, 1), len(chosen), bytes_of(max_memory, task.device))
+        if isinstance(run, ReplayTrajectory):
+            run.states.memory = held.replay
+        bent = query_curvature(model, queries, names, target=target, query_loss=query_loss) if exact else None
+        parts = dict[float, list[ErrorProxy]]()
+        for only in (range(i, min(i + held.queries, count)) for i in range(0, max(count, 1), held.queries)):
+            gradients = query_gradients(
+                model, queries, names, run.select, target=target, query_loss=query_loss, only=only, progress=progress
             )
-            for factor in lr_factors
-        }
+            for factor in lr_factors:
+                one = _proxy(
+                    run,
+                    factor,
+                    gradients,
+                    chosen,
+                    curvature=used,
+                    counterfactual=counterfactual,
+                    query_curvature=None if bent is None else _columns(bent, only),
+                    at_once=held.pairs,
+                    progress=progress,
+                )
+                parts.setdefault(factor, []).append(one)
+        proxies = {factor: ErrorProxy.of_queries(each) for factor, each in parts.items()}
         return PredictedErrors(proxies, used, len(run))
+
+
+def _proxy(run: LoggedTrajectory | ReplayTrajectory, factor: float, *args: Any, **options: Any) -> ErrorProxy:
+    """The second variation of a run at a multiple of its learning rate; where it cannot be walked back, it is run forward."""
+    seen = run if factor == 1.0 else scaled_learning_rate(run, factor)
+    try:
+        return second_variation(seen, *args, **options)
+    except WalkedAstray:
+        assert isinstance(run, ReplayTrajectory)
+        run.states.clear()
+        run.states.walks = False
+        return second_variation(seen, *args, **options)
+
+
+def _columns(bent: QueryCurvature, only: range) -> QueryCurvature:
+    """The curvature of some queries."""
+    return lambda directions: bent(directions)[:, only.start : only.stop]
 
 
 def _drawn(run: Trajectory, n: int, seed: int) -> list[tuple[int, int]]:
@@ -168,7 +207,7 @@ def _drawn(run: Trajectory, n: int, seed: int) -> list[tuple[int, int]]:
     generator = torch.Generator().manual_seed(seed)
     found = set[tuple[int, int]]()
     for step in torch.randint(len(run), (100 * n,), generator=generator).tolist():
-        ids = run.record(step).sample_ids
+        ids = run.sample_ids(step)
         found.add((int(ids[torch.randint(len(ids), (1,), generator=generator)]), step))
         if len(found) == n:
             break

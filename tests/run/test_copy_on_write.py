@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from lightning_influence.run.unchanged import unchanged
 
-ROWS = 2**15  # of 64 floats: eight megabytes
+ROWS = 2**16  # of 64 floats: sixteen megabytes
 
 
 class Averaging(Classifier):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,11 @@ from scipy.stats import spearmanr
 from torch.utils.data import DataLoader
 
 from lightning_influence import InfluenceCallback, InfluenceReport, attribute
+from lightning_influence.core.sweep import Method
+from lightning_influence.errors import ConfigurationError
 from lightning_influence.scoring import attribution
+from lightning_influence.scoring.attribution import open_trajectory
+from lightning_influence.scoring.memory import held_by_a_sweep
 from lightning_influence.scoring.queries import query_losses
 
 
@@ -116,6 +121,13 @@ def test_mask_sees_its_share_and_says_so(tmp_path: Path) -> None:
     )
 
 
+def _queries(held: Any, max_memory: int) -> int:
+    try:
+        return int(held(max_memory).queries)
+    except ConfigurationError:
+        return 0
+
+
 def test_queries_in_turns_are_the_same_scores(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     train, val = split_digits(40, 7)
     module = Classifier()
@@ -130,8 +142,10 @@ def test_queries_in_turns_are_the_same_scores(tmp_path: Path, monkeypatch: pytes
     monkeypatch.setattr(attribution, "sweep", counted)
     options: dict[str, Any] = {"queries": [val.tensors], "model": module, "progress": False}
     whole = attribute(tmp_path / "log", **options)
-    size = 4 * 3 * 10 * sum(p.numel() for p in module.parameters())
-    parts = attribute(tmp_path / "log", **options, max_memory=3 * size)
+    with open_trajectory(tmp_path / "log", module, "hessian") as run:
+        held = partial(held_by_a_sweep, run, Method("hessian"), dict(module.named_parameters()), 7)
+        enough = next(n for n in range(10**5, 10**8, 10**4) if _queries(held, n) == 3)
+    parts = attribute(tmp_path / "log", **options, max_memory=enough)
     assert calls == [7, 3, 3, 1]
     torch.testing.assert_close(parts.scores, whole.scores, rtol=1e-4, atol=1e-9)
 
