@@ -6,6 +6,7 @@ SGD baseline (another update rule). Its cost is linear in the number of steps (m
 
 from __future__ import annotations
 
+import itertools
 from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -18,6 +19,7 @@ from tqdm.auto import tqdm
 from lightning_influence.core.adjoint import Adjoint, adjoint, gradient_adjoint, join_adjoints
 from lightning_influence.core.clipping import clip_adjoint
 from lightning_influence.core.curvature import CURVATURES, fisher_product
+from lightning_influence.core.fused import pays
 from lightning_influence.core.optimizers import UPDATES, Moments, RecordedStep, effective_gradient, join
 from lightning_influence.core.removal import ConsumedChange, consumed_change, consumed_gradients, removal
 from lightning_influence.core.response import finite_response
@@ -28,6 +30,7 @@ from lightning_influence.errors import ConfigurationError, CurvatureUnavailable
 RESPONSES = ("finite", "tangent")
 
 _CHUNK_ELEMENTS = 2**15  # of one dense block of per-sample gradients: what a processor's cache holds
+_FUSED_ELEMENTS = 2**17  # of one that a single kernel reads, once
 _JOINED_COORDINATES = 2**14  # of a parameter that is joined with others
 
 
@@ -85,7 +88,7 @@ def sweep(
         progress: show a bar where the walk takes longer than two seconds.
     """
     scored = range(len(trajectory)) if scored is None else scored
-    walk = _Walk(trajectory, method, queries)
+    walk = _Walk(trajectory, method, queries, scored=len(scored))
     blocks = []
     last = min(scored, default=len(trajectory))
     for index in tqdm(
@@ -178,7 +181,9 @@ def walk_back(trajectory: Trajectory, queries: Vectors, method: Method) -> dict[
 class _Walk:
     """The adjoint state of a sweep, moved back one step at a time."""
 
-    def __init__(self, trajectory: Trajectory, method: Method, queries: Vectors, memory: int | None = None) -> None:
+    def __init__(
+        self, trajectory: Trajectory, method: Method, queries: Vectors, memory: int | None = None, scored: int = 0
+    ) -> None:
         self.trajectory, self.method = trajectory, method
         self.update = UPDATES[method.optimizer or trajectory.optimizer]
         self.scales = extrapolation(trajectory.sizes)
@@ -188,6 +193,7 @@ class _Walk:
             window = method.memory_window if self.update.moments else 0
             memory = window + 1 if method.response == "finite" else 0
         self.passed: deque[Passed] = deque(maxlen=memory)  # newest first: steps t, t+1, ...
+        self.per_sample = scored * memory * sum(kept for kept, _ in trajectory.sizes.values())  # evaluations of a step
 
     def back(self, index: int, *, score: bool, last: bool = False) -> RowScores | None:
         """Move from after step ``index`` to before it, unless it is the last; the step's scores where asked for."""
@@ -254,9 +260,10 @@ class _Walk:
         window, after, closing, _ = self._window(names)
         size = sum(own.shares[name].n_coordinates for name in names)
         totals = {k: removed.totals(own.shares[k], own.gradients[k]) for k in names}
-        for samples in sample_chunks(len(removed), size):
+        length = self.passed.maxlen if pays(self.per_sample * len(removed)) else None
+        for samples in sample_chunks(len(removed), size, fused=length is not None):
             parts = [own.consumed.change(own.gradients[k], own.shares[k], samples, totals[k]) for k in names]
-            scores[:, samples] = finite_response(window, after, closing, torch.cat(parts, 1)).to(scores)
+            scores[:, samples] = finite_response(window, after, closing, torch.cat(parts, 1), fuse=length).to(scores)
         return scores
 
     def _together(self, own: StepRemovals, block: Block, again: Tensor, like: Tensor) -> Tensor:
@@ -334,12 +341,20 @@ def _pull_gradient(passed: Passed) -> Vectors:
     return gradients
 
 
-def sample_chunks(n_samples: int, n_coordinates: int) -> list[slice]:
-    """Slices of the samples whose dense shares stay within a bounded block.
+def sample_chunks(n_samples: int, n_coordinates: int, *, fused: bool = False) -> list[slice]:
+    """Slices of the samples whose dense shares stay within a bounded block, about as long as one another.
+
+    Args:
+        fused: of blocks that a single kernel reads; none is then of one sample where others are not.
 
     Example:
         >>> sample_chunks(5, n_coordinates=16_000)
-        [slice(0, 2, None), slice(2, 4, None), slice(4, 6, None)]
+        [slice(0, 1, None), slice(1, 3, None), slice(3, 5, None)]
+        >>> sample_chunks(5, n_coordinates=2**20, fused=True)
+        [slice(0, 2, None), slice(2, 5, None)]
     """
-    size = max(1, _CHUNK_ELEMENTS // max(n_coordinates, 1))
-    return [slice(i, i + size) for i in range(0, n_samples, size)]
+    elements = _FUSED_ELEMENTS if fused else _CHUNK_ELEMENTS
+    size = max(2 if fused else 1, elements // max(n_coordinates, 1))
+    count = max(1, n_samples // size if fused else -(-n_samples // size))
+    bounds = [n_samples * i // count for i in range(count + 1)]
+    return [slice(start, stop) for start, stop in itertools.pairwise(bounds)]
