@@ -28,7 +28,6 @@ class Removals:
         verified: samples whose removal was compared with an evaluation without them.
         largest_error: relative, among those.
         not_summed: the parameter whose shares do not sum to its gradient.
-        half: whether steps are evaluated in half precision.
     """
 
     reason: str | None = None
@@ -36,7 +35,6 @@ class Removals:
     verified: int = 0
     largest_error: float = 0.0
     not_summed: str | None = None
-    half: bool = False
 
     @property
     def measuring(self) -> bool:
@@ -47,12 +45,16 @@ class Removals:
         """From now on, measure."""
         self.reason = self.reason or reason
 
-    def compare(self, predicted: Vectors, measured: Vectors, gradients: Vectors) -> None:
-        """Hold the change that shares give for one sample against the measured one; measure from now on if they differ."""
+    def compare(self, predicted: Vectors, measured: Vectors, gradients: Vectors, *, autocast: bool = False) -> None:
+        """Hold the change that shares give for one sample against the measured one; measure from now on if they differ.
+
+        Args:
+            autocast: whether the step was evaluated in half precision.
+        """
         missed, size, whole = (
             _norm(t) for t in ({k: predicted[k].double() - measured[k].double() for k in measured}, measured, gradients)
         )
-        half = self.half or any(g.dtype in (torch.float16, torch.bfloat16) for g in gradients.values())
+        half = autocast or any(g.dtype in (torch.float16, torch.bfloat16) for g in gradients.values())
         error = missed / max(size, 1e-30)
         if missed > (_TOLERANCE_HALF if half else _TOLERANCE) * size + _NOISE * whole:
             self.measure(f"the per-sample gradients miss the effect of a removal by {error:.2g} of its size")

@@ -146,7 +146,7 @@ def rehearse(
             twin, plan, frozen_batch_norm=frozen_batch_norm, autocast=autocast, exact=False, progress=False
         ) as run:
             found = run.gradient(0)
-            half = run.removals.half
+            half = run.half
     except InfluenceError:
         raise
     except Exception as error:

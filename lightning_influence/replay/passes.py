@@ -1,0 +1,169 @@
+"""Forward and backward passes of the micro-batches of a step, at chosen parameters and buffers."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from lightning import LightningModule
+from torch import Tensor
+
+from lightning_influence.capture import GradientCapture
+from lightning_influence.core.shares import Form
+from lightning_influence.core.trajectory import Vectors
+from lightning_influence.replay.plan import ReplayMicroBatch, ReplayStep, State
+from lightning_influence.replay.stopped_paths import NotedPaths, OpenPaths, StopWatch
+from lightning_influence.run.random_state import read_random_state, write_random_state
+from lightning_influence.run.training_step import at_moment, placed, set_modes, training_loss
+
+
+@dataclass(frozen=True)
+class Pass:
+    """What a forward and backward pass gave.
+
+    Attributes:
+        gradients: of the parameters that have one; the optimizer skips the others.
+        shares: None where they were not captured.
+        buffers: after the pass.
+    """
+
+    gradients: dict[str, Tensor]
+    shares: dict[str, Form] | None
+    buffers: dict[str, Tensor]
+
+
+class Passes:
+    """Runs a module's own training step on micro-batches, in the modes and at the moment of the run.
+
+    Args:
+        autocast: makes the context of the run's mixed precision.
+
+    Attributes:
+        half: whether a pass so far ran in half precision.
+    """
+
+    def __init__(
+        self, module: LightningModule, autocast: Callable[[], AbstractContextManager[Any]] = nullcontext
+    ) -> None:
+        self.module, self._autocast = module, autocast
+        self.half = False
+
+    def loss(self, micro_batch: ReplayMicroBatch) -> Tensor:
+        """A micro-batch's part in the loss of its step, at what the module now holds."""
+        set_modes(self.module, micro_batch.moment.in_eval)
+        if micro_batch.random is not None:
+            write_random_state(micro_batch.random)
+        with at_moment(self.module, micro_batch.moment), self._autocast():
+            self.half |= torch.is_autocast_enabled(self.module.device.type)
+            loss = training_loss(self.module, micro_batch.batch, micro_batch.moment.batch_idx)
+        return loss * micro_batch.factor
+
+    def loss_at(self, micro_batch: ReplayMicroBatch, state: State) -> Callable[[dict[str, Tensor]], Tensor]:
+        """`loss` as a function of parameters, the others as in a state."""
+
+        def loss(values: dict[str, Tensor]) -> Tensor:
+            with placed(self.module, state.parameters | values | copies(state.buffers)):
+                return self.loss(micro_batch)
+
+        return loss
+
+    def run(
+        self,
+        leaves: dict[str, Tensor],
+        buffers: Mapping[str, Tensor],
+        micro_batch: ReplayMicroBatch,
+        *,
+        exact: bool = False,
+        capture: GradientCapture | None = None,
+        stopped: dict[str, Tensor] | None = None,
+    ) -> Pass:
+        """One forward and backward pass.
+
+        Args:
+            exact: whether the gradients will be differentiated again.
+            capture: hooks for the shares.
+            stopped: leaves for the paths that the loss stops (`stopped_paths`), to be followed.
+        """
+        if stopped and capture is not None:  # whose own hooks detach what they keep
+            captured = self.run(leaves, buffers, micro_batch, capture=capture)
+            return replace(self.run(leaves, buffers, micro_batch, exact=exact, stopped=stopped), shares=captured.shares)
+        noted = OpenPaths()
+        if stopped:
+            with placed(self.module, stopped | copies(buffers)), noted:
+                self.loss(micro_batch)
+        shares: dict[str, Form] | None = None
+        with placed(self.module, leaves | copies(buffers)) as inside:
+            if capture is not None:
+                capture.attach()
+                capture.begin(micro_batch.n_samples)
+            try:
+                with NotedPaths(noted) if stopped else nullcontext():
+                    loss = self.loss(micro_batch)
+                gradients = torch.autograd.grad(loss, list(leaves.values()), create_graph=exact, allow_unused=True)
+                shares = None if capture is None else capture.take()
+            finally:
+                if capture is not None:
+                    capture.detach()
+        present = {k: g for k, g in zip(leaves, gradients, strict=True) if g is not None}
+        return Pass(present, shares, {k: inside[k].detach() for k in buffers})
+
+    def gradient(self, planned: ReplayStep, state: State) -> dict[str, Tensor]:
+        """The gradient of a whole step, by parameter and in its shape."""
+        total: dict[str, Tensor] = {}
+        leaves, buffers = leaves_of(state.parameters), state.buffers
+        for micro_batch in planned.micro_batches:
+            one = self.run(leaves, buffers, micro_batch)
+            buffers = one.buffers
+            total |= {k: total[k] + g if k in total else g for k, g in one.gradients.items()}
+        return total
+
+    def slope(self, planned: ReplayStep, state: State, direction: Vectors) -> Vectors:
+        """Central difference of a step's gradient along a direction of the parameters, by name and in their shapes."""
+        length = math.sqrt(sum(float(d.double().square().sum()) for d in direction.values()))
+        own = math.sqrt(sum(float(p.double().square().sum()) for p in state.parameters.values()))
+        double = next(iter(state.parameters.values())).dtype == torch.float64
+        size = (1e-5 if double else 1e-3) * own / max(length, 1e-30)
+        sides: list[dict[str, Tensor]] = []
+        for sign in (size, -size):
+            moved = {k: p + sign * direction[k] if k in direction else p for k, p in state.parameters.items()}
+            sides.append(self.gradient(planned, replace(state, parameters=moved)))
+        return {k: (sides[0][k] - sides[1][k]) / (2 * size) for k in sides[0]}
+
+    def stop_paths(
+        self, planned: ReplayStep, leaves: dict[str, Tensor], buffers: Sequence[Mapping[str, Tensor]]
+    ) -> bool:
+        """Whether the training step stops a path from a parameter, by ``detach`` or ``no_grad``."""
+        watch = StopWatch()
+        for micro_batch, before in zip(planned.micro_batches, buffers, strict=False):
+            with placed(self.module, leaves | copies(before)), watch:
+                self.loss(micro_batch)
+        return watch.seen
+
+    def draw(
+        self, planned: ReplayStep, parameters: Mapping[str, Tensor], buffers: Sequence[Mapping[str, Tensor]]
+    ) -> bool:
+        """Whether the training step draws random numbers, for one of the micro-batches."""
+        return any(self._draws(planned, parameters, buffers))
+
+    def _draws(
+        self, planned: ReplayStep, parameters: Mapping[str, Tensor], buffers: Sequence[Mapping[str, Tensor]]
+    ) -> Iterator[bool]:
+        for micro_batch, before in zip(planned.micro_batches, buffers[:-1], strict=True):
+            with torch.no_grad(), placed(self.module, {**parameters, **copies(before)}):
+                self.loss(micro_batch)
+            start, now = micro_batch.random, read_random_state()
+            yield start is not None and any(not torch.equal(start[k], now[k]) for k in start if k in now)
+
+
+def leaves_of(parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The same values, to be differentiated by."""
+    return {k: p.detach().requires_grad_() for k, p in parameters.items()}
+
+
+def copies(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Of their own, since a training step may write to its buffers."""
+    return {k: t.clone() for k, t in tensors.items()}
