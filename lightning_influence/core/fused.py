@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Sequence
 from functools import cache
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -61,10 +62,9 @@ def fused_response(
         return None
     steps = [step.to(change.dtype) for step in window]
     update, numbers = steps[0].update, [s.update.numbers(s.hyper) for s in steps]
-    bases, ends = [s.taken[0] for s in steps], steps[-1].taken[1]
     # what fills up weighs nothing; it lies in memory of its own, since a kernel is compiled anew for inputs that share theirs
     gradients = _filled([s.gradient for s in steps], length)
-    bases = [*_filled(bases, length), *ends]
+    bases = [*_filled([s.taken[0] for s in steps], length), *steps[-1].taken[1]]
     weights = _filled([*_filled([w.to(change) for w in after], length), *(w.to(change) for w in closing)], len(bases))
     sign = -1.0 if steps[0].hyper["maximize"] else 1.0
     arguments = (update.formula, steps[0].moments, gradients, numbers + numbers[-1:] * missing, bases, sign * change)
@@ -122,5 +122,5 @@ def _contracted(
 
 
 @cache
-def _compiled(function: Callable[..., object]) -> Callable[..., object]:
+def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
     return torch.compile(function, dynamic=True, fullgraph=True)

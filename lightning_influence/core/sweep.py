@@ -30,7 +30,7 @@ from lightning_influence.errors import ConfigurationError, CurvatureUnavailable
 RESPONSES = ("finite", "tangent")
 
 _CHUNK_ELEMENTS = 2**15  # of one dense block of per-sample gradients: what a processor's cache holds
-_FUSED_ELEMENTS = 2**17  # of one that a single kernel reads, once
+_LARGE_ELEMENTS = 2**17  # of one that a single kernel reads, once, or that many queries are multiplied with
 _JOINED_COORDINATES = 2**14  # of a parameter that is joined with others
 
 
@@ -137,7 +137,7 @@ class Passed:
     Attributes:
         recorded: the step itself, by parameter.
         after: adjoint of the optimizer state after the step.
-        gradient: ``(q, d)`` each, adjoint of the batch gradient before clipping.
+        gradient: ``(q, d)`` each, adjoint of the batch gradient before clipping; empty where only scores are asked for.
         removals: of its samples, where an earlier step of the window holds one of them, too.
     """
 
@@ -151,7 +151,13 @@ class Passed:
         """Step and adjoint of a block of parameters, end to end."""
         if block not in self._joined:
             step = join([self.recorded[name] for name in block])
-            self._joined[block] = step, join_adjoints([self.after[name] for name in block])
+            joined = join_adjoints([self.after[name] for name in block])
+            self._joined[block] = step, joined
+            start = 0
+            for name in block:  # parts of the whole from here on, so that nothing is held twice
+                size = len(self.recorded[name].gradient)
+                self.after[name] = joined.at(slice(start, start + size))
+                start += size
         return self._joined[block]
 
 
@@ -189,6 +195,7 @@ class _Walk:
         self.scales = extrapolation(trajectory.sizes)
         self.n_queries = next(iter(queries.values())).shape[0]
         self.adjoints: Adjoints = {k: Adjoint(q) for k, q in queries.items()}
+        self.keeps = memory is not None
         if memory is None:
             window = method.memory_window if self.update.moments else 0
             memory = window + 1 if method.response == "finite" else 0
@@ -199,17 +206,19 @@ class _Walk:
         """Move from after step ``index`` to before it, unless it is the last; the step's scores where asked for."""
         record, shares = self.trajectory.record(index), self.trajectory.shares(index)
         # a parameter without a gradient was skipped by the optimizer: its adjoint stays as it is
-        passed = Passed(self._recorded(record), self.adjoints, {})
+        passed = Passed(self._recorded(record), dict(self.adjoints), {})
         before, pulled = ({}, _pull_gradient(passed)) if last else _pull(passed)
-        passed.gradient = clip_adjoint(record.clip, record.gradients, pulled, self.scales)
+        gradient = clip_adjoint(record.clip, record.gradients, pulled, self.scales)
+        if self.keeps:
+            passed.gradient = gradient
         self.passed.appendleft(passed)
         products = torch.zeros(self.n_queries, len(record.sample_ids))
         if score or self.method.curvature == "fisher":
-            products = sum_inner(shares, passed.gradient)
+            products = sum_inner(shares, gradient)
         rows = self._score(record, shares, products) if score else None
         if last:
             return rows
-        bent = self._curvature(record, shares, passed.gradient, products)
+        bent = self._curvature(record, shares, gradient, products)
         self.adjoints = {
             **self.adjoints,
             **{k: replace(a, parameter=a.parameter + bent[k]) if k in bent else a for k, a in before.items()},
@@ -261,7 +270,8 @@ class _Walk:
         size = sum(own.shares[name].n_coordinates for name in names)
         totals = {k: removed.totals(own.shares[k], own.gradients[k]) for k in names}
         length = self.passed.maxlen if pays(self.per_sample * len(removed)) else None
-        for samples in sample_chunks(len(removed), size, fused=length is not None):
+        large = length is not None or self.n_queries > 1
+        for samples in sample_chunks(len(removed), size, large=large):
             parts = [own.consumed.change(own.gradients[k], own.shares[k], samples, totals[k]) for k in names]
             scores[:, samples] = finite_response(window, after, closing, torch.cat(parts, 1), fuse=length).to(scores)
         return scores
@@ -341,20 +351,20 @@ def _pull_gradient(passed: Passed) -> Vectors:
     return gradients
 
 
-def sample_chunks(n_samples: int, n_coordinates: int, *, fused: bool = False) -> list[slice]:
+def sample_chunks(n_samples: int, n_coordinates: int, *, large: bool = False) -> list[slice]:
     """Slices of the samples whose dense shares stay within a bounded block, about as long as one another.
 
     Args:
-        fused: of blocks that a single kernel reads; none is then of one sample where others are not.
+        large: blocks of `_LARGE_ELEMENTS`, none of a single sample where there are several.
 
     Example:
         >>> sample_chunks(5, n_coordinates=16_000)
         [slice(0, 1, None), slice(1, 3, None), slice(3, 5, None)]
-        >>> sample_chunks(5, n_coordinates=2**20, fused=True)
+        >>> sample_chunks(5, n_coordinates=2**20, large=True)
         [slice(0, 2, None), slice(2, 5, None)]
     """
-    elements = _FUSED_ELEMENTS if fused else _CHUNK_ELEMENTS
-    size = max(2 if fused else 1, elements // max(n_coordinates, 1))
-    count = max(1, n_samples // size if fused else -(-n_samples // size))
+    elements = _LARGE_ELEMENTS if large else _CHUNK_ELEMENTS
+    size = max(2 if large else 1, elements // max(n_coordinates, 1))
+    count = max(1, n_samples // size if large else -(-n_samples // size))
     bounds = [n_samples * i // count for i in range(count + 1)]
     return [slice(start, stop) for start, stop in itertools.pairwise(bounds)]

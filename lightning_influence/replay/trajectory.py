@@ -18,7 +18,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from lightning_influence.capture import freeze_batch_norm, refuse_compiled
-from lightning_influence.core.curvature import gauss_newton_product, third_derivative
+from lightning_influence.core.curvature import GradientGraph, gauss_newton_product, hessian_product, third_derivative
 from lightning_influence.core.optimizers import UPDATES, coupling, step
 from lightning_influence.core.removal import consumed_gradients
 from lightning_influence.core.trajectory import Clip, Shares, StepRecord, Vectors
@@ -34,6 +34,10 @@ from lightning_influence.run.training_step import placed, quiet
 _TOLERANCE = 1e-2  # of a segment's movement
 _NORM_TOLERANCE = 1e-3  # of a gradient's norm
 _CACHE_BYTES = 2**30  # of the evaluations of one segment
+_AT_ONCE = 32  # vectors carried through the network together
+_AT_ONCE_BYTES = 2**26  # that they may save on their way
+_MANY = 16  # vectors for which it pays to run a step once more
+_SAME = 1e-4  # relative difference of two products that say the same
 
 
 @dataclass
@@ -61,7 +65,8 @@ class ReplayTrajectory:
         frozen_batch_norm: as during the run.
         autocast: makes the context of the run's mixed precision.
         exact: whether exact Hessian products will be asked for.
-        at_once: vectors carried through the network together in an exact curvature product.
+        at_once: vectors carried through the network together in an exact curvature product; None for as many as a
+            processor's cache holds.
         counterfactual: of the removals, where they have to be measured.
         samples: the only ones whose removals are measured; None for all.
         verify: hold the removals that shares give against evaluations without the sample.
@@ -83,7 +88,7 @@ class ReplayTrajectory:
         frozen_batch_norm: bool = False,
         autocast: Callable[[], AbstractContextManager[Any]] = nullcontext,
         exact: bool = True,
-        at_once: int = 8,
+        at_once: int | None = None,
         counterfactual: Literal["drop", "zero"] = "drop",
         samples: Collection[int] | None = None,
         verify: bool = True,
@@ -104,7 +109,11 @@ class ReplayTrajectory:
         )
         self._evaluator = StepEvaluator(self._passes, self._measured, list(self._trained), exclude, exact=exact)
         self.differenced = False
-        self._frozen_batch_norm, self._at_once = frozen_batch_norm, at_once
+        self._frozen_batch_norm, self._at_once_asked = frozen_batch_norm, at_once
+        convolves = any(isinstance(layer, torch.nn.modules.conv._ConvNd) for layer in module.modules())
+        self._forward: bool | None = (
+            None if convolves else False
+        )  # whether Hessian products go forward; None: to be seen
         self._segment: _Segment | None = None
         self._size: int | None = None
 
@@ -176,17 +185,45 @@ class ReplayTrajectory:
         graph = self._evaluation(index).graph
         assert graph is not None
         here = {k: v.to(graph.parameters[k]) for k, v in vectors.items()}
-        # under the same parameters, because a checkpointed module runs forward once more
-        with placed(self.module, graph.parameters | copies(self._state(index).buffers)):
-            try:
-                products = graph.hessian_product(here, at_once=self._at_once)
-            except CurvatureUnavailable:
-                if self.stopped_paths == "followed":
-                    raise
-                self.differenced = True
-        if self.differenced:
-            products = self._differenced(index, here)
+        if self._forward is not False and self.stopped_paths == "none" and len(next(iter(here.values()))) >= _MANY:
+            products = self._forwards(index, graph, here)
+        else:
+            products = self._backwards(index, graph, here)
         return {k: products[k].to(v) for k, v in vectors.items()}
+
+    def _backwards(self, index: int, graph: GradientGraph, vectors: Vectors) -> Vectors:
+        """Hessian products by differentiating the gradient's own graph."""
+        if not self.differenced:
+            # under the same parameters, because a checkpointed module runs forward once more
+            with placed(self.module, graph.parameters | copies(self._state(index).buffers)):
+                try:
+                    return graph.hessian_product(vectors, at_once=self._at_once)
+                except CurvatureUnavailable:
+                    if self.stopped_paths == "followed":
+                        raise
+                    self.differenced = True
+        return self._differenced(index, vectors)
+
+    def _forwards(self, index: int, graph: GradientGraph, vectors: Vectors) -> Vectors:
+        """Hessian products by differentiating forwards; the first are held against the graph, which stays in use where they
+        differ or cannot be had.
+        """
+        try:
+            products = self._product(hessian_product, index, vectors)
+        except (RuntimeError, NotImplementedError):  # an operation without a derivative forwards
+            self._forward = False
+            return self._backwards(index, graph, vectors)
+        if self._forward is None:
+            first = self._backwards(index, graph, {k: v[:1] for k, v in vectors.items()})
+            size = distance(first, {k: torch.zeros_like(p) for k, p in first.items()})
+            self._forward = distance({k: products[k][:1] for k in first}, first) <= _SAME * size
+        return products if self._forward else self._backwards(index, graph, vectors)
+
+    @property
+    def _at_once(self) -> int:
+        if self._at_once_asked is not None:
+            return self._at_once_asked
+        return min(max(_AT_ONCE_BYTES // max(self._size or _AT_ONCE_BYTES, 1), 1), _AT_ONCE)
 
     def _differenced(self, index: int, vectors: Vectors) -> Vectors:
         """Hessian products by differences of gradients, where the training step cannot be differentiated twice."""

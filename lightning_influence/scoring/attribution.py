@@ -47,7 +47,7 @@ def attribute(
     data: Any = None,
     samples: Collection[int] | None = None,
     verify: bool = True,
-    max_memory: int = 2**32,
+    max_memory: int = 2**30,
     fabric: Fabric | None = None,
     progress: bool = True,
 ) -> InfluenceReport:

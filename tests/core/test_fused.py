@@ -14,7 +14,9 @@ from lightning_influence.core.optimizers import RecordedStep
 from lightning_influence.core.response import finite_response
 from lightning_influence.core.sweep import Method, sample_chunks, sweep
 
-needs_compiler = pytest.mark.skipif(shutil.which("g++") is None and shutil.which("clang++") is None, reason="no compiler")
+needs_compiler = pytest.mark.skipif(
+    shutil.which("g++") is None and shutil.which("clang++") is None, reason="no compiler"
+)
 
 
 def _case(kind: str, dtype: torch.dtype, q: int, length: int, *, closed: bool) -> tuple:  # type: ignore[type-arg]
@@ -69,7 +71,9 @@ def test_where_nothing_compiles_scores_are_the_same_and_one_line_says_so(
     with caplog.at_level(logging.WARNING, logger=fused.__name__):
         found = sweep(run, run.query_gradients(), Method("hessian")).scores
     torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-12)
-    assert [r.message for r in caplog.records if "no working C++ compiler" in r.message] == [r.message for r in caplog.records]
+    assert [r.message for r in caplog.records if "no working C++ compiler" in r.message] == [
+        r.message for r in caplog.records
+    ]
     assert len(caplog.records) == 1
     assert not fused.pays(10**12), "and it is not tried again"
 
@@ -94,11 +98,11 @@ def test_a_sweep_scores_the_same_compiled(monkeypatch: pytest.MonkeyPatch) -> No
     torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-9)
 
 
-@pytest.mark.parametrize("fused_", [False, True])
+@pytest.mark.parametrize("large", [False, True])
 @pytest.mark.parametrize("n", [1, 2, 5, 64])
 @pytest.mark.parametrize("d", [1, 5000, 2**20])
-def test_chunks_hold_every_sample_once(n: int, d: int, fused_: bool) -> None:
-    chunks = sample_chunks(n, d, fused=fused_)
+def test_chunks_hold_every_sample_once(n: int, d: int, large: bool) -> None:
+    chunks = sample_chunks(n, d, large=large)
     assert [i for c in chunks for i in range(c.start, c.stop)] == list(range(n))
-    if fused_ and n > 1:
+    if large and n > 1:
         assert min(c.stop - c.start for c in chunks) >= 2
