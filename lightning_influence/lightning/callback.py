@@ -94,6 +94,7 @@ class InfluenceCallback(L.Callback):
         seed: int = 0,
     ) -> None:
         self.dirpath = Path(dirpath)
+        self._state_key = self._generate_state_key(dirpath=str(self.dirpath.resolve()))  # asked for at every hook
         for name, value, known in (
             ("record", record, ("gradients", "replay", "both")),
             ("compression", compression, COMPRESSIONS),
@@ -120,7 +121,7 @@ class InfluenceCallback(L.Callback):
 
     @property
     def state_key(self) -> str:
-        return self._generate_state_key(dirpath=str(self.dirpath.resolve()))
+        return self._state_key
 
     def state_dict(self) -> dict[str, Any]:
         if self._recorder is None:

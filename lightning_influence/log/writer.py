@@ -9,8 +9,9 @@ import queue
 import shutil
 import threading
 import zlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, suppress
+from io import RawIOBase
 from pathlib import Path
 from typing import IO, Any, Literal
 
@@ -33,10 +34,11 @@ from lightning_influence.log.format import (
     told_as_log_error,
 )
 from lightning_influence.log.reader import StoreReader
-from lightning_influence.log.shard import header_size, serialise
+from lightning_influence.log.shard import serialise
 
 _LOCK = "lock"
 _STOP = object()
+_SMALL = 2**16  # bytes of a tensor that is copied before it is written
 _LOST = (
     f"its {INDEX} was deleted, replaced or cut while the run wrote to it, so steps are lost. Keep everything else out of "
     "the directory while a run writes there, and run again."
@@ -142,7 +144,7 @@ class StoreWriter:
         body = {"format": FORMAT, "version": VERSION, "content": content | {"ranks": self._ranks}}
         body["crc32"] = zlib.crc32(json.dumps(body, sort_keys=True).encode())
         with self._told():
-            _replace(self._root / MANIFEST, json.dumps(body, indent=2).encode())
+            _replace(self._root / MANIFEST, [json.dumps(body, indent=2).encode()])
 
     def append(self, step: int, tensors: Mapping[str, Tensor], meta: dict[str, Any]) -> None:
         """Append the next step. The tensors belong to the writer from here on.
@@ -241,10 +243,10 @@ class StoreWriter:
 
     def _write(self, entry: dict[str, Any], tensors: Mapping[str, Tensor], meta: dict[str, Any]) -> None:
         self._refuse_lost()
-        data = serialise(tensors, meta)
-        header = data[: header_size(data)]
-        entry |= {"file": f"{entry['file']}.safetensors", "bytes": len(data), "header": zlib.crc32(header)}
-        _replace(self._dir / entry["file"], data)
+        header, *parts = serialise(tensors, meta)
+        size = len(header) + sum(map(len, parts))
+        entry |= {"file": f"{entry['file']}.safetensors", "bytes": size, "header": zlib.crc32(header)}
+        _replace(self._dir / entry["file"], [header, *parts])
         self._written += self._index.write(index_line(entry))
         self._index.flush()
         self._entries.append(entry)
@@ -259,7 +261,7 @@ class StoreWriter:
     def _begin_index(self) -> IO[bytes]:
         """The index, written anew from the entries and open for more."""
         data = b"".join(map(index_line, self._entries))
-        _replace(self._dir / INDEX, data)
+        _replace(self._dir / INDEX, [data])
         self._written = len(data)
         return open(self._dir / INDEX, "ab")
 
@@ -287,12 +289,33 @@ class StoreWriter:
         return os.path.samestat(found, os.fstat(self._index.fileno())) and found.st_size >= self._written
 
 
-def _replace(path: Path, data: bytes) -> None:
+def _replace(path: Path, parts: Sequence[bytes | memoryview]) -> None:
     temporary = path.with_name(f".{path.name}.tmp")
     temporary.unlink(missing_ok=True)  # of a run that was killed; or a link, which must not be written through
-    with open(temporary, "xb") as file:
-        file.write(data)
+    with open(temporary, "xb", buffering=0) as file:
+        for part in _joined(parts):
+            _write_whole(file, part)
     os.replace(temporary, path)
+
+
+def _joined(parts: Sequence[bytes | memoryview]) -> Iterator[bytes | memoryview]:
+    """Small parts in one piece, and large ones as they are."""
+    small: list[bytes | memoryview] = []
+    for part in parts:
+        if len(part) > _SMALL:
+            yield b"".join(small)
+            yield part
+            small = []
+        else:
+            small.append(part)
+    yield b"".join(small)
+
+
+def _write_whole(file: RawIOBase, part: bytes | memoryview) -> None:
+    """An unbuffered file may take less than it is given."""
+    rest = memoryview(part)
+    while len(rest):
+        rest = rest[file.write(rest) :]
 
 
 def _remove(path: Path) -> None:
