@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo test slow mutants lint docs clean
+.PHONY: demo test slow bench mutants lint docs clean
 
 demo: $(READY)
 	$(BIN)/python examples/demo.py
@@ -15,6 +15,10 @@ test: lint
 
 slow: $(READY)
 	$(BIN)/python -m pytest -m slow
+
+# What every part costs beside plain training, on one core.
+bench: $(READY)
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/cost.py
 
 # Which single changes of the mathematics do its tests not notice? A sample; half an hour on one core.
 mutants: $(READY)
