@@ -21,7 +21,7 @@ from lightning_influence.report import InfluenceReport
 from lightning_influence.run.batches import to_dtype
 from lightning_influence.scoring.queries import query_losses
 from lightning_influence.trust.agreement import compare
-from lightning_influence.trust.retraining import Run, leave_one_out, recorded_run
+from lightning_influence.trust.retraining import Removal, Run, leave_one_out, recorded_run
 
 ESTIMATORS: dict[str, dict[str, Any]] = {
     "SGD-influence": {"optimizer_assumption": "sgd", "response": "tangent", "curvature": "fisher"},
@@ -47,7 +47,9 @@ def timed(into: dict[str, float], name: str) -> Iterator[None]:
     into[name] = time.perf_counter() - start
 
 
-def trained(workload: Workload, log: Path, *, lr: float, betas: tuple[float, float], **options: Any) -> Trained:
+def trained(
+    workload: Workload, log: Path, *, lr: float, betas: tuple[float, float] = (0.9, 0.999), **options: Any
+) -> Trained:
     """A module trained and recorded for replay."""
     module = workload.make(lr, betas)
     options = {"record": "replay", "existing": "overwrite", **options}
@@ -56,9 +58,9 @@ def trained(workload: Workload, log: Path, *, lr: float, betas: tuple[float, flo
 
 
 def true_effects(
-    workload: Workload, log: Path, chosen: Sequence[int], *, counterfactual: str, workers: int = 0, **settings: Any
+    workload: Workload, log: Path, chosen: Sequence[Removal], *, counterfactual: str, workers: int = 0, **settings: Any
 ) -> Tensor:
-    """Effect of really removing each sample on every query, ``(n_chosen, n_queries)``, in float64."""
+    """Effect of really removing each sample, or set of samples, on every query, ``(n_chosen, n_queries)``, in float64."""
     train, queries = workload.split()
     run: Run = recorded_run(log, lambda: workload.make(**settings), train, dtype=torch.float64)
     asked = [to_dtype(batch, torch.float64) for batch in DataLoader(queries, workload.n_queries)]

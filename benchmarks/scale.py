@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from measure import show
 
-from lightning_influence.core.coordinates import Keep
+from lightning_influence.core.coordinates import Coordinates
 from lightning_influence.core.optimizers import UPDATES
 from lightning_influence.core.shares import Dense
 from lightning_influence.core.sweep import Method, sweep
@@ -40,7 +40,7 @@ def write(log: Path, steps: int, batch: int) -> None:
     """A log of random gradients, moments followed as AdamW would."""
     g = torch.Generator().manual_seed(0)
     index = torch.randperm(SHAPE[0] * SHAPE[1], generator=g)[:KEPT].sort().values
-    keeps = {name: Keep("mask", SHAPE, index) for name in NAMES}
+    keeps = {name: Coordinates("mask", SHAPE, index) for name in NAMES}
     moments = {name: (torch.zeros(KEPT), torch.zeros(KEPT)) for name in NAMES}
     with StoreWriter(log) as writer:
         writer.write_manifest({"update": "adam", "record": "gradients"})
@@ -53,7 +53,7 @@ def write(log: Path, steps: int, batch: int) -> None:
                 index=t,
                 sample_ids=torch.arange(t * batch, (t + 1) * batch),
                 loss_weights=torch.full((batch,), 1 / batch, dtype=torch.float64),
-                micro_batches=torch.zeros(batch, dtype=torch.int64),
+                micro_batch_numbers=torch.zeros(batch, dtype=torch.int64),
                 gradients=gradients,
                 moments=moments if t % MOMENTS_EVERY == 0 else {},
                 hyper=hyper,

@@ -35,10 +35,10 @@ from lightning_influence.selection.selector import Scorer
 
 @dataclass(frozen=True)
 class Task:
-    """Training data with something wrong, clean target and test data, and which samples are good."""
+    """Training data with something wrong, clean queries and test data, and which samples are good."""
 
     train: TensorDataset
-    target: TensorDataset
+    queries: TensorDataset
     test: TensorDataset
     good: Tensor
 
@@ -63,8 +63,8 @@ def imbalanced_digits(seed: int) -> Task:
     x, y = torch.tensor(x / 16, dtype=torch.float32)[order], torch.tensor(y)[order]
     rare = (y[600:] >= 5) & (torch.rand(len(y) - 600, generator=g) < 0.9)
     train_x, train_y = x[600:][~rare], y[600:][~rare]
-    target = TensorDataset(x[:200], y[:200])
-    return Task(TensorDataset(train_x, train_y), target, TensorDataset(x[200:600], y[200:600]), train_y >= 5)
+    queries = TensorDataset(x[:200], y[:200])
+    return Task(TensorDataset(train_x, train_y), queries, TensorDataset(x[200:600], y[200:600]), train_y >= 5)
 
 
 WIDTH = 256
@@ -171,18 +171,20 @@ def run(task: Task, strategy: str, lr: float, epochs: int, keep: float, seed: in
     options = dict(STRATEGIES[strategy])
     inputs = task.train.tensors[0].shape[1]
     loader = DataLoader(task.train, 64, shuffle=True, generator=torch.Generator().manual_seed(seed))
-    target = DataLoader(task.target, len(task.target))
+    queries = DataLoader(task.queries, len(task.queries))
     policy = {
         "random": randomly(keep, seed),
         "oracle": lambda scores, ids, batches: task.good[ids].float(),
     }.get(options.pop("policy", ""), keep)
     module = Net(inputs, lr, seed)
     if options.pop("offline", False):
-        data = offline(task, loader, target, module, epochs, keep)
+        data = offline(task, loader, queries, module, epochs, keep)
         module = Net(inputs, lr, seed)
     else:
         name = options.pop("scorer", None)
-        data = SelectionDataModule(loader, target, **{"every": 1, "refresh_target_every": 1, "keep": policy, **options})
+        data = SelectionDataModule(
+            loader, queries, **{"every": 1, "refresh_target_every": 1, "keep": policy, **options}
+        )
         if name == "clean future":
             assert data.selector.scorer is not None
             data.selector.scorer = CleanFuture(data.selector.scorer, task.good)
@@ -208,11 +210,11 @@ def run(task: Task, strategy: str, lr: float, epochs: int, keep: float, seed: in
     }
 
 
-def offline(task: Task, loader: Any, target: Any, module: Net, epochs: int, keep: float) -> SelectionDataModule:
+def offline(task: Task, loader: Any, queries: Any, module: Net, epochs: int, keep: float) -> SelectionDataModule:
     """Train on everything, attribute, and train again on what helped."""
     with tempfile.TemporaryDirectory() as log:
         fit(module, loader, epochs, InfluenceCallback(log, record="replay", existing="overwrite"))
-        report = attribute(log, queries=target, model=module, target="mean", response="tangent", progress=False)
+        report = attribute(log, queries=queries, model=module, target="mean", response="tangent", progress=False)
     return SelectionDataModule.from_report(loader, report, keep=keep, per="round", floor=0.01)
 
 
@@ -250,20 +252,27 @@ def sentences(n: int) -> TensorDataset:
 
 
 def overhead(rounds: int = 3) -> None:
-    """Milliseconds a step of plain training and of selection inside the step, in turns; the target is read once in ten."""
+    """Milliseconds a step of plain training and of selection inside the step, in turns; all queries are read once in ten."""
     images, text = noisy_mnist(0), sentences(31 * 8)
     networks = {
-        "784-256-256-10, batch 64, target 200": (Images, perceptron(784, WIDTH), images.train, 64, images.target, 1),
-        "784-1024-1024-10, batch 256, target 200": (Images, perceptron(784, 1024), images.train, 256, images.target, 3),
+        "784-256-256-10, batch 64, target 200": (Images, perceptron(784, WIDTH), images.train, 64, images.queries, 1),
+        "784-1024-1024-10, batch 256, target 200": (
+            Images,
+            perceptron(784, 1024),
+            images.train,
+            256,
+            images.queries,
+            3,
+        ),
         "GPT-2 4 x 256, batch 8 x 128, target 8 x 128": (Text, gpt2, text, 8, sentences(8), 1),
     }
     variants = {"plain": {"online_selection": False}, "selecting": {}}
-    for network, (kind, build, train, batch, target, epochs) in networks.items():
+    for network, (kind, build, train, batch, queries, epochs) in networks.items():
         found: dict[str, list[float]] = {name: [] for name in variants}
         for _ in range(rounds):
             for name, options in variants.items():
                 loader, clock = DataLoader(train, batch, shuffle=True), Clock()
-                data = SelectionDataModule(loader, DataLoader(target, len(target)), every=1, **options)
+                data = SelectionDataModule(loader, DataLoader(queries, len(queries)), every=1, **options)
                 fit(kind(build, 1e-3, (0.9, 0.999)), data, epochs, clock)
                 last = (len(clock.at) - 1) // 10 * 10
                 found[name].append((clock.at[last] - clock.at[10]) / (last - 10))

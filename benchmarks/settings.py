@@ -96,10 +96,9 @@ def one(setting: str, args: argparse.Namespace, lr: float, seed: int) -> dict[st
     with tempfile.TemporaryDirectory() as folder:
         workload.fit(module, InfluenceCallback(folder, record="replay", existing="overwrite"))
         asked = list(DataLoader(queries, workload.n_queries))
-        options: dict[str, Any] = {"model": module, "data": train, "queries": asked}
+        options: dict[str, Any] = {"model": module, "data": train, "queries": asked, "target": "mean"}
         check = check_faithfulness(
             folder,
-            target="mean",
             removals=args.removals,
             subsets=args.subsets,
             estimators={**CHECKED, FIRST_ORDER: ESTIMATORS[FIRST_ORDER]},

@@ -11,6 +11,7 @@ PACKAGE = ROOT / "lightning_influence"
 DRAWING = ROOT / "docs" / "images" / "house.svg"
 FLOORS = [
     "errors",
+    "words",
     "core",
     "run",
     "capture",

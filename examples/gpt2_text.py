@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from lightning_influence import InfluenceCallback, InfluenceReport, attribute
+from lightning_influence import InfluenceCallback, InfluenceReport, attribute, token_scores
 
 
 class LanguageModel(L.LightningModule):
@@ -30,6 +30,13 @@ class LanguageModel(L.LightningModule):
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         return torch.optim.AdamW(self.parameters(), lr=5e-4)
+
+
+class Letters:
+    """The tokenizer of a model that reads bytes."""
+
+    def decode(self, ids: Sequence[int]) -> str:
+        return bytes(ids).decode("ascii", "replace")
 
 
 def main(argv: Sequence[str] | None = None) -> InfluenceReport:
@@ -64,8 +71,13 @@ def main(argv: Sequence[str] | None = None) -> InfluenceReport:
         for title, table in (("helped", report.top(3, query)), ("harmed", report.bottom(3, query))):
             for row in table.itertuples():
                 print(f"  {title} {row.score:+.2e}: {bytes(train[row.sample_id][0].tolist())!r}")
+    # which letters of the blocks that helped and harmed most did it
+    ends = [*report.top(3).sample_id, *report.bottom(3).sample_id]
+    tokens = token_scores(args.out / "log", ends, queries=DataLoader(queries, 2), model=module)
+    options = {"data": train, "queries": queries, "tokens": tokens, "tokenizer": Letters()}
+    page = report.to_html(args.out / "report.html", title="Which passages taught the model?", **options)
     report.to_csv(args.out / "scores.csv")
-    print(f"wrote {args.out / 'scores.csv'}")
+    print(f"wrote {args.out / 'scores.csv'} and {page}")
     return report
 
 

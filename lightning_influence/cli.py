@@ -20,13 +20,16 @@ from lightning import LightningDataModule, LightningModule
 from lightning.pytorch.utilities.parsing import lightning_hasattr, lightning_setattr
 from yaml import YAMLError  # type: ignore[import-untyped]
 
+from lightning_influence import __version__
 from lightning_influence.errors import ConfigurationError, InfluenceError
 from lightning_influence.lightning.tuning import tune_horizon
 from lightning_influence.log.reader import StoreReader
 from lightning_influence.report import InfluenceReport
 from lightning_influence.scoring.attribution import attribute as attribute_run
 from lightning_influence.trust.dynamics import suspects as suspects_of
+from lightning_influence.trust.dynamics import training_dynamics
 from lightning_influence.trust.faithfulness import check_faithfulness
+from lightning_influence.words import renamed, warn_renamed
 
 
 def inspect(log: Path) -> None:
@@ -47,6 +50,7 @@ def inspect(log: Path) -> None:
         ) from error
     told["coverage"] = f"{recorded:,} of {trained:,} trained coordinates"
     lines = "".join(f"\n  {key:12s} {value}" for key, value in told.items())
+    lines += "".join(f"\n  it lacks {what}: {why}" for what, why in reader.missing.items())
     print(_printable(f"{log}: {len(reader)} optimizer steps, {size / 1e6:.1f} MB{lines}"))
 
 
@@ -55,48 +59,67 @@ def attribute(
     model: LightningModule | None = None,
     data: LightningDataModule | None = None,
     checkpoint: Path | None = None,
-    out: Path = Path("influence.safetensors"),
-    target: Literal["mean", "each"] = "mean",
+    target: Literal["mean", "each"] | None = None,
     curvature: Literal["auto", "none", "fisher", "gauss_newton", "hessian"] = "auto",
     response: Literal["finite", "tangent"] = "finite",
+    memory_window: int = 8,
+    counterfactual: Literal["drop", "zero"] = "drop",
+    optimizer_assumption: Literal["sgd"] | None = None,
+    out: Path = Path("influence.safetensors"),
 ) -> None:
-    """Score the training samples of a logged run against the validation data. Example: lightning-influence attribute runs/influence --config run.yaml --checkpoint last.ckpt.
+    """Score the training samples of a logged run against the validation data. Example: lightning-influence attribute runs/influence --config run.yaml --checkpoint last.ckpt --target mean.
 
     Args:
         log: directory written by InfluenceCallback.
         model: the module that was trained.
-        data: its data; queries are those of val_dataloader.
+        data: its data; the queries are those of val_dataloader.
         checkpoint: of the end of the run.
-        out: where the report is written.
-        target: the mean validation loss, or each example's.
+        target: mean for the mean query loss; by default the loss of each query, a column of scores each.
         curvature: what stands for the Hessian.
         response: of the optimizer to a removal.
+        memory_window: steps for which the optimizer's memory of a removal is followed exactly.
+        counterfactual: drop for a batch of one sample fewer, zero for the same denominator.
+        optimizer_assumption: sgd for the SGD-influence baseline.
+        out: where the report is written.
     """
     _writable("out", out)
+    if target == "each":
+        warn_renamed("--target null", "--target each", shown=True)
+        target = None
     module, source = _given(model, data, checkpoint)
     report = attribute_run(
         log,
         queries=_queries(source),
         model=module,
         data=source,
-        target="mean" if target == "mean" else None,
+        target=target,
         curvature=curvature,
         response=response,
+        memory_window=memory_window,
+        counterfactual=counterfactual,
+        optimizer_assumption=optimizer_assumption,
     )
     report.save(out)
     print(f"{report}\n\nmost harmful\n{report.bottom(5).to_string(index=False)}\n\nwrote {out}")
 
 
-def report(scores: Path, out: Path = Path("influence.html"), data: LightningDataModule | None = None) -> None:
+def report(
+    scores: Path,
+    out: Path = Path("influence.html"),
+    data: LightningDataModule | None = None,
+    log: Path | None = None,
+) -> None:
     """Write the page of a report. Example: lightning-influence report influence.safetensors --out influence.html.
 
     Args:
         scores: file written by attribute.
         out: the page.
         data: shows the samples of its train_dataloader.
+        log: of the run; shows the samples' losses and labels in doubt.
     """
     _writable("out", out)
-    print(f"wrote {InfluenceReport.load(scores).to_html(out, data=data)}")
+    dynamics = None if log is None else training_dynamics(log)
+    print(f"wrote {InfluenceReport.load(scores).to_html(out, data=data, dynamics=dynamics)}")
 
 
 def check(
@@ -104,6 +127,8 @@ def check(
     model: LightningModule | None = None,
     data: LightningDataModule | None = None,
     checkpoint: Path | None = None,
+    target: Literal["mean"] | None = None,
+    counterfactual: Literal["drop", "zero"] = "drop",
     removals: int = 30,
     subsets: int = 0,
     workers: int = 0,
@@ -114,12 +139,14 @@ def check(
     Args:
         log: directory written by InfluenceCallback with record="replay".
         model: the module that was trained.
-        data: its data.
+        data: its data; the queries are those of val_dataloader.
         checkpoint: of the end of the run.
+        target: mean for the mean query loss; by default the loss of each query.
+        counterfactual: drop for a batch of one sample fewer, zero for the same denominator.
         removals: samples to remove, one at a time.
         subsets: random subsets to remove besides.
         workers: processes that retrain side by side.
-        results: file of finished retrainings, with which an interrupted check goes on.
+        results: file that keeps finished retrainings, so that an interrupted check can be continued.
     """
     for name, value, least in (("removals", removals, 3), ("subsets", subsets, 0), ("workers", workers, 0)):
         if value < least:
@@ -132,11 +159,12 @@ def check(
         model=module,
         data=source,
         queries=_queries(source),
+        target=target,
+        counterfactual=counterfactual,
         removals=removals,
         subsets=subsets,
         workers=workers,
         results=results,
-        target="mean",
     )
     print(found)
 
@@ -182,38 +210,41 @@ def tune(
     data: LightningDataModule | None = None,
     horizons: Sequence[int] = (0, 1, 4),
     learning_rates: Sequence[float] = (1e-4, 1e-3),
-    attribute: str = "lr",
+    attr_name: str | None = None,
     max_steps: int = 100,
     keep: float = 0.8,
     proxies: int = 0,
     out: Path = Path("tuning.csv"),
+    attribute: str | None = None,
 ) -> None:
     """Sweep look-ahead horizon and learning rate of online selection on short runs. Example: lightning-influence tune --config run.yaml --horizons [0,4] --learning_rates [0.001,0.01].
 
-    Half of the validation batches are what selection aims at, the other half compares the runs.
+    Half of the validation batches are selection's queries, the other half compares the runs.
 
     Args:
         model: the module at its initialisation.
         data: its data.
         horizons: look-ahead steps.
         learning_rates: of the optimizer.
-        attribute: name of the learning rate in the module or its hparams.
+        attr_name: name of the learning rate in the module or its hparams, lr by default.
         max_steps: optimizer steps of each run.
         keep: fraction of the samples that selection keeps.
         proxies: samples whose predicted error is averaged for each pair; 0 for none.
         out: where the table is written, with a heat map of the same name in .png beside it.
+        attribute: the old word for attr_name.
     """
+    attr_name = renamed("--attr_name", attr_name, "--attribute", attribute, shown=True) or "lr"
     _writable("out", out)
     _named(model=model, data=data)
     assert model is not None and data is not None
     batches = _queries(data)
     if len(batches) < 2:
         raise ConfigurationError(
-            f"val_dataloader has {len(batches)} batch; tune needs two or more: half of them are selection's target, the "
-            "other half compares the runs."
+            f"val_dataloader has {len(batches)} batch; tune needs two or more: half of them are selection's queries, "
+            "the other half compares the runs."
         )
     found = tune_horizon(
-        _with_rate(model, attribute),
+        _with_rate(model, attr_name),
         data,
         batches[::2],
         batches[1::2],
@@ -231,17 +262,17 @@ def tune(
     )
 
 
-def _with_rate(model: LightningModule, attribute: str) -> Callable[[float], LightningModule]:
+def _with_rate(model: LightningModule, attr_name: str) -> Callable[[float], LightningModule]:
     """Copies of a module at a learning rate, which is where Lightning's own tuner looks for it."""
-    if not lightning_hasattr(model, attribute):
+    if not lightning_hasattr(model, attr_name):
         raise ConfigurationError(
-            f"{type(model).__name__} has no {attribute!r}, in itself or its hparams; say with --attribute where its learning "
+            f"{type(model).__name__} has no {attr_name!r}, in itself or its hparams; say with --attr_name where its learning "
             "rate is."
         )
 
     def make(lr: float) -> LightningModule:
         module = copy.deepcopy(model)
-        lightning_setattr(module, attribute, lr)
+        lightning_setattr(module, attr_name, lr)
         return module
 
     return make
@@ -379,7 +410,12 @@ def main(arguments: list[str] | None = None) -> int:
     if (here := str(Path.cwd())) not in sys.path:  # as with python -m, so that the user's own modules are found
         sys.path.insert(0, here)
     commands: dict[str, Any] = {f.__name__: f for f in (inspect, attribute, report, check, suspects, select, tune)}
-    options: dict[str, Any] = {"prog": "lightning-influence", "description": __doc__, "as_positional": True}
+    options: dict[str, Any] = {
+        "prog": "lightning-influence",
+        "description": __doc__,
+        "version": __version__,
+        "as_positional": True,
+    }
     try:
         auto_cli(commands, args=arguments, parser_class=_parser(arguments), **options)
     except InfluenceError as error:

@@ -58,6 +58,10 @@ def test_the_whole_way(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "most harmful" in capsys.readouterr().out
     assert InfluenceReport.load(run / "s.safetensors").metadata["curvature"] == "hessian"
     assert main(["report", str(run / "s.safetensors"), f"--out={run / 'r.html'}", "--data=test_cli.Digits"]) == 0
+    bare = (run / "r.html").read_text()
+    shown = ["report", str(run / "s.safetensors"), f"--out={run / 'r.html'}", "--data=test_cli.Digits"]
+    assert main([*shown, f"--log={run / 'log'}"]) == 0
+    assert 'id="mislabelled"' in (run / "r.html").read_text() and 'id="mislabelled"' not in bare
     assert "<th>0</th><td>0</td>" in (run / "r.html").read_text(), "digits are shown as a table of their pixels"
     assert main(["select", str(run / "s.safetensors"), "--keep=0.5", f"--out={run / 'kept.txt'}"]) == 0
     assert len((run / "kept.txt").read_text().split()) == 20
@@ -101,7 +105,7 @@ def test_what_a_lightning_cli_writes_is_read(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], sub_classes: bool, order: int
 ) -> None:
     """The file that LightningCLI saves with the run, with classes in it or, as of LightningCLI(Model, Data), without."""
-    influence = f"{{class_path: lightning_influence.InfluenceCallback, init_args: {{dirpath: {tmp_path / 'log'}}}}}"
+    influence = f"{{class_path: lightning_influence.InfluenceCallback, init_args: {{log: {tmp_path / 'log'}}}}}"
     config = tmp_path / "config.yaml"
     config.write_text(
         f"trainer: {{max_epochs: 1, accelerator: cpu, enable_progress_bar: false, default_root_dir: {tmp_path}, "
@@ -254,7 +258,7 @@ trainer:
   enable_progress_bar: false
   callbacks:
     - class_path: lightning_influence.InfluenceCallback
-      init_args: {{dirpath: {tmp_path / "log"}, record: replay, report: true}}
+      init_args: {{log: {tmp_path / "log"}, record: replay, report: true}}
 model: {{class_path: test_cli.Net}}
 data: {{class_path: test_cli.Digits}}
 """

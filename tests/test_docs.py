@@ -56,3 +56,13 @@ def test_snippets(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
 def test_links_lead_somewhere(page: Path) -> None:
     for target in re.findall(r"\]\((?!https?:)([^)#]+)[^)]*\)", page.read_text()):
         assert (page.parent / target).exists(), f"{page.name} links to {target}"
+
+
+def test_docstrings_refer_to_sections_of_the_method_that_exist() -> None:
+    titles = set(re.findall(r"^## (.+)$", (ROOT / "docs" / "method.md").read_text(), flags=re.MULTILINE))
+    referred = set()
+    for path in [*(ROOT / "lightning_influence").rglob("*.py"), *(ROOT / "tests").rglob("*.py")]:
+        text = " ".join(path.read_text().split())
+        referred |= set(re.findall(r'docs/method\.md, "([^"]+)"', text))
+        assert not re.search(r"method\.md section|\bsection \d", text), f"{path.name} refers to a section by its number"
+    assert referred and referred <= titles, referred - titles

@@ -30,6 +30,7 @@ def test_mnist_cnn(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     found = load("mnist_cnn").main(["--n-train", "256", "--epochs", "2", "--out", str(tmp_path)])
     assert 0 <= found <= 1
     assert "of them are among the fifth" in capsys.readouterr().out
+    assert 'id="mislabelled"' in (tmp_path / "report.html").read_text()
 
 
 def test_gpt2_text(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -37,6 +38,7 @@ def test_gpt2_text(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     report = load("gpt2_text").main(options)
     assert report.scores.shape == (32, 2) and report.scores.isfinite().all()
     assert "query 1:" in capsys.readouterr().out
+    assert (tmp_path / "report.html").read_text().count('<div class="tokens"') == 6
 
 
 def test_llama_lora(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

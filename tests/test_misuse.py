@@ -112,6 +112,8 @@ misuse("an unknown `record`")(lambda here: InfluenceCallback(here.path, record="
 misuse("an unknown `compression`")(lambda here: InfluenceCallback(here.path, compression="pca"))
 misuse("an unknown `reduction`")(lambda here: InfluenceCallback(here.path, reduction="max"))
 misuse("an unknown `existing`")(lambda here: InfluenceCallback(here.path, existing="append"))
+misuse("an old word beside the new one")(lambda here: InfluenceCallback(here.path, dirpath=here.path))
+misuse("a callback without a directory")(lambda here: InfluenceCallback())
 misuse("a mask without coordinates")(lambda here: InfluenceCallback(here.path, mask_size=0))
 misuse("snapshots every 0 steps")(lambda here: InfluenceCallback(here.path, snapshot_every=0))
 misuse("an optimizer that is not Adam, AdamW or SGD")(
@@ -165,7 +167,7 @@ class Deletes(L.Callback):
 
 @misuse("an index deleted while the run writes")
 def _(here: Here) -> None:
-    callbacks = [InfluenceCallback(here.path / "new"), Deletes()]
+    callbacks = [InfluenceCallback(here.path / "new", on_error="raise"), Deletes()]
     fit(Classifier(), loader(TRAIN), *callbacks, default_root_dir=here.path)
 
 
@@ -223,7 +225,7 @@ class Poisoned(Classifier):
 
 @misuse("a loss that is not finite")
 def _(here: Here) -> None:
-    here.record(Poisoned())
+    here.record(Poisoned(), on_error="raise")
 
 
 class Thaws(L.Callback):
@@ -237,7 +239,7 @@ class Thaws(L.Callback):
 def _(here: Here) -> None:
     module = Classifier()
     module.net[0].requires_grad_(False)
-    fit(module, loader(TRAIN), Thaws(), InfluenceCallback(here.path / "new"))
+    fit(module, loader(TRAIN), Thaws(), InfluenceCallback(here.path / "new", on_error="raise"))
 
 
 class Shrinks(L.Callback):
@@ -443,6 +445,7 @@ misuse("selection by a target that is not finite")(
 )
 misuse("selection inside the step of samples that see each other")(lambda here: fit(Together(), select(every=1)))
 misuse("selection from a stream")(lambda here: fit(Classifier(), SelectionDataModule(DataLoader(Stream(), 8), QUERIES)))
+misuse("tuning with nothing to compare on")(lambda here: tune_horizon(lambda lr: Classifier(), loader(TRAIN), QUERIES))
 misuse("tuning over nothing")(
     lambda here: tune_horizon(lambda lr: Classifier(), loader(TRAIN), QUERIES, QUERIES, horizons=())
 )

@@ -15,6 +15,7 @@ from lightning_influence.core.trajectory import Clip, StepRecord
 from lightning_influence.run.optimizer import read_hyper, read_moments, update_name
 
 Params = dict[str, Tensor]
+Removed = tuple[int | frozenset[int], int | None] | None
 OptimizerFactory = Callable[[list[Tensor]], torch.optim.Optimizer]
 
 
@@ -86,26 +87,29 @@ class Toy:
         self,
         params: Params,
         step: int,
-        removed: tuple[int, int | None] | None = None,
+        removed: Removed = None,
         eps: float = 0.0,
         drop: bool = True,
     ) -> Tensor:
-        """Loss of a step with a share `eps` of sample `removed[0]` taken out of step `removed[1]`, of every step for None."""
+        """Loss of a step with a share `eps` of `removed[0]`, a sample or several, taken out of step `removed[1]`, of every
+        step for None.
+        """
         total = torch.zeros((), dtype=torch.float64)
         micro_batches = self.schedule[step]
         for indices in micro_batches:
             losses = self.losses(self.used(params, step), indices)
             loss = losses.mean()
-            if removed is not None and removed[1] in (step, None) and removed[0] in indices:
-                keep = torch.tensor([i != removed[0] for i in indices])
-                rest = losses[keep].sum() / (keep.sum() if drop else len(indices))
+            gone = frozenset[int]() if removed is None or removed[1] not in (step, None) else _set(removed[0])
+            if not gone.isdisjoint(indices):
+                keep = torch.tensor([i not in gone for i in indices])
+                rest = losses[keep].sum() / (max(int(keep.sum()), 1) if drop else len(indices))
                 loss = (1 - eps) * loss + eps * rest
             total = total + loss / len(micro_batches)
         return total
 
     def train(
         self,
-        removed: tuple[int, int | None] | None = None,
+        removed: Removed = None,
         eps: float = 0.0,
         drop: bool = True,
         until: int | None = None,
@@ -131,8 +135,8 @@ class Toy:
             optimizer.step()
         return {k: p.detach() for k, p in params.items()}
 
-    def true_effect(self, sample: int, step: int | None, drop: bool = True) -> Tensor:
-        """Brute-force retraining without (sample, step), or without the sample: change of every query loss."""
+    def true_effect(self, sample: int | frozenset[int], step: int | None, drop: bool = True) -> Tensor:
+        """Brute-force retraining without (sample, step), or without the sample or samples: change of every query loss."""
         without = self.train((sample, step), 1.0, drop)
         return self.query_losses(without) - self.query_losses(self.train())
 
@@ -140,6 +144,10 @@ class Toy:
         """Central finite difference of the query losses in the removed share of (sample, step)."""
         plus, minus = (self.query_losses(self.train((sample, step), e, drop)) for e in (h, -h))
         return (plus - minus) / (2 * h)
+
+
+def _set(samples: int | frozenset[int]) -> frozenset[int]:
+    return samples if isinstance(samples, frozenset) else frozenset([samples])
 
 
 class ToyTrajectory:
@@ -168,7 +176,7 @@ class ToyTrajectory:
                 index=t,
                 sample_ids=torch.tensor(indices),
                 loss_weights=torch.tensor(kappa, dtype=torch.float64),
-                micro_batches=torch.tensor(numbers),
+                micro_batch_numbers=torch.tensor(numbers),
                 gradients={k: p.grad.detach().flatten().clone() for k, p in present.items()},
                 moments={
                     k: tuple(m.flatten().clone() for m in read_moments(optimizer.state.get(p, {}), update, p))
@@ -182,6 +190,10 @@ class ToyTrajectory:
                 parameters={k: p.detach().flatten().clone() for k, p in params.items()},
             )
         )
+
+    @property
+    def starts(self) -> list[int]:
+        return list(range(len(self)))
 
     def __len__(self) -> int:
         return len(self.records)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from lightning_influence.capture.rules import rule, tokens
-from lightning_influence.core.shares import Form, Rows
+from lightning_influence.core.shares import Form, SparseRows
 from lightning_influence.errors import ConfigurationError
 
 
@@ -25,4 +25,4 @@ def embedding(layer: nn.Module, inputs: Tensor, output_gradient: Tensor) -> dict
     rows, delta = inputs.reshape(len(inputs), -1), tokens(output_gradient)
     if layer.padding_idx is not None:
         delta = delta * (rows != layer.padding_idx)[..., None]
-    return {"weight": Rows(rows, delta, layer.num_embeddings)}
+    return {"weight": SparseRows(rows, delta, layer.num_embeddings)}

@@ -15,7 +15,7 @@ from torch.utils import _pytree as pytree
 from lightning_influence.capture.generic import generic
 from lightning_influence.capture.rules import rule_for
 from lightning_influence.capture.shared_rows import SharedRows
-from lightning_influence.core.shares import Form, Rows, add, merged
+from lightning_influence.core.shares import Form, SparseRows, add, merged
 from lightning_influence.errors import ConfigurationError, UncoveredParameter
 
 _BATCH_NORMS = (nn.modules.batchnorm._BatchNorm,)
@@ -72,6 +72,9 @@ class GradientCapture:
         self._shared: SharedRows | None = None
         self._rerunning = False
         self._forms: dict[str, Form] = {}
+        self._failure: Exception | None = (
+            None  # of a hook, told when the shares are taken rather than inside the training step
+        )
 
     def _recorded_layers(self, module: nn.Module) -> dict[str, nn.Module]:
         layers: dict[str, nn.Module] = {}
@@ -147,7 +150,7 @@ class GradientCapture:
     def begin(self, n_samples: int) -> None:
         """A micro-batch of ``n_samples`` is about to go forward."""
         self._forget_shared()
-        self._n, self._forms = n_samples, {}
+        self._n, self._forms, self._failure = n_samples, {}, None
         if n_samples > 1:
             self._shared = SharedRows(n_samples)
             self._shared.__enter__()
@@ -158,7 +161,17 @@ class GradientCapture:
             self._shared = None
 
     def take(self, scale: float = 1.0) -> dict[str, Form]:
-        """The shares of the micro-batch whose backward has run, times ``scale``; zero where none came."""
+        """The shares of the micro-batch whose backward has run, times ``scale``; zero where none came.
+
+        Raises:
+            ConfigurationError: rows of a layer that are not the samples'.
+            Exception: what else a hook raised.
+        """
+        failure, self._failure = self._failure, None
+        if failure is not None:
+            self._n, self._forms = None, {}
+            self._forget_shared()
+            raise failure
         assert self._n is not None, "begin() comes first"
         forms, n, self._forms, self._n = self._forms, self._n, {}, None
         self._forget_shared()
@@ -166,9 +179,16 @@ class GradientCapture:
         forms |= {name: _nothing(n, p) for name, p in missing.items()}
         return {name: forms[name].scaled(scale) if scale != 1.0 else forms[name] for name in self.parameters}
 
-    def _after_forward(self, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
-        if self._n is None or self._rerunning or not torch.is_grad_enabled():
-            return None
+    def _after_forward(self, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        if self._n is None or self._rerunning or self._failure is not None or not torch.is_grad_enabled():
+            return
+        try:
+            self._watch(layer, args, kwargs, output)
+        except Exception as error:
+            self._failure = error
+
+    def _watch(self, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        """Collect the layer's shares when the gradients of its outputs come."""
         args, kwargs = pytree.tree_map(_detached, (args, kwargs))
         tensors = [leaf for leaf in pytree.tree_leaves(output) if isinstance(leaf, Tensor)]
         for position, tensor in enumerate(tensors):
@@ -179,7 +199,6 @@ class GradientCapture:
                     shared = tensor
                 hook = partial(self._collect, layer, args, kwargs, position, tensor.shape, shared)
                 _hooked(tensor).register_hook(hook)
-        return None
 
     def _per_sample(self, leaf: Any) -> Any:
         """An input that is the same for all samples, once for each."""
@@ -197,8 +216,23 @@ class GradientCapture:
         shared: Tensor | None,
         gradient: Tensor,
     ) -> None:
-        if self._n is None:  # a gradient of the gradient
+        if self._n is None or self._failure is not None:  # a gradient of the gradient
             return
+        try:
+            self._add(layer, args, kwargs, position, shape, shared, gradient)
+        except Exception as error:
+            self._failure = error
+
+    def _add(
+        self,
+        layer: nn.Module,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        position: int,
+        shape: torch.Size,
+        shared: Tensor | None,
+        gradient: Tensor,
+    ) -> None:
         function, own = rule_for(layer), self._own_names[layer]
         delta = _widened(gradient.detach().reshape(shape))
         if shared is not None and self._shared is not None:
@@ -292,8 +326,9 @@ def _widened(value: Any) -> Any:
 
 
 def _nothing(n: int, parameter: Tensor) -> Form:
-    return Rows(
+    n_rows = parameter.shape[0] if parameter.dim() else 1
+    return SparseRows(
         torch.zeros(n, 0, dtype=torch.int64, device=parameter.device),
-        torch.zeros(n, 0, 1, dtype=parameter.dtype, device=parameter.device),
-        parameter.numel(),
+        torch.zeros(n, 0, parameter.numel() // max(n_rows, 1), dtype=parameter.dtype, device=parameter.device),
+        n_rows,
     )

@@ -15,16 +15,16 @@ import torch
 from torch import Tensor
 
 from lightning_influence.capture.hooks import GradientCapture
+from lightning_influence.capture.sums import NotTheSum, SumCheck, first_disagreement
 from lightning_influence.core.optimizers import UPDATES, coupling
 from lightning_influence.core.shares import Form, Stack
-from lightning_influence.core.trajectory import Clip, StepRecord
+from lightning_influence.core.trajectory import Clip, StepRecord, Vectors
 from lightning_influence.errors import ConfigurationError, InfluenceError
 from lightning_influence.run.optimizer import read_hypers, read_moments, update_name
 from lightning_influence.run.ranks import Ranks
 from lightning_influence.run.refusals import refuse_unowned
 from lightning_influence.run.sample_weights import WeightSource
 
-_SUM_TOLERANCE = 0.02  # relative; half-precision backward passes round at 2^-8
 _CHANGE_TOLERANCE = 1e-3  # relative, of a gradient's norm
 
 
@@ -37,6 +37,7 @@ class StepOptions:
         sample_weights: as of `sample_weights.sample_weights`; None for the weights in the loss that is called.
         exclude: patterns (`fnmatch`) of parameter names to leave out.
         frozen_batch_norm: train batch normalisation with its running statistics.
+        verify: hold what per-sample gradients say against the training step without a sample, and their sum against the gradient.
 
     Raises:
         ConfigurationError: an unknown reduction.
@@ -46,6 +47,7 @@ class StepOptions:
     sample_weights: WeightSource = None
     exclude: Sequence[str] = ()
     frozen_batch_norm: bool = False
+    verify: bool = True
 
     def __post_init__(self) -> None:
         if self.reduction not in ("mean", "sum"):
@@ -108,7 +110,7 @@ class Samples:
 
     @staticmethod
     def columns(micro_batches: Sequence[Samples]) -> tuple[Tensor, Tensor, Tensor]:
-        """``sample_ids``, ``loss_weights`` and ``micro_batches`` of a `StepRecord`, ``(n,)`` each."""
+        """``sample_ids``, ``loss_weights`` and ``micro_batch_numbers`` of a `StepRecord`, ``(n,)`` each."""
         return (
             torch.cat([m.ids for m in micro_batches]),
             torch.cat([m.loss_weights for m in micro_batches]),
@@ -139,6 +141,7 @@ class StepCollector:
         averaged: whether the training loss is a mean over its samples.
         ranks: the processes whose gradients are averaged.
         otherwise: what a user can do whose per-sample gradients do not add up to the gradient, for the error's text.
+        verify: hold their sum against the gradient: on all coordinates at the first step, on a few at every step.
 
     Attributes:
         compress: what is kept of a parameter's shares, as soon as they are there; None for everything.
@@ -156,6 +159,7 @@ class StepCollector:
         averaged: bool = True,
         ranks: Ranks | None = None,
         otherwise: str = "use record='replay'",
+        verify: bool = True,
     ) -> None:
         self.module, self.optimizer, self.capture = module, optimizer, capture
         self.averaged, self.ranks, self.update_name = averaged, ranks or Ranks(), update_name(optimizer)
@@ -165,7 +169,11 @@ class StepCollector:
         self._started: _Started | None = None
         self._micro_batches: list[tuple[Samples, dict[str, Form]]] = []
         self._norm: Tensor | None = None  # of the gradient after the last backward pass
-        self._summed = False  # the shares of the first step were held against the gradient
+        self._sums = None if capture is None or not verify else SumCheck(capture.parameters)
+        self._local_scale = 1.0  # of the gradients of this process alone, in the step's
+        self._whole = verify  # the shares of the first step are held against the gradient on all coordinates
+        several = self._sums is not None and self.ranks.size > 1
+        self._handles = self._sums.watch_local() if self._sums is not None and several else []
 
     def begin(self, sample_ids: Tensor, weights: Tensor, accumulated: int) -> None:
         """A micro-batch is about to be run.
@@ -182,6 +190,8 @@ class StepCollector:
     def before_zero_grad(self) -> None:
         """Gradients are about to be cleared, and with them those of micro-batches that no step has consumed."""
         self._micro_batches.clear()
+        if self._sums is not None:
+            self._sums.forget()
 
     def before_backward(self, index: int) -> None:
         """Gradients have been cleared, if this is a step's first micro-batch.
@@ -229,7 +239,10 @@ class StepCollector:
         self._norm = total_norm(p.grad for p in self.parameters()) / loss_scale if watch else None
         shares: dict[str, Form] = {}
         if self.capture is not None:
-            shares = self.capture.take(1.0 / (loss_scale * self.ranks.size))
+            self._local_scale = 1.0 / (loss_scale * self.ranks.size)
+            shares = self.capture.take(self._local_scale)
+            if self._sums is not None:
+                self._sums.add(shares)
         if self.compress is not None:
             shares = {name: self.compress(name, share) for name, share in shares.items()}
         started, self._started = self._started, None
@@ -271,9 +284,7 @@ class StepCollector:
             name: share if len(parts) == 1 else Stack([part[name] for part in parts])
             for name, share in parts[0].items()
         }
-        if not self._summed:
-            self._refuse_other_sums(shares)
-            self._summed = True
+        self._refuse_other_sums(index, shares, float(norm))
         refuse_unowned(self.module, self.optimizer)
         ids, loss_weights, numbers = Samples.columns([samples for samples, _ in micro_batches])
         trained = {self._names[id(p)]: p for p in self.parameters() if p.grad is not None}
@@ -284,7 +295,7 @@ class StepCollector:
             index=index,
             sample_ids=ids,
             loss_weights=loss_weights,
-            micro_batches=numbers,
+            micro_batch_numbers=numbers,
             gradients={k: p.grad.detach().flatten() for k, p in collected.items() if p.grad is not None},
             moments={
                 k: tuple(m.flatten() for m in read_moments(state.get(p, {}), update, p)) for k, p in collected.items()
@@ -319,21 +330,42 @@ class StepCollector:
                 "to train after fit had started. Unfreeze them before fit, or name them in exclude=."
             )
 
-    def _refuse_other_sums(self, shares: Mapping[str, Form]) -> None:
+    def _refuse_other_sums(self, index: int, shares: Mapping[str, Form], norm: float) -> None:
         """The safety net under all capture rules: shares are additive parts of the gradient."""
-        for name, share in shares.items():
-            assert self.capture is not None
-            gradient = self.capture.parameters[name].grad
-            own = share.combine(torch.ones(1, share.n_samples, device=None if gradient is None else gradient.device))
-            total = self.ranks.sum(own)
-            reference = torch.zeros_like(total) if gradient is None else gradient.detach().flatten()[None].to(total)
-            error, size = float((total - reference).norm()), max(float(reference.norm()), 1e-12)
-            if error > _SUM_TOLERANCE * size:
-                raise ConfigurationError(
-                    f"the per-sample gradient shares of {name} sum to its gradient only up to a relative error of "
-                    f"{error / size:.3g}. The parameter is used in a way that its module's rule does not see (outside its "
-                    f"module's forward, say). Freeze it, name it in exclude=, or {self._otherwise}."
+        if self._sums is None:
+            return
+        assert self.capture is not None
+        gradients = {k: p.grad for k, p in self.capture.parameters.items() if p.grad is not None}
+        wrong = self._sums.disagreement(gradients, norm, self._local_scale)
+        if wrong is None and self._whole:
+            wrong = self._wrong_anywhere(shares, gradients, norm)
+        self._whole = False
+        if wrong is not None:
+            raise ConfigurationError(
+                f"step {index}: the per-sample gradient shares of {wrong.parameter} sum to its gradient only up to a relative error of "
+                f"{wrong.error:.3g}. The parameter is used in a way that its module's rule does not see (outside its module's "
+                f"forward, say), or a hook changes its gradient. Freeze it, name it in exclude=, or {self._otherwise}."
+            )
+
+    def _wrong_anywhere(self, shares: Mapping[str, Form], gradients: Vectors, norm: float) -> NotTheSum | None:
+        """On all coordinates, and over all processes."""
+        assert self.capture is not None
+        return first_disagreement(
+            (
+                (
+                    name,
+                    self.ranks.sum(share.combine(torch.ones(1, share.n_samples, device=p.device))),
+                    gradients.get(name),
                 )
+                for (name, share), p in zip(shares.items(), self.capture.parameters.values(), strict=True)
+            ),
+            norm,
+        )
+
+    def close(self) -> None:
+        """Leave nothing in the module."""
+        for handle in self._handles:
+            handle.remove()
 
 
 @dataclass(frozen=True)

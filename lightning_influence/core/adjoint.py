@@ -1,4 +1,4 @@
-"""The adjoint of an optimizer's step: derivatives of the queries pulled back through it (method.md section 3).
+"""The adjoint of an optimizer's step: derivatives of the queries pulled back through it (docs/method.md, "The sweep").
 
 The maps are elementwise, so their Jacobians are a handful of diagonals, shared by all queries.
 """
@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lightning_influence.core.optimizers import Moments, RecordedStep, coupling, decay
+from lightning_influence.core.optimizers import Moments, ParameterStep, coupling, decay
 
 
 @dataclass(frozen=True)
@@ -42,14 +42,14 @@ def join_adjoints(adjoints: Sequence[Adjoint]) -> Adjoint:
 
 _SETTLED = 3
 """The step from which an update is differentiated in the run's own precision: at the first, the derivative of Adam's is a
-difference of nearly equal numbers (method.md section 2), which at the third cost one digit at most."""
+difference of nearly equal numbers (docs/method.md, "One optimizer step"), which at the third cost one digit at most."""
 
 _BLOCK = 2**17
 """Coordinates that a processor differentiates at a time: its cache then holds what is computed on the way."""
 
 
-def adjoint(recorded: RecordedStep, after: Adjoint) -> tuple[Adjoint, Tensor]:
-    """Pull the adjoint back through one step (method.md section 3).
+def adjoint(recorded: ParameterStep, after: Adjoint) -> tuple[Adjoint, Tensor]:
+    """Pull the adjoint back through one step (docs/method.md, "The sweep").
 
     Returns:
         The adjoint before the step, with the loss gradient held fixed, and that of the gradient (`gradient_adjoint`).
@@ -59,7 +59,7 @@ def adjoint(recorded: RecordedStep, after: Adjoint) -> tuple[Adjoint, Tensor]:
 
         >>> from lightning_influence.core.optimizers import UPDATES
         >>> hyper = {"lr": 0.1, "weight_decay": 0.5, "decoupled": False, "maximize": False, "step": 5}
-        >>> before, gradient = adjoint(RecordedStep(UPDATES["sgd"], (), torch.ones(2), hyper), Adjoint(torch.ones(1, 2)))
+        >>> before, gradient = adjoint(ParameterStep(UPDATES["sgd"], (), torch.ones(2), hyper), Adjoint(torch.ones(1, 2)))
         >>> before.parameter
         tensor([[0.9500, 0.9500]])
         >>> gradient
@@ -71,13 +71,13 @@ def adjoint(recorded: RecordedStep, after: Adjoint) -> tuple[Adjoint, Tensor]:
     return before, -d_gradient if hyper["maximize"] else d_gradient
 
 
-def gradient_adjoint(recorded: RecordedStep, after: Adjoint) -> Tensor:
+def gradient_adjoint(recorded: ParameterStep, after: Adjoint) -> Tensor:
     """``A`` ``(q, d)``, the derivative of the queries with respect to the gradient that the step consumed."""
     (d_gradient,) = _pulled(recorded, after, moments=False)
     return -d_gradient if recorded.hyper["maximize"] else d_gradient
 
 
-def _pulled(recorded: RecordedStep, after: Adjoint, *, moments: bool) -> list[Tensor]:
+def _pulled(recorded: ParameterStep, after: Adjoint, *, moments: bool) -> list[Tensor]:
     """Derivatives ``(q, d)`` of the queries in each moment, where asked for, and in the effective gradient."""
     total = len(recorded.gradient)
     size = _BLOCK if recorded.gradient.device.type == "cpu" else total
@@ -88,7 +88,7 @@ def _pulled(recorded: RecordedStep, after: Adjoint, *, moments: bool) -> list[Te
     return [torch.cat(part, 1) for part in zip(*parts, strict=True)]
 
 
-def _pulled_block(recorded: RecordedStep, after: Adjoint, *, moments: bool) -> list[Tensor]:
+def _pulled_block(recorded: ParameterStep, after: Adjoint, *, moments: bool) -> list[Tensor]:
     if recorded.hyper["step"] < _SETTLED:
         recorded = recorded.to(torch.float64)
     gradient = recorded.gradient.detach().requires_grad_()

@@ -1,7 +1,7 @@
 """Gradient clipping as a function of the batch gradient: applied, and pulled back.
 
 `torch.nn.utils.clip_grad_norm_` scales by ``bound / (norm + 1e-6)`` where that is below 1;
-`clip_grad_value_` clamps every coordinate (method.md section 6).
+`clip_grad_value_` clamps every coordinate (docs/method.md, "What a removal changes").
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ _NORM_EPS = 1e-6  # of torch.nn.utils.clip_grad_norm_
 
 
 def norm_coefficient(clip: Clip, norm: Tensor | float) -> Tensor:
-    """Factor by which a gradient of the given norm is scaled, elementwise in ``norm``; 1 unless the
+    """Factor that scales a gradient of the given norm, elementwise in ``norm``; 1 unless the
     rule is ``"norm"``.
 
     Example:
@@ -53,7 +53,7 @@ def clip_adjoint(clip: Clip, gradients: Vectors, adjoints: Vectors, scales: Mapp
     Args:
         gradients: ``(d,)`` each, before clipping.
         adjoints: ``(q, d)`` each, the derivative with respect to the clipped gradient.
-        scales: all coordinates over kept ones, by which inner products over a mask are extrapolated.
+        scales: all coordinates over kept ones, the factor that extrapolates an inner product over a mask.
 
     Example:
         A clamped coordinate passes nothing on; a gradient that is scaled to a norm passes nothing on along itself:

@@ -1,4 +1,4 @@
-"""Which coordinates of every parameter a log keeps, and in which form (method.md section 7)."""
+"""Which coordinates of every parameter a log keeps, and in which form (docs/method.md, "Where a trajectory comes from")."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _BUDGET = 2**22  # bytes per sample and step that "auto" spends on all parameter
 
 
 @dataclass(frozen=True)
-class Keep:
+class Coordinates:
     """Which coordinates of one parameter are kept, and in which form.
 
     Attributes:
@@ -30,7 +30,7 @@ class Keep:
         index: ``(d,)`` int64, ascending flat coordinates under a mask, else None.
 
     Example:
-        >>> keep = Keep("mask", (2, 3), torch.tensor([0, 4]))
+        >>> keep = Coordinates("mask", (2, 3), torch.tensor([0, 4]))
         >>> keep.size, keep.total
         (2, 6)
         >>> keep.select(torch.tensor([[1.0, 2.0, 3.0], [4.0, 5.0, 6.0]]))
@@ -66,7 +66,7 @@ class Keep:
         return Dense(shares.dense()) if self.kind == "full" else shares
 
 
-def plan(
+def choose_coordinates(
     shares: Mapping[str, Shares],
     shapes: Mapping[str, tuple[int, ...]],
     *,
@@ -74,7 +74,7 @@ def plan(
     mask_size: int = 8192,
     budget: int = _BUDGET,
     seed: int = 0,
-) -> dict[str, Keep]:
+) -> dict[str, Coordinates]:
     """What to keep of every parameter, from the shares of a first step.
 
     Args:
@@ -85,21 +85,21 @@ def plan(
     Example:
         >>> shares = {"weight": Outer(torch.zeros(8, 1, 100), torch.zeros(8, 1, 50)), "bias": Dense(torch.zeros(8, 100))}
         >>> shapes = {"weight": (100, 50), "bias": (100,)}
-        >>> {name: keep.kind for name, keep in plan(shares, shapes, compression="auto").items()}
+        >>> {name: keep.kind for name, keep in choose_coordinates(shares, shapes, compression="auto").items()}
         {'weight': 'factored', 'bias': 'full'}
-        >>> {name: keep.size for name, keep in plan(shares, shapes, compression="mask", mask_size=64).items()}
+        >>> {name: keep.size for name, keep in choose_coordinates(shares, shapes, compression="mask", mask_size=64).items()}
         {'weight': 64, 'bias': 64}
     """
     lossless = {name: _smaller(share, shapes[name]) for name, share in shares.items()}
     if compression == "full":
-        return {name: Keep("full", shape) for name, shape in shapes.items()}
+        return {name: Coordinates("full", shape) for name, shape in shapes.items()}
     if compression == "factored":
-        return {name: Keep(kind, shapes[name]) for name, (kind, _) in lossless.items()}
+        return {name: Coordinates(kind, shapes[name]) for name, (kind, _) in lossless.items()}
     masked = set(shapes) if compression == "mask" else _beyond(lossless, shapes, mask_size, budget)
     return {
         name: _mask(shape, mask_size, shares[name], seed + i)
         if name in masked and math.prod(shape) > mask_size
-        else Keep(lossless[name][0], shape)
+        else Coordinates(lossless[name][0], shape)
         for i, (name, shape) in enumerate(shapes.items())
     }
 
@@ -125,7 +125,7 @@ def _beyond(
     return masked
 
 
-def _mask(shape: tuple[int, ...], size: int, share: Shares, seed: int) -> Keep:
+def _mask(shape: tuple[int, ...], size: int, share: Shares, seed: int) -> Coordinates:
     """A fixed random set of coordinates; for products of factors random rows times random columns, so that
     capturing costs one small matrix product.
     """
@@ -137,8 +137,8 @@ def _mask(shape: tuple[int, ...], size: int, share: Shares, seed: int) -> Keep:
         n_columns = min(columns, max(1, size // n_rows))
         row = torch.randperm(rows, generator=generator)[:n_rows].sort().values
         column = torch.randperm(columns, generator=generator)[:n_columns].sort().values
-        return Keep("mask", shape, (row[:, None] * columns + column).flatten())
-    return Keep("mask", shape, torch.randperm(total, generator=generator)[:size].sort().values)
+        return Coordinates("mask", shape, (row[:, None] * columns + column).flatten())
+    return Coordinates("mask", shape, torch.randperm(total, generator=generator)[:size].sort().values)
 
 
 def _is_product(share: Shares) -> bool:
@@ -151,12 +151,12 @@ def _device(form: Form) -> torch.device:
     return next(iter(pack(form)[0].values())).device
 
 
-def pack_keep(keep: Keep) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Tensors and JSON metadata from which `unpack_keep` makes the same decision."""
+def pack_coordinates(keep: Coordinates) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Tensors and JSON metadata from which `unpack_coordinates` makes the same decision."""
     tensors = {} if keep.index is None else {"index": keep.index}
     return tensors, {"kind": keep.kind, "shape": list(keep.shape)}
 
 
-def unpack_keep(meta: Mapping[str, Any], load: Callable[[str], Tensor]) -> Keep:
-    """The inverse of `pack_keep`."""
-    return Keep(meta["kind"], tuple(meta["shape"]), load("index") if meta["kind"] == "mask" else None)
+def unpack_coordinates(meta: Mapping[str, Any], load: Callable[[str], Tensor]) -> Coordinates:
+    """The inverse of `pack_coordinates`."""
+    return Coordinates(meta["kind"], tuple(meta["shape"]), load("index") if meta["kind"] == "mask" else None)

@@ -1,4 +1,4 @@
-"""What stands for the Hessian of a batch loss in the sweep (method.md section 4)."""
+"""What stands for the Hessian of a batch loss in the sweep (docs/method.md, "Curvature")."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def fisher_product(record: StepRecord, shares: Mapping[str, Shares], products: T
     """Empirical Fisher of the batch times vectors, from the products ``(q, n)`` of vectors and shares.
 
     With ``s_z = kappa_z grad l_z`` the Fisher of the batch loss is ``sum_z s_z s_z^T / kappa_z``, which
-    for a mean over ``n`` is method.md's ``n C S``.
+    for a mean over ``n`` is the product of docs/method.md, "Curvature".
     """
     kappa = record.loss_weights.to(products)
     weights = torch.where(kappa > 0, products / torch.where(kappa > 0, kappa, 1.0), 0.0)

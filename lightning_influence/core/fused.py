@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_influence.core.optimizers import Moments, Numbers, RecordedStep
+from lightning_influence.core.optimizers import Moments, Numbers, ParameterStep
 
 _log = logging.getLogger(__name__)
 
@@ -47,7 +47,7 @@ def pays(evaluations: int) -> bool:
 
 
 def fused_response(
-    window: Sequence[RecordedStep], after: Sequence[Tensor], closing: Moments, change: Tensor, length: int
+    window: Sequence[ParameterStep], after: Sequence[Tensor], closing: Moments, change: Tensor, length: int
 ) -> Tensor | None:
     """`response.finite_response`, compiled; None where it is to be evaluated by separate kernels.
 

@@ -1,6 +1,6 @@
 """An optimizer's step as one pure elementwise function; its Jacobian, adjoint and finite response.
 
-Each update rule is written once (method.md section 2). Everything else follows from that function,
+Each update rule is written once (docs/method.md, "One optimizer step"). Everything else follows from that function,
 by differentiating it or by calling it on changed inputs. Because the maps are elementwise, their
 Jacobians are a handful of diagonals, shared by all queries.
 """
@@ -23,6 +23,19 @@ Numbers: TypeAlias = tuple[float, ...]
 
 
 @dataclass(frozen=True)
+class Inverse:
+    """How an update is undone: its change of the parameter depends on the moments after it alone.
+
+    Attributes:
+        change: ``(moments after, hyper) -> change of the parameter``.
+        moments: ``(moments after, gradient, hyper) -> moments before``; the gradient is the effective one.
+    """
+
+    change: Callable[[Moments, Hyper], Tensor]
+    moments: Callable[[Moments, Tensor, Hyper], Moments]
+
+
+@dataclass(frozen=True)
 class Update:
     """An elementwise update rule.
 
@@ -31,11 +44,13 @@ class Update:
         numbers: what a step's hyperparameters come to: the constants of its formula, always as many.
         formula: ``(moments, gradient, numbers) -> (change of the parameter, new moments)``. The gradient
             is the effective one (`effective_gradient`); decoupled weight decay is not part of it.
+        inverse: None where a step cannot be undone.
     """
 
     moments: tuple[str, ...]
     numbers: Callable[[Hyper], Numbers]
     formula: Callable[[Moments, Tensor, Numbers], tuple[Tensor, Moments]]
+    inverse: Inverse | None = None
 
     def apply(self, moments: Moments, gradient: Tensor, hyper: Hyper) -> tuple[Tensor, Moments]:
         """``(change of the parameter, new moments)`` of one step."""
@@ -71,6 +86,18 @@ def _adam(moments: Moments, gradient: Tensor, numbers: Numbers) -> tuple[Tensor,
     return _adam_change(m, v, numbers), (m, v)
 
 
+def _adam_moments_before(moments: Moments, gradient: Tensor, hyper: Hyper) -> Moments:
+    m, v = moments
+    m = (m - (1 - hyper["beta1"]) * gradient) / hyper["beta1"]
+    v = (v - (1 - hyper["beta2"]) * gradient**2) / hyper["beta2"]
+    return m, v.clamp(min=0.0)  # rounding may leave less than nothing of what began at zero
+
+
+_ADAM_INVERSE = Inverse(
+    lambda moments, hyper: _adam_change(moments[0], moments[1], _adam_numbers(hyper)), _adam_moments_before
+)
+
+
 def _amsgrad(moments: Moments, gradient: Tensor, numbers: Numbers) -> tuple[Tensor, Moments]:
     m, v = _adam_moments(moments[:2], gradient, numbers)
     largest = torch.maximum(moments[2], v)
@@ -101,7 +128,7 @@ def _momentum_sgd(moments: Moments, gradient: Tensor, numbers: Numbers) -> tuple
 
 
 UPDATES: dict[str, Update] = {
-    "adam": Update(("exp_avg", "exp_avg_sq"), _adam_numbers, _adam),
+    "adam": Update(("exp_avg", "exp_avg_sq"), _adam_numbers, _adam, _ADAM_INVERSE),
     "amsgrad": Update(("exp_avg", "exp_avg_sq", "max_exp_avg_sq"), _adam_numbers, _amsgrad),
     "sgd": Update((), _sgd_numbers, _sgd),
     "momentum_sgd": Update(("momentum_buffer",), _momentum_sgd_numbers, _momentum_sgd),
@@ -153,7 +180,7 @@ def effective_gradient(gradient: Tensor, parameter: Tensor | None, hyper: Hyper)
 
 
 def step(update: Update, parameter: Tensor, moments: Moments, gradient: Tensor, hyper: Hyper) -> tuple[Tensor, Moments]:
-    """One optimizer step (method.md section 2): new parameter and moments, shapes as given.
+    """One optimizer step (docs/method.md, "One optimizer step"): new parameter and moments, shapes as given.
 
     Args:
         gradient: the gradient that the optimizer consumes, after clipping.
@@ -174,8 +201,13 @@ def step(update: Update, parameter: Tensor, moments: Moments, gradient: Tensor, 
     return decay(hyper) * parameter + change, moments
 
 
+def parameter_before(inverse: Inverse, parameter: Tensor, moments: Moments, hyper: Hyper) -> Tensor:
+    """The parameter before a step, from what it and its moments are after the step."""
+    return (parameter - inverse.change(moments, hyper)) / decay(hyper)
+
+
 @dataclass(frozen=True)
-class RecordedStep:
+class ParameterStep:
     """A recorded step of one parameter, or of several joined, where `adjoint` and `finite_response` start from.
 
     Attributes:
@@ -188,17 +220,17 @@ class RecordedStep:
     gradient: Tensor
     hyper: Hyper
 
-    def to(self, dtype: torch.dtype) -> RecordedStep:
+    def to(self, dtype: torch.dtype) -> ParameterStep:
         """The same in another precision."""
         if self.gradient.dtype == dtype:
             return self
         moments = tuple(m.to(dtype) for m in self.moments)
-        return RecordedStep(self.update, moments, self.gradient.to(dtype), self.hyper)
+        return ParameterStep(self.update, moments, self.gradient.to(dtype), self.hyper)
 
-    def at(self, coordinates: slice) -> RecordedStep:
+    def at(self, coordinates: slice) -> ParameterStep:
         """Some of the coordinates."""
         moments = tuple(m[coordinates] for m in self.moments)
-        return RecordedStep(self.update, moments, self.gradient[coordinates], self.hyper)
+        return ParameterStep(self.update, moments, self.gradient[coordinates], self.hyper)
 
     @cached_property
     def taken(self) -> tuple[Tensor, Moments]:
@@ -206,11 +238,11 @@ class RecordedStep:
         return self.update.apply(self.moments, self.gradient, self.hyper)
 
 
-def join(steps: Sequence[RecordedStep]) -> RecordedStep:
+def join(steps: Sequence[ParameterStep]) -> ParameterStep:
     """The same step of several parameters that share their hyperparameters, end to end.
 
     Example:
-        >>> first, second = (RecordedStep(UPDATES["sgd"], (), torch.ones(d), {"lr": 0.5}) for d in (2, 1))
+        >>> first, second = (ParameterStep(UPDATES["sgd"], (), torch.ones(d), {"lr": 0.5}) for d in (2, 1))
         >>> change, _ = join([first, second]).taken
         >>> change
         tensor([-0.5000, -0.5000, -0.5000])

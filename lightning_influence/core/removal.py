@@ -1,7 +1,7 @@
-"""What a batch gradient becomes when one of its samples is removed (method.md section 6).
+"""What a batch gradient becomes when a sample, or a group of samples, is removed (docs/method.md, "What a removal changes").
 
-Removal is linear in the shares before clipping: ``e_z = sum_b shared_zb G_b + sum_i own_i s_i``, with ``s_i`` the shares
-of the sample and ``G_b`` the gradient of each micro-batch ``b``.
+A removal is linear in the shares before clipping: ``e_z = sum_b shared_zb G_b + sum_i own_i s_i``, with ``s_i`` the shares
+of what is removed and ``G_b`` the gradient of each micro-batch ``b``.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from lightning_influence.core.clipping import apply_clip, norm_coefficient
+from lightning_influence.core.removal_sets import EVERY_SAMPLE, RemovalSets
 from lightning_influence.core.trajectory import Clip, Shares, StepRecord, Vectors
 from lightning_influence.errors import ConfigurationError
 
@@ -21,16 +22,17 @@ COUNTERFACTUALS = ("drop", "zero")
 
 
 @dataclass(frozen=True)
-class Removal:
-    """The change ``e_z`` of the batch gradient before clipping, for every sample ``z`` of a step.
+class GradientChange:
+    """The change ``e_z`` of the batch gradient before clipping, for every set ``z`` of samples that may leave a step.
 
-    A sample leaves as a whole: where a step holds it several times, all its rows are removed together.
+    A set leaves as a whole: a sample that a step holds several times, or a group, with all its rows together.
 
     Attributes:
-        sample_ids: ``(u,)``, the samples that are removed, each once, in the order of the step.
+        sample_ids: ``(u,)``, the sets by number, as of `RemovalSets`: a sample alone by its id.
         shared: ``(u, n_micro_batches)``, coefficients of the micro-batch gradients.
-        own: ``(n,)``, coefficient of every share in the change that it takes part in.
-        owner: ``(n,)`` int64, position in ``sample_ids`` of the sample that each share belongs to.
+        own: ``(e,)``, coefficient of a share in the change that it takes part in.
+        owner: ``(e,)`` int64, ascending: position in ``sample_ids`` of the set that the share leaves with.
+        row: ``(e,)`` int64, position of the share in the step.
         members: ``(n, n_micro_batches)``, one-hot.
     """
 
@@ -38,6 +40,7 @@ class Removal:
     shared: Tensor
     own: Tensor
     owner: Tensor
+    row: Tensor
     members: Tensor
 
     def __len__(self) -> int:
@@ -47,30 +50,43 @@ class Removal:
         """``<A, e_z>`` ``(q, u)`` from ``<A, s>`` ``(q, n)`` of every share."""
         members, shared, own = (x.to(products) for x in (self.members, self.shared, self.own))
         changes = products @ members @ shared.T
-        return changes.index_add_(1, self.owner.to(products.device), own * products)
+        owner, row = self.owner.to(products.device), self.row.to(products.device)
+        return changes.index_add_(1, owner, own * products[:, row])
 
     def totals(self, shares: Shares, like: Tensor) -> Tensor:
         """Sums of the shares of each micro-batch, ``(n_micro_batches, d)``."""
         return shares.combine(self.members.T.to(like)).to(like)
 
-    def change(self, shares: Shares, samples: slice | Tensor, totals: Tensor) -> Tensor:
-        """``e_z`` of some samples, by position, ``(u', d)``, in the dtype and on the device of ``totals``."""
-        shared = self.shared[samples].to(totals)
-        if isinstance(samples, slice) and len(self) == len(self.own):  # each sample has one share
-            own = self.own[samples, None].to(totals) * shares.dense(samples).to(totals)
-        else:
-            removed = torch.arange(len(self), device=self.owner.device)[samples]
-            own = shares.combine(((self.owner == removed[:, None]) * self.own).to(totals)).to(totals)
-        return torch.addmm(own, shared, totals)
+    def change(self, shares: Shares, sets: slice | Tensor, totals: Tensor) -> Tensor:
+        """``e_z`` of some sets, by position, ``(u', d)``, in the dtype and on the device of ``totals``."""
+        shared = self.shared[sets].to(totals)
+        chosen = torch.arange(len(self))[sets]
+        own, row, of = self._entries(chosen)
+        if len(of) == len(chosen) and len(row) and bool((row.diff() == 1).all()):  # one share each, side by side
+            rows = slice(int(row[0]), int(row[-1]) + 1)
+            return torch.addmm(own[:, None].to(totals) * shares.dense(rows).to(totals), shared, totals)
+        weights = torch.zeros(len(chosen), len(self.members), dtype=own.dtype)
+        weights[of, row] = own
+        return torch.addmm(shares.combine(weights.to(totals)).to(totals), shared, totals)
+
+    def _entries(self, chosen: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """``own`` and ``row`` of the entries of some sets, and the position in ``chosen`` of the set of each."""
+        counts = self.owner.bincount(minlength=len(self))
+        starts, counts = (counts.cumsum(0) - counts)[chosen], counts[chosen]
+        of = torch.arange(len(chosen)).repeat_interleave(counts)
+        entry = torch.arange(len(of)) + (starts - counts.cumsum(0) + counts).repeat_interleave(counts)
+        return self.own[entry], self.row[entry], of
 
 
-def removal(record: StepRecord, counterfactual: Literal["drop", "zero"]) -> Removal:
-    """Removal of each sample of a step.
+def gradient_change(
+    record: StepRecord, counterfactual: Literal["drop", "zero"], sets: RemovalSets = EVERY_SAMPLE
+) -> GradientChange:
+    """The change by the removal of each sample of a step, or of other sets of samples.
 
     For a mean with weights ``w`` (total ``W``, gradient ``G``), ``drop`` gives ``(w_z G - W s_z) / (W - w_z)`` in every
-    micro-batch that holds the sample, and ``zero`` keeps the denominator: ``-s_z``. Under a sum the two are the same. A
-    sample that was alone in its micro-batch takes the whole loss of that micro-batch with it in both. Where the
-    changes were measured, the shares are the changes themselves.
+    micro-batch that holds the sample, and ``zero`` keeps the denominator: ``-s_z``. Under a sum the two are the same. Of a
+    set, ``w_z`` and ``s_z`` are the sums. What was alone in its micro-batch takes the whole loss of that micro-batch with it
+    in both. Where the changes were measured, the shares are the changes themselves, one row a set.
 
     Raises:
         ConfigurationError: unknown counterfactual.
@@ -83,46 +99,36 @@ def removal(record: StepRecord, counterfactual: Literal["drop", "zero"]) -> Remo
         >>> gradients = {"weight": torch.tensor([3.0])}
         >>> record = StepRecord(0, ids, mean, one_batch, gradients, moments={}, hyper={})
         >>> shares = Dense(torch.tensor([[1.0], [2.0], [6.0]]) / 3)
-        >>> removed = removal(record, "drop")
+        >>> removed = gradient_change(record, "drop")
         >>> removed.change(shares, slice(None), removed.totals(shares, like=gradients["weight"]))
         tensor([[ 1.0000],
                 [ 0.5000],
                 [-1.5000]])
-        >>> removal(record, "zero").inner(shares.inner(torch.ones(1, 1)))
+        >>> gradient_change(record, "zero").inner(shares.inner(torch.ones(1, 1)))
         tensor([[-0.3333, -0.6667, -2.0000]])
     """
     if counterfactual not in COUNTERFACTUALS:
         raise ConfigurationError(f"counterfactual={counterfactual!r}; choose one of {', '.join(COUNTERFACTUALS)}")
-    weights = record.loss_weights.double()
-    known, numbers = torch.unique(record.micro_batches, return_inverse=True)
+    weights = record.loss_weights.double().cpu()
+    known, numbers = torch.unique(record.micro_batch_numbers.cpu(), return_inverse=True)
     members = torch.nn.functional.one_hot(numbers, max(len(known), 1)).double()
-    sample_ids, owner = _in_order(record.sample_ids)
-    nothing = weights.new_zeros(len(sample_ids), members.shape[1])
+    leaving = (sets.measured if record.measured else sets.within)(record.sample_ids)
+    ids, owner, row = leaving.sets, leaving.owner, leaving.row
+    nothing, ones = weights.new_zeros(len(ids), members.shape[1]), torch.ones_like(weights[row])
     if record.measured:
-        return Removal(sample_ids, nothing, torch.ones_like(weights), owner, members)
+        return GradientChange(ids, nothing, ones, owner, row, members)
     if counterfactual == "zero" or not record.averaged:
-        return Removal(sample_ids, nothing, -torch.ones_like(weights), owner, members)
-    # by sample and micro-batch: the weight that leaves, and what is left
-    leaves = nothing.index_add(0, owner, weights[:, None] * members)
+        return GradientChange(ids, nothing, -ones, owner, row, members)
+    # by set and micro-batch: the weight that leaves, and what is left
+    leaves = nothing.index_add(0, owner, (weights[:, None] * members)[row])
     total = weights @ members
     rest = total - leaves
-    rows = nothing.index_add(0, owner, members)
+    rows = nothing.index_add(0, owner, members[row])
     alone = (rows == members.sum(0)) | (rest <= 1e-12 * total)
     rest = torch.where(alone, 1.0, rest)
     shared = torch.where(alone, 0.0, leaves / rest)
-    own = torch.where(alone, -1.0, -total / rest)[owner, numbers]
-    return Removal(sample_ids, shared, own, owner, members)
-
-
-def _in_order(sample_ids: Tensor) -> tuple[Tensor, Tensor]:
-    """Each sample once, in the order of first appearance, and the position of every row's sample among them."""
-    _, owner, counts = torch.unique(sample_ids, return_inverse=True, return_counts=True)
-    if len(counts) == len(sample_ids):
-        return sample_ids, torch.arange(len(sample_ids), device=sample_ids.device)
-    first = torch.full((len(counts),), len(sample_ids), device=sample_ids.device)
-    first = first.scatter_reduce(0, owner, torch.arange(len(sample_ids), device=sample_ids.device), "amin")
-    order = first.argsort()
-    return sample_ids[first[order]], order.argsort()[owner]
+    own = torch.where(alone, -1.0, -total / rest)[owner, numbers[row]]
+    return GradientChange(ids, shared, own, owner, row, members)
 
 
 @dataclass(frozen=True)
@@ -130,16 +136,18 @@ class ConsumedChange:
     """The change of the gradient that the optimizer consumes, clipping included.
 
     Attributes:
-        coefficients: ``(n,)``, factor of norm clipping without each sample.
+        before_clipping: the same before clipping.
+        clip: of the step.
+        coefficients: ``(u,)``, factor of norm clipping without each set.
     """
 
-    removal: Removal
+    before_clipping: GradientChange
     clip: Clip
     coefficients: Tensor
 
     def change(self, gradient: Tensor, shares: Shares, samples: slice | Tensor, totals: Tensor) -> Tensor:
         """Rows ``(n', d)`` for one parameter; ``gradient`` ``(d,)`` before clipping."""
-        raw = self.removal.change(shares, samples, totals)
+        raw = self.before_clipping.change(shares, samples, totals)
         if self.clip.rule == "none":
             return raw
         before = apply_clip(self.clip, gradient, norm_coefficient(self.clip, self.clip.raw_norm))
@@ -148,7 +156,7 @@ class ConsumedChange:
 
 
 def consumed_change(
-    removed: Removal,
+    removed: GradientChange,
     record: StepRecord,
     shares: Mapping[str, Shares],
     scales: Mapping[str, float],

@@ -1,4 +1,4 @@
-"""The optimizer's exact response to a finite change of one step's gradient (method.md section 5)."""
+"""The optimizer's exact response to a finite change of one step's gradient (docs/method.md, "The finite response")."""
 
 from __future__ import annotations
 
@@ -8,18 +8,18 @@ import torch
 from torch import Tensor
 
 from lightning_influence.core.fused import fused_response
-from lightning_influence.core.optimizers import Moments, RecordedStep
+from lightning_influence.core.optimizers import Moments, ParameterStep
 
 
 def finite_response(
-    window: Sequence[RecordedStep],
+    window: Sequence[ParameterStep],
     after: Sequence[Tensor],
     closing: Moments,
     change: Tensor,
     later: Sequence[Tensor | None] | None = None,
     fuse: int | None = None,
 ) -> Tensor:
-    """Exact response of the queries to a finite change of one step's gradient (method.md section 5).
+    """Exact response of the queries to a finite change of one step's gradient (docs/method.md, "The finite response").
 
     The elementwise step runs forward through the window on the changed and on the recorded moments,
     with the recorded gradients; the difference of the parameter updates is contracted with the
@@ -45,7 +45,7 @@ def finite_response(
         >>> from lightning_influence.core.optimizers import UPDATES
         >>> hyper = {"lr": 0.1, "beta1": 0.9, "beta2": 0.999, "eps": 0.0, "step": 1, "maximize": False}
         >>> zero = torch.zeros(1)
-        >>> first = RecordedStep(UPDATES["adam"], (zero, zero), torch.tensor([1.0]), hyper)
+        >>> first = ParameterStep(UPDATES["adam"], (zero, zero), torch.tensor([1.0]), hyper)
         >>> response = finite_response([first], [torch.ones(1, 1)], (), torch.tensor([[-3.0], [2.0]]))
         >>> response.round(decimals=4).abs()
         tensor([[0.2000, 0.0000]])

@@ -1,7 +1,7 @@
 """How far off a first-order score is, predicted without retraining: the second variation of the run.
 
 With ``theta(eps)`` the run with a share ``eps`` of one sample removed, a first-order score is the slope of
-the query loss in ``eps`` and the proxy is half its second derivative (method.md section 9). The first
+the query loss in ``eps`` and the proxy is half its second derivative (docs/method.md, "How far to trust a score"). The first
 variation is carried forward along the recorded run; what it forces at second order is contracted with
 the adjoint, so the second variation itself is never formed.
 """
@@ -19,8 +19,8 @@ from tqdm.auto import tqdm
 from lightning_influence.core.clipping import apply_clip, norm_coefficient
 from lightning_influence.core.curvature import fisher_product
 from lightning_influence.core.optimizers import UPDATES, decay, effective_gradient
-from lightning_influence.core.removal import consumed_change, removal
-from lightning_influence.core.response import finite_response
+from lightning_influence.core.pieces import Pieces
+from lightning_influence.core.removal import consumed_change, consumed_gradients, gradient_change
 from lightning_influence.core.sweep import Method, Passed, sum_inner, walk_back
 from lightning_influence.core.trajectory import Hyper, Shares, StepRecord, Trajectory, Vectors, extrapolation
 from lightning_influence.errors import ConfigurationError, CurvatureUnavailable
@@ -38,7 +38,7 @@ class SmoothTrajectory(Trajectory, Protocol):
         """``D3L[u, u]`` ``(k, d)`` for each of ``k`` directions ``u``."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class ErrorProxy:
     """Predicted error of first-order scores, truth minus tangent, one row per (sample, step) pair.
 
@@ -62,7 +62,7 @@ class ErrorProxy:
 
     @property
     def second_order(self) -> Tensor:
-        """Half the second variation, ``(k, q)`` (method.md section 9)."""
+        """Half the second variation, ``(k, q)`` (docs/method.md, "How far to trust a score")."""
         return self.step + self.memory + self.curvature
 
     @property
@@ -78,6 +78,9 @@ class ErrorProxy:
     def corrected(self) -> Tensor:
         """The first-order scores with their predicted error put right, ``(k, q)``: right to second order."""
         return self.tangent + self.total
+
+    def __repr__(self) -> str:
+        return f"ErrorProxy({len(self.sample_ids)} pairs x {self.tangent.shape[1]} queries)"
 
 
 def second_variation(
@@ -114,13 +117,15 @@ def second_variation(
             f"the pair {outside[0]} names a step of a run that has {len(trajectory)}; choose pairs from the report's rows."
         )
     method = Method(curvature, "tangent", counterfactual=counterfactual)
-    passed = walk_back(trajectory, queries, method)
+    trajectory = pieces = Pieces(trajectory)
+    passed = walk_back(trajectory, pieces.cut(queries), method)
+    bends = None if query_curvature is None else lambda moved: query_curvature(pieces.joined(moved))
     order = sorted(range(len(pairs)), key=lambda i: pairs[i][1])  # pairs of neighbouring steps share a walk
     size = max(1, _ELEMENTS // sum(kept for kept, _ in trajectory.sizes.values()))
     groups = [[pairs[i] for i in order[start : start + size]] for start in range(0, len(order), size)]
     total = sum(len(trajectory) - group[0][1] for group in groups)
     with tqdm(total=total, desc="error proxy", unit="step", delay=2, disable=not progress) as bar:
-        blocks = [_Variation(trajectory, method, group).run(passed, query_curvature, bar.update) for group in groups]
+        blocks = [_Variation(trajectory, method, group).run(passed, bends, bar.update) for group in groups]
     back = torch.tensor(order, dtype=torch.int64).argsort()
     fields = ("sample_ids", "steps", "tangent", "step", "memory", "curvature", "finite")
     return ErrorProxy(*(torch.cat([getattr(block, field) for block in blocks])[back] for field in fields))
@@ -193,6 +198,7 @@ class _Variation:
         zero = {k: torch.zeros(len(self.pairs), size, dtype=torch.float64, device=device) for k, size in kept.items()}
         full = self._still(zero)
         bare = self._still(zero)  # moments only: parameters held, as in the finite response's window
+        shifts: dict[str, tuple[Tensor, ...]] = {k: tangents.moments for k, tangents in bare.items()}
         n_queries = next(iter(passed[start].after.values())).parameter.shape[0]
         parts = (torch.zeros(len(self.pairs), n_queries, dtype=torch.float64) for _ in range(5))
         tangent, step, memory, curvature, finite = parts
@@ -207,8 +213,8 @@ class _Variation:
             bare, bare_forcing = self._advance(record, bare, forced, hold=True)
             own = self._contract(after, bare_forcing)
             tangent[here] = self._slope(after, forced)[here]
-            if removed.consumed:
-                finite[here] = self._finite(passed, index, removed.consumed)
+            consumed = {k: _rows(zero[k], here, removed.consumed.get(k)) for k in record.gradients}
+            finite += self._finite(record, shifts, consumed, after)
             step[here] = own[here]
             memory[~here] += own[~here]
             curvature += self._contract(after, forcing) - own + self._slope(after, third)
@@ -222,7 +228,7 @@ class _Variation:
         """What the removals of the pairs of a step do to its gradient, before and after clipping."""
         if not here.any():
             return _Removed(dict.fromkeys(record.gradients), {})
-        removed, shares = removal(record, self.method.counterfactual), self.trajectory.shares(record.index)
+        removed, shares = gradient_change(record, self.method.counterfactual), self.trajectory.shares(record.index)
         ids = removed.sample_ids.tolist()
         samples = [z for z, t in self.pairs if t == record.index]
         missing = [z for z in samples if z not in ids]
@@ -230,24 +236,36 @@ class _Variation:
             raise ConfigurationError(
                 f"step {record.index} did not consume sample {missing[0]}; choose pairs from the report's rows."
             )
-        positions = [ids.index(z) for z in samples]
+        positions = torch.tensor([ids.index(z) for z in samples])
         whole = {k: [slice(None)] for k in shares}
         change = consumed_change(removed, record, shares, self.scales, whole)
         gradients = {k: g.double() for k, g in record.gradients.items()}
         totals = {k: removed.totals(share, gradients[k]) for k, share in shares.items()}
         return _Removed(
-            {k: removed.change(share, slice(None), totals[k])[positions] for k, share in shares.items()},
-            {k: change.change(gradients[k], share, slice(None), totals[k])[positions] for k, share in shares.items()},
+            {k: removed.change(share, positions, totals[k]) for k, share in shares.items()},
+            {k: change.change(gradients[k], share, positions, totals[k]) for k, share in shares.items()},
         )
 
-    def _finite(self, passed: Mapping[int, Passed], index: int, consumed: Vectors) -> Tensor:
-        """Finite response ``(k', q)`` of all the steps from one on to changes of its gradient."""
+    def _finite(
+        self, record: StepRecord, shifts: dict[str, tuple[Tensor, ...]], changes: Vectors, after: Passed
+    ) -> Tensor:
+        """What the exact response to finite changes of the gradient, here and before, adds at a step ``(k, q)``.
+
+        Args:
+            shifts: of the moments before the step, ``(k, d)`` each, by the changes before; moved to after it.
+            changes: ``(k, d)``, of the gradient that the step consumes.
+        """
         total: Tensor | float = 0.0
-        remembers = len(self.trajectory) if self.update.moments else index + 1
-        for k, change in consumed.items():
-            window = [passed[t] for t in range(index, remembers) if k in passed[t].recorded]
-            after, closing = [p.after[k].parameter for p in window], window[-1].after[k].moments
-            total = total + finite_response([p.recorded[k] for p in window], after, closing, change).T.cpu()
+        for k, gradient in consumed_gradients(record).items():
+            hyper, parameter = record.hyper[k], (record.parameters or {}).get(k)
+            effective = effective_gradient(gradient, parameter, hyper).double()
+            change = -changes[k] if hyper["maximize"] else changes[k]
+            base = tuple(m.double() for m in record.moments[k])
+            changed = tuple(m + shift for m, shift in zip(base, shifts[k], strict=True))
+            moved, new = self.update.apply(changed, effective + change, hyper)
+            still, old = self.update.apply(base, effective, hyper)
+            shifts[k] = tuple(a - b for a, b in zip(new, old, strict=True))
+            total = total + ((moved - still) @ after.after[k].parameter.double().T).cpu()
         return torch.as_tensor(total)
 
     def _still(self, zero: Vectors) -> dict[str, _Tangent]:

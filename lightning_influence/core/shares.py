@@ -1,8 +1,10 @@
 """What is kept of per-sample gradients, and the contractions each form supports.
 
 Forms (all are `trajectory.Shares`): `Dense` rows, `Outer` products of layer inputs and output gradients,
-sparse `Rows` of an embedding, `Sum` over several uses of a parameter, `Stack` over micro-batches.
-`Keep` says which coordinates of a parameter a log holds; `plan` chooses it (method.md section 7).
+sparse `SparseRows` of an embedding, `Sum` over several uses of a parameter, `Stack` over micro-batches.
+`sum_at` of each is the sum of all its shares on a `Block` of coordinates.
+`Coordinates` says which coordinates of a parameter a log holds; `choose_coordinates` chooses it
+(docs/method.md, "Where a trajectory comes from").
 """
 
 from __future__ import annotations
@@ -18,6 +20,49 @@ from lightning_influence.core.trajectory import Shares
 
 _GATHER_ELEMENTS = 2**24  # of a block of gathered factors
 _FORMED_ELEMENTS = 2**21  # of a block of products that were formed
+_FEW = (4, 8)  # rows and columns of a block
+
+
+@dataclass(frozen=True)
+class Block:
+    """A few coordinates of a parameter, seen as a matrix ``shape`` of its first dimension and all others together.
+
+    Attributes:
+        rows, columns: int64, on the device of the parameter.
+
+    Example:
+        >>> block = Block((3, 2), torch.tensor([0, 2]), torch.tensor([1]))
+        >>> block.select(torch.tensor([[1, 2], [3, 4], [5, 6]]))
+        tensor([[2],
+                [6]])
+        >>> Block.of(torch.zeros(100, 50, 2)).size
+        32
+    """
+
+    shape: tuple[int, int]
+    rows: Tensor
+    columns: Tensor
+
+    @classmethod
+    def of(cls, parameter: Tensor) -> Block:
+        """A few rows times a few columns, drawn once and for all: regular ones would meet the border of every image."""
+        n_rows = parameter.shape[0] if parameter.dim() else 1
+        n_columns = parameter.numel() // max(n_rows, 1)
+        drawn = torch.Generator().manual_seed(0)
+        rows, columns = (
+            torch.randperm(n, generator=drawn)[:few].to(parameter.device)
+            for n, few in zip((n_rows, n_columns), _FEW, strict=True)
+        )
+        return cls((n_rows, n_columns), rows, columns)
+
+    @property
+    def size(self) -> int:
+        """Number of the coordinates."""
+        return len(self.rows) * len(self.columns)
+
+    def select(self, values: Tensor) -> Tensor:
+        """``(rows, columns)`` of one tensor in the shape of the parameter, or flat."""
+        return values.reshape(self.shape)[self.rows[:, None], self.columns]
 
 
 @dataclass(frozen=True)
@@ -56,6 +101,9 @@ class Dense:
 
     def at(self, coordinates: Tensor) -> Dense:
         return Dense(self.values[:, coordinates])
+
+    def sum_at(self, block: Block) -> Tensor:
+        return self.values.unflatten(1, block.shape)[:, block.rows[:, None], block.columns].sum(0)
 
 
 @dataclass(frozen=True)
@@ -131,13 +179,17 @@ class Outer:
         parts = zip(rows.split(size), columns.split(size), strict=True)
         return Dense(torch.cat([(self.left[..., r] * self.right[..., c]).sum(1) for r, c in parts], 1))
 
+    def sum_at(self, block: Block) -> Tensor:
+        left, right = self.left[..., block.rows].flatten(0, 1), self.right[..., block.columns].flatten(0, 1)
+        return left.T @ right.to(left)
+
 
 @dataclass(frozen=True)
-class Rows:
+class SparseRows:
     """Sparse rows of a matrix of ``n_rows``: ``values (n, t, e)`` added at row ``rows (n, t)``.
 
     Example:
-        >>> shares = Rows(torch.tensor([[2, 0, 2]]), torch.tensor([[[1.0], [5.0], [3.0]]]), n_rows=4)
+        >>> shares = SparseRows(torch.tensor([[2, 0, 2]]), torch.tensor([[[1.0], [5.0], [3.0]]]), n_rows=4)
         >>> shares.dense()
         tensor([[5., 0., 4., 0.]])
     """
@@ -172,8 +224,8 @@ class Rows:
         index = rows[..., None].expand_as(values)
         return total.scatter_add_(1, index, values).flatten(1)
 
-    def scaled(self, factor: float) -> Rows:
-        return Rows(self.rows, self.values * factor, self.n_rows)
+    def scaled(self, factor: float) -> SparseRows:
+        return SparseRows(self.rows, self.values * factor, self.n_rows)
 
     def at(self, coordinates: Tensor) -> Dense:
         rows, columns = coordinates // self.values.shape[2], coordinates % self.values.shape[2]
@@ -185,6 +237,10 @@ class Rows:
         table = kept.new_zeros(self.n_samples, len(unique_rows), self.values.shape[2])
         table.scatter_add_(1, where.clamp(min=0)[..., None].expand_as(kept), kept)
         return Dense(table[:, row_of, columns])
+
+    def sum_at(self, block: Block) -> Tensor:
+        values = self.values[..., block.columns].flatten(0, 1)
+        return (self.rows.flatten() == block.rows[:, None]).to(values) @ values
 
 
 @dataclass(frozen=True)
@@ -221,6 +277,9 @@ class Sum:
 
     def at(self, coordinates: Tensor) -> Dense:
         return Dense(torch.stack([part.at(coordinates).values for part in self.parts]).sum(0))
+
+    def sum_at(self, block: Block) -> Tensor:
+        return torch.stack([part.sum_at(block) for part in self.parts]).sum(0)
 
 
 @dataclass(frozen=True)
@@ -267,8 +326,11 @@ class Stack:
     def at(self, coordinates: Tensor) -> Dense:
         return Dense(torch.cat([part.at(coordinates).values for part in self.parts]))
 
+    def sum_at(self, block: Block) -> Tensor:
+        return torch.stack([part.sum_at(block) for part in self.parts]).sum(0)
 
-Form = Dense | Outer | Rows | Sum | Stack
+
+Form = Dense | Outer | SparseRows | Sum | Stack
 
 
 def add(first: Form, second: Form) -> Form:
@@ -301,9 +363,9 @@ def merged(form: Form, n: int) -> Form:
     if isinstance(form, Outer):
         left, right = (x.unflatten(0, (n, -1)).flatten(1, 2) for x in (form.left, form.right))
         return Outer(left, right)
-    if isinstance(form, Rows):
+    if isinstance(form, SparseRows):
         rows, values = form.rows.unflatten(0, (n, -1)), form.values.unflatten(0, (n, -1))
-        return Rows(rows.flatten(1), values.flatten(1, 2), form.n_rows)
+        return SparseRows(rows.flatten(1), values.flatten(1, 2), form.n_rows)
     raise TypeError(f"{type(form).__name__} is not what a rule returns")
 
 
@@ -312,7 +374,7 @@ def merged(form: Form, n: int) -> Form:
 _FIELDS: dict[str, tuple[type[Any], tuple[str, ...]]] = {
     "dense": (Dense, ("values",)),
     "outer": (Outer, ("left", "right")),
-    "rows": (Rows, ("rows", "values")),
+    "rows": (SparseRows, ("rows", "values")),
 }
 
 
@@ -334,7 +396,7 @@ def pack(shares: Shares) -> tuple[dict[str, Tensor], dict[str, Any]]:
         return tensors, {"form": type(shares).__name__.lower(), "parts": [meta for _, meta in parts]}
     for form, (kind, fields) in _FIELDS.items():
         if isinstance(shares, kind):
-            extra = {"n_rows": shares.n_rows} if isinstance(shares, Rows) else {}
+            extra = {"n_rows": shares.n_rows} if isinstance(shares, SparseRows) else {}
             return {field: getattr(shares, field) for field in fields}, {"form": form, **extra}
     raise TypeError(f"{type(shares).__name__} is not a form of per-sample gradients")
 

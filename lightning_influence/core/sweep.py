@@ -1,16 +1,15 @@
 """The backward sweep: from the gradient of the queries to a score for every (sample, step).
 
 One walk serves post-hoc attribution (a whole run), look-ahead selection (a short roll-out) and the
-SGD baseline (another update rule). Its cost is linear in the number of steps (method.md section 3).
+SGD baseline (another update rule). Its cost is linear in the number of steps (docs/method.md, "The sweep").
 """
 
 from __future__ import annotations
 
 import itertools
-from collections import deque
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from typing import Any, Literal, TypeAlias
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -20,23 +19,26 @@ from lightning_influence.core.adjoint import Adjoint, adjoint, gradient_adjoint,
 from lightning_influence.core.clipping import clip_adjoint
 from lightning_influence.core.curvature import CURVATURES, fisher_product
 from lightning_influence.core.fused import pays
-from lightning_influence.core.optimizers import UPDATES, Moments, RecordedStep, effective_gradient, join
-from lightning_influence.core.removal import ConsumedChange, consumed_change, consumed_gradients, removal
+from lightning_influence.core.joint import JointResponse
+from lightning_influence.core.optimizers import UPDATES, Moments, ParameterStep, Update, effective_gradient, join
+from lightning_influence.core.pieces import Pieces
+from lightning_influence.core.removal import consumed_change, consumed_gradients, gradient_change
+from lightning_influence.core.removal_sets import EVERY_SAMPLE, RemovalSets
 from lightning_influence.core.response import finite_response
 from lightning_influence.core.scores import RowScores
 from lightning_influence.core.trajectory import Hyper, Shares, StepRecord, Trajectory, Vectors, extrapolation
+from lightning_influence.core.window import Block, StepRemovals, Window, blocks_of
 from lightning_influence.errors import ConfigurationError, CurvatureUnavailable
 
 RESPONSES = ("finite", "tangent")
 
 _CHUNK_ELEMENTS = 2**15  # of one dense block of per-sample gradients: what a processor's cache holds
 _LARGE_ELEMENTS = 2**17  # of one that a single kernel reads, once, or that many queries are multiplied with
-_JOINED_COORDINATES = 2**14  # of a parameter that is joined with others
 
 
 @dataclass(frozen=True)
 class Method:
-    """Which estimator a sweep evaluates (method.md sections 3 to 6).
+    """Which estimator a sweep evaluates (docs/method.md).
 
     Example:
         >>> Method(curvature="hessian", memory_window=4).response
@@ -51,14 +53,14 @@ class Method:
     response: Literal["finite", "tangent"] = "finite"
     memory_window: int = 8
     counterfactual: Literal["drop", "zero"] = "drop"
-    optimizer: Literal["sgd"] | None = None
-    """None: the optimizer that trained; ``"sgd"``: the assumption that the paper refutes."""
+    optimizer_assumption: Literal["sgd"] | None = None
+    """None: the optimizer that trained; ``"sgd"``: the usual assumption of earlier methods, as a baseline."""
 
     def __post_init__(self) -> None:
         for name, value, known in (
             ("curvature", self.curvature, CURVATURES),
             ("response", self.response, RESPONSES),
-            ("optimizer_assumption", self.optimizer, (None, "sgd")),
+            ("optimizer_assumption", self.optimizer_assumption, (None, "sgd")),
         ):
             if value not in known:
                 raise ConfigurationError(f"{name}={value!r}; choose one of {', '.join(map(str, known))}")
@@ -67,7 +69,6 @@ class Method:
 
 
 Adjoints = dict[str, Adjoint]
-Block: TypeAlias = tuple[str, ...]
 
 
 def sweep(
@@ -75,21 +76,31 @@ def sweep(
     queries: Vectors,
     method: Method = Method(),
     *,
+    sets: RemovalSets = EVERY_SAMPLE,
     scored: range | None = None,
     progress: bool = True,
 ) -> RowScores:
-    """Walk a trajectory backwards and score every sample of every step.
+    """Walk a trajectory backwards and score every sample of every step, or other sets of samples.
 
     Args:
         trajectory: the run.
         queries: ``(q, d)`` each, gradients of the queries at the parameters after the last step, on
             the kept coordinates (`Trajectory.select`).
+        sets: what is removed; a row is of one set and one step, and its sample id the set's number.
         scored: the steps to score; all by default. The walk ends at the first of them.
         progress: show a bar where the walk takes longer than two seconds.
+
+    Raises:
+        ConfigurationError: groups, and not all steps to score.
     """
     scored = range(len(trajectory)) if scored is None else scored
-    walk = _Walk(trajectory, method, queries, scored=len(scored))
-    blocks = []
+    if sets.groups and scored != range(len(trajectory)):
+        raise ConfigurationError("groups are removed from the whole run; score all of its steps.")
+    pieces = Pieces(trajectory)
+    window = Window(_update(pieces, method), window_length(pieces, method))
+    walk = _Walk(pieces, method, pieces.cut(queries), window, sets, scored=len(scored))
+    groups = _Groups(walk, progress=progress) if sets.groups else None
+    blocks, of_groups = [], list[RowScores]()
     last = min(scored, default=len(trajectory))
     for index in tqdm(
         range(len(trajectory) - 1, last - 1, -1),
@@ -98,135 +109,142 @@ def sweep(
         delay=2,
         disable=not progress,
     ):
+        after = {k: a.parameter for k, a in walk.adjoints.items()}
         block = walk.back(index, score=index in scored, last=index == last)
         if block is not None:
             blocks.append(block)
-    return RowScores.joined(blocks[::-1], walk.n_queries)
+        if groups is not None:
+            of_groups += groups.back(index, after)
+    return RowScores.joined([*blocks[::-1], *of_groups[::-1]], walk.n_queries)
 
 
 @dataclass(frozen=True)
-class StepRemovals:
-    """The changes of a step's consumed gradient by the removal of each of its samples."""
-
-    consumed: ConsumedChange
-    gradients: Vectors
-    shares: Mapping[str, Shares]
-
-    def of(self, names: Sequence[str], sample_ids: Tensor) -> Tensor | None:
-        """Changes ``(n, d)`` of some parameters end to end; zero for samples that the step does not hold, None if all."""
-        position = {z: i for i, z in enumerate(self.consumed.removal.sample_ids.tolist())}
-        held = [i for i, z in enumerate(sample_ids.tolist()) if z in position]
-        if not held:
-            return None
-        own = torch.tensor([position[int(sample_ids[i])] for i in held])
-        parts = []
-        for name in names:
-            gradient, share = self.gradients[name], self.shares[name]
-            totals = self.consumed.removal.totals(share, gradient)
-            rows = self.consumed.change(gradient, share, own, totals)
-            parts.append(
-                rows.new_zeros(len(sample_ids), rows.shape[1]).index_copy_(0, torch.tensor(held).to(rows.device), rows)
-            )
-        return torch.cat(parts, 1)
-
-
-@dataclass
 class Passed:
-    """What is kept of a step that the walk has passed.
+    """What a walk without scores keeps of a step that it has passed.
 
     Attributes:
-        recorded: the step itself, by parameter.
         after: adjoint of the optimizer state after the step.
-        gradient: ``(q, d)`` each, adjoint of the batch gradient before clipping; empty where only scores are asked for.
-        removals: of its samples, where an earlier step of the window holds one of them, too.
+        gradient: ``(q, d)`` each, adjoint of the batch gradient before clipping.
     """
 
-    recorded: dict[str, RecordedStep]
     after: Adjoints
     gradient: Vectors
-    removals: StepRemovals | None = None
-    _joined: dict[Block, tuple[RecordedStep, Adjoint]] = field(default_factory=dict)
-
-    def of(self, block: Block) -> tuple[RecordedStep, Adjoint]:
-        """Step and adjoint of a block of parameters, end to end."""
-        if block not in self._joined:
-            step = join([self.recorded[name] for name in block])
-            joined = join_adjoints([self.after[name] for name in block])
-            self._joined[block] = step, joined
-            start = 0
-            for name in block:  # parts of the whole from here on, so that nothing is held twice
-                size = len(self.recorded[name].gradient)
-                self.after[name] = joined.at(slice(start, start + size))
-                start += size
-        return self._joined[block]
-
-
-def blocks_of(steps: Sequence[Mapping[str, RecordedStep]]) -> list[Block]:
-    """Parameters that can go through the elementwise algebra end to end: they took the same steps with the
-    same hyperparameters. Only small ones are joined; large ones would be copied for nothing.
-    """
-    alike: dict[Any, list[str]] = {}
-    blocks: list[Block] = []
-    for name, recorded in steps[0].items():
-        if len(recorded.gradient) > _JOINED_COORDINATES:
-            blocks.append((name,))
-        else:
-            key = tuple(tuple(s[name].hyper.items()) if name in s else None for s in steps)
-            alike.setdefault(key, []).append(name)
-    return blocks + [tuple(names) for names in alike.values()]
 
 
 def walk_back(trajectory: Trajectory, queries: Vectors, method: Method) -> dict[int, Passed]:
     """The adjoints of every step, without scores; memory grows with the number of steps."""
-    walk = _Walk(trajectory, method, queries, memory=len(trajectory))
+    walk = _Walk(trajectory, method, queries)
+    passed = {}
     for index in range(len(trajectory) - 1, -1, -1):
+        after = dict(walk.adjoints)
         walk.back(index, score=False)
-    return dict(enumerate(walk.passed))
+        passed[index] = Passed(after, walk.gradient)
+    return passed
+
+
+def _update(trajectory: Trajectory, method: Method) -> Update:
+    return UPDATES[method.optimizer_assumption or trajectory.optimizer]
+
+
+def window_length(trajectory: Trajectory, method: Method) -> int:
+    """Steps that a finite response runs through, the step itself included; none for a tangent."""
+    window = method.memory_window if _update(trajectory, method).moments else 0
+    return min(window + 1, len(trajectory)) if method.response == "finite" else 0
+
+
+def gradient_adjoints(
+    trajectory: Trajectory, queries: Vectors, method: Method, *, first: int = 0, progress: bool = True
+) -> Iterator[tuple[int, Vectors]]:
+    """The adjoints ``(q, d)`` of the batch gradient before clipping, by parameter, from the last step back to ``first``."""
+    walk = _Walk(trajectory, method, queries)
+    steps = range(len(trajectory) - 1, first - 1, -1)
+    for index in tqdm(steps, desc="backward sweep", unit="step", delay=2, disable=not progress):
+        walk.back(index, score=False, last=index == first)
+        yield index, walk.gradient
 
 
 class _Walk:
-    """The adjoint state of a sweep, moved back one step at a time."""
+    """The adjoint state of a sweep, moved back one step at a time.
+
+    Attributes:
+        adjoints: of the optimizer state after the steps that are still to come.
+        gradient: ``(q, d)`` each, adjoint of the batch gradient before clipping of the newest step.
+        together: first-order scores of its groups; None where there are no groups.
+    """
 
     def __init__(
-        self, trajectory: Trajectory, method: Method, queries: Vectors, memory: int | None = None, scored: int = 0
+        self,
+        trajectory: Trajectory,
+        method: Method,
+        queries: Vectors,
+        window: Window | None = None,
+        sets: RemovalSets = EVERY_SAMPLE,
+        scored: int = 0,
     ) -> None:
-        self.trajectory, self.method = trajectory, method
-        self.update = UPDATES[method.optimizer or trajectory.optimizer]
+        steps = scored * (window.length if window is not None else 0)
+        self._evaluations = steps * sum(kept for kept, _ in trajectory.sizes.values())  # of a step, for each sample
+        self.trajectory, self.method, self.window = trajectory, method, window
+        self.alone, self.groups = sets.alone, sets.together
+        self.together: RowScores | None = None
+        self.update = _update(trajectory, method)
         self.scales = extrapolation(trajectory.sizes)
         self.n_queries = next(iter(queries.values())).shape[0]
         self.adjoints: Adjoints = {k: Adjoint(q) for k, q in queries.items()}
-        self.keeps = memory is not None
-        if memory is None:
-            window = method.memory_window if self.update.moments else 0
-            memory = window + 1 if method.response == "finite" else 0
-        self.passed: deque[Passed] = deque(maxlen=memory)  # newest first: steps t, t+1, ...
-        self.per_sample = scored * memory * sum(kept for kept, _ in trajectory.sizes.values())  # evaluations of a step
+        self.gradient: Vectors = {}
 
     def back(self, index: int, *, score: bool, last: bool = False) -> RowScores | None:
         """Move from after step ``index`` to before it, unless it is the last; the step's scores where asked for."""
         record, shares = self.trajectory.record(index), self.trajectory.shares(index)
         # a parameter without a gradient was skipped by the optimizer: its adjoint stays as it is
-        passed = Passed(self._recorded(record), dict(self.adjoints), {})
-        before, pulled = ({}, _pull_gradient(passed)) if last else _pull(passed)
-        gradient = clip_adjoint(record.clip, record.gradients, pulled, self.scales)
-        if self.keeps:
-            passed.gradient = gradient
-        self.passed.appendleft(passed)
+        recorded = self.recorded(record)
+        if self.window is not None and self.window.length:
+            self.window.push(recorded, self.adjoints)
+        pulled = self._pull_gradient(recorded) if last else self._pull(recorded)
+        self.gradient = clip_adjoint(record.clip, record.gradients, pulled, self.scales)
         products = torch.zeros(self.n_queries, len(record.sample_ids))
         if score or self.method.curvature == "fisher":
-            products = sum_inner(shares, gradient)
+            products = sum_inner(shares, self.gradient)
         rows = self._score(record, shares, products) if score else None
-        if last:
-            return rows
-        bent = self._curvature(record, shares, gradient, products)
-        self.adjoints = {
-            **self.adjoints,
-            **{k: replace(a, parameter=a.parameter + bent[k]) if k in bent else a for k, a in before.items()},
-        }
+        if self.groups.groups:
+            self.together = self._first_order(record, products)
+        if not last:
+            for k, bent in self._curvature(record, shares, self.gradient, products).items():
+                self.adjoints[k].parameter.add_(bent)  # a tensor that `_pull` has made
         return rows
 
-    def _recorded(self, record: StepRecord) -> dict[str, RecordedStep]:
-        if self.method.optimizer == "sgd":  # theta' = theta - lr g, nothing else
+    def _pull(self, recorded: Mapping[str, ParameterStep]) -> Vectors:
+        """Move the adjoints to before a step, its gradient held fixed; the adjoint of its consumed gradient."""
+        gradients = Vectors()
+        for block in _blocks(recorded):
+            before, gradient = adjoint(*self._joined(recorded, block))
+            sizes = [len(recorded[name].gradient) for name in block]
+            parts = zip(before.parameter.split(sizes, 1), *(m.split(sizes, 1) for m in before.moments), strict=True)
+            for name, (parameter, *moments) in zip(block, parts, strict=True):
+                self.adjoints[name] = Adjoint(parameter, tuple(moments))
+            gradients |= dict(zip(block, gradient.split(sizes, 1), strict=True))
+        return gradients
+
+    def _pull_gradient(self, recorded: Mapping[str, ParameterStep]) -> Vectors:
+        """The adjoint of a step's consumed gradient alone, by parameter."""
+        gradients = Vectors()
+        for block in _blocks(recorded):
+            sizes = [len(recorded[name].gradient) for name in block]
+            parts = gradient_adjoint(*self._joined(recorded, block)).split(sizes, 1)
+            gradients |= dict(zip(block, parts, strict=True))
+        return gradients
+
+    def _joined(self, recorded: Mapping[str, ParameterStep], block: Block) -> tuple[ParameterStep, Adjoint]:
+        return join([recorded[name] for name in block]), join_adjoints([self.adjoints[name] for name in block])
+
+    def _first_order(self, record: StepRecord, products: Tensor) -> RowScores:
+        """Tangent scores of the groups of which a step holds something."""
+        removed = gradient_change(record, self.method.counterfactual, self.groups)
+        found = removed.inner(products).T.cpu()
+        return RowScores(removed.sample_ids, torch.full_like(removed.sample_ids, record.index), found, found)
+
+    def recorded(self, record: StepRecord) -> dict[str, ParameterStep]:
+        """The step as the optimizer took it, or is assumed to have, by parameter."""
+        if self.method.optimizer_assumption == "sgd":  # theta' = theta - lr g, nothing else
             plain = {"weight_decay": 0.0, "decoupled": 1.0}
             hyper: dict[str, Hyper] = {k: {**h, **plain} for k, h in record.hyper.items()}
             moments: dict[str, Moments] = dict.fromkeys(record.gradients, ())
@@ -234,12 +252,14 @@ class _Walk:
             hyper, moments = dict(record.hyper), record.moments
         consumed, parameters = consumed_gradients(record), record.parameters or {}
         return {
-            k: RecordedStep(self.update, moments[k], effective_gradient(g, parameters.get(k), hyper[k]), hyper[k])
+            k: ParameterStep(self.update, moments[k], effective_gradient(g, parameters.get(k), hyper[k]), hyper[k])
             for k, g in consumed.items()
         }
 
     def _score(self, record: StepRecord, shares: Mapping[str, Shares], products: Tensor) -> RowScores:
-        removed = removal(record, self.method.counterfactual)
+        removed = gradient_change(record, self.method.counterfactual, self.alone)
+        if not len(removed):
+            return RowScores.joined([], self.n_queries)
         tangent = removed.inner(products)
         scores, interaction = tangent, torch.zeros_like(tangent)
         if self.method.response == "finite":
@@ -248,12 +268,13 @@ class _Walk:
             own = StepRemovals(consumed, record.gradients, shares)
             scores = torch.zeros_like(tangent)
             again = self._again(removed.sample_ids)
-            for block in blocks_of([p.recorded for p in self.passed]):
+            assert self.window is not None
+            for block in self.window.blocks():
                 scores += self._finite(own, block, scores)
                 if len(again):
                     interaction[:, again] += self._together(own, block, again, scores)
             if self._earlier(record.index, removed.sample_ids):
-                self.passed[0].removals = own
+                self.window.steps[0].removals = own
         steps = torch.full_like(removed.sample_ids, record.index)
         return RowScores(removed.sample_ids.cpu(), steps.cpu(), *(x.T.cpu() for x in (scores, tangent, interaction)))
 
@@ -261,19 +282,20 @@ class _Walk:
         """Finite response ``(q, u)`` of a block of parameters, over the window of the newest passed step; in the precision
         and on the device of ``like``.
         """
-        removed = own.consumed.removal
+        removed = own.consumed.before_clipping
         scores = torch.zeros_like(like)
         names = [name for name in block if name in own.shares]
         if not names:
             return scores
-        window, after, closing, _ = self._window(names)
+        assert self.window is not None
+        window, after, closing, _ = self.window.of(tuple(names))
         size = sum(own.shares[name].n_coordinates for name in names)
         totals = {k: removed.totals(own.shares[k], own.gradients[k]) for k in names}
-        length = self.passed.maxlen if pays(self.per_sample * len(removed)) else None
-        large = length is not None or self.n_queries > 1
+        fuse = self.window.length if pays(self._evaluations * len(removed)) else None
+        large = fuse is not None or self.n_queries > 1
         for samples in sample_chunks(len(removed), size, large=large):
             parts = [own.consumed.change(own.gradients[k], own.shares[k], samples, totals[k]) for k in names]
-            scores[:, samples] = finite_response(window, after, closing, torch.cat(parts, 1), fuse=length).to(scores)
+            scores[:, samples] = finite_response(window, after, closing, torch.cat(parts, 1), fuse=fuse).to(scores)
         return scores
 
     def _together(self, own: StepRemovals, block: Block, again: Tensor, like: Tensor) -> Tensor:
@@ -282,10 +304,11 @@ class _Walk:
         names = [name for name in block if name in own.shares]
         if not names:
             return added
-        window, after, closing, passed = self._window(names)
+        assert self.window is not None
+        window, after, closing, passed = self.window.of(tuple(names))
         size = sum(own.shares[name].n_coordinates for name in names)
         for part in sample_chunks(len(again), size):
-            ids = own.consumed.removal.sample_ids[again[part]]
+            ids = own.consumed.before_clipping.sample_ids[again[part]]
             change = own.of(names, ids)
             later = [None if p.removals is None else p.removals.of(names, ids) for p in passed]
             assert change is not None
@@ -293,26 +316,26 @@ class _Walk:
             added[:, part] = (joint - finite_response(window, after, closing, change)).to(added)
         return added
 
-    def _window(self, names: Sequence[str]) -> tuple[list[RecordedStep], list[Tensor], Moments, list[Passed]]:
-        """Steps, adjoints of the parameters and closing adjoint of the moments of some parameters, joined."""
-        passed = [p for p in self.passed if names[0] in p.recorded]
-        joined = [p.of(tuple(names)) for p in passed]
-        return [step for step, _ in joined], [a.parameter for _, a in joined], joined[-1][1].moments, passed
-
     def _again(self, sample_ids: Tensor) -> Tensor:
         """Positions of the samples that later steps of the window hold, too."""
-        later = [p.removals.consumed.removal.sample_ids for p in list(self.passed)[1:] if p.removals is not None]
+        assert self.window is not None
+        later = [
+            p.removals.consumed.before_clipping.sample_ids
+            for p in list(self.window.steps)[1:]
+            if p.removals is not None
+        ]
         return torch.isin(sample_ids, torch.cat(later)).nonzero()[:, 0] if later else torch.zeros(0, dtype=torch.int64)
 
     def _earlier(self, index: int, sample_ids: Tensor) -> bool:
         """Whether a step in whose window this one lies holds one of the samples."""
-        reach = range(max(0, index + 1 - (self.passed.maxlen or 0)), index)
+        assert self.window is not None
+        reach = range(max(0, index + 1 - self.window.length), index)
         return any(bool(torch.isin(self.trajectory.sample_ids(t), sample_ids).any()) for t in reach)
 
     def _curvature(
         self, record: StepRecord, shares: Mapping[str, Shares], vectors: Vectors, products: Tensor
     ) -> Vectors:
-        """Curvature of the batch loss times the gradient adjoints, ``(q, d)`` each (method.md section 4)."""
+        """Curvature of the batch loss times the gradient adjoints, ``(q, d)`` each (docs/method.md, "Curvature")."""
         if self.method.curvature == "none":
             return {}
         if self.method.curvature == "fisher":
@@ -325,30 +348,44 @@ class _Walk:
         return self.trajectory.curvature_product(record.index, self.method.curvature, vectors)
 
 
+class _Groups:
+    """The rows of groups, as the walk passes their steps."""
+
+    def __init__(self, walk: _Walk, *, progress: bool) -> None:
+        self._walk, method = walk, walk.method
+        self._joint = None
+        if method.response == "finite":
+            self._joint = JointResponse(
+                walk.trajectory, walk.groups, method.counterfactual, walk.recorded, progress=progress
+            )
+        self._after: list[Vectors] = []  # newest first, as the tangents
+        self._tangents: list[RowScores] = []
+
+    def back(self, index: int, after: Vectors) -> list[RowScores]:
+        """The walk has passed a step; the rows that can be told now.
+
+        Args:
+            after: ``(q, d)`` each, adjoint of the parameters after the step.
+        """
+        assert self._walk.together is not None
+        if self._joint is None:
+            return [self._walk.together]
+        self._after.insert(0, after)
+        self._tangents.insert(0, self._walk.together)
+        if index not in self._joint.anchors:
+            return []
+        rows = self._joint.rows(index, self._after, self._tangents)
+        self._after, self._tangents = [], []
+        return [rows]
+
+
 def sum_inner(shares: Mapping[str, Shares], vectors: Vectors) -> Tensor:
     """Inner products ``(q, n)`` of vectors and per-sample shares over all parameters."""
     return torch.stack([share.inner(vectors[name]) for name, share in shares.items()]).sum(0)
 
 
-def _pull(passed: Passed) -> tuple[Adjoints, Vectors]:
-    """The adjoint before a step, and that of its consumed gradient, by parameter."""
-    before, gradients = Adjoints(), Vectors()
-    for block in blocks_of([passed.recorded]):
-        adjoints, gradient = adjoint(*passed.of(block))
-        sizes = [len(passed.recorded[name].gradient) for name in block]
-        parts = zip(adjoints.parameter.split(sizes, 1), *(m.split(sizes, 1) for m in adjoints.moments), strict=True)
-        before |= {name: Adjoint(parameter, tuple(rest)) for name, (parameter, *rest) in zip(block, parts, strict=True)}
-        gradients |= dict(zip(block, gradient.split(sizes, 1), strict=True))
-    return before, gradients
-
-
-def _pull_gradient(passed: Passed) -> Vectors:
-    """The adjoint of a step's consumed gradient alone, by parameter."""
-    gradients: Vectors = {}
-    for block in blocks_of([passed.recorded]):
-        sizes = [len(passed.recorded[name].gradient) for name in block]
-        gradients |= dict(zip(block, gradient_adjoint(*passed.of(block)).split(sizes, 1), strict=True))
-    return gradients
+def _blocks(recorded: Mapping[str, ParameterStep]) -> list[Block]:
+    return blocks_of([{k: r.hyper for k, r in recorded.items()}], {k: len(r.gradient) for k, r in recorded.items()})
 
 
 def sample_chunks(n_samples: int, n_coordinates: int, *, large: bool = False) -> list[slice]:

@@ -25,7 +25,7 @@ Vectors: TypeAlias = dict[str, Tensor]
 
 @dataclass(frozen=True)
 class Clip:
-    """Gradient clipping of one step (method.md section 6).
+    """Gradient clipping of one step (docs/method.md, "What a removal changes").
 
     Attributes:
         rule: ``"none"``, ``"norm"`` (global norm) or ``"value"`` (elementwise clamp).
@@ -49,7 +49,7 @@ class StepRecord:
         loss_weights: ``(n,)`` float64, the coefficient of each sample's own loss in the loss that was
             differentiated: ``1/n`` under a mean, ``w_z/w`` under a token mean, divided by the number
             of accumulated micro-batches and of ranks.
-        micro_batches: ``(n,)`` int64, samples averaged together share a number.
+        micro_batch_numbers: ``(n,)`` int64, samples averaged together share a number.
         averaged: whether the loss is a mean over its samples (otherwise a sum).
         measured: whether the shares are the changes of the batch gradient by the removal of each sample (``drop``),
             found by evaluating the step without it, rather than additive parts of the gradient.
@@ -66,7 +66,7 @@ class StepRecord:
     index: int
     sample_ids: Tensor
     loss_weights: Tensor
-    micro_batches: Tensor
+    micro_batch_numbers: Tensor
     gradients: Vectors
     moments: dict[str, tuple[Tensor, ...]]
     hyper: Mapping[str, Hyper]
@@ -79,7 +79,7 @@ class StepRecord:
 class Shares(Protocol):
     """Per-sample gradient shares of one parameter in one step, in whatever form they are kept.
 
-    Row ``z`` is sample ``z``'s additive share of the batch gradient as trained (method.md section 6).
+    Row ``z`` is sample ``z``'s additive share of the batch gradient as trained (docs/method.md, "What a removal changes").
     """
 
     @property
@@ -108,6 +108,10 @@ class Trajectory(Protocol):
     sizes: dict[str, tuple[int, int]]
     """``{parameter: (kept coordinates d, all coordinates)}``, in the order of the module."""
 
+    @property
+    def starts(self) -> Sequence[int]:
+        """Steps, ascending from 0, that can be walked from to the next of them without going back."""
+
     def __len__(self) -> int: ...
 
     def record(self, index: int) -> StepRecord:
@@ -129,7 +133,7 @@ class Trajectory(Protocol):
 
 
 def extrapolation(sizes: Mapping[str, tuple[int, int]]) -> dict[str, float]:
-    """All coordinates over kept ones, by parameter: by which inner products over a mask are extrapolated.
+    """All coordinates over kept ones, by parameter: the factor that extrapolates an inner product over a mask.
 
     Example:
         >>> extrapolation({"weight": (100, 400), "bias": (10, 10)})

@@ -5,9 +5,10 @@ from __future__ import annotations
 import json
 import math
 import platform
-from collections.abc import Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict
+from functools import wraps
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, Literal
@@ -15,28 +16,42 @@ from uuid import uuid4
 
 import lightning as L
 import torch
-from torch.utils._pytree import tree_flatten
 
 from lightning_influence.capture import GradientCapture
 from lightning_influence.capture.step import StepOptions
 from lightning_influence.core.coordinates import COMPRESSIONS
-from lightning_influence.errors import ConfigurationError
+from lightning_influence.errors import ConfigurationError, LogError
+from lightning_influence.lightning.failures import tell_missing
 from lightning_influence.lightning.live_run import LiveRun
-from lightning_influence.lightning.loggers import log_report
-from lightning_influence.log.format import MANIFEST
+from lightning_influence.lightning.run_report import PAGE, SAVED, refuse_no_queries, report_run
+from lightning_influence.log.format import MANIFEST, refuse_undecodable
 from lightning_influence.log.reader import StoreReader
 from lightning_influence.log.recorder import Compression, CompressionName, Recorder
 from lightning_influence.log.snapshots import ReplaySettings
 from lightning_influence.log.writer import StoreWriter
 from lightning_influence.report import InfluenceReport
+from lightning_influence.report.tables import in_notebook
 from lightning_influence.run.optimizer import update_name
 from lightning_influence.run.ranks import Ranks
 from lightning_influence.run.sample_ids import IdSource, SampleIds
 from lightning_influence.run.sample_weights import WeightSource
 from lightning_influence.run.trainer import clip_of, loss_scaler
-from lightning_influence.scoring.attribution import attribute
+from lightning_influence.words import renamed
 
 _PACKAGES = ("lightning-influence", "torch", "lightning", "safetensors", "transformers", "peft")
+
+
+def _while_recording(hook: Callable[..., None]) -> Callable[..., None]:
+    """A hook that does nothing where nothing is recorded, and whose failures are those of recording."""
+
+    @wraps(hook)
+    def guarded(self: InfluenceCallback, trainer: L.Trainer, *args: Any, **kwargs: Any) -> None:
+        if self._recorder is not None:
+            with self._guarded(trainer):
+                self._raise_failure()
+                hook(self, trainer, *args, **kwargs)
+
+    return guarded
 
 
 class InfluenceCallback(L.Callback):
@@ -46,7 +61,7 @@ class InfluenceCallback(L.Callback):
     or the loader has to change, and the run's random numbers stay as they are.
 
     Args:
-        dirpath: directory of the log, created at the start of ``fit``.
+        log: directory of the log, created at the start of ``fit``.
         record: ``"gradients"`` writes per-sample gradients, moments and hyperparameters, from which scores
             follow without model or data; ``"replay"`` snapshots and what is needed to run the training
             again, for exact curvature and for any module; ``"both"``.
@@ -57,48 +72,70 @@ class InfluenceCallback(L.Callback):
             without loss in fewer bytes where a layer allows it, ``"mask"`` a fixed random set of
             coordinates per parameter, ``"auto"`` the smallest lossless form within a budget and masks beyond.
         mask_size: coordinates kept per parameter under a mask.
-        exclude: pattern or patterns (`fnmatch`) of parameter names that train but are not recorded.
         sample_ids: how a batch says which samples it holds, for data that is not a map-style dataset:
             a key of the batch or a function of it. By default the indices that the sampler drew.
+        reduction: whether the training loss is a mean or a sum over the samples.
         sample_weights: function of the batch that gives the relative weight ``(n,)`` of every sample in the
             batch's mean loss; see `sample_weights.sample_weights` for the default.
-        reduction: whether the training loss is a mean or a sum over the samples.
+        exclude: pattern or patterns (`fnmatch`) of parameter names that train but are not recorded.
         frozen_batch_norm: train batch normalisation with its running statistics, so that samples do not
             depend on each other; refused otherwise.
-        report: attribute the run to the validation loss when ``fit`` ends: ``report.html`` and ``report.safetensors`` in
-            ``dirpath``, a figure and numbers through the trainer's loggers, and the `report` attribute.
-        existing: what to do where ``dirpath`` already holds a log. A run resumed from a checkpoint goes on
-            with its own log in any case, also where that was moved to ``dirpath``.
+        verify: hold what per-sample gradients say of a removal against training steps without the sample, at the first step,
+            and their sum against the gradient at every step; of a run that is to be replayed, run the first steps again.
+            What disagrees is refused. Reports say what was verified.
+        report: attribute the run when ``fit`` ends, with the validation data as queries and their mean loss as target:
+            ``report.html`` and ``report.safetensors`` in ``log``, a figure and numbers through the trainer's loggers, and
+            the `report` attribute.
+        on_error: what to do where recording fails after the first step: ``"stop_recording"`` warns, closes the log, which notes
+            why it ends, and lets training go on as it would without recording; ``"raise"`` ends the run. At the start and at
+            the first step every error is raised; at the end none is.
+        existing: what to do where the directory already holds a log. A run resumed from a checkpoint goes on
+            with its own log in any case, also where that was moved to this directory.
         seed: of the mask.
+        dirpath: the old word for ``log``.
+
+    Attributes:
+        dirpath: the directory of the log; an attribute called ``log`` is overwritten by the trainer.
+        report: of the run that has ended, with ``report=True``.
 
     Raises:
-        ConfigurationError: at the start of ``fit``, where the run cannot be attributed.
+        ConfigurationError: no directory, or an unknown choice; at the start of ``fit`` or at its first step, where the run
+            cannot be attributed.
+        LogError: there, where the log cannot be written.
     """
 
     def __init__(
         self,
-        dirpath: str | Path,
+        log: str | Path | None = None,
         *,
         record: Literal["gradients", "replay", "both"] = "gradients",
         snapshot_every: int | None = None,
         store_batches: bool | None = None,
         compression: CompressionName = "auto",
         mask_size: int = 8192,
-        exclude: str | Sequence[str] = (),
         sample_ids: IdSource = None,
-        sample_weights: WeightSource = None,
         reduction: Literal["mean", "sum"] = "mean",
+        sample_weights: WeightSource = None,
+        exclude: str | Sequence[str] = (),
         frozen_batch_norm: bool = False,
+        verify: bool = True,
         report: bool = False,
+        on_error: Literal["raise", "stop_recording"] = "stop_recording",
         existing: Literal["error", "overwrite", "resume"] = "error",
         seed: int = 0,
+        dirpath: str | Path | None = None,
     ) -> None:
-        self.dirpath = Path(dirpath)
+        log = renamed("log", log, "dirpath", dirpath)
+        if log is None:
+            raise ConfigurationError("log is missing; give the directory that the log is to be written to.")
+        self.dirpath = Path(log)  # the trainer makes a callback's attribute `log` its logging function
+        refuse_undecodable(self.dirpath)
         self._state_key = self._generate_state_key(dirpath=str(self.dirpath.resolve()))  # asked for at every hook
         for name, value, known in (
             ("record", record, ("gradients", "replay", "both")),
             ("compression", compression, COMPRESSIONS),
             ("existing", existing, ("error", "overwrite", "resume")),
+            ("on_error", on_error, ("raise", "stop_recording")),
         ):
             if value not in known:
                 raise ConfigurationError(f"{name}={value!r}; choose one of {', '.join(known)}")
@@ -108,16 +145,32 @@ class InfluenceCallback(L.Callback):
             raise ConfigurationError(f"snapshot_every={snapshot_every}; it counts steps and is at least 1")
         self.record, self.snapshot_every, self.store_batches = record, snapshot_every, store_batches
         self.compression = Compression(compression, mask_size, seed)
-        self.options = StepOptions(reduction, sample_weights, exclude, frozen_batch_norm)
+        self.options = StepOptions(reduction, sample_weights, exclude, frozen_batch_norm, verify)
         self.sample_ids = SampleIds(sample_ids, random=record != "gradients")
-        self._live = LiveRun(self.options, self.sample_ids, self, otherwise="use record='replay'")
-        self.existing = existing
+        self._live = LiveRun(self.options, self.sample_ids, self, otherwise="use record='replay'", guard=self._inside)
+        self.existing, self.on_error = existing, on_error
         self.writes_report = report
-        self.report: InfluenceReport | None = None
+        self._report: InfluenceReport | None = None
+        self._found = _identity(self.dirpath / SAVED)  # of an earlier run
         self._recorder: Recorder | None = None
         self._steps: int | None = None  # of the run that the trainer's present state comes from
-        self._run: str | None = None  # by which a log is known wherever it lies; on the process that saves checkpoints
+        self._run: str | None = None  # identifies a log even if it is moved; on the process that saves checkpoints
         self._resume_at: int | None = None
+        self._failure: Exception | None = (
+            None  # inside the training or the optimizer's step, to be dealt with at the next hook
+        )
+        self._stopped: str | None = None  # why recording ended before the run did
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({str(self.dirpath)!r}, {', '.join(f'{k}={v!r}' for k, v in self._settings())})"
+
+    def _repr_html_(self) -> str:
+        import pandas as pd
+
+        return in_notebook(repr(self), pd.DataFrame(self._settings(), columns=["setting", "value"]))
+
+    def _settings(self) -> list[tuple[str, Any]]:
+        return [("record", self.record), ("compression", self.compression.kind), ("report", self.writes_report)]
 
     @property
     def state_key(self) -> str:
@@ -125,13 +178,17 @@ class InfluenceCallback(L.Callback):
 
     def state_dict(self) -> dict[str, Any]:
         if self._recorder is None:
-            return {"steps": self._steps, "run": self._run}
-        self._recorder.writer.flush()  # a checkpoint never knows of more steps than the log
-        return {"steps": len(self._recorder.writer), "run": self._run}
+            return {"steps": self._steps, "run": self._run, "stopped": self._stopped}
+        try:
+            self._recorder.writer.flush()  # a checkpoint never knows of more steps than the log
+        except LogError as error:  # which must not cost the checkpoint
+            self._failure = self._failure or error
+        stopped = None if self._failure is None else str(self._failure)
+        return {"steps": self._recorder.writer.complete, "run": self._run, "stopped": stopped}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self._steps = self._resume_at = state_dict["steps"]
-        self._run = state_dict.get("run")
+        self._run, self._stopped = state_dict.get("run"), state_dict.get("stopped")
 
     def on_load_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
         states, run = checkpoint["callbacks"], _run_of(self.dirpath)
@@ -152,7 +209,7 @@ class InfluenceCallback(L.Callback):
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if self.writes_report:
-            _refuse_no_queries(trainer)
+            refuse_no_queries(trainer)
         collector = self._live.start(
             trainer, pl_module, captures=self.record != "replay", rehearses=self.record != "gradients"
         )
@@ -163,6 +220,7 @@ class InfluenceCallback(L.Callback):
                 self._writer(collector.ranks, manifest, undo),
                 compression=self.compression,
                 replay=None if self.record == "gradients" else self._replay_settings(trainer),
+                guard=self._inside,
             )
             undo.pop_all()
 
@@ -170,6 +228,12 @@ class InfluenceCallback(L.Callback):
         """The log, open for the steps that come; ``undo`` closes it."""
         resume_at, self._resume_at = self._resume_at, None
         existing = self.existing if resume_at is None else "resume"
+        if existing == "resume" and self._stopped is not None:
+            raise ConfigurationError(
+                f"recording to {self.dirpath} stopped during the run that goes on here ({self._stopped}), so the log cannot go on "
+                "from where the run is; record to another directory, or start the run from an earlier checkpoint."
+            )
+        self._stopped = self._failure = None
         if existing == "resume":
             _refuse_another_run(self.dirpath, manifest | {"ranks": ranks.size})
         recorded = _run_of(self.dirpath) if existing == "resume" else None
@@ -195,24 +259,41 @@ class InfluenceCallback(L.Callback):
         return ReplaySettings(every, self.store_batches)
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self._close(trainer, finished=True)
+        # an error here would keep the checkpoints of the end from being saved
+        whole = all(Ranks.of(trainer).gather(self._is_complete(trainer)))
+        self._close(trainer, finished=whole)
         if self.writes_report:
-            Ranks.of(trainer).wait()  # until the whole log is written
-            if trainer.is_global_zero:
-                self.report = self._report(trainer, pl_module)
+            self._write_report(trainer, pl_module, whole)
 
-    def _report(self, trainer: L.Trainer, module: L.LightningModule) -> InfluenceReport:
-        """Scores against the mean validation loss, written and logged."""
-        (queries,), _ = tree_flatten(trainer.val_dataloaders)
-        training = trainer.train_dataloader
-        report = attribute(self.dirpath, queries=queries, model=module, target="mean", data=training)
-        saved, page = self.dirpath / "report.safetensors", self.dirpath / "report.html"
-        for path in (saved, page):
-            path.unlink(missing_ok=True)  # it may be a link, which must not be written through
-        report.save(saved)
-        report.to_html(page, data=getattr(training, "dataset", None))
-        log_report(report, trainer)
-        return report
+    def _is_complete(self, trainer: L.Trainer) -> bool:
+        """Whether every step of this process is on disk."""
+        if self._recorder is None:
+            return False
+        try:
+            self._raise_failure()
+            self._recorder.writer.flush()
+        except Exception as error:
+            self._stop_recording(trainer, error)
+            return False
+        return True
+
+    def _write_report(self, trainer: L.Trainer, module: L.LightningModule, whole: bool) -> None:
+        part = self.dirpath / f"rank-{trainer.global_rank}"
+        Ranks.of(trainer).wait()  # until the whole log is written
+        try:
+            if whole:
+                self._report = report_run(trainer, module, self.dirpath)
+            elif trainer.is_global_zero:
+                tell_missing(part, PAGE, "the log is not whole", "Training is not affected.")
+        except Exception as error:
+            tell_missing(part, PAGE, error, "Training is not affected; attribute(...) makes a report of the log.")
+
+    @property
+    def report(self) -> InfluenceReport | None:
+        """The report of the last run, where ``report=True``; that of a run in processes of their own is read from its log."""
+        if self._report is None and self.writes_report and _identity(self.dirpath / SAVED) not in (None, self._found):
+            self._report = InfluenceReport.load(self.dirpath / SAVED)
+        return self._report
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
         self._close(trainer, finished=False)
@@ -223,19 +304,74 @@ class InfluenceCallback(L.Callback):
     def _close(self, trainer: L.Trainer, *, finished: bool) -> None:
         self._live.stop(trainer)
         recorder, self._recorder = self._recorder, None
-        if recorder is not None:
-            self._steps = len(recorder.writer)
+        if recorder is None:
+            return
+        try:
             recorder.close(finished=finished)
+        except Exception as error:
+            tell_missing(recorder.writer.part, "its end", error, "Training is not affected.")
+        self._steps = recorder.writer.complete
+
+    # -- failures ---------------------------------------------------------------------------------------
+
+    @contextmanager
+    def _guarded(self, trainer: L.Trainer) -> Iterator[None]:
+        """Of a hook, which may end recording."""
+        try:
+            yield
+        except Exception as error:
+            if self._ends_the_run:
+                raise
+            self._stop_recording(trainer, error)
+
+    @contextmanager
+    def _inside(self) -> Iterator[None]:
+        """Of what is done inside the training step or the optimizer's, where nothing can be taken away."""
+        try:
+            yield
+        except Exception as error:
+            if self._ends_the_run:
+                raise
+            self._failure = self._failure or error
+
+    @property
+    def _ends_the_run(self) -> bool:
+        """Whether a failure that happens now is raised."""
+        return self.on_error == "raise" or self._recorder is None or not self._recorder.begun or self._live.trying
+
+    def _raise_failure(self) -> None:
+        failure, self._failure = self._failure, None
+        if failure is not None:
+            raise failure
+
+    def _stop_recording(self, trainer: L.Trainer, error: Exception) -> None:
+        """Leave the run to itself."""
+        recorder, self._recorder = self._recorder, None
+        assert recorder is not None
+        self._live.stop(trainer, trains=True)
+        with suppress(LogError):  # which is the error, or comes of it
+            recorder.close(finished=False)
+        self._steps, self._stopped = recorder.writer.complete, str(error)
+        tell_missing(
+            recorder.writer.part,
+            f"the steps from {self._steps} on",
+            error,
+            "Recording has stopped. Training goes on as it would without it, and the log can be read up to its last complete "
+            "step; on_error='raise' ends the run instead.",
+        )
 
     # -- one optimizer step -----------------------------------------------------------------------------
 
+    @_while_recording
     def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._live.start_epoch(trainer)
 
+    @_while_recording
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         assert self._recorder is not None
         self._recorder.end_epoch()
 
+    @_while_recording
     def on_train_batch_start(
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
     ) -> None:
@@ -247,23 +383,27 @@ class InfluenceCallback(L.Callback):
         less = None if self.record == "gradients" else self._live.recollated()
         self._recorder.begin(batch, noted, self.sample_ids.fetched, less)
 
+    @_while_recording
     def on_before_zero_grad(
         self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: torch.optim.Optimizer
     ) -> None:
-        if self._recorder is not None:
-            self._live.before_zero_grad()
-            self._recorder.before_zero_grad()
+        assert self._recorder is not None
+        self._live.before_zero_grad()
+        self._recorder.before_zero_grad()
 
+    @_while_recording
     def on_before_backward(self, trainer: L.Trainer, pl_module: L.LightningModule, loss: torch.Tensor) -> None:
         assert self._recorder is not None
         self._recorder.observe(self._live.dynamics)
         self._live.before_backward(trainer, loss)
 
+    @_while_recording
     def on_after_backward(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         assert self._recorder is not None
         self._live.after_backward(trainer, pl_module)
         self._recorder.after_backward()
 
+    @_while_recording
     def on_before_optimizer_step(
         self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: torch.optim.Optimizer
     ) -> None:
@@ -302,19 +442,19 @@ class InfluenceCallback(L.Callback):
 
 
 def _run_of(log: Path) -> str | None:
-    """By which the log that a directory holds is known; None where it holds none."""
+    """The identifier of the run whose log a directory holds; None where it holds none."""
     return StoreReader(log).manifest.get("run") if (log / MANIFEST).exists() else None
 
 
 def _not_its_log(log: Path) -> ConfigurationError:
     return ConfigurationError(
-        f"the checkpoint is not of the run whose log is {log}, so the log cannot go on from it; give the dirpath of the "
-        "checkpoint's own log, or another directory."
+        f"the checkpoint is not of the run whose log is {log}, so the log cannot go on from it; give the directory of "
+        "the checkpoint's own log, or another directory."
     )
 
 
 def _refuse_another_run(log: Path, manifest: dict[str, Any]) -> None:
-    """A log goes on only as it began: other settings would make its first steps mean something else."""
+    """Refuse to continue a log with settings other than those it began with."""
     if not (log / MANIFEST).exists():
         return
     recorded = StoreReader(log).manifest
@@ -326,25 +466,9 @@ def _refuse_another_run(log: Path, manifest: dict[str, Any]) -> None:
             )
 
 
-def _refuse_no_queries(trainer: L.Trainer) -> None:
-    """What a report would miss at the end of the run is said at its start."""
-    if not trainer.enable_validation:
-        raise ConfigurationError(
-            "report=True scores against the validation loss; give fit a validation loader and the module a validation_step, "
-            f"and keep limit_val_batches={trainer.limit_val_batches} above 0."
-        )
-    validation = trainer.fit_loop.epoch_loop.val_loop
-    validation.setup_data()  # which does nothing where a validation has already run
-    loaders, _ = tree_flatten(trainer.val_dataloaders)
-    if len(loaders) > 1:
-        raise ConfigurationError(
-            f"report=True scores against one validation loader, and this run has {len(loaders)}; join their datasets "
-            "(torch.utils.data.ConcatDataset), or call attribute(...) with each of them after the run."
-        )
-    if not any(validation.max_batches):
-        raise ConfigurationError(
-            "report=True scores against the validation loss; the validation loader has no batch, give it at least one."
-        )
+def _identity(path: Path) -> tuple[int, int] | None:
+    """By which a file is told from an earlier one of its name."""
+    return (path.stat().st_mtime_ns, path.stat().st_ino) if path.exists() else None
 
 
 def _versions() -> dict[str, str]:

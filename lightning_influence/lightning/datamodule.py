@@ -15,7 +15,7 @@ from lightning_influence.core.sweep import Method
 from lightning_influence.errors import ConfigurationError
 from lightning_influence.lightning.callback import InfluenceCallback
 from lightning_influence.lightning.step_selection import RoundSelection, StepSelection
-from lightning_influence.replay.removals import Removals
+from lightning_influence.replay.removals import RemovalCheck
 from lightning_influence.report import InfluenceReport
 from lightning_influence.report.tables import in_notebook
 from lightning_influence.run.lightning_names import is_a, overrides
@@ -23,22 +23,24 @@ from lightning_influence.run.random_state import random_state
 from lightning_influence.run.ranks import Ranks
 from lightning_influence.run.sample_ids import is_map_style
 from lightning_influence.run.sample_weights import WeightSource
+from lightning_influence.scoring.queries import batches_of
 from lightning_influence.selection.decisions import SelectionReport
 from lightning_influence.selection.loader import SelectingLoader
 from lightning_influence.selection.policies import Fraction, Keep, policy_of, stepwise
 from lightning_influence.selection.selector import Known, LookAhead, Selector, Settings
-from lightning_influence.selection.target import Joined, LiveTarget
+from lightning_influence.selection.target import Joined, LiveTarget, is_loss_of_module
+from lightning_influence.words import renamed
 
 _LOADERS = ("val_dataloader", "test_dataloader", "predict_dataloader")
 _BATCH_HOOKS = ("on_before_batch_transfer", "transfer_batch_to_device", "on_after_batch_transfer")
 
 
 class SelectionDataModule(L.LightningDataModule):
-    """Wraps a datamodule and keeps, of its training samples, those that help a target.
+    """Wraps a datamodule and keeps, of its training samples, those that help with some queries.
 
     Selection is scored from the present parameters and optimizer state: a sample's score is the predicted change
-    of the target loss, ``horizon`` optimizer steps after the sample's own, were the sample removed (method.md
-    section 8). With ``horizon=0, every=1`` samples leave the gradient inside the step; otherwise the run is rolled
+    of the target, which is here always the mean loss of the queries, ``horizon`` optimizer steps after the sample's own,
+    were the sample removed. With ``horizon=0, every=1`` samples leave the gradient inside the step; otherwise the run is rolled
     out over the candidates, scored by the same sweep as `attribute`, and put back bit for bit. What a removal does to the
     gradient is verified at the first step, or measured (in rounds).
 
@@ -46,8 +48,8 @@ class SelectionDataModule(L.LightningDataModule):
 
     Args:
         data: the datamodule, or the training loader itself.
-        target: what the model should become good at: a loader of held-out examples that are not test data, or a
-            function ``module -> scalar loss``; None for the wrapped datamodule's ``val_dataloader``.
+        queries: what the model should become good at, and no test data: in any form that `attribute` takes, or a function
+            ``module -> scalar loss``; None for the wrapped datamodule's ``val_dataloader``.
         online_selection: False leaves the wrapped run as it is.
         horizon: optimizer steps between a sample's step and the reading of the target.
         keep: a fraction, ``"positive"``, or a policy (`selection.Policy`).
@@ -58,17 +60,20 @@ class SelectionDataModule(L.LightningDataModule):
         rebatch: deliver full batches of kept samples, drawing on further passes over the candidates until the
             epoch has as many batches as before; otherwise batches shrink.
         floor: least fraction of a batch that stays whatever the scores.
-        refresh_target_every: inside the step, optimizer steps in which the whole target is read once; in between, a part of
-            it at a time tells how its gradient moves. A function is read at every step.
-        curvature: as of `attribute`; ``horizon=0`` needs none.
+        refresh_target_every: inside the step, all queries are read once in this many optimizer steps; in between, a part of
+            them at a time tells how the gradient of the target moves. A function is read at every step.
+        curvature: as of `attribute`, where ``"auto"`` is ``"hessian"``, since the steps to come can be run; ``horizon=0``
+            needs none.
+        response: as of `attribute`, but first order unless asked: a selection needs only the ranking inside a batch, and
+            there ``"tangent"`` selects as well at a fraction of the time (docs/benchmarks.md).
         optimizer_assumption: as of `attribute`.
-        response: as of `attribute`; first order unless asked, which selects as well at a fraction of the time
-            (docs/benchmarks.md).
         reduction: as of `InfluenceCallback`.
         sample_weights: as of `InfluenceCallback`.
         exclude: pattern or patterns of parameter names that train and are not looked at; inside the step their gradient
             stays that of the whole batch.
         frozen_batch_norm: as of `InfluenceCallback`.
+        verify: as of `InfluenceCallback`; in rounds, removals that disagree are measured instead.
+        target: the old word for ``queries``.
 
     Attributes:
         selector: decides.
@@ -82,7 +87,7 @@ class SelectionDataModule(L.LightningDataModule):
     def __init__(
         self,
         data: L.LightningDataModule | DataLoader[Any],
-        target: Any = None,
+        queries: Any = None,
         *,
         online_selection: bool = True,
         horizon: int = 0,
@@ -93,15 +98,18 @@ class SelectionDataModule(L.LightningDataModule):
         rebatch: bool = False,
         floor: float = 0.1,
         refresh_target_every: int = 10,
-        curvature: Literal["none", "fisher", "hessian"] = "hessian",
+        curvature: Literal["auto", "none", "fisher", "gauss_newton", "hessian"] = "auto",
         response: Literal["finite", "tangent"] = "tangent",
         optimizer_assumption: Literal["sgd"] | None = None,
         reduction: Literal["mean", "sum"] = "mean",
         sample_weights: WeightSource = None,
         exclude: str | Sequence[str] = (),
         frozen_batch_norm: bool = False,
+        verify: bool = True,
+        target: Any = None,
     ) -> None:
         super().__init__()
+        queries = renamed("queries", queries, "target", target)
         # under its other name, Lightning takes only a datamodule that is an instance of its class of that name, too
         other, own = sys.modules.get("pytorch_lightning"), type(self)
         if other is not None and not issubclass(own, other.LightningDataModule):
@@ -111,14 +119,14 @@ class SelectionDataModule(L.LightningDataModule):
             self.__dict__.clear()  # trainer, hyperparameters and the like are the wrapped datamodule's
         self.online_selection = online_selection
         self.live_target = LiveTarget(refresh_target_every)
-        self._target, self._batches = target, None  # as given, and as it is read
+        self._queries, self._batches = queries, None  # as given, and as they are read
         policy = policy_of(keep)
         policy = Fraction(policy.fraction, per) if isinstance(policy, Fraction) else policy
         method = Method(
-            curvature if horizon else "none",
+            "none" if not horizon else "hessian" if curvature == "auto" else curvature,
             response,
             memory_window=min(8, max(0, horizon)),
-            optimizer=optimizer_assumption,
+            optimizer_assumption=optimizer_assumption,
         )
         settings = Settings(
             stepwise(policy, rescore),
@@ -127,9 +135,9 @@ class SelectionDataModule(L.LightningDataModule):
             every,
             rebatch,
             floor,
-            StepOptions(reduction, sample_weights, exclude, frozen_batch_norm),
+            StepOptions(reduction, sample_weights, exclude, frozen_batch_norm, verify),
         )
-        self.selector = Selector(settings, None if settings.every_step else LookAhead(self._target_batches, settings))
+        self.selector = Selector(settings, None if settings.every_step else LookAhead(self._query_batches, settings))
         for name in (*_LOADERS, *_BATCH_HOOKS):
             if wraps and overrides(data, name):
                 self.__dict__[name] = getattr(data, name)
@@ -190,7 +198,7 @@ class SelectionDataModule(L.LightningDataModule):
         scorer = self.selector.scorer
         if scorer is not None:
             if isinstance(scorer, LookAhead):
-                scorer.removals = Removals()  # another run, perhaps of another module
+                scorer.removals = RemovalCheck()  # another run, perhaps of another module
             if scorer.reads_batches:
                 callbacks.append(RoundSelection(self.selector.settings.options))
             return
@@ -199,7 +207,7 @@ class SelectionDataModule(L.LightningDataModule):
                 "InfluenceCallback records the gradient of whole batches, and horizon=0, every=1 takes samples out of "
                 "it. Record with every='epoch', or without selection."
             )
-        callbacks.append(StepSelection(self.selector, self.live_target, self._target_batches))
+        callbacks.append(StepSelection(self.selector, self.live_target, self._query_batches))
 
     def teardown(self, stage: str) -> None:
         if is_a(self.data, "LightningDataModule"):
@@ -234,29 +242,33 @@ class SelectionDataModule(L.LightningDataModule):
         assert self.trainer is not None
         return SelectingLoader(self.selector, loader, self.trainer)
 
-    def _target_batches(self) -> Any:
-        """The target as `lookahead.look_ahead` takes it.
+    def _query_batches(self) -> Any:
+        """The queries as `lookahead.look_ahead` takes them.
 
         Raises:
-            ConfigurationError: there is none.
+            ConfigurationError: there are none.
         """
-        if callable(self._target):
-            return self._target
+        if is_loss_of_module(self._queries):
+            return self._queries
         if self._batches is None:
             with random_state(None):  # a loader that is made may draw random numbers
-                given = self._target
-                if given is None and self.val_dataloader is not None:
-                    loaders = self.val_dataloader()
-                    given = Joined(tree_leaves(getattr(loaders, "iterables", loaders)))  # of a CombinedLoader
-                elif isinstance(given, DataLoader):
-                    given = Joined([given])
+                given = self._given_queries()
             if given is None or (isinstance(given, Joined) and not given.loaders):
                 raise ConfigurationError(
-                    "selection needs a target: give target= a loader of held-out examples, or a datamodule with "
+                    "selection needs a target: give queries= a loader of held-out examples, or a datamodule with "
                     "val_dataloader."
                 )
             self._batches = given
         return self._batches
+
+    def _given_queries(self) -> Any:
+        if self._queries is None and self.val_dataloader is not None:
+            loaders = self.val_dataloader()
+            return Joined(tree_leaves(getattr(loaders, "iterables", loaders)))  # of a CombinedLoader
+        given = self._queries
+        if given is not None and not isinstance(given, DataLoader):
+            given = batches_of(given)
+        return Joined([given]) if isinstance(given, DataLoader) else given
 
     def __repr__(self) -> str:
         settings = self.selector.settings

@@ -6,7 +6,9 @@ Recording and selection inside the step both follow a run this way.
 from __future__ import annotations
 
 import warnings
-from contextlib import ExitStack
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, ExitStack, nullcontext
+from functools import partial
 from typing import Any
 
 import lightning as L
@@ -15,7 +17,7 @@ from torch import Tensor
 from lightning_influence.capture import GradientCapture, freeze_batch_norm, refuse_batch_norm, refuse_compiled
 from lightning_influence.capture.step import Samples, StepCollector, StepOptions
 from lightning_influence.errors import ConfigurationError
-from lightning_influence.replay.plan import ReplayMicroBatch
+from lightning_influence.replay.plan import PlannedMicroBatch
 from lightning_influence.replay.witness import Trial, evaluated, rehearse, twin_of, witness
 from lightning_influence.run.batches import copied
 from lightning_influence.run.lightning_names import overrides
@@ -30,8 +32,9 @@ from lightning_influence.run.sample_weights import sample_weights
 from lightning_influence.run.tap import LossTap, tapped
 from lightning_influence.run.trainer import loss_scaler, only_optimizer
 from lightning_influence.run.training_step import Moment
+from lightning_influence.run.unchanged import unchanged
 
-_REHEARSALS = 2  # the second sees what the first has left behind
+_REHEARSALS = 2  # the second sees state that the first left behind
 
 
 class LiveRun:
@@ -42,12 +45,22 @@ class LiveRun:
         sample_ids: tells which samples a batch holds.
         follower: the callback, whose own hooks are no reason to watch the gradients.
         otherwise: what a user can do where per-sample gradients do not say what a removal does, for the errors' texts.
+        guard: makes the context of what is done inside the training step, where an error would tear the run.
     """
 
-    def __init__(self, options: StepOptions, sample_ids: SampleIds, follower: L.Callback, *, otherwise: str) -> None:
+    def __init__(
+        self,
+        options: StepOptions,
+        sample_ids: SampleIds,
+        follower: L.Callback,
+        *,
+        otherwise: str,
+        guard: Callable[[], AbstractContextManager[None]] = nullcontext,
+    ) -> None:
         self.options, self.sample_ids = options, sample_ids
         self._follower, self._otherwise = follower, otherwise
-        self._undo = ExitStack()
+        self._guard = guard
+        self._undo, self._thaw = ExitStack(), ExitStack()
         self.drawn: Tensor | None = None  # samples of the present batch, in the order in which they were drawn
         self.dynamics: Dynamics | None = None  # of the present batch
         self._unverified: list[str] | None = None  # the trained parameters, until the first batch has been verified
@@ -102,7 +115,7 @@ class LiveRun:
             capture = GradientCapture(
                 module, exclude=options.exclude, frozen_batch_norm=options.frozen_batch_norm, trained=trained
             )
-            self._unverified = sorted(capture.parameters)
+            self._unverified = sorted(capture.parameters) if options.verify else None
         self._collector = StepCollector(
             module,
             optimizer,
@@ -110,18 +123,20 @@ class LiveRun:
             averaged=options.averaged,
             ranks=Ranks.of(trainer),
             otherwise=self._otherwise,
+            verify=options.verify,
         )
+        self._undo.callback(self._collector.close)
         self.sample_ids.start(trainer.train_dataloader)
         self._row_order = row_order(trainer.train_dataloader, module) if self.sample_ids.source is None else None
         if capture is not None:
             self._undo.callback(capture.detach)
             capture.attach()
-        elif options.frozen_batch_norm:
+        if options.frozen_batch_norm:  # also after nothing is captured any more
             for handle in freeze_batch_norm(module):
-                self._undo.callback(handle.remove)
+                self._thaw.callback(handle.remove)
         self._undo.enter_context(tapped(module, self._read_loss))
         self._first_backward, self._replayed = True, rehearses
-        self._rehearsals = _REHEARSALS if rehearses and self._collector.ranks.size == 1 else 0
+        self._rehearsals = _REHEARSALS if rehearses and options.verify and self._collector.ranks.size == 1 else 0
         self._watches = self._changes_gradients(trainer, module)
         return self._collector
 
@@ -129,11 +144,22 @@ class LiveRun:
         """The loader may have been made anew."""
         self.sample_ids.start(trainer.train_dataloader)
 
-    def stop(self, trainer: L.Trainer) -> None:
-        """Nothing of this is left in the run; may be called again."""
+    @property
+    def trying(self) -> bool:
+        """Whether the first steps are still being tried."""
+        return self._unverified is not None or self._rehearsals > 0
+
+    def stop(self, trainer: L.Trainer, *, trains: bool = False) -> None:
+        """Nothing of this is left in the run; may be called again.
+
+        Args:
+            trains: the run goes on, with batch normalisation as frozen as it was.
+        """
         trainer.strategy.__dict__.pop("process_dataloader", None)
         self.sample_ids.stop()
         self._undo.close()
+        if not trains:
+            self._thaw.close()
         self._twin = self._trial = None
 
     def _changes_gradients(self, trainer: L.Trainer, module: L.LightningModule) -> bool:
@@ -158,8 +184,8 @@ class LiveRun:
         if self._unverified is not None or self._rehearsals:
             self._twin = self._twin or twin_of(module)
             less = self.recollated()
-            rest = None if less is None else less.__getitem__
-            micro_batch = ReplayMicroBatch(copied(batch), moment, 1.0, self._n, read_random_state(), rest)
+            rest = None if less is None else partial(_without_one, less)
+            micro_batch = PlannedMicroBatch(copied(batch), moment, 1.0, self._n, read_random_state(), rest)
             buffers = {name: b.detach().clone() for name, b in module.named_buffers()}
             self._trial = Trial(micro_batch, self.ids, buffers)
         self._collector.begin(self.ids, weights, trainer.accumulate_grad_batches)
@@ -187,7 +213,7 @@ class LiveRun:
         self._collector.before_backward(trainer.global_step)
 
     def _asks_plainly(self) -> bool:
-        """Whether the training step does without reentrant checkpointing in eval mode, in which queries are asked."""
+        """Whether the training step uses no reentrant checkpointing in eval mode, the mode in which query losses are computed."""
         return (
             self._twin is not None and self._trial is not None and not is_reentrant(evaluated(self._twin, self._trial))
         )
@@ -203,9 +229,11 @@ class LiveRun:
         scale = scaler.get_scale() if scaler is not None else 1.0
         samples = self._collector.after_backward(scale, watch=self._watches)
         if self._unverified is not None and samples is not None:
-            self._verify(trainer, module, samples)
+            with unchanged(module):  # a copy may share with the module what a hook closes over
+                self._verify(trainer, module, samples)
         if self._rehearsals and samples is not None and self._collector.first_of_step:
-            self._rehearse(trainer, scale)
+            with unchanged(module):
+                self._rehearse(trainer, scale)
         elif not self._rehearsals:
             self._twin = None
 
@@ -213,10 +241,11 @@ class LiveRun:
         """What the loss that was called says of the batch's samples: their weights in it, and their training dynamics."""
         if self._n is None:
             return
-        weights = losses.sample_weights(self._n)
-        if weights is not None and self.options.reads_the_loss:
-            self._collector.weigh(weights)
-        self.dynamics = losses.dynamics(self._n)
+        with self._guard():
+            weights = losses.sample_weights(self._n)
+            if weights is not None and self.options.reads_the_loss:
+                self._collector.weigh(weights)
+            self.dynamics = losses.dynamics(self._n)
 
     def _verify(self, trainer: L.Trainer, module: L.LightningModule, samples: Samples) -> None:
         """At the first batch: do per-sample gradients say what a removal does?"""
@@ -266,3 +295,9 @@ class LiveRun:
         )
         if not self._rehearsals:
             self._twin = None
+
+
+def _without_one(batches: Mapping[int, Any], gone: frozenset[int]) -> Any:
+    """The batch without the one sample that is gone; the witness removes no others."""
+    (z,) = gone
+    return batches[z]

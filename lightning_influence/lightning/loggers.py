@@ -10,8 +10,8 @@ import lightning as L
 from lightning_influence.report import InfluenceReport
 
 
-def log_report(report: InfluenceReport, trainer: L.Trainer) -> None:
-    """A report through every logger, as far as each can take it.
+def log_report(report: InfluenceReport, trainer: L.Trainer, page: Path | None) -> None:
+    """A report and its page through every logger, as far as each can take it.
 
     Numbers go to all of them, figures and a table to those that have TensorBoard's methods, and the page and all scores,
     ``report.html`` and ``influence.csv``, into the directories of those that have one.
@@ -34,13 +34,10 @@ def log_report(report: InfluenceReport, trainer: L.Trainer) -> None:
         folder = getattr(logger, "log_dir", None)
         if folder is not None and Path(folder).is_dir():  # rather than a bucket
             folders[Path(folder)] = None
-    page = None
     for folder in folders:
         report.to_csv(folder / "influence.csv")
-        if page is None:
-            page = report.to_html(folder / "report.html", data=getattr(trainer.train_dataloader, "dataset", None))
-        else:
-            shutil.copy(page, folder)
+        if page is not None:
+            shutil.copy(page, folder / "report.html")
 
 
 def _table(report: InfluenceReport, k: int = 10) -> str:

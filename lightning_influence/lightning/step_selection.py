@@ -37,11 +37,11 @@ class StepSelection(L.Callback):
     Args:
         selector: decides.
         live_target: the gradient of the target at every step.
-        target: gives the target, as ``live_target`` takes it.
+        queries: gives the queries, as ``live_target`` takes them.
     """
 
-    def __init__(self, selector: Selector, live_target: LiveTarget, target: Callable[[], Any]) -> None:
-        self.selector, self.live_target, self.target = selector, live_target, target
+    def __init__(self, selector: Selector, live_target: LiveTarget, queries: Callable[[], Any]) -> None:
+        self.selector, self.live_target, self.queries = selector, live_target, queries
         otherwise = "select in rounds (every='epoch', or a horizon of 1 or more)"
         self._live = LiveRun(selector.settings.options, SampleIds(), self, otherwise=otherwise)
         self._collector: StepCollector | None = None
@@ -88,7 +88,7 @@ class StepSelection(L.Callback):
             target = self._target_after(trainer, step)
             rows = sweep(step, target, self.selector.settings.method, progress=False)
             scores[left] = rows.of(step.full.sample_ids[left])[:, 0].to(scores)
-            weights = self.selector.decide(policy, scores, step.full.sample_ids, step.full.micro_batches, left)
+            weights = self.selector.decide(policy, scores, step.full.sample_ids, step.full.micro_batch_numbers, left)
             step = step.weighted(weights)
         step.write(pl_module)
         self.selector.note(trainer, step.full.sample_ids, scores, step.weights)
@@ -102,7 +102,7 @@ class StepSelection(L.Callback):
             for k, gradient in consumed_gradients(record).items()
         }
         with parameters_at(module, moved):
-            return self.live_target.gradient(module, self.target(), step.select, trainer.global_step)
+            return self.live_target.gradient(module, self.queries(), step.select, trainer.global_step)
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
         self._live.stop(trainer)

@@ -1,8 +1,8 @@
-"""Horizon and learning rate belong together: both are swept on short runs (method.md section 8)."""
+"""Horizon and learning rate belong together: both are swept on short runs (docs/method.md, "Look-ahead selection")."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
@@ -15,8 +15,9 @@ from lightning_influence.lightning.callback import InfluenceCallback
 from lightning_influence.lightning.datamodule import SelectionDataModule
 from lightning_influence.log.steps import LoggedSteps
 from lightning_influence.report.tables import in_notebook
-from lightning_influence.scoring.queries import query_losses
+from lightning_influence.scoring.queries import Queries, query_losses
 from lightning_influence.trust.error_proxy import error_proxy
+from lightning_influence.words import renamed
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -68,8 +69,8 @@ class Tuning:
 def tune_horizon(
     make_model: Callable[[float], L.LightningModule],
     data: Any,
-    target: Any,
-    held_out: Iterable[Any],
+    queries: Any = None,
+    held_out: Any = None,
     *,
     horizons: Sequence[int] = (0, 1, 4),
     learning_rates: Sequence[float] = (1e-4, 1e-3),
@@ -77,24 +78,30 @@ def tune_horizon(
     proxies: int = 0,
     trainer: dict[str, Any] | None = None,
     progress: bool = True,
+    target: Any = None,
     **selection: Any,
 ) -> Tuning:
     """Short runs with online selection for every pair of horizon and learning rate.
 
     Args:
-        make_model: the module at its initialisation, given a learning rate; the same initialisation each time.
+        make_model: gives the module at its initialisation, given a learning rate; the same initialisation each time.
         data: as of `SelectionDataModule`.
-        target: as of `SelectionDataModule`.
-        held_out: batches on which the runs are compared; not those of the target, which selection has seen.
+        queries: as of `SelectionDataModule`.
+        held_out: on what the runs are compared, in any form that `attribute` takes queries in; other data than ``queries``,
+            which selection has seen.
         max_steps: optimizer steps of each run.
         proxies: samples whose `error_proxy` is averaged for each pair, from one more run per learning rate without
             selection; 0 for none.
         trainer: further arguments of ``lightning.Trainer``.
+        target: the old word for ``queries``.
         selection: further arguments of `SelectionDataModule`; ``every=1`` unless given.
 
     Raises:
-        ConfigurationError: nothing to compare, runs shorter than a horizon, or numbers below zero.
+        ConfigurationError: nothing to compare by or on, runs shorter than a horizon, or numbers below zero.
     """
+    queries = renamed("queries", queries, "target", target)
+    if held_out is None:
+        raise ConfigurationError("held_out is missing; give the batches on which the runs are compared.")
     if not horizons or not learning_rates:
         raise ConfigurationError("horizons and learning_rates need at least one value each.")
     if max(horizons) >= max_steps:
@@ -106,23 +113,23 @@ def tune_horizon(
     import pandas as pd
 
     settings = {**_QUIET, "max_steps": max_steps, "max_epochs": -1, **(trainer or {})}
-    batches, rows = list(held_out), []
+    compared, rows = Queries.of(held_out).held(), []
     pairs = [(lr, horizon) for lr in learning_rates for horizon in horizons]
     errors = {
-        lr: _errors(make_model(lr), data, target, horizons, proxies, settings) for lr in learning_rates if proxies
+        lr: _errors(make_model(lr), data, queries, horizons, proxies, settings) for lr in learning_rates if proxies
     }
     for lr, horizon in tqdm(pairs, desc="short runs", unit="run", delay=2, disable=not progress):
         module = make_model(lr)
-        selected = SelectionDataModule(data, target, horizon=horizon, **{"every": 1, **selection})
+        selected = SelectionDataModule(data, queries, horizon=horizon, **{"every": 1, **selection})
         L.Trainer(**settings).fit(module, selected)
-        loss = float(query_losses(module, batches).mean())
+        loss = float(query_losses(module, compared).mean())
         row = {"horizon": horizon, "lr": lr, "loss": loss, "kept": selected.selection_report.kept}
         rows.append(row | ({"proxy": errors[lr][horizon]} if proxies else {}))
     return Tuning(pd.DataFrame(rows))
 
 
 def _errors(
-    module: L.LightningModule, data: Any, target: Any, horizons: Sequence[int], n: int, settings: dict[str, Any]
+    module: L.LightningModule, data: Any, queries: Any, horizons: Sequence[int], n: int, settings: dict[str, Any]
 ) -> dict[int, float]:
     """Predicted relative error by horizon, at the end of a run without selection."""
     with TemporaryDirectory() as log:
@@ -130,5 +137,6 @@ def _errors(
         L.Trainer(**settings, callbacks=[callback]).fit(module, SelectionDataModule(data, online_selection=False))
         steps = LoggedSteps(log)
         pairs = [(int(z), t) for h in horizons for t in [len(steps) - 1 - h] for z in steps.record(t).sample_ids[:n]]
-        found = error_proxy(log, queries=target, model=module, pairs=pairs, progress=False)
+        asked = data if queries is None else queries
+        found = error_proxy(log, queries=asked, model=module, target="mean", pairs=pairs, progress=False)
     return dict(found.curve()[1.0])

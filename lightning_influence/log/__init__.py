@@ -5,8 +5,8 @@
     rank-0/step-00000000.safetensors    the tensors of a step
     rank-0/NAME.safetensors             a named artifact
 
-An entry is first written under another name, renamed, and then gets its line in the index: what has no
-whole line is not there. A line holds the checksum of its file's header, and the header those of its
+An entry is first written under another name, renamed, and then gets its line in the index; an entry without a
+complete line does not count. A line holds the checksum of its file's header, and the header those of its
 tensors, so one tensor is read, and verified, without reading another. Nothing is ever unpickled, and
-neither reader nor writer follows a link, so a store from a stranger reaches nothing outside itself.
+neither reader nor writer follows a link, so a store from a stranger cannot make them touch a file outside it.
 """

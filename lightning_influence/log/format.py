@@ -68,6 +68,21 @@ def own_path(path: Path) -> Path:
     return path
 
 
+def refuse_undecodable(path: Path) -> None:
+    """Refuse a path whose bytes are no text, which other libraries cannot open.
+
+    Raises:
+        LogError: it is one.
+    """
+    try:
+        str(path).encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise LogError(
+            f"the path {str(path)!a} is not UTF-8, and the files of a log are opened by libraries that take no other; choose "
+            "another directory."
+        ) from error
+
+
 @contextmanager
 def decoding(what: Path | str) -> Iterator[None]:
     """Content whose checksum agrees and which still is not what a writer writes, as an error of the log.

@@ -21,8 +21,10 @@ from lightning_influence.log.format import (
     own_path,
     rank_names,
     read_index,
+    refuse_undecodable,
     told_as_log_error,
 )
+from lightning_influence.log.missing import read_missing
 from lightning_influence.log.shard import Shard
 
 
@@ -53,26 +55,33 @@ class _Manifest(dict[str, Any]):
 class StoreReader:
     """Random access to a store, one tensor at a time.
 
+    Attributes:
+        manifest: what the log is of.
+        ranks: number of processes that wrote it.
+        missing: what the run was to write and did not, and why.
+
     Raises:
         LogError: no directory, not a store, one of a newer format, or one that cannot be read.
         LogCorrupted: bytes that differ from those written; also raised by every method that reads.
     """
 
-    def __init__(self, dirpath: str | Path) -> None:
-        self._root = Path(dirpath)
+    def __init__(self, log: str | Path) -> None:
+        self._root = Path(log)
+        refuse_undecodable(self._root)
         with told_as_log_error(f"the log {self._root} cannot be read"):
             self.manifest: dict[str, Any] = self._read_manifest()
             self.ranks = self._count_ranks()
             self._ranks = [_Part(self._root / f"rank-{rank}") for rank in range(self.ranks)]
+            self.missing = {k: v for rank in self._ranks for k, v in rank.missing.items()}
         self._refuse_short_ranks()
 
     def _read_manifest(self) -> _Manifest:
         if not self._root.is_dir():
-            raise LogError(f"{self._root}: no such directory; give the dirpath of an InfluenceCallback.")
+            raise LogError(f"{self._root}: no such directory; give the directory that an InfluenceCallback wrote.")
         path = own_path(self._root / MANIFEST)
         if not path.exists():
             raise LogError(
-                f"{self._root} is not a log (it has no {MANIFEST}); give the dirpath of an InfluenceCallback."
+                f"{self._root} is not a log (it has no {MANIFEST}); give the directory that an InfluenceCallback wrote."
             )
         try:
             body = json.loads(_read_whole(path))
@@ -90,7 +99,7 @@ class StoreReader:
         return _Manifest(body["content"], path)
 
     def _count_ranks(self) -> int:
-        """The number of ranks that the manifest says, all of which are there and no other."""
+        """The number of ranks according to the manifest; the directories of all of them exist, and no other."""
         ranks, found = self.manifest["ranks"], rank_names(self._root)
         if ranks != len(found) or found != names_of(len(found)):
             raise LogCorrupted(
@@ -159,6 +168,7 @@ class _Part:
 
     def __init__(self, directory: Path) -> None:
         self._directory = directory
+        self.missing = read_missing(own_path(directory))
         try:
             entries = read_index(own_path(directory) / INDEX)
         except FileNotFoundError as error:

@@ -6,7 +6,8 @@ record: a step is in the log if and only if the optimizer took it.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -16,7 +17,7 @@ from torch import Tensor
 from lightning_influence.capture import GradientCapture
 from lightning_influence.capture.step import StepCollector, total_norm
 from lightning_influence.core.clipping import norm_coefficient
-from lightning_influence.core.coordinates import Keep, plan
+from lightning_influence.core.coordinates import Coordinates, choose_coordinates
 from lightning_influence.core.shares import Form
 from lightning_influence.core.trajectory import Clip, StepRecord
 from lightning_influence.errors import ConfigurationError
@@ -42,7 +43,7 @@ _CLIP_TOLERANCE = 1e-3
 
 @dataclass(frozen=True)
 class Compression:
-    """What is kept of the per-sample gradients (`compression.plan`)."""
+    """What is kept of the per-sample gradients (`coordinates.choose_coordinates`)."""
 
     kind: CompressionName = "auto"
     mask_size: int = 8192
@@ -64,6 +65,7 @@ class Recorder:
         collector: collects the steps.
         replay: what is written so that the run can be replayed; None for nothing. Of several processes, the first writes
             what they share.
+        guard: makes the context of what is done inside the optimizer's step, where an error would tear the run.
     """
 
     def __init__(
@@ -73,11 +75,12 @@ class Recorder:
         *,
         compression: Compression,
         replay: ReplaySettings | None,
+        guard: Callable[[], AbstractContextManager[None]] = nullcontext,
     ) -> None:
         self.collector, self.writer = collector, writer
         self.module, self.optimizer, self.ranks = collector.module, collector.optimizer, collector.ranks
         self.replay, self.compression = replay, compression
-        self.keeps: dict[str, Keep] | None = None
+        self.keeps: dict[str, Coordinates] | None = None
         self._with_moments = _with_moments(writer)  # parameters whose moments the present block of steps holds
         self._names = {id(p): name for name, p in self.module.named_parameters()}
         self._between = BetweenSteps(self.module)
@@ -87,7 +90,8 @@ class Recorder:
         self._noted: list[_Noted] = []
         self._pending: tuple[StepRecord, dict[str, Form], list[_Noted]] | None = None
         self._left_by_steps: Tensor | None = None
-        self._post_hook = self.optimizer.register_step_post_hook(lambda *_: self._stepped())
+        self._guard, self._first = guard, len(writer)  # the first step of this part of the run
+        self._post_hook = self.optimizer.register_step_post_hook(lambda *_: self._after_step())
 
     def begin(
         self,
@@ -139,25 +143,27 @@ class Recorder:
         record = self._kept_of(step.record)
         self._pending = record, {name: shares[name] for name in record.gradients}, noted
 
+    @property
+    def begun(self) -> bool:
+        """Whether a step was written."""
+        return self.writer.complete > self._first
+
     def close(self, *, finished: bool) -> None:
         """Write what is pending and let go of the optimizer.
 
         Args:
-            finished: the run ended as intended; the log then notes by which parameters.
+            finished: the run ended as intended, and every process has written all of its steps; the log then notes its last
+                parameters.
         """
         self._post_hook.remove()
         try:
-            if finished and len(self.writer):
+            if finished and len(self.writer) and self.ranks.rank == 0:
                 self._finish()
         finally:
             self.writer.close()
 
     def _finish(self) -> None:
-        """Note by which parameters the run ended, unless they are no longer those of its last step."""
-        self.writer.flush()
-        self.ranks.wait()  # the note also says that the log is whole, so every process has written its steps before it
-        if self.ranks.rank > 0:
-            return
+        """Note the parameters that the run ended with, and whether they are still those of its last step."""
         if self._left_by_steps is not None and not torch.equal(self._sums(), self._left_by_steps):
             self.writer.save(FINAL, {}, {"moved": True})
             return
@@ -193,7 +199,7 @@ class Recorder:
     def _plan(self, shares: dict[str, Form], capture: GradientCapture) -> dict[str, Form]:
         """Decide at the first step what is kept."""
         parameters = capture.parameters
-        keeps = plan(
+        keeps = choose_coordinates(
             shares,
             {name: tuple(parameters[name].shape) for name in shares},
             compression=self.compression.kind,
@@ -232,6 +238,12 @@ class Recorder:
         index = self.keeps[name].index
         return (values if index is None else values[index.to(values.device)]).to("cpu", copy=True)
 
+    def _after_step(self) -> None:
+        with self._guard():
+            self._stepped()
+            if len(self.writer) == self._first + 1:
+                self.writer.flush()  # what cannot be written is told at once
+
     def _stepped(self) -> None:
         """The optimizer took the step: its gradients are now the clipped ones."""
         if self._pending is None:
@@ -267,18 +279,18 @@ class Recorder:
 
 
 def _with_moments(writer: StoreWriter) -> set[str]:
-    """Parameters whose moments are already in the block of steps with which a log goes on."""
+    """Parameters whose moments are already in the last block of steps of a log that is continued."""
     begun = range(len(writer) // MOMENTS_EVERY * MOMENTS_EVERY, len(writer))
-    reader = StoreReader(writer.dirpath) if len(begun) else None
+    reader = StoreReader(writer.log) if len(begun) else None
     names = [name for index in begun for name in reader.names(index)] if reader is not None else []
     return {name.split("/", 2)[2] for name in names if name.startswith("moment/")}
 
 
 def _in_snapshots(writer: StoreWriter) -> set[str]:
-    """Parameters that the snapshots of a log hold with which a run goes on."""
+    """Parameters that the snapshots of a log hold, when a resumed run continues it."""
     if len(writer) == 0:
         return set()
-    reader = StoreReader(writer.dirpath)
+    reader = StoreReader(writer.log)
     snapshots = [name for name in reader.artifacts() if name.startswith(SNAPSHOT)]
     kind = "parameter/"
     names = reader.artifact_names(max(snapshots)) if snapshots else []

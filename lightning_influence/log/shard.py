@@ -100,7 +100,7 @@ def header_size(data: bytes) -> int:
 
 
 class Shard:
-    """A file of tensors, one of which is read, and held against its checksum, at a time.
+    """A file of tensors, read one at a time, each compared with its checksum.
 
     Args:
         fault: says of the header's bytes and the file's size why they are not those that were written, or None.

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import sys
 import zlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_influence.core.coordinates import Keep, pack_keep, unpack_keep
+from lightning_influence.core.coordinates import Coordinates, pack_coordinates, unpack_coordinates
 from lightning_influence.core.optimizers import UPDATES, Moments, coupling, effective_gradient
 from lightning_influence.core.removal import consumed_gradients
 from lightning_influence.core.shares import Form, Stack, pack, unpack
@@ -59,7 +59,7 @@ def pack_step(record: StepRecord, shares: Mapping[str, Shares], *, state: bool) 
     tensors = {
         "sample_ids": record.sample_ids,
         "loss_weights": record.loss_weights,
-        "micro_batches": record.micro_batches,
+        "micro_batches": record.micro_batch_numbers,
     }
     forms = {}
     for name, share in shares.items():
@@ -98,18 +98,18 @@ def pack_dynamics(dynamics: Dynamics | None) -> dict[str, Tensor]:
     return {} if dynamics is None else {f"dynamics/{name}": t for name, t in dynamics.columns().items()}
 
 
-def pack_layout(keeps: Mapping[str, Keep], optimizer: str) -> Packed:
+def pack_layout(keeps: Mapping[str, Coordinates], optimizer: str) -> Packed:
     """The artifact that says which coordinates of which parameters a log holds."""
     tensors: dict[str, Tensor] = {}
     forms: dict[str, Any] = {}
     for name, keep in keeps.items():
-        parts, forms[name] = pack_keep(keep)
+        parts, forms[name] = pack_coordinates(keep)
         tensors |= {f"{name}/{key}": value for key, value in parts.items()}
     return tensors, {"parameters": forms, "optimizer": optimizer}
 
 
 def checksum(parameter: Tensor) -> int:
-    """CRC32 of a parameter's bytes, by which a log knows the model it ended with."""
+    """CRC32 of a parameter's bytes, from which a log tells whether a model is the one that the run ended with."""
     return zlib.crc32(parameter.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
 
 
@@ -161,7 +161,7 @@ class LoggedSteps:
                 )
                 for m in noted
             ]
-        return [*moments] or [None] * len(record.micro_batches.unique())
+        return [*moments] or [None] * len(record.micro_batch_numbers.unique())
 
     def sample_ids(self, index: int) -> Tensor:
         """Samples ``(n,)`` that a step consumed."""
@@ -201,14 +201,14 @@ class LoggedSteps:
 
     def _stored(self, index: int) -> StepRecord:
         meta = self.reader.meta(index)
-        ids, weights, micro_batches = self._samples(index)
+        ids, weights, numbers = self._samples(index)
         hyper = {name: meta["hyper"][i] for name, i in meta["hyper_of"].items()}
         stored = set(self.reader.names(index))
         return StepRecord(
             index=index,
             sample_ids=ids,
             loss_weights=weights,
-            micro_batches=micro_batches,
+            micro_batch_numbers=numbers,
             gradients={name: self._state(index, f"gradient/{name}") for name in hyper if f"gradient/{name}" in stored},
             moments={},
             hyper=hyper,
@@ -263,7 +263,7 @@ class LoggedTrajectory(LoggedSteps):
             layout = self.reader.artifact_meta(LAYOUT)
             self.optimizer: str = layout["optimizer"]
             self.keeps = {
-                name: unpack_keep(form, self._layout_tensor(name)) for name, form in layout["parameters"].items()
+                name: unpack_coordinates(form, self._layout_tensor(name)) for name, form in layout["parameters"].items()
             }
             self.sizes = {name: (keep.size, keep.total) for name, keep in self.keeps.items()}
             _check_layout(self.optimizer, self.keeps, self.reader.manifest["shapes"])
@@ -276,6 +276,10 @@ class LoggedTrajectory(LoggedSteps):
         _expect(all(g.shape == (self.sizes[k][0],) for k, g in record.gradients.items()), "gradients of another size")
         _expect(record.gradients.keys() == self.reader.meta(index)["shares"].keys(), "gradients of other parameters")
         return record
+
+    @property
+    def starts(self) -> Sequence[int]:
+        return range(0, len(self), MOMENTS_EVERY)
 
     def shares(self, index: int) -> Mapping[str, Shares]:
         with decoding(f"step {index} of {self._log}"):
@@ -342,7 +346,7 @@ def _check_final(meta: Mapping[str, Any], manifest: Mapping[str, Any]) -> None:
     _expect(bool(meta.get("moved")) or meta["checksums"].keys() <= manifest["shapes"].keys(), "an unknown parameter")
 
 
-def _check_layout(optimizer: str, keeps: Mapping[str, Keep], shapes: Mapping[str, Any]) -> None:
+def _check_layout(optimizer: str, keeps: Mapping[str, Coordinates], shapes: Mapping[str, Any]) -> None:
     _expect(optimizer in UPDATES, "an unknown update")
     _expect(bool(keeps), "no parameters")
     for name, keep in keeps.items():
@@ -356,7 +360,7 @@ def _check_layout(optimizer: str, keeps: Mapping[str, Keep], shapes: Mapping[str
 
 
 def _check_record(record: StepRecord) -> None:
-    columns = (record.sample_ids, record.loss_weights, record.micro_batches)
+    columns = (record.sample_ids, record.loss_weights, record.micro_batch_numbers)
     _expect([c.dtype for c in columns] == [torch.int64, torch.float64, torch.int64], "samples of another type")
     _expect(all(c.shape == (len(record.sample_ids),) for c in columns), "samples of another shape")
     numbers = [v for hyper in record.hyper.values() for v in hyper.values()]

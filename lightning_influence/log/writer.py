@@ -30,26 +30,24 @@ from lightning_influence.log.format import (
     own_path,
     rank_names,
     read_index,
+    refuse_undecodable,
     step_name,
     told_as_log_error,
 )
+from lightning_influence.log.missing import MISSING
 from lightning_influence.log.reader import StoreReader
 from lightning_influence.log.shard import serialise
 
 _LOCK = "lock"
 _STOP = object()
 _SMALL = 2**16  # bytes of a tensor that is copied before it is written
-_LOST = (
-    f"its {INDEX} was deleted, replaced or cut while the run wrote to it, so steps are lost. Keep everything else out of "
-    "the directory while a run writes there, and run again."
-)
 
 
 class StoreWriter:
     """Appends to a store from a background thread whose backlog is bounded.
 
     Args:
-        dirpath: the store's directory, created where needed.
+        log: the log's directory, created where needed.
         rank, ranks: whose part of the store this is, and of how many; every process writes its own.
         existing: what to do where the directory already holds a store.
         max_pending_bytes: backlog at which `append` waits for the disk.
@@ -61,25 +59,31 @@ class StoreWriter:
 
     def __init__(
         self,
-        dirpath: str | Path,
+        log: str | Path,
         *,
         rank: int = 0,
         ranks: int = 1,
         existing: Literal["error", "overwrite", "resume"] = "error",
         max_pending_bytes: int = 2**28,
     ) -> None:
-        self._root, self._rank, self._ranks = Path(dirpath), rank, ranks
+        self._root, self._rank, self._ranks = Path(log), rank, ranks
         self._dir = self._root / f"rank-{rank}"
+        self._manifest_written = False
+        refuse_undecodable(self._root)
         with ExitStack() as undo, self._told():
-            self._refuse_existing(existing)
+            if existing == "error":
+                self._refuse_existing()
             own_path(self._dir).mkdir(parents=True, exist_ok=True)
             self._lock = undo.enter_context(self._locked())
             if existing == "overwrite":
                 self._clear()
+            elif existing == "error" and rank == 0:
+                self._clear_unbegun()
             self._refuse_other_ranks()
             index = self._dir / INDEX
             self._entries = read_index(index) if existing == "resume" and index.exists() else []
             self._steps = sum("step" in entry for entry in self._entries)
+            (self._dir / MISSING).unlink(missing_ok=True)
             self._index = self._begin_index()
             undo.pop_all()
         self._limit, self._pending = max_pending_bytes, 0
@@ -92,10 +96,18 @@ class StoreWriter:
     def _told(self) -> AbstractContextManager[None]:
         return told_as_log_error(f"cannot write a log to {self._root}")
 
-    def _refuse_existing(self, existing: str) -> None:
-        if existing == "error" and (self._root / MANIFEST).exists():
+    def _refuse_existing(self) -> None:
+        """Refuse a directory that holds steps, or a log that cannot be read."""
+        manifest = (self._root / MANIFEST).exists()
+        held = (
+            len(StoreReader(self._root))
+            if manifest
+            else max(map(_steps_in, self._root.glob("rank-*/" + INDEX)), default=0)
+        )
+        if held:
+            without = "" if manifest else f", without its {MANIFEST}"
             raise LogError(
-                f"{self._root} already holds a log of {len(StoreReader(self._root))} steps; choose another directory, or "
+                f"{self._root} already holds a log of {held} steps{without}; choose another directory, or "
                 "say existing='overwrite' or existing='resume'."
             )
 
@@ -118,6 +130,12 @@ class StoreWriter:
             if path.name != _LOCK:
                 _remove(path)
 
+    def _clear_unbegun(self) -> None:
+        """Remove the parts of more processes of a run that could not begin."""
+        for name in rank_names(self._root) - names_of(self._ranks):
+            if {path.name for path in (self._root / name).iterdir()} <= {_LOCK, INDEX, MISSING}:
+                _remove(self._root / name)
+
     def _refuse_other_ranks(self) -> None:
         others = rank_names(self._root) - names_of(self._ranks)
         if others and self._rank == 0:  # which has removed those that are overwritten; the others do not wait for it
@@ -127,9 +145,19 @@ class StoreWriter:
             )
 
     @property
-    def dirpath(self) -> Path:
+    def log(self) -> Path:
         """The store's directory."""
         return self._root
+
+    @property
+    def part(self) -> Path:
+        """The directory of this rank's part of it."""
+        return self._dir
+
+    @property
+    def complete(self) -> int:
+        """Steps that are on disk."""
+        return sum("step" in entry for entry in self._entries)
 
     def __len__(self) -> int:
         """Steps appended so far."""
@@ -145,6 +173,7 @@ class StoreWriter:
         body["crc32"] = zlib.crc32(json.dumps(body, sort_keys=True).encode())
         with self._told():
             _replace(self._root / MANIFEST, [json.dumps(body, indent=2).encode()])
+        self._manifest_written = True
 
     def append(self, step: int, tensors: Mapping[str, Tensor], meta: dict[str, Any]) -> None:
         """Append the next step. The tensors belong to the writer from here on.
@@ -254,7 +283,13 @@ class StoreWriter:
     def _fail(self, error: BaseException) -> None:
         """Keep the first error for whoever calls next."""
         if self._error is None:
-            why = f"{error}. It can be read up to its last complete step." if self._is_kept() else _LOST
+            lost = self._lost()
+            why = f"{error}. It can be read up to its last complete step."
+            if lost is not None:
+                why = (
+                    f"its {lost} was deleted, replaced or cut while the run wrote to it, so steps are lost. Keep everything else "
+                    "out of the directory while a run writes there, and run again."
+                )
             self._error = LogError(f"the log {self._root} could not be written: {why}")
             self._error.__cause__ = error
 
@@ -275,27 +310,34 @@ class StoreWriter:
             self._index.close()
 
     def _refuse_lost(self) -> None:
-        if not self._is_kept():
-            raise FileNotFoundError(self._dir / INDEX)
+        if lost := self._lost():
+            raise FileNotFoundError(lost)
 
-    def _is_kept(self) -> bool:
-        """Whether the index on disk is still the one that is being written: an open file can be written after it was
-        deleted, and nobody would notice.
+    def _lost(self) -> str | None:
+        """What on disk is no longer what is being written: an open index can be written after it was deleted, and nobody would
+        notice, and without the manifest nothing can be read.
         """
+        if self._manifest_written and not (self._root / MANIFEST).exists():
+            return MANIFEST
         try:
             found = os.lstat(self._dir / INDEX)
         except OSError:
-            return False
-        return os.path.samestat(found, os.fstat(self._index.fileno())) and found.st_size >= self._written
+            return INDEX
+        kept = os.path.samestat(found, os.fstat(self._index.fileno())) and found.st_size >= self._written
+        return None if kept else INDEX
 
 
 def _replace(path: Path, parts: Sequence[bytes | memoryview]) -> None:
     temporary = path.with_name(f".{path.name}.tmp")
     temporary.unlink(missing_ok=True)  # of a run that was killed; or a link, which must not be written through
-    with open(temporary, "xb", buffering=0) as file:
-        for part in _joined(parts):
-            _write_whole(file, part)
-    os.replace(temporary, path)
+    try:
+        with open(temporary, "xb", buffering=0) as file:
+            for part in _joined(parts):
+                _write_whole(file, part)
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)  # on a disk that is full, it leaves room to say so
+        raise
 
 
 def _joined(parts: Sequence[bytes | memoryview]) -> Iterator[bytes | memoryview]:
@@ -316,6 +358,10 @@ def _write_whole(file: RawIOBase, part: bytes | memoryview) -> None:
     rest = memoryview(part)
     while len(rest):
         rest = rest[file.write(rest) :]
+
+
+def _steps_in(index: Path) -> int:
+    return sum("step" in entry for entry in read_index(index))
 
 
 def _remove(path: Path) -> None:

@@ -19,7 +19,7 @@ from lightning_influence.core.trajectory import Vectors
 from lightning_influence.errors import ConfigurationError
 from lightning_influence.replay.measured_removals import MeasuredRemovals
 from lightning_influence.replay.passes import Pass, Passes, leaves_of
-from lightning_influence.replay.plan import ReplayMicroBatch, ReplayStep, State
+from lightning_influence.replay.plan import PlannedMicroBatch, PlannedStep, State
 
 StoppedPaths = Literal["none", "followed", "not followed"]
 
@@ -86,7 +86,12 @@ class StepEvaluator:
             self._removals.found.measure(str(error))
             return None
 
-    def evaluate(self, planned: ReplayStep, state: State) -> Evaluation:
+    @property
+    def half(self) -> bool:
+        """Whether steps are evaluated in half precision."""
+        return self._passes.half
+
+    def evaluate(self, planned: PlannedStep, state: State) -> Evaluation:
         """Gradients and shares of a step, by the module's own training step."""
         leaves = leaves_of(state.parameters)
         stopped = leaves_of(state.parameters) if self.exact and self.stopped_paths == "followed" else {}
@@ -115,7 +120,13 @@ class StepEvaluator:
             form = partial(dict[str, Form], shares)
         return Evaluation(gradients, graph, shares is None, buffers[-1], form)
 
-    def nbytes(self, planned: ReplayStep, state: State) -> int:
+    def gradients(self, planned: PlannedStep, state: State) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """The gradients of a step, as `evaluate` finds them, and the buffers after it."""
+        with differentiable_attention() if self.exact else nullcontext():
+            one = self._passes.whole(planned, state)
+        return {k: g for k, g in one.gradients.items() if not planned.hyper or k in planned.hyper}, one.buffers
+
+    def nbytes(self, planned: PlannedStep, state: State) -> int:
         """Bytes that it takes to keep a step's evaluation; about the same for every step."""
         with _saved_bytes() as saved:
             evaluation = self.evaluate(planned, state)
@@ -128,7 +139,7 @@ class StepEvaluator:
         self,
         leaves: dict[str, Tensor],
         buffers: Mapping[str, Tensor],
-        micro_batch: ReplayMicroBatch,
+        micro_batch: PlannedMicroBatch,
         stopped: dict[str, Tensor],
     ) -> Pass:
         """A pass with its shares, while hooks can give them."""
@@ -144,7 +155,7 @@ class StepEvaluator:
 
     def _verified(
         self,
-        planned: ReplayStep,
+        planned: PlannedStep,
         state: State,
         buffers: Sequence[Mapping[str, Tensor]],
         gradients: Vectors,
@@ -156,7 +167,7 @@ class StepEvaluator:
         shares = {k: _stacked([part[k] for part in captured]) for k in captured[0] if k in gradients}
         return shares if self._removals.agree(planned, state.parameters, buffers, gradients, shares) else None
 
-    def _paths_to_follow(self, planned: ReplayStep, state: State, graph: GradientGraph) -> StoppedPaths:
+    def _paths_to_follow(self, planned: PlannedStep, state: State, graph: GradientGraph) -> StoppedPaths:
         """What has to be done about paths that the loss stops: nothing where following them changes no product; otherwise
         they are followed, if the products are then those of a finite difference.
         """

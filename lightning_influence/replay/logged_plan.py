@@ -21,7 +21,7 @@ from lightning_influence.log.format import decoding
 from lightning_influence.log.reader import StoreReader
 from lightning_influence.log.snapshots import SNAPSHOT, snapshot_name
 from lightning_influence.log.steps import LoggedSteps
-from lightning_influence.replay.plan import ReplayMicroBatch, ReplayStep, State
+from lightning_influence.replay.plan import PlannedMicroBatch, PlannedStep, State
 from lightning_influence.run.batches import fingerprint, unpack_batch
 from lightning_influence.run.data import TrainingData
 from lightning_influence.run.random_state import random_state
@@ -68,7 +68,7 @@ class LoggedPlan:
     def sample_ids(self, index: int) -> Tensor:
         return self._steps.sample_ids(index)
 
-    def step(self, index: int) -> ReplayStep:
+    def step(self, index: int) -> PlannedStep:
         record = self._steps.record(index)
         with decoding(f"step {index}"):
             recorded = [
@@ -76,7 +76,7 @@ class LoggedPlan:
                 for rank in range(self._reader.ranks)
                 for number, told in enumerate(self._reader.meta(index, rank)["micro_batches"])
             ]
-            positions = [record.micro_batches == position for position in range(len(recorded))]
+            positions = [record.micro_batch_numbers == position for position in range(len(recorded))]
             weights = [record.loss_weights[here] for here in positions]
             factors = [float(w.sum() if record.averaged else w[0]) for w in weights]
         micro_batches = []
@@ -88,12 +88,12 @@ class LoggedPlan:
             batch = self._batch(read, number, told, ids)
             less = self._less(read, number, told, ids)
             random = read.generators(f"random/{number}/")
-            micro_batches.append(ReplayMicroBatch(batch, moment, factor, int(here.sum()), random, less))
-        return ReplayStep(
+            micro_batches.append(PlannedMicroBatch(batch, moment, factor, int(here.sum()), random, less))
+        return PlannedStep(
             micro_batches,
             record.sample_ids,
             record.loss_weights,
-            record.micro_batches,
+            record.micro_batch_numbers,
             record.hyper,
             record.clip,
             record.averaged,
@@ -121,6 +121,13 @@ class LoggedPlan:
         ordered = {k: tuple(moments.get(k, {})[i] for i in sorted(moments.get(k, {}))) for k in found["parameter"]}
         return State(found["parameter"], ordered, found["buffer"])
 
+    def parameters(self, index: int) -> dict[str, Tensor]:
+        artifact, kind = snapshot_name(index), "parameter/"
+        with decoding(f"the snapshot before step {index}"):
+            held = [n.removeprefix(kind) for n in self._reader.artifact_names(artifact) if n.startswith(kind)]
+            starts = {k: artifact if k in held else snapshot_name(start) for k, start in self._first_in.items()}
+            return {k: self._reader.artifact(a, kind + k).to(self._module.device) for k, a in starts.items()}
+
     def _batch(self, read: _Read, number: int, told: dict[str, Any], ids: list[int]) -> Any:
         module = self._module
         if "structure" in told:
@@ -142,16 +149,26 @@ class LoggedPlan:
             )
         return batch
 
-    def _less(self, read: _Read, number: int, told: dict[str, Any], ids: list[int]) -> Callable[[int], Any] | None:
-        """The batch without a sample, where it is not the batch without the sample's rows."""
+    def _less(
+        self, read: _Read, number: int, told: dict[str, Any], ids: list[int]
+    ) -> Callable[[frozenset[int]], Any] | None:
+        """The batch without some samples, where it is not the batch without their rows."""
         if told.get("recollated"):
-            return lambda z: self._collated(read, number, [i for i in ids if i != z])
+            return lambda gone: self._collated(read, number, [i for i in ids if i not in gone])
         structures = told.get("less")
         if not structures:
             return None
         module = self._module
 
-        def stored(z: int) -> Any:
+        def stored(gone: frozenset[int]) -> Any:
+            here = gone.intersection(ids)
+            if len(here) > 1:
+                raise ConfigurationError(
+                    f"step {read.index} relates its samples (a graph), and of its batch the log holds what is left without one "
+                    f"sample, not without the {len(here)} that a group has in it. Record with "
+                    "InfluenceCallback(store_batches=False), so that batches are collated from the data, or leave groups out."
+                )
+            (z,) = here
             with decoding(f"a batch of step {read.index}"):
                 batch = unpack_batch(structures[str(z)], lambda key: read.tensor(f"less/{number}/{z}/{key}"))
             return module.transfer_batch_to_device(batch, module.device, 0)

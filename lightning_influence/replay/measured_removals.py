@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 import warnings
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Literal
@@ -12,12 +12,13 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from lightning_influence.core.removal import removal
+from lightning_influence.core.removal import gradient_change
+from lightning_influence.core.removal_sets import EVERY_SAMPLE, RemovalSets
 from lightning_influence.core.shares import Dense, Form
 from lightning_influence.core.trajectory import StepRecord, Vectors
 from lightning_influence.replay.passes import Passes, leaves_of
-from lightning_influence.replay.plan import Plan, ReplayMicroBatch, ReplayStep
-from lightning_influence.replay.removals import Removals, not_the_sum
+from lightning_influence.replay.plan import Plan, PlannedMicroBatch, PlannedStep
+from lightning_influence.replay.removals import RemovalCheck, not_the_sum
 from lightning_influence.run.batches import without
 
 _LONG = 10  # seconds of measuring that are announced
@@ -30,7 +31,7 @@ class MeasuredRemovals:
         plan: of the run.
         found: what is known of the run's removals, and is added to.
         counterfactual: of the removals.
-        samples: the only ones whose removals are measured; None for all.
+        sets: what is removed.
         announce: warn where measuring will take long.
 
     Attributes:
@@ -41,24 +42,23 @@ class MeasuredRemovals:
         self,
         passes: Passes,
         plan: Plan,
-        found: Removals,
+        found: RemovalCheck,
         *,
         counterfactual: Literal["drop", "zero"] = "drop",
-        samples: Collection[int] | None = None,
+        sets: RemovalSets = EVERY_SAMPLE,
         announce: bool = True,
     ) -> None:
         self._passes, self._plan, self.found, self._counterfactual = passes, plan, found, counterfactual
-        self._samples = None if samples is None else set(samples)
+        self._sets = sets
         self._to_announce = announce
 
     def asked(self, sample_ids: Tensor) -> Tensor:
-        """Those whose removal is asked for, each once, in order of first appearance."""
-        each = list(dict.fromkeys(sample_ids.tolist()))
-        return torch.tensor([z for z in each if self._samples is None or z in self._samples], dtype=torch.int64)
+        """The sets, by number, whose removal from a step of these samples is asked for."""
+        return self._sets.within(sample_ids).sets
 
     def agree(
         self,
-        planned: ReplayStep,
+        planned: PlannedStep,
         parameters: Mapping[str, Tensor],
         buffers: Sequence[Mapping[str, Tensor]],
         gradients: Vectors,
@@ -89,29 +89,31 @@ class MeasuredRemovals:
 
     def form(
         self,
-        planned: ReplayStep,
+        planned: PlannedStep,
         parameters: Mapping[str, Tensor],
         buffers: Sequence[Mapping[str, Tensor]],
         gradients: Vectors,
     ) -> dict[str, Form]:
         """The change of the gradient by every removal that is asked for, in place of shares."""
-        samples = self.asked(planned.sample_ids)
+        sets = self.asked(planned.sample_ids)
         started = time.perf_counter()
-        changes = self._changes(planned, parameters, buffers, gradients, samples)
-        self._announce((time.perf_counter() - started) / max(len(samples), 1))
+        changes = self._changes(planned, parameters, buffers, gradients, sets)
+        self._announce((time.perf_counter() - started) / max(len(sets), 1))
         return {k: Dense(rows) for k, rows in changes.items()}
 
     def _verify(
         self,
-        planned: ReplayStep,
+        planned: PlannedStep,
         parameters: Mapping[str, Tensor],
         buffers: Sequence[Mapping[str, Tensor]],
         gradients: Vectors,
         shares: Mapping[str, Form],
     ) -> None:
         """Hold what shares say of the first, the middle and the last sample against evaluations without them."""
-        record = StepRecord(0, planned.sample_ids, planned.loss_weights, planned.numbers, {}, {}, {}, planned.averaged)
-        removed = removal(record, self._counterfactual)
+        record = StepRecord(
+            0, planned.sample_ids, planned.loss_weights, planned.micro_batch_numbers, {}, {}, {}, planned.averaged
+        )
+        removed = gradient_change(record, self._counterfactual)
         chosen = sorted({0, len(removed) // 2, len(removed) - 1})
         measured = self._changes(planned, parameters, buffers, gradients, removed.sample_ids[chosen])
         totals = {k: removed.totals(s, gradients[k].flatten()) for k, s in shares.items()}
@@ -124,23 +126,23 @@ class MeasuredRemovals:
 
     def _changes(
         self,
-        planned: ReplayStep,
+        planned: PlannedStep,
         parameters: Mapping[str, Tensor],
         buffers: Sequence[Mapping[str, Tensor]],
         gradients: Vectors,
-        samples: Tensor,
+        sets: Tensor,
     ) -> Vectors:
-        """``e_z = grad L(B without z) - grad L(B)`` ``(len(samples), d)`` each."""
+        """``e_z = grad L(B without z) - grad L(B)`` ``(len(sets), d)`` each, of sets by number."""
         leaves = leaves_of(parameters)
         rows: list[Vectors] = []
-        for z in samples.tolist():
+        for gone in map(self._sets.members, sets.tolist()):
             change = {k: torch.zeros_like(g) for k, g in gradients.items()}
             for number, micro_batch in enumerate(planned.micro_batches):
-                if not (planned.sample_ids[planned.numbers == number] == z).any():
+                if gone.isdisjoint(planned.sample_ids[planned.micro_batch_numbers == number].tolist()):
                     continue
                 evaluate = partial(self._passes.run, leaves, buffers[number])
                 whole = evaluate(micro_batch).gradients
-                less = self._without(planned, number, micro_batch, z)
+                less = self._without(planned, number, micro_batch, gone)
                 rest = {} if less is None else evaluate(less).gradients
                 for k, total in change.items():
                     total += rest.get(k, 0.0) - whole.get(k, 0.0)  # type: ignore[operator]
@@ -150,11 +152,11 @@ class MeasuredRemovals:
         return {k: torch.stack([row[k] for row in rows]) for k in gradients}
 
     def _without(
-        self, planned: ReplayStep, number: int, micro_batch: ReplayMicroBatch, z: int
-    ) -> ReplayMicroBatch | None:
-        """A micro-batch without a sample; None where nothing is left of it."""
-        here = planned.numbers == number
-        own = (planned.sample_ids[here] == z).nonzero()[:, 0]
+        self, planned: PlannedStep, number: int, micro_batch: PlannedMicroBatch, gone: frozenset[int]
+    ) -> PlannedMicroBatch | None:
+        """A micro-batch without some samples; None where nothing is left of it."""
+        here = planned.micro_batch_numbers == number
+        own = torch.isin(planned.sample_ids[here], torch.tensor(sorted(gone))).nonzero()[:, 0]
         if len(own) == micro_batch.n_samples:
             return None
         factor = micro_batch.factor
@@ -164,7 +166,7 @@ class MeasuredRemovals:
         if micro_batch.less is None:
             batch = without(micro_batch.batch, own, micro_batch.n_samples)
         else:
-            batch = micro_batch.less(z)
+            batch = micro_batch.less(gone)
         return replace(micro_batch, batch=batch, n_samples=micro_batch.n_samples - len(own), factor=factor)
 
     def _announce(self, seconds: float) -> None:

@@ -15,7 +15,7 @@ from torch import Tensor
 from lightning_influence.capture import GradientCapture
 from lightning_influence.core.shares import Form
 from lightning_influence.core.trajectory import Vectors
-from lightning_influence.replay.plan import ReplayMicroBatch, ReplayStep, State
+from lightning_influence.replay.plan import PlannedMicroBatch, PlannedStep, State
 from lightning_influence.replay.stopped_paths import NotedPaths, OpenPaths, StopWatch
 from lightning_influence.run.random_state import read_random_state, write_random_state
 from lightning_influence.run.training_step import at_moment, placed, set_modes, training_loss
@@ -52,7 +52,7 @@ class Passes:
         self.module, self._autocast = module, autocast
         self.half = False
 
-    def loss(self, micro_batch: ReplayMicroBatch) -> Tensor:
+    def loss(self, micro_batch: PlannedMicroBatch) -> Tensor:
         """A micro-batch's part in the loss of its step, at what the module now holds."""
         set_modes(self.module, micro_batch.moment.in_eval)
         if micro_batch.random is not None:
@@ -62,7 +62,7 @@ class Passes:
             loss = training_loss(self.module, micro_batch.batch, micro_batch.moment.batch_idx)
         return loss * micro_batch.factor
 
-    def loss_at(self, micro_batch: ReplayMicroBatch, state: State) -> Callable[[dict[str, Tensor]], Tensor]:
+    def loss_at(self, micro_batch: PlannedMicroBatch, state: State) -> Callable[[dict[str, Tensor]], Tensor]:
         """`loss` as a function of parameters, the others as in a state."""
 
         def loss(values: dict[str, Tensor]) -> Tensor:
@@ -75,7 +75,7 @@ class Passes:
         self,
         leaves: dict[str, Tensor],
         buffers: Mapping[str, Tensor],
-        micro_batch: ReplayMicroBatch,
+        micro_batch: PlannedMicroBatch,
         *,
         exact: bool = False,
         capture: GradientCapture | None = None,
@@ -111,17 +111,17 @@ class Passes:
         present = {k: g for k, g in zip(leaves, gradients, strict=True) if g is not None}
         return Pass(present, shares, {k: inside[k].detach() for k in buffers})
 
-    def gradient(self, planned: ReplayStep, state: State) -> dict[str, Tensor]:
-        """The gradient of a whole step, by parameter and in its shape."""
+    def whole(self, planned: PlannedStep, state: State) -> Pass:
+        """The gradient of a whole step, by parameter and in its shape, and the buffers after it, without shares."""
         total: dict[str, Tensor] = {}
         leaves, buffers = leaves_of(state.parameters), state.buffers
         for micro_batch in planned.micro_batches:
             one = self.run(leaves, buffers, micro_batch)
             buffers = one.buffers
             total |= {k: total[k] + g if k in total else g for k, g in one.gradients.items()}
-        return total
+        return Pass(total, None, dict(buffers))
 
-    def slope(self, planned: ReplayStep, state: State, direction: Vectors) -> Vectors:
+    def slope(self, planned: PlannedStep, state: State, direction: Vectors) -> Vectors:
         """Central difference of a step's gradient along a direction of the parameters, by name and in their shapes."""
         length = math.sqrt(sum(float(d.double().square().sum()) for d in direction.values()))
         own = math.sqrt(sum(float(p.double().square().sum()) for p in state.parameters.values()))
@@ -130,11 +130,11 @@ class Passes:
         sides: list[dict[str, Tensor]] = []
         for sign in (size, -size):
             moved = {k: p + sign * direction[k] if k in direction else p for k, p in state.parameters.items()}
-            sides.append(self.gradient(planned, replace(state, parameters=moved)))
+            sides.append(self.whole(planned, replace(state, parameters=moved)).gradients)
         return {k: (sides[0][k] - sides[1][k]) / (2 * size) for k in sides[0]}
 
     def stop_paths(
-        self, planned: ReplayStep, leaves: dict[str, Tensor], buffers: Sequence[Mapping[str, Tensor]]
+        self, planned: PlannedStep, leaves: dict[str, Tensor], buffers: Sequence[Mapping[str, Tensor]]
     ) -> bool:
         """Whether the training step stops a path from a parameter, by ``detach`` or ``no_grad``."""
         watch = StopWatch()
@@ -144,13 +144,13 @@ class Passes:
         return watch.seen
 
     def draw(
-        self, planned: ReplayStep, parameters: Mapping[str, Tensor], buffers: Sequence[Mapping[str, Tensor]]
+        self, planned: PlannedStep, parameters: Mapping[str, Tensor], buffers: Sequence[Mapping[str, Tensor]]
     ) -> bool:
         """Whether the training step draws random numbers, for one of the micro-batches."""
         return any(self._draws(planned, parameters, buffers))
 
     def _draws(
-        self, planned: ReplayStep, parameters: Mapping[str, Tensor], buffers: Sequence[Mapping[str, Tensor]]
+        self, planned: PlannedStep, parameters: Mapping[str, Tensor], buffers: Sequence[Mapping[str, Tensor]]
     ) -> Iterator[bool]:
         for micro_batch, before in zip(planned.micro_batches, buffers[:-1], strict=True):
             with torch.no_grad(), placed(self.module, {**parameters, **copies(before)}):

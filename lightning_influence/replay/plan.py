@@ -23,7 +23,7 @@ class State:
 
 
 @dataclass(frozen=True)
-class ReplayMicroBatch:
+class PlannedMicroBatch:
     """One forward and backward pass.
 
     Attributes:
@@ -31,7 +31,7 @@ class ReplayMicroBatch:
         factor: of its loss in the step's loss.
         n_samples: in the batch.
         random: the generators' states before its training step; None to leave them.
-        less: gives the batch without a sample, by its id; None where that is the batch without its rows.
+        less: gives the batch without some samples, by their ids; None where that is the batch without their rows.
     """
 
     batch: Any
@@ -39,21 +39,21 @@ class ReplayMicroBatch:
     factor: float
     n_samples: int
     random: Mapping[str, Tensor] | None = None
-    less: Callable[[int], Any] | None = None
+    less: Callable[[frozenset[int]], Any] | None = None
 
 
 @dataclass(frozen=True)
-class ReplayStep:
+class PlannedStep:
     """What one optimizer step consumed; the fields of `StepRecord` that do not follow from running it.
 
     Attributes:
         clip: its ``raw_norm`` is the recorded one, against which the replay is checked; 0 if unknown.
     """
 
-    micro_batches: Sequence[ReplayMicroBatch]
+    micro_batches: Sequence[PlannedMicroBatch]
     sample_ids: Tensor
     loss_weights: Tensor
-    numbers: Tensor
+    micro_batch_numbers: Tensor
     hyper: Mapping[str, Hyper]
     clip: Clip
     averaged: bool
@@ -73,8 +73,11 @@ class Plan(Protocol):
     def sample_ids(self, index: int) -> Tensor:
         """Samples ``(n,)`` that a step consumed."""
 
-    def step(self, index: int) -> ReplayStep:
+    def step(self, index: int) -> PlannedStep:
         """What a step consumed."""
 
     def snapshot(self, index: int) -> State:
         """The state before a step of `snapshots`."""
+
+    def parameters(self, index: int) -> dict[str, Tensor]:
+        """Of `snapshot`, the parameters alone."""

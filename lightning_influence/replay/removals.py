@@ -1,4 +1,4 @@
-"""What is known of the removals of a replay: from shares that were verified, or measured by evaluating steps again."""
+"""Whether the removals of a replay follow from shares, which are verified, or are measured by evaluating steps again."""
 
 from __future__ import annotations
 
@@ -7,19 +7,18 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from lightning_influence.core.trajectory import Shares, Vectors
+from lightning_influence.capture.sums import first_disagreement
+from lightning_influence.core.shares import Block, Form
+from lightning_influence.core.trajectory import Vectors
 
 _TOLERANCE = 1e-3  # relative to the change that a removal makes
 _TOLERANCE_HALF = 5e-2  # of gradients in half precision
 _NOISE = 1e-6  # relative to the gradient: what single precision leaves of a difference
-_SUM_TOLERANCE = 1e-2
-_BLOCK = 4  # coordinates along each of the two ends of a parameter that are summed at every step
 
 
 @dataclass
-class Removals:
+class RemovalCheck:
     """How the changes of the gradient by removals are found.
 
     Attributes:
@@ -46,7 +45,7 @@ class Removals:
         self.reason = self.reason or reason
 
     def compare(self, predicted: Vectors, measured: Vectors, gradients: Vectors, *, autocast: bool = False) -> None:
-        """Hold the change that shares give for one sample against the measured one; measure from now on if they differ.
+        """Compare the change that shares give for one sample with the measured one; measure from now on if they differ.
 
         Args:
             autocast: whether the step was evaluated in half precision.
@@ -72,26 +71,12 @@ class Removals:
         }
 
 
-def not_the_sum(shares: Mapping[str, Shares], gradients: Vectors) -> str | None:
+def not_the_sum(shares: Mapping[str, Form], gradients: Vectors) -> str | None:
     """The first parameter of whose gradient the shares are not additive parts, seen on a small block of coordinates."""
-    scale = max((float(g.abs().max()) for g in gradients.values() if g.numel()), default=0.0)
-    for name, share in shares.items():
-        gradient = gradients[name]
-        block = _block(gradient)
-        total = share.at(block).combine(torch.ones(1, share.n_samples).to(gradient))[0]  # type: ignore[attr-defined]
-        expected = gradient.flatten()[block]
-        if float((total - expected).norm()) > _SUM_TOLERANCE * float(expected.norm()) + 1e-5 * scale:
-            return name
-    return None
-
-
-def _block(parameter: Tensor) -> Tensor:
-    """Flat coordinates of a few rows times a few columns."""
-    rows, columns = parameter.shape[0] if parameter.dim() else 1, -1
-    columns = parameter.numel() // max(rows, 1)
-    row = torch.arange(0, rows, max(1, rows // _BLOCK), device=parameter.device)
-    column = torch.arange(0, columns, max(1, columns // _BLOCK), device=parameter.device)
-    return (row[:, None] * columns + column).flatten()
+    blocks = {k: Block.of(gradients[k]) for k in shares}
+    sums = ((k, s.sum_at(blocks[k]), blocks[k].select(gradients[k])) for k, s in shares.items())
+    found = first_disagreement(sums, _norm(gradients))
+    return None if found is None else found.parameter
 
 
 def _norm(tensors: Vectors) -> float:

@@ -16,6 +16,9 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
+_LEAVING = (Tensor.numpy, Tensor.__array__)
+"""Out of torch, where no path can be followed."""
+
 _DETACHING = (Tensor.detach, torch.detach, Tensor.data.__get__)  # type: ignore[attr-defined]
 
 
@@ -26,6 +29,9 @@ class _StopMode(TorchFunctionMode):
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
+        if func in _LEAVING:
+            with torch._C.DisableTorchFunction():
+                args = (args[0].detach(), *args[1:])
         if _stops(func, args, kwargs):
             return self.at_stop(func, args, kwargs)
         return func(*args, **kwargs)

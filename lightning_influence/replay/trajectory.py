@@ -7,49 +7,36 @@ look-ahead, from the batches to come.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import replace
 from typing import Any, Literal
 
 import torch
 from lightning import LightningModule
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from lightning_influence.capture import freeze_batch_norm, refuse_compiled
 from lightning_influence.core.curvature import GradientGraph, gauss_newton_product, hessian_product, third_derivative
-from lightning_influence.core.optimizers import UPDATES, coupling, step
-from lightning_influence.core.removal import consumed_gradients
-from lightning_influence.core.trajectory import Clip, Shares, StepRecord, Vectors
-from lightning_influence.errors import CurvatureUnavailable, ReplayDrift
-from lightning_influence.replay.evaluation import Evaluation, StepEvaluator, StoppedPaths, distance
+from lightning_influence.core.optimizers import coupling
+from lightning_influence.core.removal_sets import EVERY_SAMPLE, RemovalSets
+from lightning_influence.core.trajectory import Shares, StepRecord, Vectors
+from lightning_influence.errors import CurvatureUnavailable
+from lightning_influence.replay.evaluation import StepEvaluator, StoppedPaths, distance
 from lightning_influence.replay.measured_removals import MeasuredRemovals
 from lightning_influence.replay.passes import Passes, copies
-from lightning_influence.replay.plan import Plan, ReplayStep, State
-from lightning_influence.replay.removals import Removals
+from lightning_influence.replay.plan import Plan
+from lightning_influence.replay.removals import RemovalCheck
+from lightning_influence.replay.states import States
+from lightning_influence.replay.token_products import TokenProducts, token_products
 from lightning_influence.run.random_state import random_state
 from lightning_influence.run.training_step import placed, quiet
+from lightning_influence.run.unchanged import unchanged
 
-_TOLERANCE = 1e-2  # of a segment's movement
-_NORM_TOLERANCE = 1e-3  # of a gradient's norm
-_CACHE_BYTES = 2**30  # of the evaluations of one segment
 _AT_ONCE = 32  # vectors carried through the network together
 _AT_ONCE_BYTES = 2**26  # that they may save on their way
 _MANY = 16  # vectors for which it pays to run a step once more
 _SAME = 1e-4  # relative difference of two products that say the same
-
-
-@dataclass
-class _Segment:
-    """The steps from one snapshot to the next, replayed, with the state they end in; evaluations are kept while they
-    fit.
-    """
-
-    start: int
-    states: list[State]
-    records: list[StepRecord]
-    evaluations: dict[int, Evaluation]
 
 
 class ReplayTrajectory:
@@ -68,15 +55,16 @@ class ReplayTrajectory:
         at_once: vectors carried through the network together in an exact curvature product; None for as many as a
             processor's cache holds.
         counterfactual: of the removals, where they have to be measured.
-        samples: the only ones whose removals are measured; None for all.
+        sets: what is removed, where removals have to be measured.
         verify: hold the removals that shares give against evaluations without the sample.
         progress: show a bar where replaying a segment takes longer than two seconds.
-        removals: what was verified of an earlier part of the same run, with which this one goes on.
+        removals: what was verified in an earlier part of the same run, so that it is not verified again.
+        memory: bytes that may be held besides the module and one evaluation of a step.
 
     Attributes:
+        states: of the run, within the memory that there is.
         removals: how the changes of the gradient by the removal of a sample are found, and what was verified of it.
         differenced: whether Hessian products are differences of gradients, since the step cannot be differentiated twice.
-        drift: relative distance to each snapshot on arrival, by step (the system error, method.md section 9).
     """
 
     def __init__(
@@ -90,36 +78,34 @@ class ReplayTrajectory:
         exact: bool = True,
         at_once: int | None = None,
         counterfactual: Literal["drop", "zero"] = "drop",
-        samples: Collection[int] | None = None,
+        sets: RemovalSets = EVERY_SAMPLE,
         verify: bool = True,
         progress: bool = True,
-        removals: Removals | None = None,
+        removals: RemovalCheck | None = None,
+        memory: int = 2**32,
     ) -> None:
         self.module, self.plan, self.optimizer = module, plan, plan.optimizer
-        self._progress = progress
-        self.drift: dict[int, float] = {}
         names = plan.snapshot(0).parameters.keys()
         self._trained = {k: p for k, p in module.named_parameters() if k in names}
         self.sizes = {k: (p.numel(), p.numel()) for k, p in self._trained.items()}
         refuse_compiled(module)
-        self.removals = removals or Removals(unverifiable=None if verify else "verify=False")
+        self.removals = removals or RemovalCheck(unverifiable=None if verify else "verify=False")
         self._passes = Passes(module, autocast)
         self._measured = MeasuredRemovals(
-            self._passes, plan, self.removals, counterfactual=counterfactual, samples=samples, announce=progress
+            self._passes, plan, self.removals, counterfactual=counterfactual, sets=sets, announce=progress
         )
         self._evaluator = StepEvaluator(self._passes, self._measured, list(self._trained), exclude, exact=exact)
+        self.states = States(plan, self._evaluator, self._trained, memory=memory, progress=progress)
         self.differenced = False
         self._frozen_batch_norm, self._at_once_asked = frozen_batch_norm, at_once
         convolves = any(isinstance(layer, torch.nn.modules.conv._ConvNd) for layer in module.modules())
         self._forward: bool | None = (
             None if convolves else False
         )  # whether Hessian products go forward; None: to be seen
-        self._segment: _Segment | None = None
-        self._size: int | None = None
 
     def __enter__(self) -> ReplayTrajectory:
         self._open = ExitStack()
-        self._open.enter_context(_as_it_was(self.module))
+        self._open.enter_context(_tried(self.module))
         self._open.enter_context(random_state(None))
         if self._frozen_batch_norm:
             for handle in freeze_batch_norm(self.module):
@@ -127,20 +113,24 @@ class ReplayTrajectory:
         return self
 
     def __exit__(self, *error: Any) -> None:
-        self._segment = None
+        self.states.clear()
         self._open.close()
 
     def __len__(self) -> int:
         return len(self.plan)
 
-    def witness(self) -> Removals:
+    @property
+    def starts(self) -> Sequence[int]:
+        return self.plan.snapshots
+
+    def witness(self) -> RemovalCheck:
         """Verify the removals of the first step, and nothing else."""
         self._evaluator.evaluate(self.plan.step(0), self.plan.snapshot(0))
         return self.removals
 
     def gradient(self, index: int) -> Vectors:
         """The gradient of a step of `Plan.snapshots`, by parameter and in its shape."""
-        return self._passes.gradient(self.plan.step(index), self.plan.snapshot(index))
+        return self._passes.whole(self.plan.step(index), self.plan.snapshot(index)).gradients
 
     @property
     def stopped_paths(self) -> StoppedPaths | None:
@@ -154,10 +144,14 @@ class ReplayTrajectory:
         """Whether steps are evaluated in half precision."""
         return self._passes.half
 
+    @property
+    def drift(self) -> dict[int, float]:
+        """Relative distance to each snapshot on arrival, by step (the system error; docs/method.md, "How far to trust a score")."""
+        return self.states.drift
+
     def place(self, index: int) -> None:
         """Put the module where the run was before a step, or after its last one."""
-        segment = self._at(min(index, len(self) - 1))
-        state = segment.states[index - segment.start]
+        state = self.states.state(index)
         with torch.no_grad():
             for k, p in self._trained.items():
                 p.copy_(state.parameters[k])
@@ -165,15 +159,25 @@ class ReplayTrajectory:
                 b.copy_(state.buffers[k])
 
     def record(self, index: int) -> StepRecord:
-        segment = self._at(index)
-        return segment.records[index - segment.start]
+        measured = self.states.evaluation(index).measured
+        record, state = self.states.record(index), self.states.state(index)
+        if measured:  # one row a sample, whatever it consists of
+            ids = self._measured.asked(record.sample_ids)
+            weights, numbers = torch.ones(len(ids), dtype=torch.float64), torch.zeros_like(ids)
+            record = replace(record, sample_ids=ids, loss_weights=weights, micro_batch_numbers=numbers, measured=True)
+        hyper = record.hyper
+        return replace(
+            record,
+            moments={k: tuple(m.flatten() for m in state.moments[k]) for k in record.gradients},
+            parameters={k: state.parameters[k].flatten() for k in record.gradients if coupling(hyper[k])} or None,
+        )
 
     def sample_ids(self, index: int) -> Tensor:
         return self.plan.sample_ids(index)
 
     def shares(self, index: int) -> Mapping[str, Shares]:
         kept = self.record(index).gradients
-        return {k: form for k, form in self._evaluation(index).shares.items() if k in kept}
+        return {k: form for k, form in self.states.evaluation(index).shares.items() if k in kept}
 
     def select(self, name: str, values: Tensor) -> Tensor:
         return values.flatten(values.dim() - self._trained[name].dim())
@@ -182,7 +186,7 @@ class ReplayTrajectory:
         if kind == "gauss_newton":
             return self._product(gauss_newton_product, index, vectors)
         self._evaluator.exact = True
-        graph = self._evaluation(index).graph
+        graph = self.states.evaluation(index).graph
         assert graph is not None
         here = {k: v.to(graph.parameters[k]) for k, v in vectors.items()}
         if self._forward is not False and self.stopped_paths == "none" and len(next(iter(here.values()))) >= _MANY:
@@ -195,7 +199,7 @@ class ReplayTrajectory:
         """Hessian products by differentiating the gradient's own graph."""
         if not self.differenced:
             # under the same parameters, because a checkpointed module runs forward once more
-            with placed(self.module, graph.parameters | copies(self._state(index).buffers)):
+            with placed(self.module, graph.parameters | copies(self.states.state(index).buffers)):
                 try:
                     return graph.hessian_product(vectors, at_once=self._at_once)
                 except CurvatureUnavailable:
@@ -223,11 +227,11 @@ class ReplayTrajectory:
     def _at_once(self) -> int:
         if self._at_once_asked is not None:
             return self._at_once_asked
-        return min(max(_AT_ONCE_BYTES // max(self._size or _AT_ONCE_BYTES, 1), 1), _AT_ONCE)
+        return min(max(_AT_ONCE_BYTES // max(self.states.evaluation_bytes, 1), 1), _AT_ONCE)
 
     def _differenced(self, index: int, vectors: Vectors) -> Vectors:
         """Hessian products by differences of gradients, where the training step cannot be differentiated twice."""
-        planned, state = self.plan.step(index), self._state(index)
+        planned, state = self.plan.step(index), self.states.state(index)
         rows = []
         for i in range(len(next(iter(vectors.values())))):
             moved = self._passes.slope(
@@ -240,8 +244,16 @@ class ReplayTrajectory:
         """``D3L[u, u]`` of the step's batch loss along each direction ``u``, ``(k, d)``."""
         return self._product(third_derivative, index, vectors)
 
+    def token_products(self, index: int, vectors: Vectors) -> list[TokenProducts]:
+        """What vectors ``(q, d)`` have in common with the gradient of each label's loss, for each micro-batch of a step."""
+        planned, state = self.plan.step(index), self.states.state(index)
+        return [
+            token_products(self._passes.loss_at(one, state), {k: state.parameters[k] for k in vectors}, vectors)
+            for one in planned.micro_batches
+        ]
+
     def _product(self, product: Callable[..., Vectors], index: int, vectors: Vectors) -> Vectors:
-        state = self._state(index)
+        state = self.states.state(index)
         parameters = {k: state.parameters[k] for k in vectors}
         here = {k: v.to(parameters[k]) for k, v in vectors.items()}
         total = {k: torch.zeros_like(v) for k, v in here.items()}
@@ -251,118 +263,9 @@ class ReplayTrajectory:
                 total[k] += part
         return {k: total[k].to(vectors[k]) for k in vectors}
 
-    def _state(self, index: int) -> State:
-        segment = self._at(index)
-        return segment.states[index - segment.start]
-
-    def _at(self, index: int) -> _Segment:
-        """The segment that holds a step, replayed if it is not the present one."""
-        if not 0 <= index < len(self):
-            raise IndexError(f"step {index} of a run of {len(self)} steps")
-        start = max(s for s in self.plan.snapshots if s <= index)
-        if self._segment is None or self._segment.start != start:
-            self._segment = None  # before the next is built, so that two are never held
-            self._segment = self._replay(start)
-        return self._segment
-
-    def _replay(self, start: int) -> _Segment:
-        stop = min((s for s in self.plan.snapshots if s > start), default=len(self))
-        segment, state = _Segment(start, [], [], {}), self.plan.snapshot(start)
-        steps = range(start, min(stop, len(self)))
-        for index in tqdm(steps, desc="replay", unit="step", delay=2, leave=False, disable=not self._progress):
-            planned = self.plan.step(index)
-            if self._size is None:
-                self._size = self._evaluator.nbytes(planned, state)
-            evaluation = self._evaluator.evaluate(planned, state)
-            record = self._record(index, planned, state, evaluation)
-            if len(segment.evaluations) * self._size <= _CACHE_BYTES:
-                segment.evaluations[index] = evaluation
-            segment.states.append(state)
-            segment.records.append(record)
-            state = self._next(record, state, evaluation.buffers)
-        segment.states.append(state)
-        if stop in self.plan.snapshots:
-            self._check_arrival(start, stop, segment.states[0], state)
-        return segment
-
-    def _evaluation(self, index: int) -> Evaluation:
-        """The evaluation of a step; made again where it was not kept."""
-        segment = self._at(index)
-        found = segment.evaluations.get(index)
-        if found is None or (found.graph is None and self._evaluator.exact):
-            found = self._evaluator.evaluate(self.plan.step(index), segment.states[index - segment.start])
-            segment.evaluations = {index: found}
-        return found
-
-    def _record(self, index: int, planned: ReplayStep, state: State, evaluation: Evaluation) -> StepRecord:
-        gradients = evaluation.gradients
-        norm = float(torch.linalg.vector_norm(torch.stack([g.float().norm() for g in gradients.values()])))
-        recorded = planned.clip.raw_norm
-        if recorded and abs(norm - recorded) > _NORM_TOLERANCE * recorded:
-            raise ReplayDrift(
-                f"step {index}: the replayed gradient has norm {norm:.6g}, the recorded one had {recorded:.6g}. {_CAUSES}"
-            )
-        own = [k for k in gradients if k in planned.hyper]
-        columns = (planned.sample_ids, planned.loss_weights, planned.numbers)
-        if evaluation.measured:  # one row a sample, whatever it consists of
-            ids = self._measured.asked(planned.sample_ids)
-            columns = (ids, torch.ones(len(ids), dtype=torch.float64), torch.zeros_like(ids))
-        return StepRecord(
-            index=index,
-            sample_ids=columns[0],
-            loss_weights=columns[1],
-            micro_batches=columns[2],
-            measured=evaluation.measured,
-            gradients={k: gradients[k].flatten() for k in own},
-            moments={k: tuple(m.flatten() for m in state.moments[k]) for k in own},
-            hyper=planned.hyper,
-            averaged=planned.averaged,
-            clip=Clip(planned.clip.rule, planned.clip.bound, norm),
-            parameters={k: state.parameters[k].flatten() for k in own if coupling(planned.hyper[k])} or None,
-        )
-
-    def _next(self, record: StepRecord, state: State, buffers: dict[str, Tensor]) -> State:
-        """The state after a step, by the pure update in the run's own precision."""
-        parameters, moments = dict(state.parameters), dict(state.moments)
-        for k, gradient in consumed_gradients(record).items():
-            shape = parameters[k].shape
-            parameters[k], moments[k] = step(
-                UPDATES[self.optimizer], parameters[k], moments[k], gradient.view(shape), record.hyper[k]
-            )
-        return State(parameters, moments, buffers)
-
-    def _check_arrival(self, start: int, stop: int, first: State, arrived: State) -> None:
-        expected = self.plan.snapshot(stop).parameters
-        missed = distance(arrived.parameters, expected)
-        moved = distance(first.parameters, expected)
-        self.drift[stop] = missed / max(moved, 1e-30)
-        if self.drift[stop] > _TOLERANCE:
-            raise ReplayDrift(
-                f"steps {start} to {stop - 1}: the replay misses the snapshot before step {stop} by {self.drift[stop]:.2g} of "
-                f"the way it went. {_CAUSES}"
-            )
-
-
-_CAUSES = (
-    "Likely causes: other data or another collate function than in the run, random augmentation in loader workers (record "
-    "with store_batches=True), a module or library that changed since, or an operation that is not deterministic."
-)
-
 
 @contextmanager
-def _as_it_was(module: LightningModule) -> Iterator[None]:
-    """Quiet, and restored afterwards: parameters, buffers, gradients and modes."""
-    values = {k: t.detach().clone() for k, t in [*module.named_parameters(), *module.named_buffers()]}
-    gradients = {k: p.grad for k, p in module.named_parameters()}
-    modes = {m: m.training for m in module.modules()}
-    try:
-        with quiet(module), torch.enable_grad():
-            yield
-    finally:
-        with torch.no_grad():
-            for k, t in [*module.named_parameters(), *module.named_buffers()]:
-                t.copy_(values[k])
-        for k, p in module.named_parameters():
-            p.grad = gradients[k]
-        for m, mode in modes.items():
-            m.training = mode
+def _tried(module: LightningModule) -> Iterator[None]:
+    """Quiet, with gradients, and as it was afterwards."""
+    with unchanged(module), quiet(module), torch.enable_grad():
+        yield

@@ -16,8 +16,8 @@ from torch import Tensor
 
 from lightning_influence.core.trajectory import Clip, Vectors
 from lightning_influence.errors import ConfigurationError, InfluenceError
-from lightning_influence.replay.plan import ReplayMicroBatch, ReplayStep, State
-from lightning_influence.replay.removals import Removals
+from lightning_influence.replay.plan import PlannedMicroBatch, PlannedStep, State
+from lightning_influence.replay.removals import RemovalCheck
 from lightning_influence.replay.trajectory import ReplayTrajectory
 from lightning_influence.run.random_state import random_state
 from lightning_influence.run.tap import untap
@@ -33,7 +33,7 @@ class _OneStep:
     optimizer = "sgd"
     snapshots = (0,)
 
-    def __init__(self, step: ReplayStep, state: State) -> None:
+    def __init__(self, step: PlannedStep, state: State) -> None:
         self._step, self._state = step, state
 
     def __len__(self) -> int:
@@ -42,11 +42,14 @@ class _OneStep:
     def sample_ids(self, index: int) -> Tensor:
         return self._step.sample_ids
 
-    def step(self, index: int) -> ReplayStep:
+    def step(self, index: int) -> PlannedStep:
         return self._step
 
     def snapshot(self, index: int) -> State:
         return self._state
+
+    def parameters(self, index: int) -> dict[str, Tensor]:
+        return self._state.parameters
 
 
 def twin_of(module: LightningModule) -> LightningModule | None:
@@ -72,14 +75,14 @@ class Trial:
         buffers: of the module, before.
     """
 
-    micro_batch: ReplayMicroBatch
+    micro_batch: PlannedMicroBatch
     sample_ids: Tensor
     buffers: Mapping[str, Tensor]
 
     def plan(self, twin: LightningModule, trained: Collection[str], loss_weights: Tensor, averaged: bool) -> _OneStep:
         """As a plan, at the present parameters."""
         ids = self.sample_ids
-        step = ReplayStep([self.micro_batch], ids, loss_weights, torch.zeros_like(ids), {}, Clip(), averaged)
+        step = PlannedStep([self.micro_batch], ids, loss_weights, torch.zeros_like(ids), {}, Clip(), averaged)
         parameters = {k: p.detach() for k, p in twin.named_parameters() if k in trained}
         return _OneStep(step, State(parameters, dict.fromkeys(parameters, ()), dict(self.buffers)))
 
@@ -94,8 +97,10 @@ def witness(
     exclude: Sequence[str] = (),
     frozen_batch_norm: bool = False,
     autocast: Callable[[], AbstractContextManager[Any]] = nullcontext,
-) -> Removals:
-    """Hold the removals that shares give at a micro-batch against evaluations without the sample (method.md section 11)."""
+) -> RemovalCheck:
+    """Compare the removals that shares give at a micro-batch with evaluations without the sample (docs/method.md, "Removals in
+    any module").
+    """
     with ReplayTrajectory(
         twin,
         trial.plan(twin, trained, loss_weights, averaged),
@@ -110,7 +115,7 @@ def witness(
         except InfluenceError:
             raise
         except Exception as error:  # a step that does not take fewer samples; a true fault shows in training itself
-            return Removals(unverifiable=f"a step cannot be evaluated apart from the run ({error})")
+            return RemovalCheck(unverifiable=f"a step cannot be evaluated apart from the run ({error})")
 
 
 def evaluated(twin: LightningModule, trial: Trial) -> Tensor:

@@ -13,6 +13,8 @@ from safetensors import safe_open
 from lightning_influence.core.scores import RowScores
 from lightning_influence.errors import ConfigurationError, InfluenceError
 from lightning_influence.log.shard import UNDECODABLE, Shard, is_sealed, sealed
+from lightning_influence.report.groups import TENSORS as GROUP_TENSORS
+from lightning_influence.report.groups import Groups
 from lightning_influence.report.tables import made
 
 FORMAT = "lightning-influence-report/2"
@@ -27,6 +29,7 @@ class Saved:
     rows: RowScores
     query_ids: Sequence[int | str] | None
     metadata: Mapping[str, Any]
+    groups: Groups | None = None
 
 
 def write(saved: Saved, path: str | Path) -> None:
@@ -36,7 +39,10 @@ def write(saved: Saved, path: str | Path) -> None:
         ConfigurationError: its metadata or its query ids hold what JSON cannot.
     """
     tensors = {name: getattr(saved.rows, name) for name in _TENSORS}
-    body = {"metadata": dict(saved.metadata), "query_ids": saved.query_ids}
+    body: dict[str, Any] = {"metadata": dict(saved.metadata), "query_ids": saved.query_ids}
+    if saved.groups is not None:
+        parts, body["groups"] = saved.groups.packed()
+        tensors |= parts
     try:
         data = sealed(tensors, body, format=FORMAT)
     except (TypeError, ValueError, RecursionError) as error:
@@ -60,7 +66,8 @@ def read(path: str | Path) -> Saved:
         if metadata.get("format") != FORMAT:
             raise InfluenceError(f"{path} is not a report of this version ({metadata.get('format')}).")
         shard = Shard(Path(path), _fault, lambda reason: _unreadable(path, reason))
-        return _saved({name: shard.tensor(name) for name in _TENSORS}, shard.meta)
+        names = _TENSORS + (GROUP_TENSORS if "groups" in shard.meta else ())
+        return _saved({name: shard.tensor(name) for name in names}, shard.meta)
     except (OSError, *UNDECODABLE) as error:
         raise _unreadable(path, repr(error)) from error
 
@@ -68,7 +75,12 @@ def read(path: str | Path) -> Saved:
 def _saved(tensors: Mapping[str, Any], body: Any) -> Saved:
     if not isinstance(body["metadata"], dict) or not isinstance(body["query_ids"], (list, type(None))):
         raise TypeError("its metadata is no mapping, or its query_ids are no list")
-    return Saved(RowScores(**tensors), body["query_ids"], body["metadata"])
+    rows = RowScores(**{name: tensor for name, tensor in tensors.items() if name in _TENSORS})
+    groups = None
+    if "groups" in body:
+        query_ids = body["query_ids"] or range(rows.n_queries)
+        groups = Groups.unpacked(tensors, body["groups"], query_ids)
+    return Saved(rows, body["query_ids"], body["metadata"], groups)
 
 
 def _fault(header: bytes, size: int) -> str | None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -13,18 +13,24 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 from torch import Tensor
 
+from lightning_influence.core.scores import mean_score
 from lightning_influence.errors import ConfigurationError
+from lightning_influence.report.arrays import Dynamics, arrays
 from lightning_influence.report.numbers import short, signed
 from lightning_influence.report.rendering import (
+    CARD,
+    FULL,
     Render,
     as_html,
     default_render,
     indexed,
     label_of,
     labels_of,
+    like_token_ids,
     training_samples,
 )
 from lightning_influence.report.scores import Scores
+from lightning_influence.report.tokens import TokenScores
 from lightning_influence.report.trust import trust
 
 _BINS = 41  # of the histogram; odd, so that one is around zero
@@ -33,6 +39,8 @@ _TIMES = 80  # bars over training
 _SHOWN_QUERIES = 24
 _SHOWN_ROWS = 1000
 _SHOWN_GROUPS = 100
+_IN_FULL = 200  # samples that can be opened besides those with a card
+_IN_FULL_CHARACTERS = 4_000_000  # of those; what is beyond is shown no larger than on a card
 
 
 @dataclass(frozen=True)
@@ -42,6 +50,7 @@ class _Card:
     Attributes:
         share: of the largest score beside it.
         note: a word on the score.
+        told: the score in words, where it is none.
     """
 
     sample_id: int
@@ -50,6 +59,7 @@ class _Card:
     content: Markup
     label: str
     note: str = ""
+    told: str = ""
 
 
 class _Samples:
@@ -60,9 +70,20 @@ class _Samples:
         known = None if data is None else labels_of(data)
         self.labels = None if known is None else [self.named(label) for label in known]
         self._read = lru_cache(maxsize=None)(self._shown)
+        self.token_ids = False  # whether numbers were shown that a tokenizer would make a text of
 
     def content(self, sample_id: int) -> Markup:
         return Markup() if self._data is None else self._read(sample_id)[0]
+
+    def in_full(self, sample_ids: Iterable[int]) -> Iterator[tuple[int, Markup]]:
+        """The contents of samples as they are opened."""
+        if self._data is None:
+            return
+        left = _IN_FULL_CHARACTERS
+        for sample_id in sample_ids:
+            content = as_html(self._render(self._data[sample_id]), FULL if left > 0 else CARD)
+            left -= len(content)
+            yield sample_id, Markup(content)
 
     def label(self, sample_id: int) -> str:
         if self.labels is not None:
@@ -78,6 +99,7 @@ class _Samples:
 
     def _shown(self, sample_id: int) -> tuple[Markup, str]:
         sample = self._data[sample_id]
+        self.token_ids = self.token_ids or like_token_ids(sample)
         return Markup(as_html(self._render(sample))), self.named(label_of(sample))
 
 
@@ -90,6 +112,8 @@ def page(
     queries: Any = None,
     groups: Sequence[Any] | Mapping[int, Any] | Tensor | None = None,
     classes: Sequence[str] | None = None,
+    dynamics: Dynamics | None = None,
+    tokens: TokenScores | None = None,
     k: int = 8,
     title: str = "Influence report",
 ) -> str:
@@ -105,7 +129,18 @@ def page(
     mean, made = report.mean, report.provenance
     views = [_view(report, samples, k, None), *(_view(report, samples, k, q, i, asked) for i, q in enumerate(shown))]
     suspects = _suspects(report, samples, k) if several else []
-    cards = [card for view in views for card in (*view["helpful"], *view["harmful"])] + suspects
+    mislabelled = [] if dynamics is None else _mislabelled(report, dynamics, samples, k)
+    cards = [card for view in views for card in (*view["helpful"], *view["harmful"])] + suspects + mislabelled
+    carded = {card.sample_id for card in cards}
+    order = _order(report, carded)
+    rows = _rows(report, samples, order, len(carded))
+    opened = [row["id"] for row in rows[: len(carded) + _IN_FULL]]
+    given = samples.labels if groups is None else groups
+    grouped = None if given is None else _grouped(report.sample_ids.tolist(), given, given=groups is not None)
+    labels = {row["id"]: row["label"] for row in rows if row["label"]}
+    if samples.labels is not None:
+        labels = {z: samples.labels[z] for z in report.sample_ids.tolist()}
+    rows.sort(key=lambda row: -abs(row["score"]))
     return _template("page.html").render(
         title=title,
         report=report,
@@ -115,10 +150,16 @@ def page(
         views=views,
         left_out=len(report.query_ids) - len(shown) if several else 0,
         suspects=suspects,
+        mislabelled=mislabelled,
+        texts=[] if tokens is None else _texts(report, tokens, tokenizer),
         histogram=_histogram(mean),
         over_time=_over_time(report),
-        rows=list(_rows(report, samples, {card.sample_id for card in cards})),
-        groups=_groups(report, samples.labels if groups is None else groups, given=groups is not None),
+        rows=rows,
+        groups=[] if grouped is None else _totals(mean, *grouped),
+        joint=_joint(getattr(report, "groups", None)),
+        contents=list(samples.in_full(opened)),
+        data=arrays(report, order, labels=labels, groups=grouped, dynamics=dynamics) | {"classes": classes},
+        token_ids=(samples.token_ids or tokens is not None) and show is None and tokenizer is None,
         trust=trust(report),
         coverage=made.coverage,
         facts=_facts(report.metadata),
@@ -192,28 +233,82 @@ def _suspects(report: Scores, samples: _Samples, k: int) -> list[_Card]:
     ]
 
 
-def _rows(report: Scores, samples: _Samples, carded: Collection[int]) -> Iterator[dict[str, Any]]:
-    """The samples of the largest scores and those with a card, for the table."""
+def _mislabelled(report: Scores, dynamics: Dynamics, samples: _Samples, k: int) -> list[_Card]:
+    """Samples of the report for which the network found another label the more likely one."""
+    found = dynamics.suspects()
+    found = found[found.sample_id.isin(report.sample_ids.numpy())].head(k)
+    largest = float(found.suspicion.max()) if len(found) else 1.0
+    return [
+        _Card(
+            z := int(row.sample_id),
+            -row.suspicion,
+            row.suspicion / largest,
+            samples.content(z),
+            samples.label(z),
+            f"loss {row.loss:.3g}",
+            f"rather {samples.named(str(row.suggested))}" if row.suggested >= 0 else "doubtful",
+        )
+        for row in found.itertuples()
+    ]
+
+
+def _texts(report: Scores, tokens: TokenScores, tokenizer: Any) -> list[dict[str, Any]]:
+    """The tokens of samples with their scores, and these relative to the largest of the text."""
+    missing = tokens.sample_ids[~torch.isin(tokens.sample_ids, report.sample_ids)].tolist()
+    if missing:
+        raise ConfigurationError(f"tokens has scores of sample {missing[0]}, which is not in the report.")
+    texts = []
+    for sample_id in tokens.sample_ids.tolist():
+        table = tokens.of(sample_id)
+        largest = float(table.score.abs().max()) or 1.0
+        spelt = [f"{z} " if tokenizer is None else str(tokenizer.decode([z])) for z in table.token.tolist()]
+        told = [
+            {"text": text, "score": score, "share": abs(score) / largest}
+            for text, score in zip(spelt, table.score.tolist(), strict=True)
+        ]
+        texts.append({"sample_id": sample_id, "score": float(table.score.sum()), "tokens": told})
+    return texts
+
+
+def _order(report: Scores, carded: Iterable[int]) -> Tensor:
+    """Positions of the samples: those with a card, then the others, the largest scores first."""
+    order = report.mean.abs().argsort(descending=True, stable=True)
+    first = torch.isin(report.sample_ids[order], torch.tensor(sorted(carded), dtype=torch.int64))
+    return torch.cat([order[first], order[~first]])
+
+
+def _rows(report: Scores, samples: _Samples, order: Tensor, carded: int) -> list[dict[str, Any]]:
+    """The first samples for the table: those with a card, and those of the largest scores."""
     mean, harmed = report.mean, (report.scores < 0).double().mean(1).nan_to_num()
-    for rank, i in enumerate(mean.abs().argsort(descending=True, stable=True).tolist()):
-        sample_id = int(report.sample_ids[i])
-        if rank >= _SHOWN_ROWS and sample_id not in carded:
-            continue
-        yield {"id": sample_id, "score": float(mean[i]), "harmed": float(harmed[i]), "label": samples.label(sample_id)}
+    largest = set(mean.abs().argsort(descending=True, stable=True)[:_SHOWN_ROWS].tolist())
+    return [
+        {
+            "id": (z := int(report.sample_ids[i])),
+            "score": float(mean[i]),
+            "harmed": float(harmed[i]),
+            "label": samples.label(z),
+        }
+        for rank, i in enumerate(order.tolist())
+        if rank < carded or i in largest
+    ]
 
 
-def _groups(
-    report: Scores, groups: Sequence[Any] | Mapping[int, Any] | Tensor | None, *, given: bool
-) -> list[dict[str, Any]]:
-    """Totals by group; labels that were not given as groups count only where they are few."""
-    if groups is None:
-        return []
-    names = _group_names(report.sample_ids.tolist(), groups)
+def _grouped(
+    sample_ids: list[int], groups: Sequence[Any] | Mapping[int, Any] | Tensor, *, given: bool
+) -> tuple[list[str], Tensor] | None:
+    """Names of the groups, and the number of each sample's; labels that were not given as groups count only where they
+    are few.
+    """
+    names = _group_names(sample_ids, groups)
     distinct = sorted(set(names), key=lambda name: (len(name), name) if name.isdigit() else (math.inf, name))
     if not distinct or (not given and not 1 < len(distinct) <= _SHOWN_GROUPS):
-        return []
-    where = torch.tensor([distinct.index(name) for name in names])
-    mean = report.mean
+        return None
+    number = {name: i for i, name in enumerate(distinct)}
+    return distinct, torch.tensor([number[name] for name in names])
+
+
+def _totals(mean: Tensor, distinct: Sequence[str], where: Tensor) -> list[dict[str, Any]]:
+    """Sums of single scores by group."""
     helped, harmed = (
         torch.zeros(len(distinct), dtype=torch.float64).index_add_(0, where, part)
         for part in (mean.clamp(min=0), mean.clamp(max=0))
@@ -224,6 +319,18 @@ def _groups(
     return [
         {"name": name, "n": n, "helped": up, "harmed": down, "total": up + down, "share": (up + down) / largest}
         for name, n, up, down in columns
+    ]
+
+
+def _joint(groups: Any) -> list[dict[str, Any]]:
+    """What removing each group as a whole does, on average over the queries; nothing where a report has no groups."""
+    if groups is None:
+        return []
+    effects = mean_score(groups.scores)
+    largest = float(effects.abs().max()) or 1.0
+    return [
+        {"name": str(name), "total": effect, "share": effect / largest}
+        for name, effect in zip(groups.names, effects.tolist(), strict=True)
     ]
 
 

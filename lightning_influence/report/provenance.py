@@ -70,7 +70,7 @@ class Coverage:
 
 
 @dataclass(frozen=True)
-class Removals:
+class RemovalSummary:
     """How a replay found what the removal of a sample changes.
 
     Attributes:
@@ -86,7 +86,7 @@ class Removals:
     largest_error: float = 0.0
 
     @classmethod
-    def from_json(cls, entry: Any) -> Removals | None:
+    def from_json(cls, entry: Any) -> RemovalSummary | None:
         part = _mapping(entry)
         if not part:
             return None
@@ -139,7 +139,7 @@ class Provenance:
     target: str | None = None
     steps: int | None = None
     coverage: Coverage = Coverage()
-    removals: Removals | None = None
+    removals: RemovalSummary | None = None
     replay_drift: Mapping[str, float] = field(default_factory=dict)
     stopped_paths: str | None = None
     hessian: str | None = None
@@ -158,7 +158,7 @@ class Provenance:
             memory_window=_integer(metadata.get("memory_window")),
             steps=_integer(metadata.get("steps")),
             coverage=Coverage.from_json(metadata.get("coverage")),
-            removals=Removals.from_json(metadata.get("removals")),
+            removals=RemovalSummary.from_json(metadata.get("removals")),
             replay_drift=_numbers(metadata.get("replay_drift")),
         )
 

@@ -8,6 +8,7 @@ import io
 import math
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -23,9 +24,19 @@ Shown: TypeAlias = "str | Image.Image | Tensor | np.ndarray | Mapping[str, Any]"
 Render: TypeAlias = "Callable[[Any], Shown]"
 """``render(sample) -> text | image | image tensor or array | mapping``, which becomes a small table."""
 
-_CHARACTERS = 600  # of a text that is shown
-_VALUES = 12  # of a table that are shown
-_SIDE = 192  # longest side of an image that is shown
+
+@dataclass(frozen=True)
+class Size:
+    """How much of a sample is shown: characters of a text, values of a table, the longest side of an image."""
+
+    characters: int
+    values: int
+    side: int
+
+
+CARD = Size(600, 12, 192)
+FULL = Size(20_000, 100, 480)
+
 _CRISP = 64  # an image up to this side keeps its pixels when it is enlarged
 _INPUTS = ("input_ids", "image", "img", "pixel_values", "text", "x")
 _LABELS = ("label", "labels", "target", "y")
@@ -91,6 +102,14 @@ def default_render(tokenizer: Any = None) -> Render:
     return render
 
 
+def like_token_ids(sample: Any) -> bool:
+    """Whether a sample is a sequence of whole numbers, as a tokenizer makes them."""
+    values = _tensor(_content(sample))
+    if values is None or values.is_floating_point() or values.is_complex() or values.dtype == torch.bool:
+        return False
+    return values.squeeze().dim() == 1
+
+
 def label_of(sample: Any) -> str:
     """The label that comes with a sample, or nothing."""
     label = sample[1] if isinstance(sample, (tuple, list)) and len(sample) > 1 else None
@@ -120,23 +139,23 @@ def labels_of(data: Any) -> list[str] | None:
     return None if any(isinstance(v, (list, Tensor)) for v in values) else [str(v) for v in values]
 
 
-def as_html(shown: Shown) -> str:
+def as_html(shown: Shown, size: Size = CARD) -> str:
     """What `Render` gave, as a piece of a page that needs no other file.
 
     Raises:
         TypeError: it gave something else.
     """
     if isinstance(shown, str):
-        return f"<pre>{html.escape(_cut(shown, _CHARACTERS))}</pre>"
+        return f"<pre>{html.escape(_cut(shown, size.characters))}</pre>"
     if isinstance(shown, Mapping):
-        return _table(shown)
+        return _table(shown, size.values)
     if isinstance(shown, (Tensor, np.ndarray)):
         shown = as_image(shown)
     if not isinstance(shown, Image.Image):
         raise TypeError(
             f"render returned {type(shown).__name__}; it has to return text, a PIL image, an image tensor or a mapping"
         )
-    return _image(shown)
+    return _image(shown, size.side)
 
 
 def as_image(image: Tensor | np.ndarray) -> Image.Image:
@@ -231,13 +250,13 @@ def _channels_first(tensor: Tensor) -> bool | None:
     return False if last in _CHANNELS else None
 
 
-def _table(nested: Mapping[str, Any]) -> str:
+def _table(nested: Mapping[str, Any], most: int) -> str:
     values = _flat(nested)
     rows = "".join(
         f"<tr><th>{html.escape(name)}</th><td>{html.escape(_value(value))}</td></tr>"
-        for name, value in list(values.items())[:_VALUES]
+        for name, value in list(values.items())[:most]
     )
-    more = len(values) - _VALUES
+    more = len(values) - most
     return f'<table class="features"><tbody>{rows}</tbody></table>' + (
         f'<p class="meta">and {more} more</p>' if more > 0 else ""
     )
@@ -253,14 +272,14 @@ def _cut(text: str, length: int) -> str:
     return text if len(text) <= length else text[:length] + "…"
 
 
-def _image(image: Image.Image) -> str:
+def _image(image: Image.Image, side: int) -> str:
     """Small ones exactly, larger ones as a thumbnail; inline in both cases."""
     crisp = max(image.size) <= _CRISP
     kind = "PNG" if crisp else "WEBP"
     if not crisp or image.mode not in _PNG:
         image = image.convert("RGBA" if "A" in image.getbands() else "RGB")
     if not crisp:
-        image.thumbnail((_SIDE, _SIDE))
+        image.thumbnail((side, side))
     buffer = io.BytesIO()
     image.save(buffer, kind)
     data = base64.b64encode(buffer.getvalue()).decode()

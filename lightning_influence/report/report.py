@@ -12,8 +12,10 @@ from lightning_influence.report.scores import Scores
 from lightning_influence.report.tables import made
 
 if TYPE_CHECKING:
+    from lightning_influence.report.arrays import Dynamics
     from lightning_influence.report.plots import Plots
     from lightning_influence.report.rendering import Render
+    from lightning_influence.report.tokens import TokenScores
 
 
 class InfluenceReport(Scores):
@@ -36,6 +38,8 @@ class InfluenceReport(Scores):
         queries: Any = None,
         groups: Sequence[Any] | Mapping[int, Any] | Tensor | None = None,
         classes: Sequence[str] | None = None,
+        dynamics: Dynamics | None = None,
+        tokens: TokenScores | None = None,
         k: int = 8,
         title: str = "Influence report",
     ) -> Path:
@@ -50,6 +54,8 @@ class InfluenceReport(Scores):
             groups: a group (class, source) per sample of the training dataset or by sample id, for totals; by default the
                 labels, where the dataset gives them without being read (`rendering.labels_of`).
             classes: names of the labels, which are then indices into it.
+            dynamics: of `training_dynamics`, so that labels in doubt and each sample's losses are shown.
+            tokens: of `token_scores`, so that texts are shaded by what each of their tokens did.
             k: samples in each list.
 
         What was measured by retraining is shown beside what the report knows of its own trustworthiness; put it there with
@@ -59,13 +65,13 @@ class InfluenceReport(Scores):
             The path.
 
         Raises:
-            ConfigurationError: data, groups, classes or queries that do not fit the report.
+            ConfigurationError: data, groups, classes, queries or tokens that do not fit the report.
         """
         from lightning_influence.report.page import page
 
         options: dict[str, Any] = {"data": data, "show": show, "tokenizer": tokenizer, "queries": queries}
         path = made(path)
-        text = page(self, **options, groups=groups, classes=classes, k=k, title=title)
+        text = page(self, **options, groups=groups, classes=classes, dynamics=dynamics, tokens=tokens, k=k, title=title)
         path.write_text(text, encoding="utf-8", errors="backslashreplace")  # a text cut inside a character
         return path
 

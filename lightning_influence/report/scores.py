@@ -12,6 +12,7 @@ from torch import Tensor
 from lightning_influence.core.scores import RowScores, mean_score
 from lightning_influence.errors import ConfigurationError, InfluenceError
 from lightning_influence.report.files import Saved, read, write
+from lightning_influence.report.groups import Groups
 from lightning_influence.report.numbers import percent
 from lightning_influence.report.provenance import Provenance
 from lightning_influence.report.tables import made, write_csv
@@ -35,11 +36,13 @@ class Scores:
         query_ids: one label per query; their numbers by default.
         metadata: how the scores were made (`provenance.Provenance`), what was measured of them
             (`provenance.Measured`), and whatever else JSON can hold.
+        groups: scores of groups, each removed as a whole; None where none were asked for.
 
     Attributes:
         scores: ``(n_samples, n_queries)``, the predicted query loss without the sample minus with it:
             positive where the sample helps, negative where it harms.
         sample_ids: ``(n_samples,)`` int64, indices into the training dataset, ascending.
+        groups: scores of groups of samples, each removed as a whole; None where `attribute` was given none.
 
     Raises:
         ConfigurationError: shapes or types that do not fit together.
@@ -52,9 +55,12 @@ class Scores:
         *,
         query_ids: Sequence[int | str] | None = None,
         metadata: Mapping[str, Any] | None = None,
+        groups: Groups | None = None,
     ) -> None:
         _validate(rows)
-        self.rows = rows
+        if groups is not None:
+            _validate(groups.rows)
+        self.rows, self.groups = rows, groups
         self.query_ids = _query_ids(query_ids, rows.n_queries)
         self.sample_ids, self.scores = rows.per_sample(rows.scores + rows.interaction)
         self.metadata = dict(metadata or {})
@@ -88,7 +94,7 @@ class Scores:
     @property
     def nonlinearity(self) -> Tensor:
         """Finite minus tangent score, ``(n_samples, n_queries)``: how nonlinearly the optimizer answers the
-        removal of each sample (method.md section 9).
+        removal of each sample (docs/method.md, "How far to trust a score").
         """
         return self.scores - self.rows.per_sample(self.rows.tangent)[1]
 
@@ -169,7 +175,7 @@ class Scores:
         Raises:
             ConfigurationError: `metadata` or `query_ids` hold what JSON cannot.
         """
-        write(Saved(self.rows, self.query_ids, self.metadata), path)
+        write(Saved(self.rows, self.query_ids, self.metadata, self.groups), path)
 
     @classmethod
     def load(cls, path: str | Path) -> Self:
@@ -180,7 +186,7 @@ class Scores:
         """
         saved = read(path)
         try:
-            return cls(saved.rows, query_ids=saved.query_ids, metadata=saved.metadata)
+            return cls(saved.rows, query_ids=saved.query_ids, metadata=saved.metadata, groups=saved.groups)
         except ConfigurationError as error:
             raise InfluenceError(
                 f"{path} cannot be read as a report: {error} Give a file that report.save wrote."

@@ -1,4 +1,4 @@
-"""Reasons to trust scores more or less, none of which contradicts another."""
+"""Reasons to trust scores more or less; they are worded so that no two contradict each other."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from lightning_influence.report.numbers import percent
-from lightning_influence.report.provenance import Estimate, Measured, Provenance, Removals
+from lightning_influence.report.provenance import Estimate, Measured, Provenance, RemovalSummary
 from lightning_influence.report.scores import Scores
 
 _LEVELS = ("solid", "approximate", "unknown", "caution")
@@ -71,7 +71,7 @@ def _approximations(made: Provenance) -> Iterator[Trust]:
         yield _removals(made.removals)
 
 
-def _removals(removals: Removals) -> Trust:
+def _removals(removals: RemovalSummary) -> Trust:
     told = f"{str(removals)[0].upper()}{str(removals)[1:]}."
     if removals.by == "rerun":
         return Trust("Removals", "measured", "solid", told)

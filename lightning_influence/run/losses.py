@@ -31,7 +31,7 @@ MAX_CLASSES = 128
 _CHUNK = 2**24  # logits that are looked at together, which bounds the memory under a large vocabulary
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Dynamics:
     """What a loss over classes said of each of ``n`` samples, on the CPU: the raw material of training dynamics.
 
@@ -56,6 +56,9 @@ class Dynamics:
 
     def __len__(self) -> int:
         return len(self.losses)
+
+    def __repr__(self) -> str:
+        return f"Dynamics({len(self)} visits, {self.log_probabilities.shape[1]} classes)"
 
     def columns(self) -> dict[str, Tensor]:
         """Its tensors by name."""
@@ -141,7 +144,7 @@ def seen(loss: Callable[..., Tensor], args: Sequence[Any], kwargs: Mapping[str, 
     """What a call of one of `LOSSES` says of its rows; None where its rows cannot be told apart."""
     options = signature(loss).bind(*args, **kwargs).arguments
     input, target = options.pop("input").detach(), options.pop("target").detach()
-    reduction = _reduction(options)
+    reduction = reduction_of(options)
     if target.dim() == 0 or len(target) == 0 or len(input) != len(target):
         return None
     if loss in _OVER_CLASSES:
@@ -158,13 +161,19 @@ def seen(loss: Callable[..., Tensor], args: Sequence[Any], kwargs: Mapping[str, 
     return SeenLoss(reduction, _rows(elements), _rows(weights), _binary(loss, input, target))
 
 
-def _reduction(options: dict[str, Any]) -> Reduction:
-    """Taken out of the options, with the two flags that once stood for it."""
+def reduction_of(options: dict[str, Any]) -> Reduction:
+    """Taken out of the options of a loss, with the two flags that once stood for it."""
     size_average, reduce = options.pop("size_average", None), options.pop("reduce", None)
     reduction: Reduction = options.pop("reduction", "mean")
     if size_average is None and reduce is None:
         return reduction
     return "none" if reduce is False else "sum" if size_average is False else "mean"
+
+
+def label_weights(target: Tensor, options: Mapping[str, Any]) -> Tensor:
+    """What each label, given by index, adds to the denominator of a mean: its class's weight, or 0 where it is ignored."""
+    counted, weight = target != options.get("ignore_index", -100), options.get("weight")
+    return counted if weight is None else counted * weight.detach()[torch.where(counted, target, 0)]
 
 
 def _over_classes(
@@ -182,8 +191,7 @@ def _over_classes(
         weights = counted
     else:
         counted = target != options.get("ignore_index", -100)
-        labels, weight = torch.where(counted, target, 0), options.get("weight")
-        weights = counted if weight is None else counted * weight.detach()[labels]
+        labels, weights = torch.where(counted, target, 0), label_weights(target, options)
     return SeenLoss(
         reduction, _rows(elements), _rows(weights), _labels(log_probabilities.movedim(1, -1), labels, counted)
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any
 
@@ -14,6 +15,7 @@ from lightning_influence.errors import ConfigurationError
 from lightning_influence.run.batches import batch_size, leaves, some, without
 from lightning_influence.run.random_state import random_state
 from lightning_influence.run.training_step import prepared
+from lightning_influence.run.unchanged import unchanged
 
 _PADDING = (0.0, -1.0, -100.0)  # of floating-point tensors
 _LOOKED_AT = 3  # batches, before it is believed that rows stay in the order in which they were drawn, or samples
@@ -22,7 +24,11 @@ _LOOKED_AT = 3  # batches, before it is believed that rows stay in the order in 
 def row_order(loader: Any, module: LightningModule) -> RowOrder | None:
     """Tells the order of the rows in the batches of a training loader; None where it does not say how it collates."""
     dataset, collate = getattr(loader, "dataset", None), getattr(loader, "collate_fn", None)
-    return None if dataset is None or collate is None else RowOrder(dataset, collate, partial(prepared, module))
+    return (
+        None
+        if dataset is None or collate is None
+        else RowOrder(dataset, collate, partial(prepared, module), partial(unchanged, module))
+    )
 
 
 class RowOrder:
@@ -34,6 +40,7 @@ class RowOrder:
     Args:
         dataset, collate: of the training loader.
         prepare: a batch as Lightning hands it to the training step.
+        apart: makes the context in which ``prepare`` leaves no trace.
 
     Attributes:
         rearranged: whether rows are not the samples in the order in which they were drawn.
@@ -42,9 +49,13 @@ class RowOrder:
     """
 
     def __init__(
-        self, dataset: Any, collate: Callable[[list[Any]], Any], prepare: Callable[[Any], Any] = lambda b: b
+        self,
+        dataset: Any,
+        collate: Callable[[list[Any]], Any],
+        prepare: Callable[[Any], Any] = lambda b: b,
+        apart: Callable[[], AbstractContextManager[None]] = nullcontext,
     ) -> None:
-        self._dataset, self._collate, self._prepare = dataset, collate, prepare
+        self._dataset, self._collate, self._prepare, self._apart = dataset, collate, prepare, apart
         self._left = _LOOKED_AT
         self.rearranged = False
         self.recollates = False
@@ -58,7 +69,7 @@ class RowOrder:
         if not self._left and not self.rearranged:
             return drawn
         looking, self._left = self._left > 0, max(0, self._left - 1)
-        with random_state(None):
+        with random_state(None), self._apart():
             samples = [self._dataset[z] for z in drawn.tolist()]
             reproduced = self._collated(samples)
             owners = None
@@ -82,7 +93,7 @@ class RowOrder:
     def less(self, drawn: Tensor) -> dict[int, Any]:
         """For each sample of a batch, the batch collated without it, where that holds any other."""
         ids = drawn.tolist()
-        with random_state(None):
+        with random_state(None), self._apart():
             rest = {z: [self._dataset[i] for i in ids if i != z] for z in dict.fromkeys(ids)}
             return {z: self._prepare(self._collate(samples)) for z, samples in rest.items() if samples}
 

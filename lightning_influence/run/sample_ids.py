@@ -44,12 +44,16 @@ class RecordedBatchSampler(BatchSampler):
         self._drawn.setdefault(id(listener), deque())
         self.random |= random
 
+    def unsubscribe(self, listener: object) -> None:
+        """Remember nothing more for a listener."""
+        self._drawn.pop(id(listener), None)
+
     def __iter__(self) -> Iterator[list[int]]:
         queues: dict[int, deque[_Drawn]] = {listener: deque() for listener in self._drawn}
         self._drawn = queues  # an abandoned iterator goes on filling the old ones
         for indices in self._wrapped:
             drawn = [int(i) for i in indices], read_random_state() if self.random else None
-            for queue in queues.values():
+            for queue in list(queues.values()):
                 queue.append(drawn)
             yield indices
 
@@ -118,6 +122,8 @@ class SampleIds:
 
     def stop(self) -> None:
         """Give every loader its own batch sampler back."""
+        if self._recorder is not None:
+            self._recorder.unsubscribe(self)
         self._recorder = None
         while self._listening:
             loader = self._listening.pop()

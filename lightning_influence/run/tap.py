@@ -21,11 +21,13 @@ class LossTap(TorchFunctionMode):
 
     Attributes:
         seen: of each call what it says of the samples, in order; None for one whose rows cannot be told apart.
+        failure: of looking, which is told to whoever asks rather than raised inside the training step.
     """
 
     def __init__(self) -> None:
         super().__init__()
         self.seen: list[SeenLoss | None] = []
+        self.failure: Exception | None = None
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -34,12 +36,21 @@ class LossTap(TorchFunctionMode):
         output = func(*args, **kwargs)
         if func in LOSSES:
             with torch._C.DisableTorchFunction():  # no other mode is to see this look
-                self.seen.append(seen(func, args, kwargs))
+                try:
+                    self.seen.append(seen(func, args, kwargs))
+                except Exception as error:
+                    self.failure = error
         return output
 
     @property
     def single(self) -> SeenLoss | None:
-        """The loss, where just one was called."""
+        """The loss, where just one was called.
+
+        Raises:
+            Exception: what looking at it raised.
+        """
+        if self.failure is not None:
+            raise self.failure
         return self.seen[0] if len(self.seen) == 1 else None
 
     @property
@@ -101,6 +112,6 @@ class _TappedStep:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         with LossTap() as losses:
             output = self._step(*args, **kwargs)
-        for tap in self.listeners:
+        for tap in list(self.listeners):
             tap(losses)
         return output

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+import math
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import lightning as L
@@ -41,18 +43,43 @@ def loss_scaler(trainer: L.Trainer) -> Any:
     return getattr(trainer.precision_plugin, "scaler", None)
 
 
+def steps_left(trainer: L.Trainer) -> float:
+    """Optimizer steps that a run has still to take; infinite where nobody knows when it ends."""
+    planned = trainer.estimated_stepping_batches
+    return planned - trainer.global_step if planned >= 0 else math.inf
+
+
+@dataclass(frozen=True)
+class Schedules:
+    """The schedulers that step with the optimizer.
+
+    Attributes:
+        schedulers, frequencies: batches between the steps of each.
+    """
+
+    schedulers: Sequence[Any]
+    frequencies: Sequence[int]
+
+    def step(self, batch_idx: int) -> None:
+        """As Lightning steps them after the optimizer's step on a batch of that index."""
+        for scheduler, frequency in zip(self.schedulers, self.frequencies, strict=True):
+            if (batch_idx + 1) % frequency == 0:
+                scheduler.step()
+
+
 @contextmanager
-def schedules_as_they_were(trainer: L.Trainer) -> Iterator[list[Any]]:
+def schedules_as_they_were(trainer: L.Trainer) -> Iterator[Schedules]:
     """The schedulers that step with the optimizer; they and what they set are as before afterwards."""
     optimizer = only_optimizer(trainer)
-    stepped = [c.scheduler for c in trainer.lr_scheduler_configs if c.interval == "step" and not c.reduce_on_plateau]
+    configs = [c for c in trainer.lr_scheduler_configs if c.interval == "step" and not c.reduce_on_plateau]
+    stepped = [c.scheduler for c in configs]
     states = [copy.deepcopy(scheduler.state_dict()) for scheduler in stepped]
     groups = [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
     # a scheduler counts the optimizer's steps to warn of a wrong order, and here it steps alone
     counted = optimizer.__dict__.get("_opt_called")
     object.__setattr__(optimizer, "_opt_called", True)
     try:
-        yield stepped
+        yield Schedules(stepped, [c.frequency for c in configs])
     finally:
         for scheduler, state in zip(stepped, states, strict=True):
             scheduler.load_state_dict(state)

@@ -178,7 +178,7 @@ _CONVERTED = {"64-true": torch.float64, "bf16-true": torch.bfloat16, "16-true": 
 
 def prepared(module: LightningModule, batch: Any, *, datamodule: Any = None, precision: str | None = None) -> Any:
     """A batch as Lightning hands it to the training step: converted to the trainer's precision, through the hooks of batch
-    transfer, on the module's device.
+    transfer, on the module's device. The batch that is given stays as it is, also where a hook writes into it.
 
     Args:
         datamodule: whose hooks win over the module's where it overrides them; by default that of the module's trainer.
@@ -187,6 +187,7 @@ def prepared(module: LightningModule, batch: Any, *, datamodule: Any = None, pre
     trainer = module._trainer
     datamodule = getattr(trainer, "datamodule", None) if datamodule is None else datamodule
     plugin = getattr(trainer, "precision_plugin", None)
+    batch = copied(batch)
     if precision in _CONVERTED:
         batch = to_dtype(batch, _CONVERTED[precision])
     elif precision is None and plugin is not None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import fields, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -14,6 +14,7 @@ from lightning import Fabric, LightningModule
 from torch import Tensor
 
 from lightning_influence.core.optimizers import UPDATES
+from lightning_influence.core.removal_sets import RemovalSets
 from lightning_influence.core.scores import RowScores
 from lightning_influence.core.sweep import Method, sweep
 from lightning_influence.core.trajectory import Trajectory, Vectors
@@ -23,10 +24,12 @@ from lightning_influence.log.steps import FINAL, LoggedSteps, LoggedTrajectory, 
 from lightning_influence.replay.logged_plan import LoggedPlan
 from lightning_influence.replay.trajectory import ReplayTrajectory
 from lightning_influence.report import InfluenceReport
-from lightning_influence.report.provenance import Coverage, Provenance, Removals
+from lightning_influence.report.groups import Groups
+from lightning_influence.report.provenance import Coverage, Provenance, RemovalSummary
 from lightning_influence.run.data import TrainingData
 from lightning_influence.run.lightning_names import is_a
-from lightning_influence.scoring.queries import Queries, Target, query_gradients
+from lightning_influence.scoring.groups import GroupsOf, named_groups
+from lightning_influence.scoring.queries import Queries, Target, check_target, query_gradients
 from lightning_influence.scoring.query_loss import QueryLoss
 
 _COLUMNS = ("scores", "tangent", "interaction")  # of rows: one a query
@@ -37,6 +40,7 @@ def attribute(
     *,
     queries: Any,
     model: LightningModule,
+    data: Any = None,
     target: Target = None,
     curvature: Literal["auto", "none", "fisher", "gauss_newton", "hessian"] = "auto",
     response: Literal["finite", "tangent"] = "finite",
@@ -44,8 +48,8 @@ def attribute(
     counterfactual: Literal["drop", "zero"] = "drop",
     optimizer_assumption: Literal["sgd"] | None = None,
     query_loss: QueryLoss | None = None,
-    data: Any = None,
     samples: Collection[int] | None = None,
+    groups: GroupsOf | None = None,
     verify: bool = True,
     max_memory: int = 2**30,
     fabric: Fabric | None = None,
@@ -57,25 +61,27 @@ def attribute(
 
     Args:
         log: directory written by `InfluenceCallback`.
-        queries: a validation loader or a list of batches; also a datamodule (its validation loader), a dataset, or a method
-            without arguments that gives one of them.
+        queries: held-out data whose losses are predicted: a loader, a list of batches, a datamodule (its validation loader),
+            a dataset, or a method without arguments that gives one of them.
         model: the module with the parameters at the end of the logged run.
-        target: None for one column per query, ``"mean"`` or weights ``(n_queries,)`` for a single
-            column at the cost of one.
-        curvature: what stands for the Hessian (method.md section 4). ``"auto"`` takes the best the
+        data: the training data of the run, where replay finds the samples again: a datamodule, a loader or a dataset.
+        target: what is asked of the queries: None for the loss of each, one column per query; ``"mean"`` or weights
+            ``(n_queries,)`` for one column at the cost of one query.
+        curvature: what stands for the Hessian (docs/method.md, "Curvature"). ``"auto"`` takes the best the
             log allows: ``"hessian"`` where it can be replayed, ``"fisher"`` otherwise.
         response: ``"finite"`` evaluates the optimizer's response to the removal exactly, ``"tangent"`` is
-            the paper's first-order score (method.md section 5).
+            the paper's first-order score (docs/method.md, "The finite response").
         memory_window: steps for which the optimizer's memory of a removal is followed exactly.
         counterfactual: ``"drop"``, a batch of one sample fewer; ``"zero"``, the same denominator.
         optimizer_assumption: ``"sgd"`` for the SGD-influence baseline from the same log.
         query_loss: ``query_loss(model, batch) -> (batch,)``; by default the module's own loss on each
             example (`queries.query_losses`).
-        data: where replay finds the training samples again.
         samples: ids of the training samples to score; None for all. Where a replay has to measure removals by running
             steps without the sample, this bounds its cost.
-        verify: hold the effect of a few removals at a replay's first step against running it without them, and measure
-            all removals where they differ. The report says what was verified.
+        groups: a label per sample of the training dataset (its source, annotator, class; None for no group), or sample ids
+            by name, which may overlap. ``report.groups`` says what removing each group as a whole does.
+        verify: compare the effect of a few removals at a replay's first step with running that step without them, and
+            measure all removals where they differ. The report says what was verified.
         max_memory: bytes that the adjoints of the queries may take; more queries go through the run in turns.
         fabric: a launched `lightning.Fabric`, over whose processes the queries are spread; each process gets the
             whole report.
@@ -85,17 +91,18 @@ def attribute(
         ConfigurationError: queries that the model cannot take, or an unknown choice.
         CurvatureUnavailable: the log does not hold what the curvature needs.
     """
-    if isinstance(target, str) and target != "mean":
-        raise ConfigurationError(f"target={target!r}; give 'mean', weights (n_queries,), or None for each query.")
+    check_target(target)
     data = TrainingData.of(data)
-    replay = {"counterfactual": counterfactual, "samples": samples, "verify": verify}
+    named = {} if groups is None else named_groups(groups)
+    sets = RemovalSets(samples, list(named.values()))
+    replay = {"counterfactual": counterfactual, "sets": sets, "verify": verify}
     with open_trajectory(log, model, curvature, data, progress=progress, **replay) as trajectory:
         method = Method(
             curvature=_resolved(curvature, trajectory),
             response=response,
             memory_window=memory_window,
             counterfactual=counterfactual,
-            optimizer=optimizer_assumption,
+            optimizer_assumption=optimizer_assumption,
         )
         names = list(trajectory.sizes)
         manifest = StoreReader(log).manifest
@@ -108,35 +115,47 @@ def attribute(
             query_loss=query_loss,
             progress=progress,
         )
-        rows = _only(_swept(trajectory, gradients, method, max_memory, fabric, progress), samples)
+        sizes = _consumed(trajectory, sets, named)
+        rows, of_groups = sets.split(_swept(trajectory, gradients, method, sets, max_memory, fabric, progress))
         made = _provenance(manifest, trajectory, method, target)
+    query_ids = list(range(rows.n_queries)) if target is None else ["mean" if isinstance(target, str) else "target"]
     return InfluenceReport(
         rows,
-        query_ids=None if target is None else ["mean" if isinstance(target, str) else "target"],
+        query_ids=query_ids,
         metadata=made.to_json(),
+        groups=Groups(list(named), sizes, of_groups, query_ids) if named else None,
     )
 
 
-def _only(rows: RowScores, samples: Collection[int] | None) -> RowScores:
-    """The rows of some samples.
+def _consumed(trajectory: Trajectory, sets: RemovalSets, named: Mapping[str, list[int]]) -> list[int]:
+    """How many samples of each group the run consumed.
 
     Raises:
-        ConfigurationError: a sample that the run did not consume.
+        ConfigurationError: a sample that the run did not consume, or none of a group.
     """
-    if samples is None:
-        return rows
-    asked = torch.as_tensor(list(samples), dtype=torch.int64)
-    missing = asked[~torch.isin(asked, rows.sample_ids)].tolist()
+    used = torch.cat([trajectory.sample_ids(t) for t in range(len(trajectory))]).unique()
+    missing = set(sets.samples or ()).difference(used.tolist())
     if missing:
         raise ConfigurationError(
-            f"samples names {missing[0]}, which no step of the run consumed; give ids of training samples that the run saw."
+            f"samples names {min(missing)}, which no step of the run consumed; give ids of training samples that the run saw."
         )
-    kept = torch.isin(rows.sample_ids, asked)
-    return replace(rows, **{f.name: getattr(rows, f.name)[kept] for f in fields(rows)})
+    sizes = [int(torch.isin(used, torch.tensor(list(members))).sum()) for members in named.values()]
+    if named and not any(sizes):
+        raise ConfigurationError(
+            f"groups names samples of which the run consumed none ({next(iter(named.values()))[:4]}...); ids are indices into "
+            "the training dataset."
+        )
+    return sizes
 
 
 def _swept(
-    trajectory: Trajectory, gradients: Vectors, method: Method, max_memory: int, fabric: Fabric | None, progress: bool
+    trajectory: Trajectory,
+    gradients: Vectors,
+    method: Method,
+    sets: RemovalSets,
+    max_memory: int,
+    fabric: Fabric | None,
+    progress: bool,
 ) -> RowScores:
     """The sweep of all queries: in turns where memory is short, and each process its part."""
     n = len(next(iter(gradients.values())))
@@ -149,7 +168,7 @@ def _swept(
     steps = method.memory_window + 2 if method.response == "finite" else 2  # each holds its own adjoints
     per_query = 4 * kept * steps * sum(d for d, _ in trajectory.sizes.values())
     parts = [
-        sweep(trajectory, {k: g[chunk] for k, g in gradients.items()}, method, progress=progress)
+        sweep(trajectory, {k: g[chunk] for k, g in gradients.items()}, method, sets=sets, progress=progress)
         for chunk in own.split(max(1, max_memory // per_query))
     ]
     rows = replace(parts[0], **{name: torch.cat([getattr(p, name) for p in parts], 1) for name in _COLUMNS})
@@ -183,7 +202,8 @@ def open_trajectory(
 ) -> Iterator[LoggedTrajectory | ReplayTrajectory]:
     """The run of a log, read back or, where the curvature asks for it and the log allows it, replayed.
 
-    Args and errors as of `attribute`; ``replay`` are further ones of `ReplayTrajectory`. While a replay is open the model's parameters move.
+    Arguments and errors are as of `attribute`; ``replay`` are further arguments of `ReplayTrajectory`. While a replay is open,
+    the model's parameters move.
     """
     steps = LoggedSteps(log)
     manifest = steps.reader.manifest
@@ -237,6 +257,8 @@ def _check_model(steps: LoggedSteps, model: LightningModule) -> None:
                 f"this is the log of another model: it records {name} of shape {shape}, and the {type(model).__name__} given "
                 f"has {found}. Give the module that was trained with this log."
             )
+    for what, why in steps.reader.missing.items():
+        warnings.warn(f"the log lacks {what}: {why}", stacklevel=5)
     if FINAL not in steps.reader.artifacts():
         warnings.warn(
             f"the logged run did not finish; scores hold for its {len(steps)} complete steps and the model given.",
@@ -268,7 +290,7 @@ def _provenance(
     trained = manifest["coverage"]["trained"]
     made = Provenance(
         **{key: manifest[key] for key in ("module", "record", "compression", "precision", "versions", "optimizer")},
-        optimizer_assumption=method.optimizer,
+        optimizer_assumption=method.optimizer_assumption,
         curvature=method.curvature,
         response=method.response,
         memory_window=method.memory_window,
@@ -286,7 +308,7 @@ def _provenance(
     )
     if not isinstance(trajectory, ReplayTrajectory):
         return made
-    removals = Removals.from_json(trajectory.removals.to_metadata())
+    removals = RemovalSummary.from_json(trajectory.removals.to_metadata())
     return replace(
         made,
         removals=removals,

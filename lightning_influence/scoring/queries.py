@@ -1,4 +1,4 @@
-"""The questions asked of a run: query losses at its final parameters, and their gradients."""
+"""Queries: held-out data, their losses at the parameters of a module, and the gradients of these."""
 
 from __future__ import annotations
 
@@ -24,10 +24,12 @@ from lightning_influence.run.lightning_names import is_a
 from lightning_influence.run.rows import relates_samples
 from lightning_influence.run.sample_ids import is_map_style
 from lightning_influence.run.training_step import parameters_at, prepared, quiet
+from lightning_influence.run.unchanged import unchanged
 from lightning_influence.scoring.query_loss import LossOfQueries, QueryLoss, shape_of
 
 Target: TypeAlias = "Literal['mean'] | Sequence[float] | Tensor | None"
-"""None: one column per query. ``"mean"`` or weights ``(n_queries,)``: one column, at the cost of one."""
+"""What is asked of the queries. None: the loss of each, a column per query. ``"mean"`` or weights ``(n_queries,)``: the mean or
+weighted sum of their losses, one column at the cost of one query."""
 
 
 _QUERIES_A_BATCH = 32  # of a dataset that is collated here
@@ -50,7 +52,7 @@ class Queries:
         data = data.datamodule if isinstance(data, TrainingData) else data
         self._datamodule = next((d for d in (source, data) if is_a(d, "LightningDataModule")), None)
         self._precision = precision
-        self._batches = _batches_of(source)
+        self._batches = batches_of(source)
 
     @classmethod
     def of(cls, source: Any, *, data: Any = None, precision: str | None = None) -> Queries:
@@ -74,10 +76,15 @@ class Queries:
         return other
 
 
-def _batches_of(source: Any) -> Iterable[Any]:
+def batches_of(source: Any) -> Iterable[Any]:
+    """The batches of queries in any of the forms that `Queries` takes, as they are before the module prepares them.
+
+    Raises:
+        ConfigurationError: none of these forms.
+    """
     if is_a(source, "LightningDataModule"):
         source.setup("fit")
-        return _batches_of(source.val_dataloader())
+        return batches_of(source.val_dataloader())
     if isinstance(source, (str, bytes, Path)):
         raise ConfigurationError(f"queries={str(source)!r:.80}; give a loader, a list of batches, or a datamodule.")
     if isinstance(source, (Tensor, Mapping)) or (isinstance(source, tuple) and source):
@@ -90,12 +97,36 @@ def _batches_of(source: Any) -> Iterable[Any]:
     if isinstance(source, Dataset) and not isinstance(source, IterableDataset):
         return DataLoader(source, batch_size=_QUERIES_A_BATCH)
     if not isinstance(source, Iterable) and callable(source):
-        return _batches_of(source())
+        return batches_of(source())
     if not isinstance(source, Iterable):
         raise ConfigurationError(
             f"queries is a {type(source).__name__}; give a loader, a list of batches, a dataset or a datamodule."
         )
     return source
+
+
+def check_target(target: Target) -> None:
+    """Refuse a word that is no target.
+
+    Raises:
+        ConfigurationError: another word than ``"mean"``.
+    """
+    if isinstance(target, str) and target != "mean":
+        raise ConfigurationError(f"target={target!r}; give 'mean', weights (n_queries,), or None for each query.")
+
+
+def asked_of(each: Tensor, target: Target) -> Tensor:
+    """A quantity ``(..., n_queries)`` that is linear in the query losses, for the target: ``(..., 1)``, or as it is.
+
+    Example:
+        >>> asked_of(torch.tensor([1.0, 3.0]), "mean"), asked_of(torch.tensor([1.0, 3.0]), [0.0, 2.0])
+        (tensor([2.]), tensor([6.]))
+    """
+    if target is None:
+        return each
+    if isinstance(target, str):
+        return each.mean(-1, keepdim=True)
+    return (each @ torch.as_tensor(target).to(each))[..., None]
 
 
 def query_losses(
@@ -159,13 +190,8 @@ def query_curvature(
     """Second derivatives of the query losses along directions, at the model's present parameters.
 
     Returns:
-        A function from ``(k, d)`` per parameter to ``(k, n_queries)``, or ``(k, 1)`` for ``target="mean"``.
-
-    Raises:
-        ConfigurationError: a weighted target.
+        A function from ``(k, d)`` per parameter to ``(k, n_queries)``, or ``(k, 1)`` for a target that is not None.
     """
-    if target not in (None, "mean"):
-        raise ConfigurationError("the curvature of a weighted target is not offered; use target='mean' or None.")
     parameters = {name: p.detach().clone() for name, p in model.named_parameters() if name in names}
     batches = list(_batches(model, queries))
 
@@ -176,8 +202,7 @@ def query_curvature(
                 here = {k: directions[k].to(graph.parameters[k]) for k in names}
                 products = graph.hessian_product(here)
                 columns.append(torch.stack([(products[k] * here[k]).sum(1) for k in names]).sum(0))
-        each = torch.stack(columns, 1)
-        return each.mean(1, keepdim=True) if target == "mean" else each
+        return asked_of(torch.stack(columns, 1), target)
 
     return along
 
@@ -276,15 +301,7 @@ def _batches(model: LightningModule, queries: Queries | Iterable[Any]) -> Iterat
 @contextmanager
 def _asked(model: LightningModule) -> Iterator[None]:
     """Evaluation mode, gradients on, logging off; everything as it was afterwards."""
-    training = {module: module.training for module in model.modules()}
-    trained = {p: p.requires_grad for p in model.parameters()}
-    model.eval()
-    model.requires_grad_(True)
-    try:
-        with quiet(model), torch.enable_grad():
-            yield
-    finally:
-        for module, mode in training.items():
-            module.training = mode
-        for p, flag in trained.items():
-            p.requires_grad_(flag)
+    with unchanged(model), quiet(model), torch.enable_grad():
+        model.eval()
+        model.requires_grad_(True)
+        yield

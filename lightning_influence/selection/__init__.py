@@ -1,1 +1,1 @@
-"""What the next steps train on: targets, look-ahead scores, policies and their decisions."""
+"""What the next steps train on: the target, look-ahead scores, policies and their decisions."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -37,6 +37,7 @@ class LiveStep:
     weights: Tensor
     ranks: Ranks
     whole: bool = True
+    starts: Sequence[int] = (0,)
 
     @classmethod
     def of(cls, step: CollectedStep, module: nn.Module, optimizer: str, ranks: Ranks) -> LiveStep:
@@ -100,7 +101,7 @@ class LiveStep:
         """Of each share ``(n,)``: its weight and, under a mean, one over what is left of its micro-batch's weight."""
         if not self.full.averaged:
             return self.weights
-        losses, numbers = self.full.loss_weights, self.full.micro_batches
+        losses, numbers = self.full.loss_weights, self.full.micro_batch_numbers
         n = int(numbers.max()) + 1
         whole = torch.zeros(n, dtype=losses.dtype).index_add_(0, numbers, losses)
         left = torch.zeros(n, dtype=losses.dtype).index_add_(0, numbers, losses * self.weights)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
 from dataclasses import asdict, dataclass, field
 from itertools import islice
 from typing import Any
@@ -10,13 +10,14 @@ from typing import Any
 import lightning as L
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader
+from torch.utils.data import BatchSampler, DataLoader, SequentialSampler
 
 from lightning_influence.run.random_state import random_state
 from lightning_influence.run.ranks import Ranks
 from lightning_influence.run.rows import row_order
 from lightning_influence.run.sample_ids import RecordedBatchSampler
 from lightning_influence.run.training_step import prepared
+from lightning_influence.run.unchanged import unchanged
 from lightning_influence.selection.lookahead import Candidates
 from lightning_influence.selection.selector import Scorer, Selector
 
@@ -49,7 +50,7 @@ class SelectingLoader:
 
     Its length is known, so Lightning fetches nothing ahead and every round sees the run where it stands. Several
     processes deal out among them the batches that the first one draws, and each selects on its own; they have
-    equally many batches, so none waits for another. A run that is resumed inside an epoch goes on with what was decided.
+    equally many batches, so none waits for another. A run that is resumed inside an epoch keeps the decisions already made.
 
     Args:
         selector: decides, by its scorer.
@@ -69,6 +70,14 @@ class SelectingLoader:
         self._epoch: _Epoch | None = None
         self._resumed: _Epoch | None = None
         self._tried = False
+        overfits = trainer.overfit_batches > 0  # type: ignore[attr-defined]
+        self._in_order = overfits and not isinstance(loader.sampler, SequentialSampler)
+
+    @property
+    def _n_batches(self) -> int:
+        """Batches of an epoch that Lightning will ask for; it reckons with a fraction of ``len`` on its own."""
+        limit = self.trainer.limit_train_batches
+        return min(len(self), limit) if isinstance(limit, int) else int(len(self) * limit)
 
     def __len__(self) -> int:
         return -(-len(self.loader) // self.ranks.size)
@@ -91,10 +100,10 @@ class SelectingLoader:
     def _deliver(self, begin: Callable[[], _Epoch]) -> Iterator[Any]:
         epoch = begin()
         self._epoch, self._seeds = epoch, torch.Generator().manual_seed(epoch.seed)
-        while epoch.delivered < len(self) and (epoch.kept or epoch.drawn):
+        while epoch.delivered < self._n_batches and (epoch.kept or epoch.drawn):
             if not epoch.kept:
                 self._decide(epoch)
-            self._due[:] = epoch.kept[: len(self) - epoch.delivered]
+            self._due[:] = epoch.kept[: self._n_batches - epoch.delivered]
             for batch in self._fetch(self.batch_sampler):
                 epoch.kept.pop(0)
                 epoch.delivered += 1
@@ -102,7 +111,7 @@ class SelectingLoader:
 
     def state_dict(self) -> dict[str, Any]:
         """Where each process stands in its epoch, and the random numbers by which the next ones are drawn."""
-        inside = self._epoch is not None and self._epoch.delivered < len(self)
+        inside = self._epoch is not None and self._epoch.delivered < self._n_batches
         epoch = asdict(self._epoch) if self._epoch is not None and inside else None
         generator = self.loader.generator
         return {"epochs": self.ranks.gather(epoch), "generator": None if generator is None else generator.get_state()}
@@ -131,7 +140,7 @@ class SelectingLoader:
     def _own(self, drawn: list[list[int]]) -> list[list[int]]:
         """This process's batches among those that were drawn."""
         padded = drawn + drawn[: -len(drawn) % self.ranks.size]
-        return padded[self.ranks.rank :: self.ranks.size]
+        return padded[self.ranks.rank :: self.ranks.size][: self._n_batches]
 
     def _decide(self, epoch: _Epoch) -> None:
         """One selection round."""
@@ -143,7 +152,7 @@ class SelectingLoader:
             size = epoch.size
             kept = [epoch.waiting[i : i + size] for i in range(0, len(epoch.waiting) - size + 1, size)]
             epoch.waiting = epoch.waiting[len(kept) * size :]
-            epoch.drawn = epoch.drawn or (epoch.further.pop(0) if self.ranks.size > 1 else self._draw())
+            epoch.drawn = epoch.drawn or (epoch.further.pop(0) if self.ranks.size > 1 else self._own(self._draw()))
         epoch.kept = kept
 
     def _most_passes(self, size: int) -> int:
@@ -153,11 +162,16 @@ class SelectingLoader:
         return 2 + -(-size // max(1, round(self.settings.floor * size)))
 
     def _draw(self) -> list[list[int]]:
-        sampler = self.loader.batch_sampler
+        loader, sampler = self.loader, self.loader.batch_sampler
         assert sampler is not None
-        # workers run past the end of a sampler, which draws random numbers there; without them nobody does
-        batches = sampler if self.loader.num_workers else islice(sampler, len(self.loader))
-        return [[int(z) for z in batch] for batch in batches]
+        if self._in_order:  # as Lightning takes the batches to overfit
+            assert loader.batch_size is not None and isinstance(loader.dataset, Sized)
+            sampler = BatchSampler(SequentialSampler(loader.dataset), loader.batch_size, loader.drop_last)
+        asked = min(len(loader), self._n_batches * self.ranks.size)
+        ahead = loader.num_workers * (loader.prefetch_factor or 0)
+        # workers may run past the end of a sampler, which draws random numbers there; without them nobody does
+        past_the_end = ahead > 0 and asked + ahead > len(loader)
+        return [[int(z) for z in batch] for batch in islice(sampler, None if past_the_end else asked + ahead)]
 
     def _round(self, available: int) -> int:
         """Batches that the next round decides about."""
@@ -190,7 +204,8 @@ class SelectingLoader:
         if not self._scorer.reads_batches:
             return [Candidates(None, ids) for ids in drawn]
         module = self.trainer.lightning_module
-        fetched = [prepared(module, batch) for batch in self._fetch(batches)]
+        with unchanged(module):
+            fetched = [prepared(module, batch) for batch in self._fetch(batches)]
         order = self._row_order
         return [
             Candidates(b, ids, None if order is None else order(b, ids)) for b, ids in zip(fetched, drawn, strict=True)

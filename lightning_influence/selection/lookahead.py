@@ -1,4 +1,7 @@
-"""Look-ahead scores: the run is rolled out for some steps, scored by the sweep, and put back (method.md section 8)."""
+"""Look-ahead scores: the run is rolled out for some steps, scored by the sweep, and put back.
+
+The mathematics is in docs/method.md, "Look-ahead selection".
+"""
 
 from __future__ import annotations
 
@@ -17,15 +20,15 @@ from lightning_influence.core.optimizers import UPDATES
 from lightning_influence.core.sweep import Method, sweep
 from lightning_influence.core.trajectory import Hyper, Shares, StepRecord, Trajectory, Vectors
 from lightning_influence.errors import ConfigurationError, InfluenceError
-from lightning_influence.replay.plan import ReplayMicroBatch, ReplayStep, State
-from lightning_influence.replay.removals import Removals
+from lightning_influence.replay.plan import PlannedMicroBatch, PlannedStep, State
+from lightning_influence.replay.removals import RemovalCheck
 from lightning_influence.replay.trajectory import ReplayTrajectory
 from lightning_influence.run.batches import batch_size
 from lightning_influence.run.optimizer import read_hypers, read_moments, update_name
 from lightning_influence.run.random_state import random_state, read_random_state, write_random_state
 from lightning_influence.run.sample_weights import sample_weights
 from lightning_influence.run.tap import LossTap, tapped
-from lightning_influence.run.trainer import clip_of, only_optimizer, schedules_as_they_were
+from lightning_influence.run.trainer import clip_of, only_optimizer, schedules_as_they_were, steps_left
 from lightning_influence.run.training_step import Moment, at_moment, set_modes, training_loss
 from lightning_influence.selection.target import target_gradient
 
@@ -68,9 +71,9 @@ class Rollout:
         self._state = State(parameters, moments, {k: b.detach().clone() for k, b in module.named_buffers()})
         for c in (c for parts in candidates for c in parts):
             _check_batch(c)
-        hypers, self._moment = _hypers(trainer, trained, len(candidates)), Moment.now(trainer, module)
         first = trainer.fit_loop.epoch_loop.batch_progress.current.ready  # index of the batch that comes next
-        self._steps, random = list[ReplayStep](), _random_states()
+        hypers, self._moment = _hypers(trainer, trained, first, candidates), Moment.now(trainer, module)
+        self._steps, random = list[PlannedStep](), _random_states()
         for ahead, (parts, hyper) in enumerate(zip(candidates, hypers, strict=True)):
             self._steps.append(self._planned(parts, hyper, first, trainer.global_step + ahead, random))
             first += len(parts)
@@ -82,10 +85,10 @@ class Rollout:
         first: int,
         global_step: int,
         random: Iterator[dict[str, Tensor]],
-    ) -> ReplayStep:
+    ) -> PlannedStep:
         accumulated = self._trainer.accumulate_grad_batches  # also where an epoch ends with fewer
         micro_batches = [
-            ReplayMicroBatch(
+            PlannedMicroBatch(
                 c.batch,
                 replace(self._moment, batch_idx=first + i, global_step=global_step),
                 1 / accumulated,
@@ -104,7 +107,7 @@ class Rollout:
             for c in parts
         ]
         averaged = self._options.averaged
-        return ReplayStep(micro_batches, *Samples.columns(samples), hyper, clip_of(self._trainer), averaged)
+        return PlannedStep(micro_batches, *Samples.columns(samples), hyper, clip_of(self._trainer), averaged)
 
     def weigh(self) -> None:
         """Take the weights of the samples from the losses that the training step calls, where it tells them.
@@ -113,10 +116,10 @@ class Rollout:
         """
         self._steps = [self._weighed(step) for step in self._steps]
 
-    def _weighed(self, step: ReplayStep) -> ReplayStep:
+    def _weighed(self, step: PlannedStep) -> PlannedStep:
         module, samples = self._trainer.lightning_module, []
         for number, micro_batch in enumerate(step.micro_batches):
-            here = step.numbers == number
+            here = step.micro_batch_numbers == number
             own, seen = Samples(step.sample_ids[here], step.loss_weights[here]), list[LossTap]()
             set_modes(module, micro_batch.moment.in_eval)
             with (
@@ -140,24 +143,27 @@ class Rollout:
     def sample_ids(self, index: int) -> Tensor:
         return self._steps[index].sample_ids
 
-    def step(self, index: int) -> ReplayStep:
+    def step(self, index: int) -> PlannedStep:
         return self._steps[index]
 
     def snapshot(self, index: int) -> State:
         return self._state
 
+    def parameters(self, index: int) -> dict[str, Tensor]:
+        return self._state.parameters
+
 
 def look_ahead(
     trainer: L.Trainer,
     candidates: Sequence[Sequence[Candidates]],
-    target: Any,
+    queries: Any,
     horizon: int,
     method: Method,
     scored: int,
     options: StepOptions | None = None,
-    removals: Removals | None = None,
+    removals: RemovalCheck | None = None,
 ) -> list[Tensor]:
-    """Scores of the samples of the next steps, each against the target ``horizon`` steps after its own step.
+    """Scores of the samples of the next steps, each against the mean query loss ``horizon`` steps after its own step.
 
     Everything about the run is afterwards as it was, bit for bit. What a removal does to the gradient is verified by the
     roll-out, and measured where per-sample gradients do not say it.
@@ -165,7 +171,7 @@ def look_ahead(
     Args:
         candidates: the micro-batches of the steps to come, up to ``scored + horizon``; where there are fewer,
             the last steps are read sooner.
-        target: batches of target examples, or a `target.TargetLoss`.
+        queries: batches, or a `target.TargetLoss`.
         scored: the number of steps to score.
         options: of the steps.
         removals: what an earlier roll-out of the run has verified.
@@ -197,7 +203,7 @@ def look_ahead(
             stop = min(start + 1 + horizon, len(run))
             run.place(stop)
             _refuse_not_finite(run, range(start, stop))
-            gradients = target_gradient(module, target, list(run.sizes), run.select)
+            gradients = target_gradient(module, queries, list(run.sizes), run.select)
             window = Window(run, start, stop)
             rows = sweep(window, gradients, method, scored=range(1), progress=False)
             found.append(rows.of(torch.cat([c.sample_ids for c in candidates[start]]))[:, 0])
@@ -221,6 +227,7 @@ class Window:
     def __init__(self, trajectory: Trajectory, start: int, stop: int) -> None:
         self._trajectory, self._start, self._stop = trajectory, start, stop
         self.optimizer, self.sizes = trajectory.optimizer, trajectory.sizes
+        self.starts = (0,)
 
     def __len__(self) -> int:
         return self._stop - self._start
@@ -241,15 +248,20 @@ class Window:
         return self._trajectory.curvature_product(self._start + index, kind, vectors)
 
 
-def _hypers(trainer: L.Trainer, trained: Mapping[str, Tensor], n_steps: int) -> list[dict[str, Hyper]]:
-    """Hyperparameters of the steps to come: schedulers are moved ahead, and back."""
-    found = list[dict[str, Hyper]]()
-    with schedules_as_they_were(trainer) as schedulers:
-        for ahead in range(n_steps):
+def _hypers(
+    trainer: L.Trainer, trained: Mapping[str, Tensor], first: int, steps: Sequence[Sequence[Candidates]]
+) -> list[dict[str, Hyper]]:
+    """Hyperparameters of the steps to come, the first batch of which has the index ``first``: schedulers are moved ahead as
+    Lightning would, but not beyond the end of the run, which some refuse, and back.
+    """
+    found, left = list[dict[str, Hyper]](), steps_left(trainer)
+    with schedules_as_they_were(trainer) as schedules:
+        for ahead, parts in enumerate(steps):
             now = read_hypers(only_optimizer(trainer), trained)
             found.append({k: {**hyper, "step": hyper["step"] + ahead} for k, hyper in now.items()})
-            for scheduler in schedulers:
-                scheduler.step()
+            first += len(parts)
+            if ahead + 1 < min(len(steps), left):
+                schedules.step(first - 1)
     return found
 
 

@@ -89,7 +89,7 @@ def decide(policy: Policy, scores: Tensor, sample_ids: Tensor, batches: Tensor, 
 
     Raises:
         ConfigurationError: the policy returned something else than weights.
-        InfluenceError: a score is NaN, by which nothing can be ranked.
+        InfluenceError: a score is NaN, so that samples cannot be ranked.
     """
     if scores.isnan().any():
         raise InfluenceError(
@@ -108,7 +108,7 @@ def decide(policy: Policy, scores: Tensor, sample_ids: Tensor, batches: Tensor, 
         if int((weights[members] > 0).sum()) < least:
             warnings.warn(
                 f"a batch of {len(members)} samples would have kept fewer than {least} of them; the best {least} stay "
-                f"(floor={floor}). Nearly everything scores badly: is the target what you mean it to be?",
+                f"(floor={floor}). Nearly everything scores badly: do the queries stand for what the model is meant for?",
                 stacklevel=2,
             )
             best = scores[members].argsort(descending=True, stable=True)[:least]

@@ -16,7 +16,7 @@ from torch import Tensor
 from lightning_influence.capture.step import StepOptions
 from lightning_influence.core.sweep import Method
 from lightning_influence.errors import ConfigurationError
-from lightning_influence.replay.removals import Removals
+from lightning_influence.replay.removals import RemovalCheck
 from lightning_influence.selection.decisions import SelectionReport
 from lightning_influence.selection.lookahead import Candidates, look_ahead
 from lightning_influence.selection.policies import Policy, Soft, decide
@@ -76,7 +76,7 @@ class LookAhead:
     """Scores by rolling the run out (`lookahead.look_ahead`).
 
     Args:
-        target: gives the target, as `look_ahead` takes it.
+        queries: gives the queries, as `look_ahead` takes them.
         settings: of the selection.
 
     Attributes:
@@ -85,13 +85,14 @@ class LookAhead:
 
     reads_batches = True
 
-    def __init__(self, target: Callable[[], Any], settings: Settings) -> None:
-        self.target, self.settings, self.removals = target, settings, Removals()
+    def __init__(self, queries: Callable[[], Any], settings: Settings) -> None:
+        self.queries, self.settings = queries, settings
+        self.removals = RemovalCheck(unverifiable=None if settings.options.verify else "verify=False")
 
     def __call__(self, trainer: L.Trainer, candidates: Sequence[Sequence[Candidates]], scored: int) -> list[Tensor]:
         s = self.settings
         return look_ahead(
-            trainer, candidates, self.target(), s.horizon, s.method, scored, options=s.options, removals=self.removals
+            trainer, candidates, self.queries(), s.horizon, s.method, scored, options=s.options, removals=self.removals
         )
 
 

@@ -1,10 +1,13 @@
-"""The gradient of the target at every step of a run, at a fraction of the cost of reading the target at every step."""
+"""The gradient of the target at every step of a run, at a fraction of the cost of reading all queries at every step.
+
+The target of selection is the mean loss of the queries, or a function of the module in their place.
+"""
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any, TypeAlias
 
@@ -15,8 +18,9 @@ from torch import Tensor
 from lightning_influence.core.trajectory import Vectors
 from lightning_influence.errors import ConfigurationError, InfluenceError
 from lightning_influence.run.batches import batch_size, leaves, some
-from lightning_influence.run.random_state import random_state
+from lightning_influence.run.random_state import generator_as_it_was, random_state
 from lightning_influence.run.training_step import parameters_at
+from lightning_influence.run.unchanged import unchanged
 from lightning_influence.scoring.queries import query_gradients, query_losses
 
 TargetLoss: TypeAlias = Callable[[L.LightningModule], Tensor]
@@ -27,7 +31,7 @@ _KEPT_BYTES = 2**26
 
 def target_gradient(
     module: L.LightningModule,
-    target: Any,
+    queries: Any,
     names: Sequence[str],
     select: Callable[[str, Tensor], Tensor],
     *,
@@ -36,42 +40,42 @@ def target_gradient(
     """Gradient of the mean target loss at the module's parameters, ``(1, d)`` each.
 
     Args:
-        target: batches of target examples, or a `TargetLoss`.
+        queries: batches, or a `TargetLoss`.
         names, select: as of `queries.query_gradients`.
-        whole: the batches of which those of ``target`` are a part.
+        whole: the batches of which those of ``queries`` are a part.
 
     Raises:
         InfluenceError: it is not finite; the text names the examples.
     """
     with random_state(None):  # a function, or a hook that prepares a batch, may draw random numbers
-        gradients = _gradient(module, target, names, select)
+        gradients = _gradient(module, queries, names, select)
     if not all(g.isfinite().all() for g in gradients.values()):
         raise InfluenceError(
-            f"the gradient of the target is not finite: {_cause(module, target if whole is None else whole)}. Every score would be NaN, and what is kept "
+            f"the gradient of the target is not finite: {_cause(module, queries if whole is None else whole)}. Every score would be NaN, and what is kept "
             "would be chosen at random."
         )
     return gradients
 
 
 def _gradient(
-    module: L.LightningModule, target: Any, names: Sequence[str], select: Callable[[str, Tensor], Tensor]
+    module: L.LightningModule, queries: Any, names: Sequence[str], select: Callable[[str, Tensor], Tensor]
 ) -> Vectors:
-    if not callable(target):
-        return query_gradients(module, target, names, select, target="mean", progress=False)
+    if not callable(queries):
+        return query_gradients(module, queries, names, select, target="mean", progress=False)
     parameters = dict(module.named_parameters())
     chosen = [parameters[name] for name in names]
-    with torch.enable_grad():
-        loss = target(module)
-    found = torch.autograd.grad(loss, chosen, allow_unused=True, materialize_grads=True)
+    with unchanged(module), torch.enable_grad():
+        loss = queries(module)
+        found = torch.autograd.grad(loss, chosen, allow_unused=True, materialize_grads=True)
     return {k: select(k, g)[None] for k, g in zip(names, found, strict=True)}
 
 
-def _cause(module: L.LightningModule, target: Any) -> str:
+def _cause(module: L.LightningModule, queries: Any) -> str:
     """Which examples make a target's gradient not finite."""
-    if callable(target):
-        return "that of the function given as target="
+    if callable(queries):
+        return "that of the function given as queries="
     wrong, n_examples = [], 0
-    for number, batch in enumerate(target):
+    for number, batch in enumerate(queries):
         for row, loss in enumerate(query_losses(module, [batch]).tolist()):
             n_examples += 1
             if not math.isfinite(loss):
@@ -86,6 +90,18 @@ def _cause(module: L.LightningModule, target: Any) -> str:
     return f"{wrong[0]}{others}; leave such examples out of the target"
 
 
+def is_loss_of_module(queries: Any) -> bool:
+    """Whether queries are a `TargetLoss` rather than data or a method without arguments that gives them."""
+    if not callable(queries) or isinstance(queries, Iterable):
+        return False
+    try:
+        signature = inspect.signature(queries)
+        signature.bind()
+    except (TypeError, ValueError):  # it needs an argument, or does not say
+        return True
+    return any(p.kind == p.VAR_POSITIONAL for p in signature.parameters.values())
+
+
 class Joined:
     """The batches of loaders, one loader after the other, read without moving on the loaders' own generators, which they
     may share with the training loader.
@@ -98,24 +114,13 @@ class Joined:
         for loader in self.loaders:
             batches: Iterator[Any] | None = None
             while True:
-                with _generator_as_it_was(loader):
+                with generator_as_it_was(loader):
                     batches = iter(loader) if batches is None else batches
                     try:
                         batch = next(batches)
                     except StopIteration:
                         break
                 yield batch
-
-
-@contextmanager
-def _generator_as_it_was(loader: Any) -> Iterator[None]:
-    generator = getattr(loader, "generator", None)
-    before = None if generator is None else generator.get_state()
-    try:
-        yield
-    finally:
-        if generator is not None:
-            generator.set_state(before)
 
 
 class LiveTarget:
@@ -142,18 +147,18 @@ class LiveTarget:
         self._kept: list[Any] | None = None  # the batches of a small target, which its loader then gives once
 
     def gradient(
-        self, module: L.LightningModule, target: Any, select: Callable[[str, Tensor], Tensor], step: int
+        self, module: L.LightningModule, queries: Any, select: Callable[[str, Tensor], Tensor], step: int
     ) -> Vectors:
         """At the module's present parameters, ``(1, d)`` for each that is trained.
 
         Args:
-            target: batches of target examples, read as said; a function of the module has no parts and is read every time.
+            queries: batches, read as said; a function of the module has no parts and is read every time.
             step: the optimizer step that is about to be taken.
         """
         names = [k for k, p in module.named_parameters() if p.requires_grad]
-        if callable(target):
-            return target_gradient(module, target, names, select)
-        batches = target if self._kept is None else self._kept
+        if callable(queries):
+            return target_gradient(module, queries, names, select)
+        batches = queries if self._kept is None else self._kept
         if self.every == 1 or self._reading is None or (step % self.every == 0 and step != self._reading.step):
             return self._read(module, batches, names, select, step)
         part = self._next_part(batches)
@@ -183,7 +188,7 @@ class LiveTarget:
         with random_state(None):
             if self._parts is None:
                 self._parts = _round_and_round(batches, -(-self._reading.n_examples // self.every))
-                for _ in range(self._reading.taken):  # a run that is resumed goes on with the part that comes next
+                for _ in range(self._reading.taken):  # a resumed run continues with the next part
                     next(self._parts)
             self._reading.taken += 1
             return next(self._parts)
@@ -238,14 +243,14 @@ class _Seen:
             yield batch
 
 
-def _round_and_round(target: Iterable[Any], size: int) -> Iterator[list[Any]]:
-    """Lists of batches with ``size`` examples together, in pass after pass over the target."""
+def _round_and_round(queries: Iterable[Any], size: int) -> Iterator[list[Any]]:
+    """Lists of batches with ``size`` examples together, in pass after pass over the queries."""
     part, n = list[Any](), 0
     while True:
-        batches = iter(target)
-        if batches is target:
+        batches = iter(queries)
+        if batches is queries:
             raise ConfigurationError(
-                f"the target is a {type(target).__name__}, which can be read only once; give a loader or a list of batches."
+                f"the target is a {type(queries).__name__}, which can be read only once; give a loader or a list of batches."
             )
         for batch in batches:
             start = 0

@@ -1,4 +1,4 @@
-"""How well scores agree with measured effects: statistics over the removals, per query (method.md section 10)."""
+"""How well scores agree with measured effects: statistics over the removals, per query (docs/method.md, "Training again")."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from torch import Tensor
 
 from lightning_influence.errors import ConfigurationError
 from lightning_influence.report.provenance import Estimate as Estimate
+from lightning_influence.report.tables import in_notebook
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -50,6 +51,9 @@ class Agreement:
 
     def __repr__(self) -> str:
         return f"Agreement({self})"
+
+    def _repr_html_(self) -> str:
+        return in_notebook(repr(self), self.to_pandas())
 
 
 def compare(

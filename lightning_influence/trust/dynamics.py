@@ -20,6 +20,7 @@ from torch import Tensor
 
 from lightning_influence.errors import ConfigurationError, LogError
 from lightning_influence.log.steps import LoggedSteps
+from lightning_influence.report.tables import in_notebook
 from lightning_influence.run.batches import batch_size
 from lightning_influence.run.data import TrainingData
 from lightning_influence.run.losses import Dynamics, joined
@@ -72,15 +73,23 @@ def training_dynamics(log: str | Path) -> TrainingDynamics:
     Raises:
         LogError: no log, or one without training dynamics.
     """
-    steps = LoggedSteps(log)
-    found = [step for step in map(steps.dynamics, range(len(steps))) if step is not None]
-    visits = joined([dynamics for _, dynamics in found])
-    if not found or visits is None:
+    dynamics = dynamics_of(log)
+    if dynamics is None:
         raise LogError(
             f"the log {log} holds no training dynamics: its training step calls no functional loss over classes "
             "(cross_entropy, nll_loss, binary_cross_entropy), or several, or the log is of an older version. Score the samples "
             "with attribute(...) instead, whose report has suspects() too."
         )
+    return dynamics
+
+
+def dynamics_of(log: str | Path) -> TrainingDynamics | None:
+    """The same; None where the log has none."""
+    steps = LoggedSteps(log)
+    found = [step for step in map(steps.dynamics, range(len(steps))) if step is not None]
+    visits = joined([dynamics for _, dynamics in found])
+    if not found or visits is None:
+        return None
     ids = torch.cat([ids for ids, _ in found])
     return TrainingDynamics.of(ids, visit_numbers(ids), visits)
 
@@ -226,6 +235,9 @@ class TrainingDynamics:
     def __repr__(self) -> str:
         return f"TrainingDynamics({len(self.sample_ids)} samples, {len(self.owner)} visits)"
 
+    def _repr_html_(self) -> str:
+        return in_notebook(repr(self), self.to_pandas())
+
 
 def visit_numbers(sample_ids: Tensor) -> Tensor:
     """How often the sample of each visit ``(v,)`` had been visited before."""
@@ -238,7 +250,7 @@ def visit_numbers(sample_ids: Tensor) -> Tensor:
 def epoch_weights(numbers: Tensor, margins: Tensor) -> Tensor:
     """How much the first, second, ... visits count ``(n_visits,)``: the share of samples that are not yet fitted.
 
-    The share is estimated with one success and one failure more, so that it is never nothing; the first visits count nothing.
+    The share is estimated with one success and one failure more, so that it is never zero; the first visits count nothing.
 
     Args:
         numbers: ``(v,)`` int64, of the visits.

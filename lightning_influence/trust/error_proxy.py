@@ -17,7 +17,7 @@ from lightning_influence.log.steps import LoggedSteps
 from lightning_influence.replay.trajectory import ReplayTrajectory
 from lightning_influence.report.tables import in_notebook
 from lightning_influence.scoring.attribution import open_trajectory
-from lightning_influence.scoring.queries import Queries, query_curvature, query_gradients
+from lightning_influence.scoring.queries import Queries, Target, check_target, query_curvature, query_gradients
 from lightning_influence.scoring.query_loss import QueryLoss
 
 if TYPE_CHECKING:
@@ -107,21 +107,22 @@ def error_proxy(
     *,
     queries: Any,
     model: LightningModule,
-    pairs: int | Sequence[tuple[int, int]] = 16,
-    target: Literal["mean"] | None = "mean",
+    data: Any = None,
+    target: Target = None,
     curvature: Literal["auto", "fisher", "hessian"] = "auto",
     counterfactual: Literal["drop", "zero"] = "drop",
-    lr_factors: Sequence[float] = (1.0,),
     query_loss: QueryLoss | None = None,
-    data: Any = None,
+    pairs: int | Sequence[tuple[int, int]] = 16,
+    lr_factors: Sequence[float] = (1.0,),
     seed: int = 0,
     progress: bool = True,
 ) -> PredictedErrors:
     """Predicted error (truth minus score) of first-order scores: `ErrorProxy.total`, which is half the run's second
-    variation (method.md section 9) with its elementwise part in closed form.
+    variation (docs/method.md, "How far to trust a score") with its elementwise part in closed form.
 
-    The other arguments are as of `attribute`. Needs no retraining. From a log of gradients the Hessian is the Fisher matrix and the loss's third derivative is
-    left out; replayed, it is exact.
+    The other arguments are as of `attribute`, whose ``response`` is ``"tangent"`` here by definition. No retraining is needed.
+    From a replay the second variation is exact; from a log of gradients the Fisher matrix stands for the Hessian, and the
+    third derivative of the loss is left out.
 
     Args:
         pairs: (sample id, step) pairs, or how many to draw at random.
@@ -131,6 +132,7 @@ def error_proxy(
         ConfigurationError: a pair that the run does not hold.
         CurvatureUnavailable: the log does not hold what the curvature needs.
     """
+    check_target(target)
     if curvature not in ("auto", "fisher", "hessian"):
         raise ConfigurationError(f"curvature={curvature!r}; choose one of auto, fisher, hessian")
     precision = str(LoggedSteps(log).reader.manifest["precision"])
@@ -138,9 +140,10 @@ def error_proxy(
     with open_trajectory(log, model, curvature, data, progress=progress) as run:
         exact = isinstance(run, ReplayTrajectory) and curvature != "fisher"
         names = list(run.sizes)
-        options = {"target": target, "query_loss": query_loss}
-        gradients = query_gradients(model, queries, names, run.select, progress=progress, **options)  # type: ignore[arg-type]
-        bent = query_curvature(model, queries, names, **options) if exact else None  # type: ignore[arg-type]
+        gradients = query_gradients(
+            model, queries, names, run.select, target=target, query_loss=query_loss, progress=progress
+        )
+        bent = query_curvature(model, queries, names, target=target, query_loss=query_loss) if exact else None
         chosen = _drawn(run, pairs, seed) if isinstance(pairs, int) else list(pairs)
         if not chosen:
             raise ConfigurationError("pairs is empty; give at least one (sample id, step).")

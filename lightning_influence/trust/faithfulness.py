@@ -1,11 +1,11 @@
-"""How far the scores of one's own run can be trusted: measured by really training again (method.md sections 9, 10)."""
+"""How far the scores of one's own run can be trusted: measured by really training again (docs/method.md, "Training again")."""
 
 from __future__ import annotations
 
 import copy
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -24,9 +24,10 @@ from lightning_influence.report.tables import in_notebook
 from lightning_influence.run.data import TrainingData
 from lightning_influence.run.training_step import prepared
 from lightning_influence.scoring.attribution import attribute
-from lightning_influence.scoring.queries import Queries, query_losses
+from lightning_influence.scoring.groups import GroupsOf, named_groups
+from lightning_influence.scoring.queries import Queries, Target, asked_of, check_target, query_losses
 from lightning_influence.scoring.query_loss import QueryLoss
-from lightning_influence.trust.agreement import Agreement, compare, sums_over
+from lightning_influence.trust.agreement import Agreement, compare
 from lightning_influence.trust.results import Results
 from lightning_influence.trust.retraining import Removal, Run, each_effect, moved_initialisation, recorded_run, retrain
 
@@ -51,10 +52,11 @@ class Faithfulness:
     Attributes:
         single: by estimator, over removals of one sample; under `CEILING` that of the truth with itself.
         subsets: the same over removals of random subsets, whose Spearman correlation is the LDS; empty if none.
-        truth: ``(n_removals, n_queries)``, single removals first.
+        truth: ``(n_removals, n_queries)``, single removals first, then subsets, then groups.
         scores: predictions of the same, by estimator.
         removals: in the order of the rows.
-        levels: measured size of the config, algorithm and system errors (method.md section 9).
+        levels: measured size of the config, algorithm and system errors (docs/method.md, "How far to trust a score").
+        groups: the same over removals of the groups given; empty if none.
     """
 
     single: Mapping[str, Agreement]
@@ -63,6 +65,7 @@ class Faithfulness:
     scores: Mapping[str, Tensor]
     removals: Sequence[Removal]
     levels: Mapping[str, float]
+    groups: Mapping[str, Agreement] = field(default_factory=dict)
 
     def to_pandas(self) -> pd.DataFrame:
         """One row per estimator: each statistic with its confidence interval."""
@@ -77,6 +80,9 @@ class Faithfulness:
             if name in self.subsets:
                 lds = self.subsets[name].spearman
                 row |= {"lds": lds.value, "lds_low": lds.low, "lds_high": lds.high}
+            if name in self.groups:
+                found = self.groups[name]
+                row |= {"groups_spearman": found.spearman.value, "groups_relative_error": found.relative_error.value}
             rows.append(row)
         return pd.DataFrame(rows)
 
@@ -124,9 +130,10 @@ class Faithfulness:
     def __repr__(self) -> str:
         singles, n_queries = next(iter(self.single.values())).n_removals, self.truth.shape[1]
         told = "; ".join(f"spearman of {name!r} {agreement.spearman}" for name, agreement in self.single.items())
-        return (
-            f"Faithfulness({singles} removals and {len(self.removals) - singles} subsets, {n_queries} queries; {told})"
-        )
+        of_groups = next(iter(self.groups.values())).n_removals if self.groups else 0
+        subsets = len(self.removals) - singles - of_groups
+        groups = f" and {of_groups} groups" if of_groups else ""
+        return f"Faithfulness({singles} removals and {subsets} subsets{groups}, {n_queries} queries; {told})"
 
     def _repr_html_(self) -> str:
         return in_notebook(self.conclusion, self.to_pandas())
@@ -140,17 +147,18 @@ class Faithfulness:
 def check_faithfulness(
     log: str | Path,
     *,
+    queries: Any,
     model: LightningModule,
     data: Any,
-    queries: Any,
+    target: Target = None,
+    counterfactual: Literal["drop", "zero"] = "drop",
+    query_loss: QueryLoss | None = None,
     make_model: Callable[[], LightningModule] | None = None,
     estimators: Mapping[str, Mapping[str, Any]] = ESTIMATORS,
     removals: int | Sequence[int] = 30,
     subsets: int = 0,
     subset_size: float = 0.1,
-    counterfactual: Literal["drop", "zero"] = "drop",
-    target: Literal["mean"] | None = None,
-    query_loss: QueryLoss | None = None,
+    groups: GroupsOf | None = None,
     ceiling: bool = True,
     dtype: torch.dtype | None = torch.float64,
     results: str | Path | None = None,
@@ -160,20 +168,21 @@ def check_faithfulness(
 ) -> Faithfulness:
     """Train the recorded run again without some samples, and compare what happens with what was predicted.
 
-    ``log``, ``model`` (as it left ``fit``), ``queries``, ``query_loss`` and ``counterfactual`` are as of `attribute`.
+    ``log``, ``queries``, ``model`` (as it left ``fit``), ``target``, ``counterfactual`` and ``query_loss`` are as of
+    `attribute`; its other arguments are those of the ``estimators``.
 
     Args:
         data: the training data of the run: a datamodule, a loader or a dataset.
-        make_model: the module at its initialisation; by default taken from the log's first snapshot.
+        make_model: gives the module at its initialisation; by default taken from the log's first snapshot.
         estimators: `attribute`'s keyword arguments by name.
         removals: sample ids to remove, or how many to draw.
         subsets: how many random subsets of ``subset_size`` of the samples to remove besides, for the linear
             datamodeling score.
-        target: None compares per query, ``"mean"`` their mean.
+        groups: as of `attribute`, to remove besides: what removing each as a whole does is predicted and measured.
         ceiling: measure the truth once more from a slightly moved initialisation, and with other random numbers where
             the module draws any.
         dtype: of retraining; None for the run's own.
-        results: a file in which finished retrainings are kept, so that an interrupted check goes on with it; that of
+        results: a file that keeps finished retrainings, so that an interrupted check can be continued; the file of
             another run, other queries or another counterfactual is refused.
         workers: processes that retrain side by side (`retraining.each_effect`).
 
@@ -181,14 +190,18 @@ def check_faithfulness(
         ConfigurationError: no initialisation, samples that the run did not use, too few removals, no estimator, or
             ``results`` of another check.
     """
+    check_target(target)
     if not estimators:
         raise ConfigurationError("estimators is empty; name at least one, as in faithfulness.ESTIMATORS.")
     source, precision = TrainingData.of(data), str(LoggedSteps(log).reader.manifest["precision"])
-    asked_of = Queries.of(queries, data=source, precision=precision).held()
+    held = Queries.of(queries, data=source, precision=precision).held()
+    named = {} if groups is None else named_groups(groups)
+    asked = _removals(_used(log), removals, subsets, subset_size, named, seed)
+    together = {str(number): sorted(r) for number, r in enumerate(asked) if isinstance(r, frozenset)}
     reports = {
         name: attribute(
-            log, queries=asked_of, model=model, data=source, target=target, query_loss=query_loss,
-            counterfactual=counterfactual, progress=progress, **options,
+            log, queries=held, model=model, data=source, target=target, query_loss=query_loss,
+            counterfactual=counterfactual, groups=together or None, progress=progress, **options,
         )
         for name, options in estimators.items()
     }  # fmt: skip
@@ -196,32 +209,32 @@ def check_faithfulness(
     prepare = partial(prepared, datamodule=source.datamodule, precision=precision)
     options = {"collate": source.collate, "dtype": dtype, "seed": seed, "prepare": prepare}
     run = recorded_run(log, initial, source.dataset, **options)
-    used = next(iter(reports.values())).sample_ids
-    asked = _removals(used, removals, subsets, subset_size, seed)
-    truth_queries = asked_of if dtype is None else asked_of.to_dtype(dtype)
+    truth_queries = held if dtype is None else held.to_dtype(dtype)
 
     def losses(module: LightningModule) -> Tensor:
-        each = query_losses(module, truth_queries, query_loss)
-        return each.mean()[None] if target == "mean" else each
+        return asked_of(query_losses(module, truth_queries, query_loss), target)
 
     baseline = losses(retrain(run))
-    subject = {"baseline": baseline.tolist(), "counterfactual": counterfactual, "target": target, "dtype": str(dtype)}
+    asked_for = target if target is None or isinstance(target, str) else torch.as_tensor(target).tolist()
+    subject = {
+        "baseline": baseline.tolist(),
+        "counterfactual": counterfactual,
+        "target": asked_for,
+        "dtype": str(dtype),
+    }
     kept = None if results is None else Results(Path(results), subject)
     effects = _Effects(run, asked, losses, counterfactual, workers, progress, kept)
     truth = effects.measure("retraining")
-    scores = {name: _predicted(report.scores, report.sample_ids, asked) for name, report in reports.items()}
+    scores = {name: _predicted(report, asked) for name, report in reports.items()}
     measured = dict(scores)
     if ceiling:
         measured[CEILING] = replace(effects, run=moved_initialisation(replace(run, seed=seed + 1))).measure(CEILING)
-    n = len(asked) - subsets
-    return Faithfulness(
-        {name: compare(found[:n], truth[:n]) for name, found in measured.items()},
-        {name: compare(found[n:], truth[n:]) for name, found in measured.items()} if subsets else {},
-        truth,
-        scores,
-        asked,
-        _levels(reports, baseline, losses, model),
+    n, m = len(asked) - subsets - len(named), len(asked) - len(named)
+    single, of_subsets, of_groups = (
+        {name: compare(found[part], truth[part]) for name, found in measured.items()} if part.start < part.stop else {}
+        for part in (slice(0, n), slice(n, m), slice(m, len(asked)))
     )
+    return Faithfulness(single, of_subsets, truth, scores, asked, _levels(reports, baseline, losses, model), of_groups)
 
 
 @dataclass(frozen=True)
@@ -272,7 +285,21 @@ def _initialisation(log: str | Path, model: LightningModule) -> Callable[[], Lig
     return make
 
 
-def _removals(used: Tensor, singles: int | Sequence[int], subsets: int, size: float, seed: int) -> list[Removal]:
+def _used(log: str | Path) -> Tensor:
+    """Ids of the samples that a run consumed, ascending."""
+    steps = LoggedSteps(log)
+    return torch.cat([steps.sample_ids(t) for t in range(len(steps))]).unique()
+
+
+def _removals(
+    used: Tensor,
+    singles: int | Sequence[int],
+    subsets: int,
+    size: float,
+    groups: Mapping[str, Sequence[int]],
+    seed: int,
+) -> list[Removal]:
+    """Samples, then random subsets, then groups."""
     generator = torch.Generator().manual_seed(seed)
     if isinstance(singles, int):
         order = torch.randperm(len(used), generator=generator)
@@ -286,17 +313,19 @@ def _removals(used: Tensor, singles: int | Sequence[int], subsets: int, size: fl
         raise ConfigurationError(
             f"a subset of {size:g} of the samples cannot be removed; give a fraction between 0 and 1."
         )
-    for what, n in (("removals", len(chosen)), ("subsets", subsets)):
+    for what, n in (("removals", len(chosen)), ("subsets", subsets), ("groups", len(groups))):
         if n < 3 and (what == "removals" or n):
             raise ConfigurationError(f"{n} {what} are too few for a correlation; give at least 3.")
     n = max(1, round(size * len(used)))
     drawn = [used[torch.randperm(len(used), generator=generator)[:n]].tolist() for _ in range(subsets)]
-    return [*chosen, *(frozenset(subset) for subset in drawn)]
+    return [*chosen, *map(frozenset, drawn), *map(frozenset, groups.values())]
 
 
-def _predicted(scores: Tensor, sample_ids: Tensor, removals: Sequence[Removal]) -> Tensor:
-    sets = [r if isinstance(r, frozenset) else frozenset([r]) for r in removals]
-    return sums_over(scores, sample_ids, sets)  # type: ignore[arg-type]
+def _predicted(report: InfluenceReport, removals: Sequence[Removal]) -> Tensor:
+    """Scores ``(n_removals, n_queries)``, of what leaves together by the joint response."""
+    singles = [r for r in removals if not isinstance(r, frozenset)]
+    rows = report.scores[torch.searchsorted(report.sample_ids, torch.tensor(singles))]
+    return (rows if report.groups is None else torch.cat([rows, report.groups.scores])).double()
 
 
 def _levels(

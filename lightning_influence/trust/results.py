@@ -1,4 +1,4 @@
-"""A file of finished retrainings: a line that says of which check, and one per retraining."""
+"""A file of finished retrainings: one line that identifies the check, then one line per retraining."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _SUBJECT = "of"
 
 
 class Results:
-    """Finished retrainings in a file, so that an interrupted check goes on with it.
+    """Finished retrainings in a file, so that an interrupted check can be continued.
 
     Args:
         subject: what is checked; its ``baseline`` holds the losses of the run trained again, one per query, which tell

@@ -1,4 +1,4 @@
-"""The same run again without some of its samples: the ground truth of attribution (method.md section 10).
+"""The same run again without some of its samples: the ground truth of attribution (docs/method.md, "Training again").
 
 A plain loop over the recorded batches, hyperparameters and clipping, with the module's own training step
 and optimizer. It shares no formula with the estimators it judges.
@@ -50,7 +50,7 @@ Losses: TypeAlias = Callable[[LightningModule], Tensor]
 
 
 @dataclass(frozen=True)
-class MicroBatch:
+class RetrainedMicroBatch:
     """One forward and backward pass of a run.
 
     Attributes:
@@ -67,10 +67,10 @@ class MicroBatch:
 
 
 @dataclass(frozen=True)
-class Step:
+class RetrainedStep:
     """One optimizer step: its micro-batches, clipping, and the hyperparameters of every parameter."""
 
-    micro_batches: tuple[MicroBatch, ...]
+    micro_batches: tuple[RetrainedMicroBatch, ...]
     clip: Clip
     hyper: Mapping[str, Hyper]
 
@@ -99,7 +99,7 @@ class Run:
 
     make_module: Callable[[], LightningModule]
     dataset: Dataset[Any]
-    steps: Sequence[Step]
+    steps: Sequence[RetrainedStep]
     collate: Callable[[list[Any]], Any] = default_collate
     dtype: torch.dtype | None = None
     seed: int | None = None
@@ -120,16 +120,16 @@ def recorded_run(
     return Run(make_module, dataset, steps, averaged=trajectory.record(0).averaged, **options)
 
 
-def _recorded_step(trajectory: LoggedSteps, index: int) -> Step:
+def _recorded_step(trajectory: LoggedSteps, index: int) -> RetrainedStep:
     record = trajectory.record(index)
     micro_batches = []
-    for number, moment in zip(record.micro_batches.unique(), trajectory.moments_of(index), strict=True):
-        here = record.micro_batches == number
+    for number, moment in zip(record.micro_batch_numbers.unique(), trajectory.moments_of(index), strict=True):
+        here = record.micro_batch_numbers == number
         weights = record.loss_weights[here]
         factor = float(weights.sum()) if record.averaged else float(weights[0])
         ids = tuple(record.sample_ids[here].tolist())
-        micro_batches.append(MicroBatch(ids, tuple(weights.tolist()), factor, moment))
-    return Step(tuple(micro_batches), record.clip, record.hyper)
+        micro_batches.append(RetrainedMicroBatch(ids, tuple(weights.tolist()), factor, moment))
+    return RetrainedStep(tuple(micro_batches), record.clip, record.hyper)
 
 
 def retrain(
@@ -218,7 +218,7 @@ def each_effect(
 
 def moved_initialisation(run: Run, scale: float = 1e-3, seed: int = 0) -> Run:
     """The same run from an initialisation moved by ``scale`` times each parameter's root mean square: how well
-    the truth it gives agrees with that of the run itself is the ceiling of method.md section 9.
+    the truth it gives agrees with that of the run itself is the ceiling (docs/method.md, "Training again").
     """
 
     def make_module() -> LightningModule:
@@ -307,7 +307,9 @@ class _Retraining:
         optimizer.zero_grad()
         return module
 
-    def _backward(self, module: LightningModule, micro_batch: MicroBatch, gone: frozenset[int], number: int) -> None:
+    def _backward(
+        self, module: LightningModule, micro_batch: RetrainedMicroBatch, gone: frozenset[int], number: int
+    ) -> None:
         kept = tuple(z for z in micro_batch.sample_ids if z not in gone)
         if not kept:
             for p in module.parameters():
@@ -323,7 +325,7 @@ class _Retraining:
             loss = training_loss(module, self._batch(module, micro_batch, kept), moment.batch_idx)
         (loss / (1 / factor)).backward()  # Lightning divides by the number of micro-batches: bitwise the same
 
-    def _batch(self, module: LightningModule, micro_batch: MicroBatch, kept: tuple[int, ...]) -> Any:
+    def _batch(self, module: LightningModule, micro_batch: RetrainedMicroBatch, kept: tuple[int, ...]) -> Any:
         """The collated batch; those that are whole are collated once, while they fit."""
         if kept in self._batches:
             return self._batches[kept]
@@ -337,7 +339,7 @@ class _Retraining:
         return batch
 
 
-def _finish_step(optimizer: torch.optim.Optimizer, step: Step, names: Mapping[Tensor, str]) -> None:
+def _finish_step(optimizer: torch.optim.Optimizer, step: RetrainedStep, names: Mapping[Tensor, str]) -> None:
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     if step.clip.rule == "norm":
         torch.nn.utils.clip_grad_norm_(parameters, step.clip.bound)
@@ -376,7 +378,7 @@ def _only_optimizer(configured: Any) -> torch.optim.Optimizer:
 # -- worker processes ----------------------------------------------------------------------------------------
 
 _job: tuple[_Retraining, Sequence[Removal], Losses]
-"""In a worker: what it was forked with."""
+"""In a worker process: its own copy of what to retrain."""
 
 
 def _start_worker(retraining: _Retraining, removals: Sequence[Removal], query_losses: Losses) -> None:

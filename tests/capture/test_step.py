@@ -54,7 +54,7 @@ def test_shares_weights_and_norm_are_those_of_autograd(averaged: bool) -> None:
         collected = loop.step()
         assert collected is not None
         record = collected.record
-        assert record.sample_ids.tolist() == [0, 1, 2, 3, 4] and record.micro_batches.tolist() == [0, 0, 0, 1, 1]
+        assert record.sample_ids.tolist() == [0, 1, 2, 3, 4] and record.micro_batch_numbers.tolist() == [0, 0, 0, 1, 1]
         expected = [1 / 12, 2 / 12, 3 / 12, 4 / 18, 5 / 18] if averaged else [0.5] * 5
         torch.testing.assert_close(record.loss_weights, torch.tensor(expected, dtype=torch.float64))
         assert record.averaged == averaged

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from toy import hyper_of, update_of
 
 from lightning_influence.core.adjoint import Adjoint, adjoint, gradient_adjoint, join_adjoints
-from lightning_influence.core.optimizers import UPDATES, RecordedStep, join, step
+from lightning_influence.core.optimizers import UPDATES, ParameterStep, join, step
 from lightning_influence.core.response import finite_response
 
 
@@ -46,7 +46,7 @@ def test_adjoint_is_the_jacobian_of_the_step(kind: str, count: int, seed: int) -
     jacobians = torch.autograd.functional.jacobian(contracted, inputs)
     sign = -1.0 if hyper["maximize"] else 1.0
     coupled = 0.0 if hyper["decoupled"] else hyper["weight_decay"]
-    recorded = RecordedStep(update, moments, sign * gradient + coupled * theta, hyper)
+    recorded = ParameterStep(update, moments, sign * gradient + coupled * theta, hyper)
     before, a = adjoint(recorded, after)
     for mine, reference in zip((before.parameter, a, *before.moments), jacobians, strict=True):
         torch.testing.assert_close(mine, reference, rtol=1e-9, atol=1e-11)
@@ -55,22 +55,22 @@ def test_adjoint_is_the_jacobian_of_the_step(kind: str, count: int, seed: int) -
 
 @pytest.mark.parametrize("count", [1, 2, 10])
 def test_float32_records_give_the_float64_adjoint(count: int) -> None:
-    """At the first step the derivative is a difference of nearly equal numbers (method.md section 2)."""
+    """At the first step the derivative is a difference of nearly equal numbers (docs/method.md, "One optimizer step")."""
     torch.manual_seed(0)
     hyper = hyper_of("adamw", count)
     gradient = torch.randn(1000) * 1e-3
     m, v = (torch.zeros(1000), torch.zeros(1000)) if count == 1 else (gradient * 0.3, gradient**2 * 0.2)
     after = Adjoint(torch.randn(1, 1000), (torch.randn(1, 1000) * 1e-3, torch.randn(1, 1000) * 1e-3))
-    single = adjoint(RecordedStep(UPDATES["adam"], (m, v), gradient, hyper), after)[1]
+    single = adjoint(ParameterStep(UPDATES["adam"], (m, v), gradient, hyper), after)[1]
     after64 = Adjoint(after.parameter.double(), tuple(a.double() for a in after.moments))
-    double = adjoint(RecordedStep(UPDATES["adam"], (m.double(), v.double()), gradient.double(), hyper), after64)[1]
+    double = adjoint(ParameterStep(UPDATES["adam"], (m.double(), v.double()), gradient.double(), hyper), after64)[1]
     assert (single - double).norm() <= 1e-6 * double.norm()
 
 
 def test_silent_coordinates_stay_finite() -> None:
     """V = 0, m = 0, g = 0: the square root has an infinite derivative there, the step has none in v."""
     zero = torch.zeros(3)
-    recorded = RecordedStep(UPDATES["adam"], (zero, zero), zero, hyper_of("adamw", 3))
+    recorded = ParameterStep(UPDATES["adam"], (zero, zero), zero, hyper_of("adamw", 3))
     before, a = adjoint(recorded, Adjoint(torch.ones(1, 3), (torch.ones(1, 3), torch.ones(1, 3))))
     assert all(torch.isfinite(x).all() for x in (before.parameter, *before.moments, a))
     torch.testing.assert_close(before.moments[1], torch.full((1, 3), 0.95))
@@ -78,10 +78,10 @@ def test_silent_coordinates_stay_finite() -> None:
     assert torch.equal(response, torch.zeros(1, 2))
 
 
-def recorded_step(kind: str, d: int) -> RecordedStep:
+def recorded_step(kind: str, d: int) -> ParameterStep:
     update = update_of(kind)
     moments = tuple(torch.randn(d).double() if i == 0 else torch.rand(d).double() for i in range(len(update.moments)))
-    return RecordedStep(update, moments, torch.randn(d).double(), hyper_of(kind, 5))
+    return ParameterStep(update, moments, torch.randn(d).double(), hyper_of(kind, 5))
 
 
 @pytest.mark.parametrize("kind", ["adamw_maximize", "amsgrad", "sgd"])

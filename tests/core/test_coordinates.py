@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lightning_influence.core.coordinates import pack_keep, plan, unpack_keep
+from lightning_influence.core.coordinates import choose_coordinates, pack_coordinates, unpack_coordinates
 from lightning_influence.core.shares import Dense, Form, Outer, Stack, Sum
 
 
@@ -23,8 +23,8 @@ def shares(n: int = 4, t: int = 2) -> tuple[dict[str, Form], dict[str, tuple[int
 
 def test_plans() -> None:
     forms, shapes = shares()
-    assert {k.kind for k in plan(forms, shapes, compression="full").values()} == {"full"}
-    factored = plan(forms, shapes, compression="factored")
+    assert {k.kind for k in choose_coordinates(forms, shapes, compression="full").values()} == {"full"}
+    factored = choose_coordinates(forms, shapes, compression="factored")
     assert [k.kind for k in factored.values()] == ["factored", "full", "full"], "the smaller lossless form"
     for name, keep in factored.items():
         assert torch.equal(keep.compress(forms[name]).dense(), forms[name].dense())
@@ -35,8 +35,8 @@ def test_plans() -> None:
 @pytest.mark.parametrize("size", [1, 7, 100, 2999])
 def test_a_mask_is_a_fixed_set_of_coordinates(size: int) -> None:
     forms, shapes = shares()
-    keeps = plan(forms, shapes, compression="mask", mask_size=size, seed=3)
-    again = plan(forms, shapes, compression="mask", mask_size=size, seed=3)
+    keeps = choose_coordinates(forms, shapes, compression="mask", mask_size=size, seed=3)
+    again = choose_coordinates(forms, shapes, compression="mask", mask_size=size, seed=3)
     for name, keep in keeps.items():
         total = forms[name].n_coordinates
         assert 0.5 * min(size, total) <= keep.size <= min(size, total)
@@ -48,18 +48,18 @@ def test_a_mask_is_a_fixed_set_of_coordinates(size: int) -> None:
         torch.testing.assert_close(keep.compress(forms[name]).dense(), forms[name].dense()[:, keep.index])
         values = torch.randn(2, *shapes[name])
         assert torch.equal(keep.select(values), values.flatten(1)[:, keep.index])
-        tensors, meta = pack_keep(keep)
-        assert torch.equal(unpack_keep(meta, tensors.__getitem__).index, keep.index)
+        tensors, meta = pack_coordinates(keep)
+        assert torch.equal(unpack_coordinates(meta, tensors.__getitem__).index, keep.index)
     if size < 60:
-        other = plan(forms, shapes, compression="mask", mask_size=size, seed=4)
+        other = choose_coordinates(forms, shapes, compression="mask", mask_size=size, seed=4)
         assert any(not torch.equal(k.index, other[n].index) for n, k in keeps.items())
 
 
 def test_auto_masks_what_does_not_fit() -> None:
     forms, shapes = shares()
-    lossless = plan(forms, shapes, compression="auto")
+    lossless = choose_coordinates(forms, shapes, compression="auto")
     assert {k.kind for k in lossless.values()} == {"factored", "full"}
-    tight = plan(forms, shapes, compression="auto", mask_size=30, budget=700)
+    tight = choose_coordinates(forms, shapes, compression="auto", mask_size=30, budget=700)
     assert [k.kind for k in tight.values()] == ["mask", "full", "full"], "the most expensive first"
 
 
@@ -78,7 +78,7 @@ def test_auto_masks_as_few_as_the_budget_asks(
         outer = Outer(torch.zeros(3, tokens, rows), torch.zeros(3, tokens, columns))
         forms[str(i)] = outer if tokens else Dense(torch.zeros(3, rows * columns))
     shapes = {str(i): (rows, columns) for i, (rows, columns, _) in enumerate(parameters)}
-    keeps = plan(forms, shapes, compression="auto", mask_size=mask_size, budget=budget)
+    keeps = choose_coordinates(forms, shapes, compression="auto", mask_size=mask_size, budget=budget)
 
     lossless, saved = {}, {}
     for name, (rows, columns, tokens) in zip(shapes, parameters, strict=True):
@@ -102,16 +102,18 @@ def test_auto_masks_as_few_as_the_budget_asks(
 def test_a_mask_over_a_product_is_some_rows_times_some_columns() -> None:
     product = Outer(torch.zeros(4, 2, 60), torch.zeros(4, 2, 50))
     for form in (product, Sum([product, product]), Stack([product, product])):
-        index = plan({"a": form}, {"a": (60, 50)}, compression="mask", mask_size=100)["a"].index
+        index = choose_coordinates({"a": form}, {"a": (60, 50)}, compression="mask", mask_size=100)["a"].index
         rows, columns = (index // 50).unique(), (index % 50).unique()
         assert (len(rows), len(columns)) == (10, 10) and torch.equal(
             index, torch.cartesian_prod(rows * 50, columns).sum(1)
         )
-    narrow = plan(
+    narrow = choose_coordinates(
         {"a": Outer(torch.zeros(4, 2, 60), torch.zeros(4, 2, 4))}, {"a": (60, 4)}, compression="mask", mask_size=98
     )
     assert narrow["a"].size == 75 and len((narrow["a"].index // 4).unique()) == 25, (
         "few columns leave room for more rows"
     )
-    few = plan({"a": Dense(torch.zeros(4, 3000))}, {"a": (60, 50)}, compression="mask", mask_size=100)["a"].index
+    few = choose_coordinates({"a": Dense(torch.zeros(4, 3000))}, {"a": (60, 50)}, compression="mask", mask_size=100)[
+        "a"
+    ].index
     assert len((few // 50).unique()) > 40, "of rows that were not captured as products, single coordinates"

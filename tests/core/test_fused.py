@@ -10,7 +10,7 @@ import torch
 from toy import RUNS, ToyTrajectory, hyper_of, update_of
 
 from lightning_influence.core import fused
-from lightning_influence.core.optimizers import RecordedStep
+from lightning_influence.core.optimizers import ParameterStep
 from lightning_influence.core.response import finite_response
 from lightning_influence.core.sweep import Method, sample_chunks, sweep
 
@@ -26,7 +26,7 @@ def _case(kind: str, dtype: torch.dtype, q: int, length: int, *, closed: bool) -
     moments = tuple(torch.rand(d, dtype=dtype) for _ in update.moments)
     window, after = [], []
     for j in range(length):
-        window.append(RecordedStep(update, moments, torch.randn(d, dtype=dtype), hyper_of(kind, 4 + j)))
+        window.append(ParameterStep(update, moments, torch.randn(d, dtype=dtype), hyper_of(kind, 4 + j)))
         moments = window[-1].taken[1]
         after.append(torch.randn(q, d, dtype=dtype))
     closing = tuple(torch.randn(q, d, dtype=dtype) for _ in moments) if closed else ()

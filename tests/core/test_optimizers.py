@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from toy import OPTIMIZERS
 
-from lightning_influence.core.optimizers import UPDATES, RecordedStep, effective_gradient, step
+from lightning_influence.core.optimizers import UPDATES, ParameterStep, effective_gradient, parameter_before, step
 from lightning_influence.errors import UnsupportedOptimizer
 from lightning_influence.run.optimizer import read_hyper, read_moments, update_name
 
@@ -27,6 +29,37 @@ def test_pure_step_follows_torch(name: str) -> None:
         logged = read_moments(optimizer.state[parameter], update, parameter)
         for mine, theirs in zip(moments, logged, strict=True):
             torch.testing.assert_close(mine, theirs, rtol=1e-12, atol=1e-14)
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    seed=st.integers(0, 2**31),
+    count=st.integers(1, 10_000),
+    beta1=st.floats(0.5, 0.99),
+    beta2=st.floats(0.9, 0.9999),
+    weight_decay=st.floats(0, 1),
+    decoupled=st.booleans(),
+)
+def test_inverse_undoes_the_step(
+    seed: int, count: int, beta1: float, beta2: float, weight_decay: float, decoupled: bool
+) -> None:
+    """Of every update that has one, in float64."""
+    g = torch.Generator().manual_seed(seed)
+    theta, gradient, m, v = (torch.randn(9, generator=g, dtype=torch.float64) for _ in range(4))
+    hyper = {"lr": 1e-2, "beta1": beta1, "beta2": beta2, "eps": 1e-8, "step": float(count), "maximize": 0.0}
+    hyper |= {"weight_decay": weight_decay, "decoupled": float(decoupled)}
+    undone = [name for name, update in UPDATES.items() if update.inverse is not None]
+    assert undone == ["adam"]
+    for name in undone:
+        update, moments = UPDATES[name], (m, v.square())
+        inverse = update.inverse
+        assert inverse is not None
+        after, new = step(update, theta, moments, gradient, hyper)
+        before = parameter_before(inverse, after, new, hyper)
+        torch.testing.assert_close(before, theta, rtol=1e-10, atol=1e-12)
+        effective = effective_gradient(gradient, before, hyper)
+        for mine, true in zip(inverse.moments(new, effective, hyper), moments, strict=True):
+            torch.testing.assert_close(mine, true, rtol=1e-9, atol=1e-11)
 
 
 def test_unknown_optimizers_are_refused_by_name() -> None:
@@ -54,7 +87,7 @@ def test_coupled_weight_decay_needs_the_parameter() -> None:
 
 
 def test_recorded_steps_in_another_precision() -> None:
-    recorded = RecordedStep(UPDATES["momentum_sgd"], (torch.rand(3),), torch.rand(3), {"lr": 0.1})
+    recorded = ParameterStep(UPDATES["momentum_sgd"], (torch.rand(3),), torch.rand(3), {"lr": 0.1})
     assert recorded.to(torch.float32) is recorded
     double = recorded.to(torch.float64)
     assert torch.equal(double.gradient, recorded.gradient.double())

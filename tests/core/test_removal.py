@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from lightning_influence.core.removal import consumed_change, consumed_gradients, removal
+from lightning_influence.core.removal import consumed_change, consumed_gradients, gradient_change
 from lightning_influence.core.shares import Dense
 from lightning_influence.core.trajectory import Clip, StepRecord
 from lightning_influence.errors import ConfigurationError
@@ -90,7 +90,7 @@ def chunks(n: int, size: int) -> list[slice]:
 @given(batch=batches(), counterfactual=st.sampled_from(["drop", "zero"]), size=st.integers(1, 8))
 def test_removal_is_the_mean_without_the_sample(batch: Batch, counterfactual: str, size: int) -> None:
     record, shares = batch.record(), batch.shares()
-    removed = removal(record, counterfactual)  # type: ignore[arg-type]
+    removed = gradient_change(record, counterfactual)  # type: ignore[arg-type]
     assert removed.sample_ids.tolist() == list(dict.fromkeys(batch.ids)), "each once, in the order of the step"
     whole = batch.gradient()
     reference = torch.stack(
@@ -110,7 +110,7 @@ def test_measured_changes_are_taken_as_they_are(batch: Batch, counterfactual: st
     """Whatever they are: nothing is averaged, and the rows of a sample belong together."""
     record = replace(batch.record(), measured=True)
     measured = Dense(batch.gradients)
-    removed = removal(record, counterfactual)  # type: ignore[arg-type]
+    removed = gradient_change(record, counterfactual)  # type: ignore[arg-type]
     changes = removed.change(measured, WHOLE, removed.totals(measured, batch.gradients))
     for z, change in zip(removed.sample_ids.tolist(), changes, strict=True):
         rows = [i for i, own in enumerate(batch.ids) if own == z]
@@ -119,7 +119,7 @@ def test_measured_changes_are_taken_as_they_are(batch: Batch, counterfactual: st
 
 def test_changes_come_in_the_precision_of_the_totals() -> None:
     batch = Batch([1, 2, 2], [0, 0, 1], [1.0, 2.0, 1.0], torch.randn(3, 4, dtype=torch.float64))
-    removed, shares = removal(batch.record(), "drop"), batch.shares()
+    removed, shares = gradient_change(batch.record(), "drop"), batch.shares()
     single = removed.totals(shares, torch.zeros(4))
     assert single.dtype == removed.change(shares, WHOLE, single).dtype == torch.float32
     double = removed.totals(shares, torch.zeros(4, dtype=torch.float64))
@@ -129,7 +129,7 @@ def test_changes_come_in_the_precision_of_the_totals() -> None:
 def test_unknown_counterfactuals_are_refused() -> None:
     batch = Batch([1, 2], [0, 0], [1.0, 1.0], torch.randn(2, 4, dtype=torch.float64))
     with pytest.raises(ConfigurationError, match="'halve'; choose one of drop, zero"):
-        removal(batch.record(), "halve")  # type: ignore[arg-type]
+        gradient_change(batch.record(), "halve")  # type: ignore[arg-type]
 
 
 def clipped_by_torch(clip: Clip, gradients: Sequence[Tensor]) -> list[Tensor]:
@@ -174,7 +174,7 @@ def test_consumed_change_is_torch_s_clipping_without_the_sample(rule: str, repea
         gradients={k: batch.gradient() for k, batch in batches.items()},
     )
     shares = {k: batch.shares() for k, batch in batches.items()}
-    removed = removal(record, "drop")
+    removed = gradient_change(record, "drop")
     scales = {"a": float(repeats), "b": 1.0}
     change = consumed_change(removed, record, shares, scales, dict.fromkeys(shares, chunks(len(removed), size)))
     before = whole()

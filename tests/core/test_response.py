@@ -7,7 +7,7 @@ import torch
 from toy import hyper_of, update_of
 
 from lightning_influence.core.adjoint import Adjoint, adjoint
-from lightning_influence.core.optimizers import UPDATES, RecordedStep, step
+from lightning_influence.core.optimizers import UPDATES, ParameterStep, step
 from lightning_influence.core.response import finite_response
 
 
@@ -26,7 +26,7 @@ def test_finite_response_is_the_formula_of_section_5(kind: str, length: int) -> 
     closing = tuple(torch.randn(q, d).double() for _ in moments)
     window, state = [], moments
     for gradient, hyper in zip(gradients, hypers, strict=True):
-        window.append(RecordedStep(update, state, gradient, hyper))
+        window.append(ParameterStep(update, state, gradient, hyper))
         state = update.apply(state, gradient, hyper)[1]
 
     expected = torch.zeros(q, n, dtype=torch.float64)
@@ -46,7 +46,7 @@ def test_finite_response_of_a_small_change_is_the_tangent() -> None:
     torch.manual_seed(2)
     hyper, d = hyper_of("adamw", 7), 20
     m, v, g = torch.randn(d).double(), torch.rand(d).double(), torch.randn(d).double()
-    recorded = RecordedStep(UPDATES["adam"], (m, v), g, hyper)
+    recorded = ParameterStep(UPDATES["adam"], (m, v), g, hyper)
     after = Adjoint(torch.randn(1, d).double(), (torch.randn(1, d).double(), torch.randn(1, d).double()))
     direction = torch.randn(5, d).double()
     _, a = adjoint(recorded, after)
@@ -57,7 +57,7 @@ def test_finite_response_of_a_small_change_is_the_tangent() -> None:
 def test_a_float32_record_answers_in_the_precision_of_the_change() -> None:
     hyper, d = hyper_of("adamw", 2), 50
     m, v, g = torch.randn(d), torch.rand(d), torch.randn(d)
-    window = [RecordedStep(UPDATES["adam"], (m, v), g, hyper)]
+    window = [ParameterStep(UPDATES["adam"], (m, v), g, hyper)]
     exact = [step_.to(torch.float64) for step_ in window]
     after, closing = [torch.randn(2, d)], (torch.randn(2, d), torch.randn(2, d))
     change = 0.1 * torch.randn(4, d, dtype=torch.float64)

@@ -7,7 +7,20 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lightning_influence.core.shares import Dense, Form, Outer, Rows, Stack, Sum, add, merged, nbytes, pack, unpack
+from lightning_influence.core.shares import (
+    Block,
+    Dense,
+    Form,
+    Outer,
+    SparseRows,
+    Stack,
+    Sum,
+    add,
+    merged,
+    nbytes,
+    pack,
+    unpack,
+)
 
 ROWS, COLUMNS = 5, 3
 
@@ -31,7 +44,7 @@ def draw(kind: str, n: int, t: int, generator: torch.Generator) -> tuple[Form, t
         for i in range(n):
             for k in range(t):
                 dense[i, where[i, k]] += values[i, k]
-        return Rows(where, values, ROWS), dense.flatten(1)
+        return SparseRows(where, values, ROWS), dense.flatten(1)
     parts = [draw(k, n, t, generator) for k in ("outer", "rows", "dense")]
     if kind == "sum":
         return Sum([p for p, _ in parts]), sum(d for _, d in parts)
@@ -58,6 +71,10 @@ def test_contractions(kind: str, n: int, t: int, q: int, seed: int, data: st.Dat
     start = data.draw(st.integers(0, len(dense) - 1))
     part = slice(start, data.draw(st.integers(start + 1, len(dense) + 2)))
     torch.testing.assert_close(form.dense(part), dense[part])
+    block = Block.of(torch.empty(ROWS, COLUMNS))
+    total = block.select(dense.sum(0))
+    torch.testing.assert_close(form.sum_at(block), total)
+    assert block.size == total.numel() == 12
     assert form.dense(slice(start, start)).shape == (0, dense.shape[1])
     torch.testing.assert_close(form.scaled(0.3).dense(), 0.3 * dense)
     index = torch.randperm(dense.shape[1], generator=generator)[: data.draw(st.integers(1, 15))].sort().values

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from scipy.stats import spearmanr
@@ -95,14 +97,31 @@ def test_sgd_assumption_is_the_sweep_of_plain_sgd() -> None:
     toy = Toy(lambda p: torch.optim.SGD(p, lr=0.1), SCHEDULE)
     run = ToyTrajectory(toy)
     matched, assumed = (
-        sweep(run, run.query_gradients(), Method("hessian", "finite", optimizer=o)).scores for o in (None, "sgd")
+        sweep(run, run.query_gradients(), Method("hessian", "finite", optimizer_assumption=o)).scores
+        for o in (None, "sgd")
     )
     assert torch.equal(matched, assumed)
     run = ToyTrajectory(RUNS["adamw"])
     matched, assumed = (
-        sweep(run, run.query_gradients(), Method("fisher", "tangent", optimizer=o)).scores for o in (None, "sgd")
+        sweep(run, run.query_gradients(), Method("fisher", "tangent", optimizer_assumption=o)).scores
+        for o in (None, "sgd")
     )
     assert (matched - assumed).norm() > 0.5 * matched.norm()
+
+
+@pytest.mark.parametrize("name", RUNS)
+@pytest.mark.parametrize("curvature", ["hessian", "fisher"])
+@pytest.mark.parametrize("window", [0, 1, 2, 8])
+def test_pieces_of_parameters_change_nothing(
+    name: str, curvature: Any, window: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Scored from pieces of three coordinates, which are no rows of a matrix, and by a window that forgets."""
+    run, method = ToyTrajectory(RUNS[name]), Method(curvature, memory_window=window)
+    whole = sweep(run, run.query_gradients(), method)
+    monkeypatch.setattr("lightning_influence.core.pieces._COORDINATES", 3)
+    pieces = sweep(run, run.query_gradients(), method)
+    for column in ("scores", "tangent", "interaction"):
+        torch.testing.assert_close(getattr(pieces, column), getattr(whole, column), rtol=1e-9, atol=1e-14)
 
 
 def test_memory_window_converges_to_the_whole_memory() -> None:
@@ -141,8 +160,8 @@ def test_finite_scores_of_a_last_step_are_exact(name: str) -> None:
 def test_chunks_and_parameters_end_to_end_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     run = ToyTrajectory(RUNS["adamw, accumulated and clipped"])
     whole = sweep(run, run.query_gradients()).scores
-    for constant in ("_CHUNK_ELEMENTS", "_JOINED_COORDINATES"):
-        monkeypatch.setattr(f"lightning_influence.core.sweep.{constant}", 1)
+    for constant in ("sweep._CHUNK_ELEMENTS", "window._JOINED_COORDINATES"):
+        monkeypatch.setattr(f"lightning_influence.core.{constant}", 1)
         torch.testing.assert_close(sweep(run, run.query_gradients()).scores, whole, rtol=1e-10, atol=1e-14)
 
 
@@ -206,7 +225,12 @@ def test_norms_of_masked_gradients_are_extrapolated() -> None:
 
 
 def test_unknown_choices_are_refused() -> None:
-    for wrong in ({"curvature": "kfac"}, {"response": "infinite"}, {"optimizer": "lion"}, {"memory_window": -1}):
+    for wrong in (
+        {"curvature": "kfac"},
+        {"response": "infinite"},
+        {"optimizer_assumption": "lion"},
+        {"memory_window": -1},
+    ):
         with pytest.raises(ConfigurationError, match=str(next(iter(wrong.values())))):
             Method(**wrong)
     run = ToyTrajectory(RUNS["adamw"])

@@ -171,7 +171,7 @@ def two_optimizers(module: Classifier) -> Any:
 
 def test_bad_runs_are_refused(tmp_path: Path) -> None:
     def run(module: Classifier) -> None:
-        fit(module, loader(digits(100)), InfluenceCallback(tmp_path / "log", existing="overwrite"))
+        fit(module, loader(digits(100)), InfluenceCallback(tmp_path / "log", existing="overwrite", on_error="raise"))
 
     with pytest.raises(ConfigurationError, match="manual optimization"):
         run(Manual())

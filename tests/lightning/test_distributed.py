@@ -15,10 +15,12 @@ import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
 from modules import Classifier, fit, split_digits
-from torch.utils.data import DataLoader, DistributedSampler, Sampler
+from torch.utils.data import DataLoader, DistributedSampler, IterableDataset, Sampler
 
 from lightning_influence import InfluenceCallback, InfluenceReport, SelectionDataModule, attribute
+from lightning_influence.core.removal import removal
 from lightning_influence.errors import ConfigurationError, LogCorrupted
+from lightning_influence.lightning.run_report import whole_validation
 from lightning_influence.log.steps import LoggedTrajectory
 
 N, LOCAL, PROCESSES = 96, 8, 2
@@ -95,7 +97,7 @@ def test_shards_merge_into_the_averaged_gradient(compression: Any, tmp_path: Pat
     assert sorted(seen.tolist()) == list(range(N))
     for t in range(len(run)):
         record = run.record(t)
-        assert len(record.micro_batches.unique()) == 2 * PROCESSES
+        assert len(record.micro_batch_numbers.unique()) == 2 * PROCESSES
         assert float(record.loss_weights.sum()) == pytest.approx(1.0)
         for k, share in run.shares(t).items():
             total = share.combine(torch.ones(1, share.n_samples))[0]
@@ -162,8 +164,86 @@ def test_report_of_two_processes(tmp_path: Path) -> None:
     callback = InfluenceCallback(tmp_path, report=True)
     fit(Classifier(), loaders[0], callback, val=loaders[1], strategy="ddp_fork", devices=PROCESSES)
     report = InfluenceReport.load(tmp_path / "report.safetensors")
+    assert callback.report is not None and torch.equal(callback.report.scores, report.scores)
     assert sorted(report.sample_ids.tolist()) == list(range(N))
     assert (tmp_path / "report.html").exists()
+
+
+@pytest.mark.parametrize("val", [DataLoader(QUERIES, 2), DataLoader(QUERIES, 2, sampler=[5, 0, 3, 1, 2])])
+def test_a_report_of_two_processes_is_about_the_whole_validation_set(val: Any, tmp_path: Path) -> None:
+    """Six examples dealt out to two processes, and five, one of which both get."""
+    module, callback = Classifier(), InfluenceCallback(tmp_path, report=True)
+    fit(module, DataLoader(TRAIN, LOCAL), callback, val=val, strategy="ddp_fork", devices=PROCESSES)
+    asked = [[t[list(val.sampler)] for t in QUERIES.tensors]]
+    expected = attribute(tmp_path, queries=asked, model=module, target="mean", progress=False)
+    assert callback.report is not None
+    torch.testing.assert_close(callback.report.scores, expected.scores, rtol=1e-4, atol=1e-9)
+
+
+@pytest.mark.parametrize("size", [5, 6])
+def test_validation_that_each_process_loads_for_itself_is_gathered(size: int) -> None:
+    class Two:
+        size = 2
+
+        def gather(self, value: Any) -> list[Any]:
+            return [value, [v + 100 for v in value]]
+
+    class Stream(IterableDataset[Any]):
+        def __iter__(self) -> Any:
+            return iter(range(size))
+
+    batches = whole_validation(DataLoader(Stream(), 2), Two())  # type: ignore[arg-type]
+    assert sorted(torch.cat(batches).tolist()) == [*range(size), *range(100, 100 + size)]
+
+
+class Without(Sampler[list[int]]):
+    """One batch for each process, the first without a sample."""
+
+    def __init__(self, sample: int | None) -> None:
+        self.sample = sample
+
+    def __iter__(self) -> Iterator[list[int]]:
+        rank = torch.distributed.get_rank()
+        yield [i for i in range(rank * LOCAL, (rank + 1) * LOCAL) if i != self.sample]
+
+    def __len__(self) -> int:
+        return 1
+
+
+def test_without_a_sample_its_process_averages_over_the_rest_and_the_others_stay(tmp_path: Path) -> None:
+    """Which global batch a removal under DDP corresponds to: the mean over the processes of each one's own mean."""
+
+    def step(sample: int | None, *callbacks: L.Callback) -> torch.Tensor:
+        module = Classifier(lambda m: torch.optim.SGD(m.parameters(), lr=1.0))
+        data = DataLoader(TRAIN, batch_sampler=Without(sample))
+        options: dict[str, Any] = {"use_distributed_sampler": False, "strategy": "ddp_fork", "devices": PROCESSES}
+        fit(module, data, *callbacks, **options)
+        return torch.cat([p.detach().flatten() for p in module.parameters()])
+
+    whole = step(None, InfluenceCallback(tmp_path, compression="full"))
+    log = LoggedTrajectory(tmp_path)
+    removed = removal(log.record(0), "drop")
+    at = removed.sample_ids.tolist().index(3)
+    shares, gradients = log.shares(0), log.record(0).gradients
+    names = [k for k, _ in Classifier().named_parameters()]
+    expected = torch.cat(
+        [
+            removed.change(shares[k], slice(at, at + 1), removed.totals(shares[k], gradients[k]))[0].flatten()
+            for k in names
+        ]
+    )
+    measured = whole - step(3)  # one step of plain SGD at a learning rate of 1
+    torch.testing.assert_close(expected, measured, rtol=1e-3, atol=2e-6)
+    # a mean over the fifteen that are left is another one
+    module = Classifier()
+    x, y = (t[: PROCESSES * LOCAL] for t in TRAIN.tensors)
+    rest = torch.arange(PROCESSES * LOCAL) != 3
+    both = []
+    for rows in (rest, torch.ones_like(rest)):
+        loss = torch.nn.functional.cross_entropy(module.net(x[rows]), y[rows])
+        both.append(torch.cat([g.flatten() for g in torch.autograd.grad(loss, list(module.parameters()))]))
+    joint = both[0] - both[1]
+    assert float((joint - measured).norm() / measured.norm()) > 0.05
 
 
 @pytest.mark.parametrize("strategy", [ModelParallelStrategy, FSDPStrategy])

@@ -227,6 +227,7 @@ def test_a_disk_that_fails_is_loud(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
 LOSSES: dict[str, Callable[[Path], None]] = {
     "directory deleted": shutil.rmtree,
+    "manifest deleted": lambda log: (log / "manifest.json").unlink(),
     "index deleted": lambda log: (log / "rank-0" / "index.jsonl").unlink(),
     "index replaced": lambda log: os.replace(log / "manifest.json", log / "rank-0" / "index.jsonl"),
     "index cut": lambda log: os.truncate(log / "rank-0" / "index.jsonl", 3),

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.util
 import re
-import shutil
 from base64 import b64decode
 from collections.abc import Iterator
 from html.parser import HTMLParser
@@ -28,8 +26,6 @@ from lightning_influence import InfluenceCallback, InfluenceReport
 from lightning_influence.errors import ConfigurationError
 from lightning_influence.report.numbers import signed
 from lightning_influence.report.rendering import as_html, as_image, default_render, label_of, labels_of
-
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 
 
 def written(report: InfluenceReport, folder: Path, **options: Any) -> str:
@@ -397,7 +393,7 @@ def test_the_callback_writes_the_page_and_logs_it(tmp_path: Path) -> None:
     fit(Classifier(), train, influence, val=val, logger=[bare, *loggers], log_every_n_steps=1)
     report = influence.report
     assert report is not None and len(report.sample_ids) == 40
-    assert (tmp_path / "log" / "report.html").exists()
+    assert 'id="mislabelled"' in (tmp_path / "log" / "report.html").read_text(), "labels in doubt, from the log"
     assert InfluenceReport.load(tmp_path / "log" / "report.safetensors").scores.shape == (40, 1)
     assert bare.told["influence/most_harmful"] == pytest.approx(float(report.scores.min()))
     assert "influence/most_harmful" in (tmp_path / "csv/lightning_logs/version_0/metrics.csv").read_text()
@@ -420,20 +416,6 @@ def test_a_dry_run_is_reported_too(tmp_path: Path) -> None:
 
 
 # -- in a browser -----------------------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Any]:
-    if CHROMIUM is None:
-        pytest.skip("no chromium or google-chrome on the path")
-    if importlib.util.find_spec("playwright") is None:
-        pytest.skip("playwright is not installed; it is in the extra 'browser'")
-    from playwright.sync_api import sync_playwright
-
-    with sync_playwright() as play:
-        running = play.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
-        yield running
-        running.close()
 
 
 class Opened:
@@ -508,7 +490,7 @@ def test_a_card_leads_to_its_sample(browser: Any, tmp_path: Path) -> None:
     cards = shown.page.locator(".card .id").evaluate_all("cards => cards.map(c => c.dataset.sample)")
     beyond = set(cards) - set(map(str, report.mean.abs().argsort(descending=True)[:1000].tolist()))
     assert beyond
-    assert shown.page.locator("#count").inner_text() == f"{1000 + len(beyond)} of {1000 + len(beyond)}"
+    assert shown.page.locator("#count").inner_text() == "2,500 of 2,500", "all can be found, in the table or not"
     for wanted in [*beyond, min(cards, key=len)]:
         shown.page.locator(f'.card .id[data-sample="{wanted}"]').first.evaluate("card => card.click()")
         assert shown.column(1) == [wanted] and shown.page.locator("#search").input_value() == wanted

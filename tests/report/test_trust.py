@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from test_report import some_report
 
-from lightning_influence.report.provenance import Coverage, Estimate, Measured, Provenance, Removals
+from lightning_influence.report.provenance import Coverage, Estimate, Measured, Provenance, RemovalSummary
 from lightning_influence.report.trust import Trust, trust
 
 
@@ -30,6 +30,17 @@ def told(**metadata: Any) -> dict[str, Trust]:
 def test_a_ceiling_is_trusted_as_far_as_its_interval_reaches(ceiling: Any, level: str) -> None:
     assert told(ceiling=ceiling)["Ceiling"].level == level
     assert told(ceiling=ceiling)["Ceiling"].value == str(Estimate.from_json(ceiling))
+
+
+@pytest.mark.parametrize(
+    ("size", "level"),
+    [(0.0, "solid"), (0.099, "solid"), (0.1, "approximate"), (0.49, "approximate"), (0.5, "caution"), (7.0, "caution")],
+)
+def test_an_error_is_badged_by_its_size(size: float, level: str) -> None:
+    """By the rule that the page states."""
+    assert told(errors={"system": size})["System error"].level == level
+    assumed = told(errors={"config": size}, optimizer_assumption="sgd")
+    assert assumed["Config error"].level == level
 
 
 def test_a_ceiling_that_nobody_can_read_is_not_measured() -> None:
@@ -116,7 +127,7 @@ def test_provenance_comes_back_from_json() -> None:
         counterfactual="drop",
         steps=12,
         coverage=Coverage(0.5, 5, 6, 10, {"w": 0.5}, ["head.*"]),
-        removals=Removals("shares", None, 3, 1e-7),
+        removals=RemovalSummary("shares", None, 3, 1e-7),
         replay_drift={"4": 1e-6},
     )
     assert Provenance.from_json(whole.to_json()) == whole

@@ -17,7 +17,7 @@ from lightning_influence import SelectionDataModule
 from lightning_influence.capture.step import StepOptions
 from lightning_influence.core.sweep import Method
 from lightning_influence.errors import ConfigurationError, InfluenceError
-from lightning_influence.replay.removals import Removals
+from lightning_influence.replay.removals import RemovalCheck
 from lightning_influence.selection.lookahead import Candidates, look_ahead
 from lightning_influence.selection.policies import Fraction, decide
 
@@ -201,7 +201,7 @@ class LooksAhead(L.Callback):
     """
 
     def __init__(self, options: dict[str, Any], windows: list[int]) -> None:
-        self.options, self.windows, self.removals = StepOptions(**options), windows, Removals()
+        self.options, self.windows, self.removals = StepOptions(**options), windows, RemovalCheck()
 
     def on_train_batch_end(self, run: L.Trainer, module: Any, *args: Any) -> None:
         batch_idx, accumulate = args[-1], run.accumulate_grad_batches

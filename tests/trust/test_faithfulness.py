@@ -58,6 +58,27 @@ def test_the_better_estimator_agrees_better(tmp_path: Path) -> None:
     torch.testing.assert_close(check.truth[:12], by_hand, rtol=1e-9, atol=1e-12)
 
 
+def test_groups_and_subsets_are_predicted_as_wholes(tmp_path: Path) -> None:
+    module, train, queries = trained(tmp_path)
+    options: dict[str, Any] = {"model": module, "data": train, "queries": queries, "ceiling": False, "progress": False}
+    labels = [f"source {i % 4}" for i in range(48)]
+    check = check_faithfulness(
+        tmp_path / "log", **options, removals=3, subsets=4, subset_size=0.25, groups=labels, estimators={"finite": {}}
+    )
+    assert check.removals[7:] == [frozenset(range(i, 48, 4)) for i in range(4)]
+    report = attribute(tmp_path / "log", queries=queries, model=module, data=train, groups=labels, progress=False)
+    assert report.groups is not None
+    torch.testing.assert_close(check.scores["finite"][7:], report.groups.scores.double())
+    summed = torch.stack([report.scores[i::4].double().sum(0) for i in range(4)])
+    error = float((summed - check.truth[7:]).norm() / check.truth[7:].norm())
+    assert check.groups["finite"].relative_error.value < 0.15 < error
+    assert check.groups["finite"].n_removals == check.subsets["finite"].n_removals == 4
+    assert check.to_pandas().groups_relative_error[0] == check.groups["finite"].relative_error.value
+    assert "4 subsets and 4 groups" in repr(check)
+    with pytest.raises(ConfigurationError, match="2 groups are too few"):
+        check_faithfulness(tmp_path / "log", **options, groups={"a": [0], "b": [1]})
+
+
 def test_an_interrupted_check_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     module, train, queries = trained(tmp_path)
     options: dict[str, Any] = {
@@ -137,7 +158,7 @@ def test_proxy_predicts_the_error_of_first_order_scores(tmp_path: Path) -> None:
     module = Classifier(slow, width=8)
     fit(module, loader(train, 8), InfluenceCallback(tmp_path / "log", record="replay"), precision="64-true")
     before = {k: v.clone() for k, v in module.state_dict().items()}
-    found = error_proxy(tmp_path / "log", queries=queries, model=module, pairs=14, progress=False)
+    found = error_proxy(tmp_path / "log", queries=queries, model=module, target="mean", pairs=14, progress=False)
     assert found.curvature == "hessian"
     assert all(torch.equal(v, before[k]) for k, v in module.state_dict().items())
     proxy = found.proxies[1.0]
@@ -166,7 +187,9 @@ def test_proxy_predicts_the_error_of_first_order_scores(tmp_path: Path) -> None:
 
 def test_curvature_part_shrinks_with_the_learning_rate_and_needs_no_data(tmp_path: Path) -> None:
     module, _, queries = trained(tmp_path, record="gradients")
-    found = error_proxy(tmp_path / "log", queries=queries, model=module, pairs=6, lr_factors=(0.1, 1.0), progress=False)
+    found = error_proxy(
+        tmp_path / "log", queries=queries, model=module, target="mean", pairs=6, lr_factors=(0.1, 1.0), progress=False
+    )
     assert found.curvature == "fisher"
     sizes = {f: float(p.curvature.norm() / p.tangent.norm()) for f, p in found.proxies.items()}
     assert 0 < sizes[0.1] < sizes[1.0], "Adam's own response does not depend on the learning rate, what follows does"

@@ -1,0 +1,100 @@
+"""The report that a run ends with: its training samples scored against its validation loss."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+from torch.utils._pytree import tree_flatten
+from torch.utils.data import DataLoader, DistributedSampler
+
+from lightning_influence.errors import ConfigurationError
+from lightning_influence.lightning.failures import tell_missing
+from lightning_influence.lightning.loggers import log_report
+from lightning_influence.report import InfluenceReport
+from lightning_influence.run.random_state import generator_as_it_was, random_state
+from lightning_influence.run.ranks import Ranks
+from lightning_influence.run.sample_ids import is_map_style
+from lightning_influence.scoring.attribution import attribute
+from lightning_influence.trust.dynamics import dynamics_of
+
+SAVED, PAGE = "report.safetensors", "report.html"
+
+
+def refuse_no_queries(trainer: L.Trainer) -> None:
+    """What a report would miss at the end of the run is said at its start.
+
+    Raises:
+        ConfigurationError: there is no validation batch, or there are several loaders.
+    """
+    if not trainer.enable_validation:
+        raise ConfigurationError(
+            "report=True scores against the validation loss; give fit a validation loader and the module a validation_step, "
+            f"and keep limit_val_batches={trainer.limit_val_batches} above 0."
+        )
+    validation = trainer.fit_loop.epoch_loop.val_loop
+    validation.setup_data()  # which does nothing where a validation has already run
+    loaders, _ = tree_flatten(trainer.val_dataloaders)
+    if len(loaders) > 1:
+        raise ConfigurationError(
+            f"report=True scores against one validation loader, and this run has {len(loaders)}; join their datasets "
+            "(torch.utils.data.ConcatDataset), or call attribute(...) with each of them after the run."
+        )
+    if not any(validation.max_batches):
+        raise ConfigurationError(
+            "report=True scores against the validation loss; the validation loader has no batch, give it at least one."
+        )
+
+
+def report_run(trainer: L.Trainer, module: L.LightningModule, log: Path) -> InfluenceReport | None:
+    """Score the run's samples against its mean validation loss, write what a person reads into the log and to the loggers.
+
+    To be called by every process, after the log is whole; the first one has the report. What cannot be made is told.
+    """
+    (loader,), _ = tree_flatten(trainer.val_dataloaders)
+    with random_state(None), generator_as_it_was(loader):  # a loader draws random numbers
+        queries = whole_validation(loader, Ranks.of(trainer))
+        if not trainer.is_global_zero:
+            return None
+        return _made(trainer, module, log, queries)
+
+
+def whole_validation(loader: Any, ranks: Ranks) -> Any:
+    """All validation data, of which each of several processes holds a part."""
+    if ranks.size == 1:
+        return loader
+    sampler = getattr(loader, "sampler", None)
+    if is_map_style(loader) and isinstance(sampler, DistributedSampler):
+        parts = ranks.gather(list(sampler))
+        dealt = [part[i] for i in range(len(parts[0])) for part in parts]
+        once = dealt[: len(sampler.dataset)]  # type: ignore[arg-type]  # the last are there twice, so that parts are equal
+        return DataLoader(loader.dataset, loader.batch_size, sampler=once, collate_fn=loader.collate_fn)
+    return [batch for part in ranks.gather(list(loader)) for batch in part]
+
+
+def _made(trainer: L.Trainer, module: L.LightningModule, log: Path, queries: Any) -> InfluenceReport | None:
+    training = trainer.train_dataloader
+
+    def tried(what: str, make: Callable[[], Any]) -> Any:
+        try:
+            return make()
+        except Exception as error:
+            tell_missing(
+                log / "rank-0", what, error, "Training is not affected; attribute(...) makes a report of the log."
+            )
+            (log / what).unlink(missing_ok=True)  # a part of it
+
+    for path in (log / SAVED, log / PAGE):
+        path.unlink(missing_ok=True)  # it may be a link, which must not be written through
+    made = tried(PAGE, lambda: attribute(log, queries=queries, model=module, target="mean", data=training))
+    if made is None:
+        return None
+    tried(SAVED, lambda: made.save(log / SAVED))
+    data = getattr(training, "dataset", None)
+    page = tried(PAGE, lambda: made.to_html(log / PAGE, data=data, dynamics=dynamics_of(log)))
+    if page is not None:
+        print(f"The influence report is {page.resolve()}; open it in a browser: {page.resolve().as_uri()}")
+    tried("the report in the loggers", lambda: log_report(made, trainer, page))
+    return made

@@ -1,0 +1,45 @@
+"""What a log lacks that its run was to write, and why: noted beside the steps, for whoever reads the log."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from lightning_influence.errors import LogCorrupted
+from lightning_influence.log.format import own_path
+
+MISSING = "missing.json"
+_MOST = 2**20  # bytes
+
+
+def note_missing(part: Path, what: str, why: str) -> None:
+    """Say in a rank's part of a log what it lacks.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    path = own_path(part / MISSING)
+    told = read_missing(part) | {what: why[: _MOST // 64]}
+    path.unlink(missing_ok=True)
+    path.write_text(json.dumps(told, indent=2), encoding="utf-8", errors="backslashreplace")
+
+
+def read_missing(part: Path) -> dict[str, str]:
+    """What a rank's part of a log lacks, and why; nothing where nothing was noted.
+
+    Raises:
+        LogCorrupted: the file is not what was written.
+        OSError: it cannot be read.
+    """
+    path = own_path(part / MISSING)
+    if not path.exists():
+        return {}
+    with open(path, "rb") as file:
+        data = file.read(_MOST + 1)
+    try:
+        told = json.loads(data)
+        if len(data) > _MOST or not all(isinstance(why, str) for why in told.values()):
+            raise ValueError("it does not say what is missing")
+    except (ValueError, AttributeError, RecursionError) as error:
+        raise LogCorrupted(f"{path} is not what was written ({error}); it can be removed.") from error
+    return dict(told)

@@ -1,0 +1,78 @@
+"""The site of the documentation: it builds without a warning, and a reader without a network misses nothing."""
+
+from __future__ import annotations
+
+import importlib.util
+import runpy
+import subprocess
+import sys
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+WANTED = ("mkdocs", "material", "mkdocstrings", "latex2mathml")
+
+pytestmark = pytest.mark.skipif(
+    any(importlib.util.find_spec(name) is None for name in WANTED), reason="the extra 'docs' is not installed"
+)
+
+
+class Fetched(HTMLParser):
+    """What a browser loads with a page, and what else is looked for in it."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.urls: list[str] = []
+        self.tags: set[str] = set()
+        self.feed(text)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.add(tag)
+        given = dict(attrs)
+        loaded = {"script": "src", "img": "src", "iframe": "src", "link": "href", "source": "srcset"}
+        if tag in loaded and given.get(loaded[tag]):
+            self.urls.append(str(given[loaded[tag]]))
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("site")
+    built = subprocess.run(
+        [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", str(folder)],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
+    assert built.returncode == 0, built.stderr
+    return folder
+
+
+def test_nothing_is_fetched_from_elsewhere(site: Path) -> None:
+    pages = sorted(site.rglob("*.html"))
+    assert len(pages) > 10
+    for page in pages:
+        for url in Fetched(page.read_text()).urls:
+            assert "//" not in url, f"{page.name} loads {url}"
+            if page.name != "404.html":  # whose paths are those of a server
+                assert (page.parent / url.split("#")[0]).exists(), f"{page.name} loads {url}, which is not there"
+    assert "mermaid" not in (site / "index.html").read_text(), "its script would be fetched"
+
+
+def test_formulas_and_the_diagram_are_drawn_by_the_browser_itself(site: Path) -> None:
+    method = (site / "method.html").read_text()
+    assert "math" in Fetched(method).tags and "$$" not in method and "\\theta" not in method.split("<math")[0]
+    assert "svg" in Fetched((site / "index.html").read_text()).tags
+    assert (site / "search" / "search_index.js").exists(), "the search works from a file"
+
+
+def test_formulas_are_mathml_and_code_is_left_alone() -> None:
+    typeset = runpy.run_path(str(ROOT / "docs" / "formulas.py"))["typeset"]
+    assert typeset("so $x^2$.") == (
+        'so <span class="formula"><math xmlns="http://www.w3.org/1998/Math/MathML" display="inline"><mrow><msup><mi>x</mi>'
+        "<mn>2</mn></msup></mrow></math></span>."
+    )
+    assert typeset("$$\na\n$$").startswith("<math") and 'display="block"' in typeset("$$a$$")
+    for code in ("`$HOME` and `$x$`", "```console\necho $A $B\n```", "costs 5 $ a month"):
+        assert typeset(code) == code
