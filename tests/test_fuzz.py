@@ -208,10 +208,10 @@ def recorded(tmp_path_factory: pytest.TempPathFactory) -> tuple[Classifier, Path
     return module, log
 
 
-def use_log(module: Classifier, log: Path, *, replayed: bool = True) -> None:
+def use_log(module: Classifier, log: Path) -> None:
     """Scores from what was recorded, and from the run replayed."""
     state = {name: value.clone() for name, value in module.state_dict().items()}
-    for curvature in ("fisher", "hessian") if replayed else ("fisher",):
+    for curvature in ("fisher", "hessian"):
         with bounded(), suppress(InfluenceError):
             attribute(
                 log, queries=[digits(4).tensors], model=module, target="mean", curvature=curvature, progress=False
@@ -233,7 +233,7 @@ def test_edited_logs(
     use_log(module, tmp_path / "log")
 
 
-@settings(BUDGET, max_examples=60)
+@settings(BUDGET, max_examples=120)
 @given(place=st.sampled_from(["manifest", "layout", "step", "snapshot-00000000", FINAL]), choices=st.data())
 @pytest.mark.filterwarnings("ignore")
 def test_forged_logs(recorded: tuple[Classifier, Path], tmp_path: Path, place: str, choices: st.DataObject) -> None:
@@ -245,13 +245,32 @@ def test_forged_logs(recorded: tuple[Classifier, Path], tmp_path: Path, place: s
         if name != place:
             return
         if tensors and choices.draw(st.booleans()):
-            shape = choices.draw(st.sampled_from([(), (3,), (0, 2**40), (8, 4)]))
-            tensors[choices.draw(st.sampled_from(sorted(tensors)))] = torch.zeros(shape, dtype=choices.draw(DTYPES))
+            replace_tensor(tensors, choices)
         else:
             replace_somewhere(meta, choices)
 
-    # a replay hands what a step or a snapshot holds to the module itself, which may raise anything
-    use_log(module, forged(whole, tmp_path / "log", forge), replayed=place in ("manifest", "layout", FINAL))
+    use_log(module, forged(whole, tmp_path / "log", forge))
+
+
+def replace_tensor(tensors: dict[str, torch.Tensor], choices: st.DataObject) -> None:
+    """Another tensor in the place of one: gone, of another shape or type, or with another value in it."""
+    name = choices.draw(st.sampled_from(sorted(tensors)))
+    how = choices.draw(st.sampled_from(["gone", "another", "converted", "added", "one value"]))
+    if how == "gone":
+        del tensors[name]
+    elif how == "another":
+        shape = choices.draw(st.sampled_from([(), (3,), (0, 2**40), (8, 4), tuple(tensors[name].shape)]))
+        tensors[name] = torch.zeros(shape, dtype=choices.draw(DTYPES))
+    elif how == "converted":
+        tensors[name] = tensors[name].to(choices.draw(DTYPES))
+    elif how == "added":
+        tensors[f"{name}x"] = torch.zeros(3)
+    elif tensors[name].numel():
+        values = tensors[name].clone().flatten()
+        value = choices.draw(st.sampled_from([-1, 255, 2**39, 2**62, -(2.0**62), 1e31, float("inf"), float("nan")]))
+        with suppress(RuntimeError, OverflowError, ValueError):  # another value than the type holds
+            values[choices.draw(st.integers(0, len(values) - 1))] = value
+        tensors[name] = values.view(tensors[name].shape)
 
 
 def replace_somewhere(meta: dict[str, Any], choices: st.DataObject) -> None:

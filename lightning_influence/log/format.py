@@ -98,6 +98,12 @@ def decoding(what: Path | str) -> Iterator[None]:
         ) from error
 
 
+def expect(holds: bool, otherwise: str) -> None:
+    """What a writer always writes; to be asked inside of `decoding`."""
+    if not holds:
+        raise ValueError(otherwise)
+
+
 @contextmanager
 def told_as_log_error(what: str) -> Iterator[None]:
     """What the operating system refuses, as an error of the log."""

@@ -8,7 +8,6 @@ steps; in between they follow from the gradients), ``parameter/<parameter>`` (co
 
 from __future__ import annotations
 
-import sys
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
@@ -25,7 +24,7 @@ from lightning_influence.core.shares import Form, Stack, pack, unpack
 from lightning_influence.core.trajectory import Clip, Hyper, Shares, StepRecord, Vectors
 from lightning_influence.errors import CurvatureUnavailable, LogError
 from lightning_influence.log.format import FINAL as FINAL
-from lightning_influence.log.format import decoding
+from lightning_influence.log.format import decoding, expect
 from lightning_influence.log.reader import StoreReader
 from lightning_influence.run.losses import Dynamics, joined
 from lightning_influence.run.training_step import Moment
@@ -45,6 +44,8 @@ _MANIFEST_KINDS: dict[str, type] = {
     "shapes": dict,
     "update": str,
 }
+_LARGEST = 1e30  # hyperparameter, which single precision holds
+_MOST_MEMBERS = 2**26  # samples of a step times its micro-batches, of which there is a table
 _CLIP_RULES = ("none", "norm", "value")
 
 Packed = tuple[dict[str, Tensor], dict[str, Any]]
@@ -233,11 +234,11 @@ class LoggedSteps:
         """Sample ids, loss weights and micro-batch numbers of all ranks, numbers made distinct."""
         parts, offset = [], 0
         for rank in range(self.reader.ranks):
-            numbers = self.reader.tensor(index, "micro_batches", rank) + offset
-            offset = int(numbers.max()) + 1 if len(numbers) else offset
-            ids, weights = (self.reader.tensor(index, key, rank) for key in ("sample_ids", "loss_weights"))
-            _expect(ids.dim() == weights.dim() == numbers.dim() == 1, "samples of another shape")
-            parts.append((ids, weights, numbers))
+            keys = ("sample_ids", "loss_weights", "micro_batches")
+            ids, weights, numbers = (self.reader.tensor(index, key, rank) for key in keys)
+            _check_samples(ids, weights, numbers)
+            parts.append((ids, weights, numbers + offset))
+            offset += int(numbers.max()) + 1 if len(numbers) else 0
         ids, weights, numbers = (torch.cat(column) for column in zip(*parts, strict=True))
         return ids, weights, numbers
 
@@ -273,8 +274,8 @@ class LoggedTrajectory(LoggedSteps):
 
     def _stored(self, index: int) -> StepRecord:
         record = super()._stored(index)
-        _expect(all(g.shape == (self.sizes[k][0],) for k, g in record.gradients.items()), "gradients of another size")
-        _expect(record.gradients.keys() == self.reader.meta(index)["shares"].keys(), "gradients of other parameters")
+        expect(all(g.shape == (self.sizes[k][0],) for k, g in record.gradients.items()), "gradients of another size")
+        expect(record.gradients.keys() == self.reader.meta(index)["shares"].keys(), "gradients of other parameters")
         return record
 
     @property
@@ -314,7 +315,7 @@ class _LazyShares(Mapping[str, Shares]):
     def _unpack(self, name: str, rank: int, form: dict[str, Any]) -> Form:
         share = unpack(form, lambda key: self._reader.tensor(self._index, f"share/{name}/{key}", rank))
         samples = len(self._reader.tensor(self._index, "sample_ids", rank))
-        _expect((share.n_samples, share.n_coordinates) == (samples, self._sizes[name][0]), "a share of another size")
+        expect((share.n_samples, share.n_coordinates) == (samples, self._sizes[name][0]), "a share of another size")
         return share
 
     def __iter__(self) -> Iterator[str]:
@@ -327,64 +328,71 @@ class _LazyShares(Mapping[str, Shares]):
 # -- what a recorder never writes -----------------------------------------------------------------------------
 
 
-def _expect(holds: bool, otherwise: str) -> None:
-    if not holds:
-        raise ValueError(otherwise)
-
-
 def _check_manifest(manifest: Mapping[str, Any]) -> None:
     for key, kind in _MANIFEST_KINDS.items():
-        _expect(key not in manifest or isinstance(manifest[key], kind), f"{key} of another type")
-    _expect(manifest["update"] in UPDATES, "an unknown update")
-    _expect(all(isinstance(pattern, str) for pattern in manifest.get("excluded", [])), "excluded of another type")
+        expect(key not in manifest or isinstance(manifest[key], kind), f"{key} of another type")
+    expect(manifest["update"] in UPDATES, "an unknown update")
+    expect(all(isinstance(pattern, str) for pattern in manifest.get("excluded", [])), "excluded of another type")
     if "coverage" in manifest:
         numbers = [manifest["coverage"][key] for key in ("trained", "recorded")]
-        _expect(all(isinstance(n, int) and 0 <= n < 2**63 for n in numbers), "coverage of another type")
+        expect(all(isinstance(n, int) and 0 <= n < 2**63 for n in numbers), "coverage of another type")
 
 
 def _check_final(meta: Mapping[str, Any], manifest: Mapping[str, Any]) -> None:
-    _expect(bool(meta.get("moved")) or meta["checksums"].keys() <= manifest["shapes"].keys(), "an unknown parameter")
+    expect(bool(meta.get("moved")) or meta["checksums"].keys() <= manifest["shapes"].keys(), "an unknown parameter")
 
 
 def _check_layout(optimizer: str, keeps: Mapping[str, Coordinates], shapes: Mapping[str, Any]) -> None:
-    _expect(optimizer in UPDATES, "an unknown update")
-    _expect(bool(keeps), "no parameters")
+    expect(optimizer in UPDATES, "an unknown update")
+    expect(bool(keeps), "no parameters")
     for name, keep in keeps.items():
         index = keep.index
-        _expect(list(keep.shape) == shapes[name], "a parameter of another shape")
-        _expect(
+        expect(list(keep.shape) == shapes[name], "a parameter of another shape")
+        expect(
             index is None
             or (index.dtype == torch.int64 and index.dim() == 1 and bool(((index >= 0) & (index < keep.total)).all())),
             "an impossible mask",
         )
 
 
+def _check_samples(ids: Tensor, weights: Tensor, numbers: Tensor) -> None:
+    columns = (ids, weights, numbers)
+    expect([c.dtype for c in columns] == [torch.int64, torch.float64, torch.int64], "samples of another type")
+    expect(all(c.dim() == 1 and len(c) == len(ids) for c in columns), "samples of another shape")
+    expect(bool(weights.isfinite().all()), "weights that are no numbers")
+    if len(numbers):
+        parts = int(numbers.max()) + 1
+        expect(int(numbers.min()) >= 0 and parts <= len(numbers), "micro-batches without samples")
+        expect(parts * len(numbers) <= _MOST_MEMBERS, "too many micro-batches")
+
+
 def _check_record(record: StepRecord) -> None:
-    columns = (record.sample_ids, record.loss_weights, record.micro_batch_numbers)
-    _expect([c.dtype for c in columns] == [torch.int64, torch.float64, torch.int64], "samples of another type")
-    _expect(all(c.shape == (len(record.sample_ids),) for c in columns), "samples of another shape")
     numbers = [v for hyper in record.hyper.values() for v in hyper.values()]
-    _expect(all(isinstance(v, float | int) and abs(v) <= sys.float_info.max for v in numbers), "no numbers")
-    _expect(record.clip.rule in _CLIP_RULES, "an unknown clipping rule")
-    _expect(isinstance(record.clip.bound + record.clip.raw_norm, float | int), "a clipping of no numbers")
+    expect(all(isinstance(v, float | int) and abs(v) <= _LARGEST for v in numbers), "no numbers")
+    betas = [v for hyper in record.hyper.values() for k, v in hyper.items() if k.startswith("beta")]
+    expect(all(0 <= beta < 1 for beta in betas), "decay rates that are none")
+    expect(all(hyper["step"] >= 1 for hyper in record.hyper.values()), "a step before the first")
+    expect(record.clip.rule in _CLIP_RULES, "an unknown clipping rule")
+    expect(isinstance(record.clip.bound + record.clip.raw_norm, float | int), "a clipping of no numbers")
     for k, gradient in record.gradients.items():
-        _expect(gradient.dim() == 1 and gradient.is_floating_point(), "a gradient of another type")
+        expect(gradient.dim() == 1 and gradient.is_floating_point(), "a gradient of another type")
         parameter = (record.parameters or {}).get(k, gradient)
-        _expect(parameter.shape == gradient.shape, "a parameter of another shape")
+        expect(parameter.shape == gradient.shape, "a parameter of another shape")
 
 
 def _check_dynamics(dynamics: Dynamics, samples: int) -> None:
     *columns, classes = dynamics.columns().values()
     kinds = [torch.float32, torch.float32, torch.float32, torch.int64, torch.int64]
-    _expect([c.dtype for c in columns] == kinds and classes.dtype == torch.float16, "dynamics of another type")
-    _expect(all(c.shape == (samples,) for c in columns), "dynamics of another number of samples")
-    _expect(classes.dim() == 2 and len(classes) == samples, "log-probabilities of another shape")
+    expect([c.dtype for c in columns] == kinds and classes.dtype == torch.float16, "dynamics of another type")
+    expect(all(c.shape == (samples,) for c in columns), "dynamics of another number of samples")
+    expect(classes.dim() == 2 and len(classes) == samples, "log-probabilities of another shape")
     for labels in (dynamics.labels, dynamics.others):
-        _expect(bool((labels >= -1).all()), "an impossible label")
-        _expect(not classes.shape[1] or bool((labels < classes.shape[1]).all()), "a label beyond the classes")
+        expect(bool((labels >= -1).all()), "an impossible label")
+        expect(not classes.shape[1] or bool((labels < classes.shape[1]).all()), "a label beyond the classes")
 
 
 def _check_moments(record: StepRecord) -> None:
     for k, moments in record.moments.items():
-        shapes = {m.shape for m in moments}
-        _expect(shapes <= {record.gradients[k].shape}, "moments of another shape")
+        gradient = record.gradients[k]
+        expect(all(m.shape == gradient.shape for m in moments), "moments of another shape")
+        expect(all(m.dtype == gradient.dtype for m in moments), "moments of another type")

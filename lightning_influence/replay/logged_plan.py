@@ -17,7 +17,7 @@ from torch import Tensor
 
 from lightning_influence.core.optimizers import UPDATES
 from lightning_influence.errors import ConfigurationError, CurvatureUnavailable, ReplayDrift
-from lightning_influence.log.format import decoding
+from lightning_influence.log.format import decoding, expect
 from lightning_influence.log.reader import StoreReader
 from lightning_influence.log.snapshots import SNAPSHOT, snapshot_name
 from lightning_influence.log.steps import LoggedSteps
@@ -77,6 +77,8 @@ class LoggedPlan:
                 for number, told in enumerate(self._reader.meta(index, rank)["micro_batches"])
             ]
             positions = [record.micro_batch_numbers == position for position in range(len(recorded))]
+            expect(all(bool(here.any()) for here in positions), "a micro-batch without samples")
+            expect(sum(int(here.sum()) for here in positions) == len(record.sample_ids), "samples of no micro-batch")
             weights = [record.loss_weights[here] for here in positions]
             factors = [float(w.sum() if record.averaged else w[0]) for w in weights]
         micro_batches = []
@@ -88,6 +90,8 @@ class LoggedPlan:
             batch = self._batch(read, number, told, ids)
             less = self._less(read, number, told, ids)
             random = read.generators(f"random/{number}/")
+            with decoding(f"the random state of step {index}"), random_state(random):
+                pass
             micro_batches.append(PlannedMicroBatch(batch, moment, factor, int(here.sum()), random, less))
         return PlannedStep(
             micro_batches,
@@ -119,7 +123,21 @@ class LoggedPlan:
                 i: torch.zeros_like(found["parameter"][k]) for i in range(len(UPDATES[self.optimizer].moments))
             }
         ordered = {k: tuple(moments.get(k, {})[i] for i in sorted(moments.get(k, {}))) for k in found["parameter"]}
-        return State(found["parameter"], ordered, found["buffer"])
+        state = State(found["parameter"], ordered, found["buffer"])
+        with decoding(f"the snapshot before step {index}"):
+            self._check(state)
+        return state
+
+    def _check(self, state: State) -> None:
+        """A snapshot holds what the module has, in its shapes."""
+        own, buffers = dict(self._module.named_parameters()), dict(self._module.named_buffers())
+        n_moments = len(UPDATES[self.optimizer].moments)
+        for k, p in state.parameters.items():
+            expect(p.shape == own[k].shape and p.is_floating_point(), f"{k} of another shape or type")
+            alike = all(m.shape == p.shape and m.dtype == p.dtype for m in state.moments[k])
+            expect(alike and len(state.moments[k]) == n_moments, f"moments of {k} that are none")
+        for k, b in state.buffers.items():
+            expect(b.dtype.is_floating_point == buffers[k].dtype.is_floating_point, f"{k} of another type")
 
     def parameters(self, index: int) -> dict[str, Tensor]:
         artifact, kind = snapshot_name(index), "parameter/"

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 
+import torch
 from torch import Tensor
 
 from lightning_influence.core.optimizers import Update, step
 from lightning_influence.core.removal import consumed_gradients
 from lightning_influence.core.trajectory import StepRecord
+from lightning_influence.errors import ReplayDrift
 from lightning_influence.replay.evaluation import Evaluation
 from lightning_influence.replay.plan import State
 
@@ -19,12 +22,26 @@ def state_after(update: Update, record: StepRecord, state: State, buffers: Mappi
     Args:
         record: of the step; its gradients are read, its moments are not.
         buffers: after the step.
+
+    Raises:
+        ReplayDrift: a gradient that is finite makes a parameter that is not.
     """
     parameters, moments = dict(state.parameters), dict(state.moments)
     for k, gradient in consumed_gradients(record).items():
         shape = parameters[k].shape
         parameters[k], moments[k] = step(update, parameters[k], moments[k], gradient.view(shape), record.hyper[k])
+    if math.isfinite(record.clip.raw_norm):  # a look-ahead may meet one that is not, in a run that is still to come
+        _refuse_not_finite(record, parameters)
     return State(parameters, moments, dict(buffers))
+
+
+def _refuse_not_finite(record: StepRecord, parameters: Mapping[str, Tensor]) -> None:
+    sums = torch.stack([parameters[k].sum(dtype=torch.float64) for k in record.gradients] or [torch.zeros(())])
+    if not bool(sums.isfinite().all()):
+        wrong = next(k for k, total in zip(record.gradients, sums, strict=True) if not total.isfinite())
+        raise ReplayDrift(
+            f"step {record.index}: the optimizer's step, replayed with {record.hyper[wrong]}, makes {wrong} not finite."
+        )
 
 
 class Segment:

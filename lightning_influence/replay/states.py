@@ -8,7 +8,9 @@ that each step is evaluated once; elsewhere it is run forward, keeping its gradi
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping
+import math
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
@@ -16,7 +18,7 @@ from tqdm.auto import tqdm
 
 from lightning_influence.core.optimizers import UPDATES
 from lightning_influence.core.trajectory import Clip, StepRecord
-from lightning_influence.errors import ReplayDrift
+from lightning_influence.errors import InfluenceError, ReplayDrift
 from lightning_influence.replay.evaluation import Evaluation, StepEvaluator, distance
 from lightning_influence.replay.plan import Plan, PlannedStep, State
 from lightning_influence.replay.segment import Segment, state_after
@@ -126,7 +128,7 @@ class States:
             found = self._now[1]
         if found is None or (found.graph is None and self._evaluator.exact):
             self._now = None
-            found = self._evaluate(self._plan.step(index), self.state(index))
+            found = self._evaluate(index, self.state(index))
             self._now = index, found
         return found
 
@@ -193,7 +195,8 @@ class States:
     def _size_of_an_evaluation(self, index: int) -> int:
         if self._evaluation_bytes is None:
             self.evaluated += 1
-            self._evaluation_bytes = self._evaluator.nbytes(self._plan.step(index), self._state_at(index))
+            with _told_at(index):
+                self._evaluation_bytes = self._evaluator.nbytes(self._plan.step(index), self._state_at(index))
         return self._evaluation_bytes
 
     def _state_at(self, index: int) -> State:
@@ -209,8 +212,7 @@ class States:
         every = self._known_every(first, end)
         for i in range(nearest, index):
             planned = self._plan.step(i)
-            gradients, buffers = self._evaluator.gradients(planned, state)
-            self.evaluated += 1
+            gradients, buffers = self._gradients(i, state)
             state = state_after(self._update, self._outline(i, planned, gradients), state, buffers)
             if every and (i + 1 - first) % every == 0 and i + 1 < end:
                 self._known[i + 1] = state
@@ -239,15 +241,14 @@ class States:
         for index in tqdm(steps, desc="replay", unit="step", delay=2, leave=False, disable=not self._progress):
             planned, here = self._plan.step(index), segment.state(index)
             if len(segment.evaluations) < kept or index + 1 == stop:
-                evaluation = self._evaluate(planned, here)
+                evaluation = self._evaluate(index, here)
                 gradients, buffers = evaluation.gradients, evaluation.buffers
                 if len(segment.evaluations) < kept:
                     segment.evaluations[index] = evaluation
                 else:
                     self._now = index, evaluation
             else:
-                gradients, buffers = self._evaluator.gradients(planned, here)
-                self.evaluated += 1
+                gradients, buffers = self._gradients(index, here)
             segment.append(self._outline(index, planned, gradients), buffers)
         if stop in self._plan.snapshots:
             first = self._between(start)[0]
@@ -267,7 +268,7 @@ class States:
     def _check_arrival(self, start: int, stop: int, begun: Mapping[str, Tensor], arrived: Mapping[str, Tensor]) -> None:
         expected = self._plan.parameters(stop)
         self.drift[stop] = distance(arrived, expected) / max(distance(begun, expected), 1e-30)
-        if self.drift[stop] > _TOLERANCE:
+        if not self.drift[stop] <= _TOLERANCE:  # also where it is not a number
             raise ReplayDrift(
                 f"steps {start} to {stop - 1}: the replay misses the snapshot before step {stop} by {self.drift[stop]:.2g} of "
                 f"the way it went. {_CAUSES}"
@@ -284,7 +285,7 @@ class States:
         walk, planned = self._walk, self._plan.step(index)
         assert walk is not None
         self._walk = self._walked = self._now = None  # nothing to be looked at, should the step not be undone
-        evaluation = self._evaluate(planned, walk.parameters(planned.hyper))
+        evaluation = self._evaluate(index, walk.parameters(planned.hyper))
         record = self._outline(index, planned, evaluation.gradients, _WALK_NORM_TOLERANCE)
         walk.arrive(record, evaluation.buffers)
         self._walk, self._walked, self._now = walk, record, (index, evaluation)
@@ -300,16 +301,22 @@ class States:
         missed = distance(arrived.parameters, expected) / max(distance(self._begun, expected), 1e-30)
         if at_snapshot:
             self.drift[start] = missed
-        if missed > _WALK_TOLERANCE:
+        if not missed <= _WALK_TOLERANCE:  # also where it is not a number
             raise WalkedAstray(
                 f"steps {stop - 1} to {start}: walked back, they miss the state before step {start} by {missed:.2g} of the way."
             )
 
     # -- one step ---------------------------------------------------------------------------------------------
 
-    def _evaluate(self, planned: PlannedStep, state: State) -> Evaluation:
+    def _evaluate(self, index: int, state: State) -> Evaluation:
         self.evaluated += 1
-        return self._evaluator.evaluate(planned, state)
+        with _told_at(index):
+            return self._evaluator.evaluate(self._plan.step(index), state)
+
+    def _gradients(self, index: int, state: State) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        self.evaluated += 1
+        with _told_at(index):
+            return self._evaluator.gradients(self._plan.step(index), state)
 
     def _outline(
         self, index: int, planned: PlannedStep, gradients: Mapping[str, Tensor], tolerance: float = _NORM_TOLERANCE
@@ -317,6 +324,11 @@ class States:
         """A step's record without moments, its gradient held against the norm that the run had."""
         norm = float(torch.linalg.vector_norm(torch.stack([g.float().norm() for g in gradients.values()])))
         recorded = planned.clip.raw_norm
+        if recorded and not math.isfinite(norm):
+            wrong = next(k for k, g in gradients.items() if not g.isfinite().all())
+            raise ReplayDrift(
+                f"step {index}: the replayed gradient of {wrong} is not finite, the recorded one had norm {recorded:.6g}. {_CAUSES}"
+            )
         if recorded and abs(norm - recorded) > (_NORM_TOLERANCE if self._evaluator.half else tolerance) * recorded:
             raise ReplayDrift(
                 f"step {index}: the replayed gradient has norm {norm:.6g}, the recorded one had {recorded:.6g}. {_CAUSES}"
@@ -332,6 +344,21 @@ class States:
             averaged=planned.averaged,
             clip=Clip(planned.clip.rule, planned.clip.bound, norm),
         )
+
+
+@contextmanager
+def _told_at(index: int) -> Iterator[None]:
+    """What a module's own training step raises when it is run again, as an error that says where.
+
+    Raises:
+        ReplayDrift: in the place of what was raised, unless that is for want of memory.
+    """
+    try:
+        yield
+    except (InfluenceError, MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
+        raise ReplayDrift(f"step {index} cannot be run again ({type(error).__name__}: {error}). {_CAUSES}") from error
 
 
 _CAUSES = (

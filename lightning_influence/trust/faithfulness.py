@@ -228,7 +228,8 @@ def check_faithfulness(
     scores = {name: _predicted(report, asked) for name, report in reports.items()}
     measured = dict(scores)
     if ceiling:
-        measured[CEILING] = replace(effects, run=moved_initialisation(replace(run, seed=seed + 1))).measure(CEILING)
+        moved = moved_initialisation(replace(run, seed=seed + 1), seed=seed)
+        measured[CEILING] = replace(effects, run=moved).measure(CEILING)
     n, m = len(asked) - subsets - len(named), len(asked) - len(named)
     single, of_subsets, of_groups = (
         {name: compare(found[part], truth[part]) for name, found in measured.items()} if part.start < part.stop else {}

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from modules import Classifier, digits, fit, loader, split_digits, two_groups
+from modules import Classifier, digits, fit, forged, loader, split_digits, two_groups
 from scipy.stats import spearmanr
 from torch import Tensor, nn
 from torch.func import functional_call
@@ -271,3 +271,41 @@ def test_products_of_many_queries_go_forward_through_convolutions(
         assert isinstance(run, ReplayTrajectory) and run._forward is False
     for name, product in few.items():
         torch.testing.assert_close(found[name][:3], product, rtol=1e-4, atol=1e-5)
+
+
+class SometimesNaN(Classifier):
+    """Its loss divides by something that a replay may find to be zero."""
+
+    wrong = False
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        loss = super().training_step(batch, batch_idx)
+        return loss + self.net[2].weight.sum() * float("nan") if self.wrong and batch_idx == 2 else loss
+
+
+def test_a_replay_that_is_not_a_number_says_where(tmp_path: Path) -> None:
+    module = SometimesNaN()
+    log = replayed(tmp_path, module, digits(64))
+    module.wrong = True
+    type(module).wrong = True
+    try:
+        with pytest.raises(ReplayDrift, match=r"step 2: the replayed gradient of net\.2\.weight is not finite"):
+            attribute(log, queries=[digits(4).tensors], model=module, data=digits(64), progress=False)
+    finally:
+        type(module).wrong = False
+
+
+def test_a_step_that_makes_a_parameter_not_finite_says_so(tmp_path: Path) -> None:
+    module = Classifier()
+    log = replayed(tmp_path, module, digits(64))
+    steps = iter(range(9))
+
+    def forge(place: str, tensors: Any, meta: Any) -> None:
+        if place == "step" and next(steps) == 1:
+            meta["hyper"][0] |= {"weight_decay": 1e29, "lr": 1e29}
+
+    wrong = forged(log, tmp_path / "forged", forge)
+    with pytest.raises(
+        ReplayDrift, match=r"step 1: the optimizer's step, replayed with .*makes net\.0\.weight not finite"
+    ):
+        attribute(wrong, queries=[digits(4).tensors], model=module, data=digits(64), progress=False)

@@ -113,6 +113,16 @@ def test_an_interrupted_check_goes_on(tmp_path: Path, monkeypatch: pytest.Monkey
             check_faithfulness(tmp_path / "log", **{**options, **other}, results=tmp_path / "done")
 
 
+def test_the_seed_reaches_the_noise_of_the_ceiling(tmp_path: Path) -> None:
+    module, train, queries = trained(tmp_path)
+    options: dict[str, Any] = {"model": module, "data": train, "queries": queries, "target": "mean", "progress": False}
+    options |= {"removals": [1, 5, 7], "estimators": {"finite": {}}}
+    found = [check_faithfulness(tmp_path / "log", **options, seed=seed) for seed in (0, 0, 1)]
+    errors = [check.single[CEILING].relative_error.value for check in found]
+    assert errors[0] == errors[1] != errors[2]
+    assert torch.equal(found[0].truth, found[2].truth)
+
+
 def test_random_numbers_of_the_module_are_the_check_s_own(tmp_path: Path) -> None:
     """With dropout the truth does not depend on the caller's generator, and the ceiling says how little it repeats itself."""
     net = lambda: nn.Sequential(nn.Linear(64, 8), nn.GELU(), nn.Dropout(0.5), nn.Linear(8, 10))
