@@ -64,7 +64,7 @@ def serialise(tensors: Mapping[str, Tensor], meta: dict[str, Any], **more: str) 
     # the widest come first, so that each begins at a multiple of its size
     ordered = sorted(tensors.items(), key=lambda item: (-item[1].element_size(), item[0]))
     parts = {name: bytes_of(tensor) for name, tensor in ordered}
-    sums = {name: zlib.crc32(part) for name, part in parts.items()}
+    sums = {name: zlib.crc32(parts[name]) for name in tensors}  # in the order given, in which names are read back
     header: dict[str, Any] = {"__metadata__": {_META: json.dumps(meta), _SUMS: json.dumps(sums), **more}}
     start = 0
     for name, tensor in ordered:

@@ -51,7 +51,7 @@ def check(path: Path, expected: int | None = None) -> int:
     assert expected is None or len(reader) == expected
     for step in range(len(reader)):
         assert reader.meta(step) == {"step": step, "lr": 0.1 / (step + 1)}
-        assert sorted(reader.names(step)) == sorted(tensors_of(step))
+        assert list(reader.names(step)) == list(tensors_of(step)), "in the order given"
         for name, tensor in tensors_of(step).items():
             read = reader.tensor(step, name)
             assert read.dtype == tensor.dtype
