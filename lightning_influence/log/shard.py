@@ -39,14 +39,20 @@ _SEALED = re.compile(rb'(?<="%s":")[0-9a-f]{8}(?=")' % _SEAL.encode())  # quotes
 _OPEN = b"0" * 8
 _ALIGNED = 8  # bytes, of the tensors in a file
 _DTYPES = {  # as safetensors calls them
+    torch.complex64: "C64",
     torch.float64: "F64",
     torch.float32: "F32",
     torch.float16: "F16",
     torch.bfloat16: "BF16",
+    torch.float8_e4m3fn: "F8_E4M3",
+    torch.float8_e5m2: "F8_E5M2",
     torch.int64: "I64",
     torch.int32: "I32",
     torch.int16: "I16",
     torch.int8: "I8",
+    torch.uint64: "U64",
+    torch.uint32: "U32",
+    torch.uint16: "U16",
     torch.uint8: "U8",
     torch.bool: "BOOL",
 }
