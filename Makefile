@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo test slow bench mutants lint docs clean
+.PHONY: demo test slow bench soak mutants lint docs clean
 
 demo: $(READY)
 	$(BIN)/python examples/demo.py
@@ -19,6 +19,10 @@ slow: $(READY)
 # What every part costs beside plain training, on one core.
 bench: $(READY)
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/cost.py
+
+# Runs of every mode killed and gone on with: is anything lost? Some minutes.
+soak: $(READY)
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/soak.py --kills 200
 
 # Which single changes of the mathematics do its tests not notice? A sample; half an hour on one core.
 mutants: $(READY)

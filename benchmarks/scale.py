@@ -25,6 +25,7 @@ from lightning_influence.core.optimizers import UPDATES
 from lightning_influence.core.shares import Dense
 from lightning_influence.core.sweep import Method, sweep
 from lightning_influence.core.trajectory import StepRecord
+from lightning_influence.log.manifest import Manifest, Mask, Recorded
 from lightning_influence.log.steps import LAYOUT, MOMENTS_EVERY, LoggedTrajectory, pack_layout, pack_step
 from lightning_influence.log.writer import StoreWriter
 
@@ -33,6 +34,22 @@ NAMES = ("first.weight", "second.weight")
 HYPER = {
     "lr": 1e-3, "weight_decay": 0.01, "beta1": 0.9, "beta2": 0.999, "eps": 1e-8, "maximize": 0.0, "decoupled": 1.0,
 }  # fmt: skip
+SIZE = SHAPE[0] * SHAPE[1] * len(NAMES)
+MANIFEST = Manifest(
+    module="benchmark",
+    optimizer="AdamW",
+    update="adam",
+    record="gradients",
+    frozen_batch_norm=False,
+    parameters=[],
+    shapes=dict.fromkeys(NAMES, SHAPE),
+    excluded=[],
+    coverage=Recorded(SIZE, SIZE),
+    compression="mask",
+    mask=Mask(KEPT, 0),
+    reduction="mean",
+    precision="32-true",
+)
 SIZES = [(250, 100), (500, 100), (1000, 100), (250, 400)]  # steps, samples in each
 
 
@@ -43,7 +60,7 @@ def write(log: Path, steps: int, batch: int) -> None:
     keeps = {name: Coordinates("mask", SHAPE, index) for name in NAMES}
     moments = {name: (torch.zeros(KEPT), torch.zeros(KEPT)) for name in NAMES}
     with StoreWriter(log) as writer:
-        writer.write_manifest({"update": "adam", "record": "gradients"})
+        writer.write_manifest(MANIFEST.to_json())
         writer.save(LAYOUT, *pack_layout(keeps, "adam"))
         for t in range(steps):
             shares = {name: Dense(torch.randn(batch, KEPT, generator=g) / batch) for name in NAMES}

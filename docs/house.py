@@ -17,6 +17,7 @@ FLOORS = [
     "capture",
     "log",
     "replay",
+    "live",
     "report",
     "scoring",
     "selection",

@@ -23,6 +23,7 @@ from yaml import YAMLError  # type: ignore[import-untyped]
 from lightning_influence import __version__
 from lightning_influence.errors import ConfigurationError, InfluenceError
 from lightning_influence.lightning.tuning import tune_horizon
+from lightning_influence.log.manifest import Manifest
 from lightning_influence.log.reader import StoreReader
 from lightning_influence.report import InfluenceReport
 from lightning_influence.scoring.attribution import attribute as attribute_run
@@ -40,15 +41,9 @@ def inspect(log: Path) -> None:
     """
     reader = StoreReader(log)
     size = sum(f.stat().st_size for f in log.rglob("*") if f.is_file())
-    keys = ("module", "optimizer", "record", "compression", "precision", "ranks")
-    try:
-        told = {key: str(reader.manifest[key]) for key in keys}
-        recorded, trained = (int(reader.manifest["coverage"][key]) for key in ("recorded", "trained"))
-    except (KeyError, TypeError, ValueError) as error:
-        raise InfluenceError(
-            f"the manifest of {log} is not that of a run ({error!r}); give a directory that InfluenceCallback wrote."
-        ) from error
-    told["coverage"] = f"{recorded:,} of {trained:,} trained coordinates"
+    manifest, keys = Manifest.of(reader), ("module", "optimizer", "record", "compression", "precision")
+    told = {key: getattr(manifest, key) for key in keys} | {"ranks": reader.ranks}
+    told["coverage"] = f"{manifest.coverage.recorded:,} of {manifest.coverage.trained:,} trained coordinates"
     lines = "".join(f"\n  {key:12s} {value}" for key, value in told.items())
     lines += "".join(f"\n  it lacks {what}: {why}" for what, why in reader.missing.items())
     print(_printable(f"{log}: {len(reader)} optimizer steps, {size / 1e6:.1f} MB{lines}"))

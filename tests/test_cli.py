@@ -224,16 +224,19 @@ def test_without_jsonargparse_it_says_what_to_install(
 
 
 def test_a_manifest_does_not_steer_the_terminal(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    keys = ("optimizer", "record", "compression", "precision")
+    texts = dict.fromkeys(("optimizer", "compression", "reduction", "precision"), "x")
+    rest = {
+        "update": "adam",
+        "record": "both",
+        "frozen_batch_norm": False,
+        "mask": {"size": 1, "seed": 0},
+        "versions": {},
+    }
+    whole = {**texts, **rest, "parameters": [], "shapes": {}, "excluded": [], "ranks": 1}
     for number, content in enumerate(
         (
-            {
-                "module": "\x1b[2J\x9bµ",
-                **dict.fromkeys(keys, "x"),
-                "ranks": 1,
-                "coverage": {"recorded": 1, "trained": 2000},
-            },
-            {"module": "m", **dict.fromkeys(keys, "x"), "ranks": 1, "coverage": {"recorded": "\x1b[2J", "trained": []}},
+            {**whole, "module": "\x1b[2J\x9bµ", "coverage": {"recorded": 1, "trained": 2000}},
+            {**whole, "module": "m", "coverage": {"recorded": "\x1b[2J", "trained": []}},
             {},
         )
     ):

@@ -47,3 +47,9 @@ def test_llama_lora(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "built from a configuration" in capsys.readouterr().out
     assert report.metadata["coverage"]["fraction"] == 1.0
     assert all("lora" in name for name in report.metadata["coverage"]["parameters"])
+
+
+def test_plain_loop(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    report = load("plain_loop").main(["--out", str(tmp_path)])
+    assert report.sample_ids.tolist() == list(range(64)) and report.scores.isfinite().all()
+    assert (tmp_path / "report.html").exists() and "The page is" in capsys.readouterr().out

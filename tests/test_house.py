@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import runpy
 from pathlib import Path
 
@@ -37,3 +38,36 @@ def test_a_report_needs_no_replay_to_show_a_sample() -> None:
         "log",
         "report",
     }
+
+
+ADAPTERS = {
+    "run/lightning_task.py": "a LightningModule as a Task",
+    "run/trainer.py": "what a Trainer says of a run",
+}
+ROOMS_OF_LIGHTNING = {
+    "lightning": "the callbacks and the datamodule",
+    "cli": "builds modules as LightningCLI does",
+    "selection": "decides inside a Trainer's run: its loader is the Trainer's, its look-ahead reads the Trainer's schedules",
+}
+HOOKS = {"training_step", "configure_optimizers", "transfer_batch_to_device", "_trainer"}
+
+
+def knows_lightning(tree: ast.AST) -> bool:
+    """Whether a file imports Lightning, for annotations too, or asks a module for what only a LightningModule has."""
+    for node in ast.walk(tree):
+        imported = [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+        imported += [name.name for name in node.names] if isinstance(node, ast.Import) else []
+        if any(name.partition(".")[0] in ("lightning", "pytorch_lightning") for name in imported):
+            return True
+        if isinstance(node, ast.Attribute) and node.attr in HOOKS:
+            return True
+    return False
+
+
+def test_only_the_adapters_know_lightning() -> None:
+    knowing = {
+        str(path.relative_to(PACKAGE)) for path in PACKAGE.rglob("*.py") if knows_lightning(ast.parse(path.read_text()))
+    }
+    assert ADAPTERS.keys() <= knowing, "what is looked for is found"
+    outside = {file for file in knowing if file.partition("/")[0].removesuffix(".py") not in ROOMS_OF_LIGHTNING}
+    assert outside == ADAPTERS.keys()

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from lightning_influence import InfluenceCallback, InfluenceError, attribute
-from lightning_influence.run.training_step import loss_of, quiet
+from lightning_influence.run.lightning_task import loss_of, quiet
 
 
 def samples(kind: type[Base]) -> Samples:
@@ -54,7 +54,7 @@ def test_a_kind_is_right_or_refused(kind: type[Base], tmp_path: Path) -> None:
     before = losses(kind, plain).mean()
     truth = torch.stack([losses(kind, trained(kind, z)).mean() - before for z in range(N)])
     for record in ("gradients", "replay"):
-        callback, count = InfluenceCallback(tmp_path / record, record=record, **kind.options), Count()  # type: ignore[arg-type]
+        callback, count = InfluenceCallback(tmp_path / record, record=record, on_error="raise", **kind.options), Count()  # type: ignore[arg-type]
         if record in kind.refused:
             with pytest.raises(InfluenceError):
                 trained(kind, callbacks=[callback, count])

@@ -25,6 +25,7 @@ from lightning_influence import (
     check_faithfulness,
     error_proxy,
     errors,
+    token_scores,
     tune_horizon,
 )
 from lightning_influence.cli import main
@@ -374,6 +375,12 @@ def _(here: Here) -> None:
 
 # -- reports -----------------------------------------------------------------------------------------------
 
+misuse("scores of the tokens of no sample")(
+    lambda here: token_scores(here.replay, [], queries=QUERIES, model=here.module, data=TRAIN, progress=False)
+)
+misuse("scores of tokens from a log of gradients")(
+    lambda here: token_scores(here.gradients, [1], queries=QUERIES, model=here.module, data=TRAIN, progress=False)
+)
 misuse("a query that the report does not have")(lambda here: here.attribute().top(3, query="nobody"))
 misuse("groups of another length than the data")(
     lambda here: here.attribute().to_html(here.path / "r.html", groups=[1, 2])

@@ -205,7 +205,7 @@ class StepCollector:
         if float(left) > 0:
             raise ConfigurationError(
                 f"step {index}: a gradient of norm {float(left):.6g} is left of the last step, to which the backward pass "
-                "adds: optimizer_zero_grad is overridden and does not clear it. Influence follows steps whose gradients are "
+                "adds: optimizer.zero_grad() was not called, or optimizer_zero_grad is overridden and does not clear it. Influence follows steps whose gradients are "
                 "those of their own batches; clear them, and keep a running mean in the optimizer (momentum)."
             )
 
@@ -315,8 +315,9 @@ class StepCollector:
         if self._norm is not None and float((norm - self._norm).abs()) > _CHANGE_TOLERANCE * float(norm):
             raise ConfigurationError(
                 f"step {index}: the backward pass left a gradient of norm {float(self._norm):.6g}, and the optimizer "
-                f"is about to consume one of norm {float(norm):.6g}: on_after_backward, of the module or of a callback, changes "
-                "gradients, which influence does not follow. Clip through Trainer(gradient_clip_val=...) instead."
+                f"is about to consume one of norm {float(norm):.6g}: on_after_backward, of the module or of a callback, or the "
+                "loop changes gradients, which influence does not follow. Clip through Trainer(gradient_clip_val=...), or in "
+                "a loop of your own by the recorder's clip_grad_norm or clip_grad_value."
             )
 
     def _refuse_uncollected(self, index: int) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
-from typing import Any, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 import torch
 from torch import Tensor
@@ -14,10 +14,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 
 from lightning_influence.core.torch_function import keywords_of
-from lightning_influence.core.trajectory import Shares, StepRecord, Vectors
-from lightning_influence.errors import CurvatureUnavailable
-
-CURVATURES = ("none", "fisher", "gauss_newton", "hessian")
+from lightning_influence.core.trajectory import Shares, StepRecord, Trajectory, Vectors
+from lightning_influence.errors import ConfigurationError, CurvatureUnavailable
 
 Loss: TypeAlias = Callable[[dict[str, Tensor]], Tensor]
 """``loss(parameters) -> scalar``, by parameter name."""
@@ -239,3 +237,77 @@ class _Outputs(TorchFunctionMode):
             elif self._tap is not None:
                 kwargs = kwargs | {"input": self._tap}
         return func(*args, **kwargs)
+
+
+@dataclass(frozen=True)
+class Curvature:
+    """What stands for the Hessian of a batch loss.
+
+    Attributes:
+        product: ``(trajectory, record, shares, vectors, products) -> vectors``, the curvature of a step's batch loss times
+            vectors ``(q, d)`` each; ``products`` ``(q, n)`` are those of the vectors and the shares. A parameter that it leaves
+            out has the product 0.
+        of_shares: whether it is made of the shares, which a log of gradients holds.
+        of_loss: the product from the loss as a function of the parameters, where it is one that a replay calls.
+        differentiated: whether a replay differentiates the step's gradient once more.
+        third_derivative: whether the third derivative of the loss is to be had beside it.
+    """
+
+    product: Callable[[Trajectory, StepRecord, Mapping[str, Shares], Vectors, Tensor], Vectors]
+    of_shares: bool = False
+    of_loss: Callable[..., Vectors] | None = None
+    differentiated: bool = False
+    third_derivative: bool = False
+
+    @property
+    def replayed(self) -> bool:
+        """Whether it needs the run's steps to be run again."""
+        return self.differentiated or self.of_loss is not None
+
+
+def curvature_of(name: str) -> Curvature:
+    """The curvature of a name.
+
+    Raises:
+        ConfigurationError: there is none.
+    """
+    if name not in CURVATURES:
+        raise ConfigurationError(f"curvature={name!r}; choose one of {', '.join(CURVATURES)}")
+    return CURVATURES[name]
+
+
+def best_curvature(*, replayed: bool) -> Literal["fisher", "hessian"]:
+    """Name of the most faithful curvature of a run that is replayed, or read from a log of gradients."""
+    return "hessian" if replayed else "fisher"
+
+
+def _no_product(*_: Any) -> Vectors:
+    return {}
+
+
+def _product_of_shares(
+    trajectory: Trajectory, record: StepRecord, shares: Mapping[str, Shares], vectors: Vectors, products: Tensor
+) -> Vectors:
+    if record.measured:
+        raise CurvatureUnavailable(
+            "curvature='fisher' needs per-sample gradients, and in this module the effect of a removal was measured "
+            "instead, because no rule gives them; use curvature='hessian' or 'none'."
+        )
+    return fisher_product(record, shares, products)
+
+
+def _replayed_product(name: str) -> Callable[..., Vectors]:
+    def product(
+        trajectory: Trajectory, record: StepRecord, shares: Mapping[str, Shares], vectors: Vectors, products: Tensor
+    ) -> Vectors:
+        return trajectory.curvature_product(record.index, name, vectors)
+
+    return product
+
+
+CURVATURES: dict[str, Curvature] = {
+    "none": Curvature(_no_product),
+    "fisher": Curvature(_product_of_shares, of_shares=True),
+    "gauss_newton": Curvature(_replayed_product("gauss_newton"), of_loss=gauss_newton_product),
+    "hessian": Curvature(_replayed_product("hessian"), differentiated=True, third_derivative=True),
+}

@@ -58,7 +58,7 @@ class Pieces:
 
     def cut(self, vectors: Mapping[str, Tensor]) -> Vectors:
         """Pieces ``(..., d')`` of vectors ``(..., d)`` of whole parameters."""
-        return {p: v[..., self._of[p].coordinates] for k, v in vectors.items() for p in self.pieces[k]}
+        return {p: v[..., self._of[p].coordinates] for k, v in vectors.items() for p in self.pieces.get(k, ())}
 
     def joined(self, vectors: Mapping[str, Tensor]) -> Vectors:
         """Vectors of whole parameters from those of all their pieces."""

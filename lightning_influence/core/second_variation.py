@@ -17,7 +17,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from lightning_influence.core.clipping import apply_clip, norm_coefficient
-from lightning_influence.core.curvature import fisher_product
+from lightning_influence.core.curvature import curvature_of
 from lightning_influence.core.optimizers import UPDATES, decay, effective_gradient
 from lightning_influence.core.pieces import Pieces
 from lightning_influence.core.removal import consumed_change, consumed_gradients, gradient_change
@@ -106,9 +106,9 @@ def second_variation(
         ConfigurationError: a pair that the trajectory does not hold.
         CurvatureUnavailable: an exact curvature of a trajectory that has none.
     """
-    if curvature == "hessian" and not hasattr(trajectory, "third_derivative"):
+    if curvature_of(curvature).third_derivative and not hasattr(trajectory, "third_derivative"):
         raise CurvatureUnavailable(
-            "curvature='hessian' needs the third derivative of the loss, which only a replayed run has; use "
+            f"curvature={curvature!r} needs the third derivative of the loss, which only a replayed run has; use "
             "curvature='fisher' with a log of gradients."
         )
     outside = [pair for pair in pairs if not 0 <= pair[1] < len(trajectory)]
@@ -277,14 +277,13 @@ class _Variation:
     ) -> tuple[Vectors, Vectors]:
         """First variation of the loss gradient and what is forced at second order, before clipping."""
         directions = {k: state[k].parameter for k in record.gradients}
-        if self.method.curvature == "hessian":
-            bent = self.trajectory.curvature_product(index, "hessian", directions)
-            return bent, self.trajectory.third_derivative(index, directions)  # type: ignore[attr-defined]
-        zero = {k: torch.zeros_like(d) for k, d in directions.items()}
-        if self.method.curvature == "none":
-            return zero, zero
-        shares: Mapping[str, Shares] = self.trajectory.shares(index)
-        return fisher_product(record, shares, sum_inner(shares, directions)), zero
+        hessian, zero = self.method.hessian, {k: torch.zeros_like(d) for k, d in directions.items()}
+        shares: Mapping[str, Shares] = self.trajectory.shares(index) if hessian.of_shares else {}
+        products = sum_inner(shares, directions) if shares else torch.zeros(len(self.pairs), 0)
+        bent = zero | hessian.product(self.trajectory, record, shares, directions, products)
+        if not hessian.third_derivative:
+            return bent, zero
+        return bent, self.trajectory.third_derivative(index, directions)  # type: ignore[attr-defined]
 
     def _advance(
         self, record: StepRecord, state: Mapping[str, _Tangent], bent: Vectors, *, hold: bool = False

@@ -17,7 +17,7 @@ from tqdm.auto import tqdm
 
 from lightning_influence.core.adjoint import Adjoint, adjoint, gradient_adjoint, join_adjoints
 from lightning_influence.core.clipping import clip_adjoint
-from lightning_influence.core.curvature import CURVATURES, fisher_product
+from lightning_influence.core.curvature import CURVATURES, Curvature
 from lightning_influence.core.fused import pays
 from lightning_influence.core.joint import JointResponse
 from lightning_influence.core.optimizers import UPDATES, Moments, ParameterStep, Update, effective_gradient, join
@@ -28,7 +28,7 @@ from lightning_influence.core.response import finite_response
 from lightning_influence.core.scores import RowScores
 from lightning_influence.core.trajectory import Hyper, Shares, StepRecord, Trajectory, Vectors, extrapolation
 from lightning_influence.core.window import Block, StepRemovals, Window, blocks_of
-from lightning_influence.errors import ConfigurationError, CurvatureUnavailable
+from lightning_influence.errors import ConfigurationError
 
 RESPONSES = ("finite", "tangent")
 
@@ -58,7 +58,7 @@ class Method:
 
     def __post_init__(self) -> None:
         for name, value, known in (
-            ("curvature", self.curvature, CURVATURES),
+            ("curvature", self.curvature, tuple(CURVATURES)),
             ("response", self.response, RESPONSES),
             ("optimizer_assumption", self.optimizer_assumption, (None, "sgd")),
         ):
@@ -66,6 +66,11 @@ class Method:
                 raise ConfigurationError(f"{name}={value!r}; choose one of {', '.join(map(str, known))}")
         if self.memory_window < 0:
             raise ConfigurationError(f"memory_window={self.memory_window}; it counts steps and cannot be negative")
+
+    @property
+    def hessian(self) -> Curvature:
+        """What stands for the Hessian."""
+        return CURVATURES[self.curvature]
 
 
 Adjoints = dict[str, Adjoint]
@@ -202,14 +207,15 @@ class _Walk:
         pulled = self._pull_gradient(recorded) if last else self._pull(recorded)
         self.gradient = clip_adjoint(record.clip, record.gradients, pulled, self.scales)
         products = torch.zeros(self.n_queries, len(record.sample_ids))
-        if score or self.method.curvature == "fisher":
+        if score or self.method.hessian.of_shares:
             products = sum_inner(shares, self.gradient)
         rows = self._score(record, shares, products) if score else None
         if self.groups.groups:
             self.together = self._first_order(record, products)
         if not last:
-            for k, bent in self._curvature(record, shares, self.gradient, products).items():
-                self.adjoints[k].parameter.add_(bent)  # a tensor that `_pull` has made
+            bent = self.method.hessian.product(self.trajectory, record, shares, self.gradient, products)
+            for k, b in bent.items():
+                self.adjoints[k].parameter.add_(b)  # a tensor that `_pull` has made
         return rows
 
     def _pull(self, recorded: Mapping[str, ParameterStep]) -> Vectors:
@@ -331,21 +337,6 @@ class _Walk:
         assert self.window is not None
         reach = range(max(0, index + 1 - self.window.length), index)
         return any(bool(torch.isin(self.trajectory.sample_ids(t), sample_ids).any()) for t in reach)
-
-    def _curvature(
-        self, record: StepRecord, shares: Mapping[str, Shares], vectors: Vectors, products: Tensor
-    ) -> Vectors:
-        """Curvature of the batch loss times the gradient adjoints, ``(q, d)`` each (docs/method.md, "Curvature")."""
-        if self.method.curvature == "none":
-            return {}
-        if self.method.curvature == "fisher":
-            if record.measured:
-                raise CurvatureUnavailable(
-                    "curvature='fisher' needs per-sample gradients, and in this module the effect of a removal was measured "
-                    "instead, because no rule gives them; use curvature='hessian' or 'none'."
-                )
-            return fisher_product(record, shares, products)
-        return self.trajectory.curvature_product(record.index, self.method.curvature, vectors)
 
 
 class _Groups:

@@ -4,41 +4,38 @@ from __future__ import annotations
 
 import json
 import math
-import platform
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import asdict
+from dataclasses import replace
 from functools import wraps
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, Literal
 from uuid import uuid4
 
 import lightning as L
 import torch
+from lightning.pytorch.utilities import rank_zero_info
 
-from lightning_influence.capture import GradientCapture
 from lightning_influence.capture.step import StepOptions
 from lightning_influence.core.coordinates import COMPRESSIONS
 from lightning_influence.errors import ConfigurationError, LogError
 from lightning_influence.lightning.failures import tell_missing
+from lightning_influence.lightning.first_step import first_step_line
 from lightning_influence.lightning.live_run import LiveRun
 from lightning_influence.lightning.run_report import PAGE, SAVED, refuse_no_queries, report_run
 from lightning_influence.log.format import MANIFEST, refuse_undecodable
+from lightning_influence.log.manifest import Manifest, Mask
 from lightning_influence.log.reader import StoreReader
 from lightning_influence.log.recorder import Compression, CompressionName, Recorder
 from lightning_influence.log.snapshots import ReplaySettings
 from lightning_influence.log.writer import StoreWriter
 from lightning_influence.report import InfluenceReport
 from lightning_influence.report.tables import in_notebook
-from lightning_influence.run.optimizer import update_name
 from lightning_influence.run.ranks import Ranks
 from lightning_influence.run.sample_ids import IdSource, SampleIds
 from lightning_influence.run.sample_weights import WeightSource
-from lightning_influence.run.trainer import clip_of, loss_scaler
+from lightning_influence.run.trainer import clip_of, loss_scaler, ranks_of, steps_left
 from lightning_influence.words import renamed
-
-_PACKAGES = ("lightning-influence", "torch", "lightning", "safetensors", "transformers", "peft")
 
 
 def _while_recording(hook: Callable[..., None]) -> Callable[..., None]:
@@ -159,6 +156,8 @@ class InfluenceCallback(L.Callback):
         self._failure: Exception | None = (
             None  # inside the training or the optimizer's step, to be dealt with at the next hook
         )
+        self._told = False  # of the first step
+        self._manifest: Manifest | None = None
         self._stopped: str | None = None  # why recording ended before the run did
 
     def __repr__(self) -> str:
@@ -213,7 +212,16 @@ class InfluenceCallback(L.Callback):
         collector = self._live.start(
             trainer, pl_module, captures=self.record != "replay", rehearses=self.record != "gradients"
         )
-        manifest = self._manifest(trainer, pl_module, collector.capture, collector.optimizer)
+        manifest = Manifest.of_run(
+            pl_module,
+            collector.optimizer,
+            collector.capture,
+            self.options,
+            record=self.record,
+            compression=self.compression.kind,
+            mask=Mask(self.compression.mask_size, self.compression.seed),
+            precision=str(trainer.precision),
+        )
         with ExitStack() as undo:
             self._recorder = Recorder(
                 collector,
@@ -223,8 +231,10 @@ class InfluenceCallback(L.Callback):
                 guard=self._inside,
             )
             undo.pop_all()
+        self._told = False
+        self._manifest = manifest
 
-    def _writer(self, ranks: Ranks, manifest: dict[str, Any], undo: ExitStack) -> StoreWriter:
+    def _writer(self, ranks: Ranks, manifest: Manifest, undo: ExitStack) -> StoreWriter:
         """The log, open for the steps that come; ``undo`` closes it."""
         resume_at, self._resume_at = self._resume_at, None
         existing = self.existing if resume_at is None else "resume"
@@ -235,7 +245,7 @@ class InfluenceCallback(L.Callback):
             )
         self._stopped = self._failure = None
         if existing == "resume":
-            _refuse_another_run(self.dirpath, manifest | {"ranks": ranks.size})
+            _refuse_another_run(self.dirpath, manifest, ranks.size)
         recorded = _run_of(self.dirpath) if existing == "resume" else None
         if resume_at is not None and recorded not in (None, self._run):  # another run has overwritten the checkpoint's
             raise _not_its_log(self.dirpath)
@@ -247,7 +257,7 @@ class InfluenceCallback(L.Callback):
             writer.truncate(steps)
         ranks.wait()  # first the one whose part says that the log is whole; and until all have seen what was there
         if ranks.rank == 0:
-            writer.write_manifest(manifest | {"run": self._run})
+            writer.write_manifest(replace(manifest, run=self._run).to_json())
         else:
             writer.truncate(steps)
         return writer
@@ -260,7 +270,7 @@ class InfluenceCallback(L.Callback):
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         # an error here would keep the checkpoints of the end from being saved
-        whole = all(Ranks.of(trainer).gather(self._is_complete(trainer)))
+        whole = all(ranks_of(trainer).gather(self._is_complete(trainer)))
         self._close(trainer, finished=whole)
         if self.writes_report:
             self._write_report(trainer, pl_module, whole)
@@ -279,7 +289,7 @@ class InfluenceCallback(L.Callback):
 
     def _write_report(self, trainer: L.Trainer, module: L.LightningModule, whole: bool) -> None:
         part = self.dirpath / f"rank-{trainer.global_rank}"
-        Ranks.of(trainer).wait()  # until the whole log is written
+        ranks_of(trainer).wait()  # until the whole log is written
         try:
             if whole:
                 self._report = report_run(trainer, module, self.dirpath)
@@ -377,11 +387,9 @@ class InfluenceCallback(L.Callback):
     ) -> None:
         assert self._recorder is not None
         moment = self._live.start_batch(trainer, pl_module, batch, batch_idx)
-        ids, drawn = self._live.ids, self._live.drawn
-        assert drawn is not None
-        noted = asdict(moment) | ({} if torch.equal(ids, drawn) else {"drawn": drawn.tolist()})
-        less = None if self.record == "gradients" else self._live.recollated()
-        self._recorder.begin(batch, noted, self.sample_ids.fetched, less)
+        steps = self._live.steps
+        less = None if self.record == "gradients" else steps.recollated()
+        self._recorder.begin(batch, steps.noted(moment), self.sample_ids.fetched, less)
 
     @_while_recording
     def on_before_zero_grad(
@@ -394,13 +402,13 @@ class InfluenceCallback(L.Callback):
     @_while_recording
     def on_before_backward(self, trainer: L.Trainer, pl_module: L.LightningModule, loss: torch.Tensor) -> None:
         assert self._recorder is not None
-        self._recorder.observe(self._live.dynamics)
+        self._recorder.observe(self._live.steps.dynamics)
         self._live.before_backward(trainer, loss)
 
     @_while_recording
     def on_after_backward(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         assert self._recorder is not None
-        self._live.after_backward(trainer, pl_module)
+        self._live.after_backward(trainer)
         self._recorder.after_backward()
 
     @_while_recording
@@ -410,40 +418,20 @@ class InfluenceCallback(L.Callback):
         assert self._recorder is not None
         self._recorder.before_step(clip_of(trainer), may_skip=loss_scaler(trainer) is not None)
 
-    # -- what the log says of itself --------------------------------------------------------------------
-
-    def _manifest(
-        self,
-        trainer: L.Trainer,
-        pl_module: L.LightningModule,
-        capture: GradientCapture | None,
-        optimizer: torch.optim.Optimizer,
-    ) -> dict[str, Any]:
-        optimized = {id(p) for group in optimizer.param_groups for p in group["params"]}
-        trained = {k: p for k, p in pl_module.named_parameters() if p.requires_grad and id(p) in optimized}
-        size = sum(p.numel() for p in trained.values())
-        recorded = size if capture is None else sum(p.numel() for p in capture.parameters.values())
-        return {
-            "module": f"{type(pl_module).__module__}.{type(pl_module).__qualname__}",
-            "optimizer": type(optimizer).__name__,
-            "update": update_name(optimizer),
-            "record": self.record,
-            "frozen_batch_norm": self.options.frozen_batch_norm,
-            "parameters": [] if capture is None else capture.table,
-            "shapes": {k: list(p.shape) for k, p in pl_module.named_parameters()},
-            "excluded": list(self.options.exclude),
-            "coverage": {"trained": size, "recorded": recorded},
-            "compression": self.compression.kind,
-            "mask": {"size": self.compression.mask_size, "seed": self.compression.seed},
-            "reduction": self.options.reduction,
-            "precision": str(trainer.precision),
-            "versions": _versions(),
-        }
+    @_while_recording
+    def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: Any) -> None:
+        assert self._recorder is not None and self._manifest is not None
+        if self._told or not self._recorder.begun:
+            return
+        self._told, left = True, steps_left(trainer) + 1
+        step, snapshot = self._recorder.bytes_written()
+        every = self._recorder.replay.snapshot_every if self._recorder.replay is not None else 1
+        rank_zero_info(first_step_line(self.dirpath, self._manifest, step, snapshot, left, left / every + 1))
 
 
 def _run_of(log: Path) -> str | None:
     """The identifier of the run whose log a directory holds; None where it holds none."""
-    return StoreReader(log).manifest.get("run") if (log / MANIFEST).exists() else None
+    return Manifest.of(StoreReader(log)).run if (log / MANIFEST).exists() else None
 
 
 def _not_its_log(log: Path) -> ConfigurationError:
@@ -453,15 +441,16 @@ def _not_its_log(log: Path) -> ConfigurationError:
     )
 
 
-def _refuse_another_run(log: Path, manifest: dict[str, Any]) -> None:
+def _refuse_another_run(log: Path, manifest: Manifest, ranks: int) -> None:
     """Refuse to continue a log with settings other than those it began with."""
     if not (log / MANIFEST).exists():
         return
-    recorded = StoreReader(log).manifest
-    for key, value in json.loads(json.dumps(manifest)).items():
-        if key != "versions" and recorded.get(key) != value:
+    reader = StoreReader(log)
+    recorded = Manifest.of(reader).to_json() | {"ranks": reader.ranks}
+    for key, value in json.loads(json.dumps(manifest.to_json() | {"ranks": ranks})).items():
+        if key != "versions" and recorded[key] != value:
             raise ConfigurationError(
-                f"the log {log} was recorded with {key}={recorded.get(key)!r:.200} and cannot go on with {value!r:.200}; "
+                f"the log {log} was recorded with {key}={recorded[key]!r:.200} and cannot go on with {value!r:.200}; "
                 "resume with the settings it began with, or record to another directory."
             )
 
@@ -469,13 +458,3 @@ def _refuse_another_run(log: Path, manifest: dict[str, Any]) -> None:
 def _identity(path: Path) -> tuple[int, int] | None:
     """By which a file is told from an earlier one of its name."""
     return (path.stat().st_mtime_ns, path.stat().st_ino) if path.exists() else None
-
-
-def _versions() -> dict[str, str]:
-    found = {"python": platform.python_version()}
-    for package in _PACKAGES:
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            continue  # an optional one
-    return found

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, Literal
+from uuid import uuid4
 
 import lightning as L
 from torch.utils._pytree import tree_leaves
@@ -23,6 +25,7 @@ from lightning_influence.run.random_state import random_state
 from lightning_influence.run.ranks import Ranks
 from lightning_influence.run.sample_ids import is_map_style
 from lightning_influence.run.sample_weights import WeightSource
+from lightning_influence.run.trainer import ranks_of
 from lightning_influence.scoring.queries import batches_of
 from lightning_influence.selection.decisions import SelectionReport
 from lightning_influence.selection.loader import SelectingLoader
@@ -33,6 +36,14 @@ from lightning_influence.words import renamed
 
 _LOADERS = ("val_dataloader", "test_dataloader", "predict_dataloader")
 _BATCH_HOOKS = ("on_before_batch_transfer", "transfer_batch_to_device", "on_after_batch_transfer")
+
+
+def _decisions_of(trainer: L.Trainer) -> Path:
+    """Where the decisions of a long run go: into its log, or to a directory of their own under the trainer's root."""
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        if isinstance(callback, InfluenceCallback):
+            return callback.dirpath / "decisions"
+    return Path(trainer.default_root_dir) / f"selection-{uuid4().hex[:8]}"
 
 
 class SelectionDataModule(L.LightningDataModule):
@@ -193,8 +204,9 @@ class SelectionDataModule(L.LightningDataModule):
             self.data.setup(stage)
         if stage != "fit" or not self.online_selection or self.trainer is None:
             return
-        Ranks.of(self.trainer)
+        ranks = ranks_of(self.trainer)
         callbacks: list[Any] = self.trainer.callbacks  # type: ignore[attr-defined]
+        self.selector.report.go_to(_decisions_of(self.trainer) / f"rank-{ranks.rank}.bin")
         scorer = self.selector.scorer
         if scorer is not None:
             if isinstance(scorer, LookAhead):
@@ -214,7 +226,7 @@ class SelectionDataModule(L.LightningDataModule):
             self.data.teardown(stage)
         self._leave()
         if self.trainer is not None and stage == "fit" and self.online_selection:
-            self.selector.report = SelectionReport.merged(Ranks.of(self.trainer).gather(self.selector.report))
+            self.selector.report = SelectionReport.merged(ranks_of(self.trainer).gather(self.selector.report))
 
     def on_exception(self, exception: BaseException) -> None:
         if is_a(self.data, "LightningDataModule"):
@@ -284,9 +296,9 @@ class SelectionDataModule(L.LightningDataModule):
         return in_notebook(repr(self), self.selection_report.to_pandas())
 
     def state_dict(self) -> dict[str, Any]:
-        ranks = Ranks() if self.trainer is None else Ranks.of(self.trainer)
+        ranks = Ranks() if self.trainer is None else ranks_of(self.trainer)
         return {
-            "decisions": ranks.gather(self.selector.report.rows),
+            "decisions": ranks.gather(self.selector.report.state_dict()),
             "target": self.live_target.state_dict(),
             "data": self.data.state_dict() if is_a(self.data, "LightningDataModule") else {},
         }
@@ -297,4 +309,4 @@ class SelectionDataModule(L.LightningDataModule):
         self.live_target.load_state_dict(state_dict["target"])
         decisions = state_dict["decisions"]
         rank = 0 if self.trainer is None else self.trainer.global_rank
-        self.selector.report = SelectionReport(list(decisions[rank]) if rank < len(decisions) else [])
+        self.selector.report = self.selector.report.restored(decisions[rank] if rank < len(decisions) else [])

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
+from lightning.pytorch.utilities import rank_zero_info
 from torch.utils._pytree import tree_flatten
 from torch.utils.data import DataLoader, DistributedSampler
 
@@ -17,6 +18,7 @@ from lightning_influence.report import InfluenceReport
 from lightning_influence.run.random_state import generator_as_it_was, random_state
 from lightning_influence.run.ranks import Ranks
 from lightning_influence.run.sample_ids import is_map_style
+from lightning_influence.run.trainer import ranks_of
 from lightning_influence.scoring.attribution import attribute
 from lightning_influence.trust.dynamics import dynamics_of
 
@@ -55,7 +57,7 @@ def report_run(trainer: L.Trainer, module: L.LightningModule, log: Path) -> Infl
     """
     (loader,), _ = tree_flatten(trainer.val_dataloaders)
     with random_state(None), generator_as_it_was(loader):  # a loader draws random numbers
-        queries = whole_validation(loader, Ranks.of(trainer))
+        queries = whole_validation(loader, ranks_of(trainer))
         if not trainer.is_global_zero:
             return None
         return _made(trainer, module, log, queries)
@@ -95,6 +97,6 @@ def _made(trainer: L.Trainer, module: L.LightningModule, log: Path, queries: Any
     data = getattr(training, "dataset", None)
     page = tried(PAGE, lambda: made.to_html(log / PAGE, data=data, dynamics=dynamics_of(log)))
     if page is not None:
-        print(f"The influence report is {page.resolve()}; open it in a browser: {page.resolve().as_uri()}")
+        rank_zero_info(f"The influence report is {page.resolve()}; open it in a browser: {page.resolve().as_uri()}")
     tried("the report in the loggers", lambda: log_report(made, trainer, page))
     return made

@@ -23,9 +23,9 @@ from lightning_influence.core.sweep import sweep
 from lightning_influence.core.trajectory import Vectors
 from lightning_influence.lightning.live_run import LiveRun
 from lightning_influence.run.optimizer import update_name
+from lightning_influence.run.parameters import parameters_at
 from lightning_influence.run.sample_ids import SampleIds
 from lightning_influence.run.trainer import clip_of, loss_scaler, only_optimizer
-from lightning_influence.run.training_step import parameters_at
 from lightning_influence.selection.live_step import LiveStep
 from lightning_influence.selection.selector import Selector
 from lightning_influence.selection.target import LiveTarget
@@ -71,7 +71,7 @@ class StepSelection(L.Callback):
         self._live.before_backward(trainer, loss)
 
     def on_after_backward(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self._live.after_backward(trainer, pl_module)
+        self._live.after_backward(trainer)
 
     def on_before_optimizer_step(
         self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: torch.optim.Optimizer

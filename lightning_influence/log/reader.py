@@ -56,7 +56,8 @@ class StoreReader:
     """Random access to a store, one tensor at a time.
 
     Attributes:
-        manifest: what the log is of.
+        path: of its directory.
+        manifest: what was written of the store; `Manifest.of` says what it means.
         ranks: number of processes that wrote it.
         missing: what the run was to write and did not, and why.
 
@@ -66,7 +67,7 @@ class StoreReader:
     """
 
     def __init__(self, log: str | Path) -> None:
-        self._root = Path(log)
+        self.path = self._root = Path(log)
         refuse_undecodable(self._root)
         with told_as_log_error(f"the log {self._root} cannot be read"):
             self.manifest: dict[str, Any] = self._read_manifest()

@@ -91,6 +91,7 @@ class Recorder:
         self._pending: tuple[StepRecord, dict[str, Form], list[_Noted]] | None = None
         self._left_by_steps: Tensor | None = None
         self._guard, self._first = guard, len(writer)  # the first step of this part of the run
+        self._moment_bytes = 0  # in the first step
         self._post_hook = self.optimizer.register_step_post_hook(lambda *_: self._after_step())
 
     def begin(
@@ -147,6 +148,14 @@ class Recorder:
     def begun(self) -> bool:
         """Whether a step was written."""
         return self.writer.complete > self._first
+
+    def bytes_written(self) -> tuple[float, int]:
+        """Of an average step, and of a snapshot (0 where there is none), as the first ones turned out.
+
+        Moments are in one step of several.
+        """
+        step, snapshot = self.writer.first_bytes(SNAPSHOT)
+        return step - (1 - 1 / MOMENTS_EVERY) * self._moment_bytes, snapshot
 
     def close(self, *, finished: bool) -> None:
         """Write what is pending and let go of the optimizer.
@@ -231,6 +240,8 @@ class Recorder:
             parameters={k: self._kept(k, p) for k, p in (record.parameters or {}).items()},
         )
         self._with_moments |= kept.moments.keys()
+        if not self.begun:
+            self._moment_bytes = sum(m.nbytes for moments in kept.moments.values() for m in moments)
         return kept
 
     def _kept(self, name: str, values: Tensor) -> Tensor:

@@ -25,25 +25,14 @@ from lightning_influence.core.trajectory import Clip, Hyper, Shares, StepRecord,
 from lightning_influence.errors import CurvatureUnavailable, LogError
 from lightning_influence.log.format import FINAL as FINAL
 from lightning_influence.log.format import decoding, expect
+from lightning_influence.log.manifest import Manifest
 from lightning_influence.log.reader import StoreReader
 from lightning_influence.run.losses import Dynamics, joined
-from lightning_influence.run.training_step import Moment
+from lightning_influence.run.moment import Moment
 
 LAYOUT = "layout"
 MOMENTS_EVERY = 8  # steps
 
-_MANIFEST_KINDS: dict[str, type] = {
-    "coverage": dict,
-    "excluded": list,
-    "frozen_batch_norm": bool,
-    "module": str,
-    "optimizer": str,
-    "precision": str,
-    "record": str,
-    "run": str,
-    "shapes": dict,
-    "update": str,
-}
 _LARGEST = 1e30  # hyperparameter, which single precision holds
 _MOST_MEMBERS = 2**26  # samples of a step times its micro-batches, of which there is a table
 _CLIP_RULES = ("none", "norm", "value")
@@ -117,23 +106,35 @@ def checksum(parameter: Tensor) -> int:
 class LoggedSteps:
     """The steps of a log: everything of them except per-sample gradients.
 
+    Args:
+        log: directory written by `InfluenceCallback`, or a reader that has opened it.
+
+    Attributes:
+        manifest: what the log is of.
+
     Raises:
         LogError: not a log, or a log without a complete step.
         LogCorrupted: what it holds is not what a recorder writes; also raised by every method that reads.
     """
 
-    def __init__(self, log: str | Path) -> None:
-        self.reader, self._log = StoreReader(log), log
-        with decoding(f"the manifest of {log}"):
-            _check_manifest(self.reader.manifest)
+    def __init__(self, log: str | Path | StoreReader) -> None:
+        self.reader = log if isinstance(log, StoreReader) else StoreReader(log)
+        self._log = log = self.reader.path
+        self.manifest = Manifest.of(self.reader)
+        with decoding(f"the end of {log}"):
             if FINAL in self.reader.artifacts():
-                _check_final(self.reader.artifact_meta(FINAL), self.reader.manifest)
+                _check_final(self.reader.artifact_meta(FINAL), self.manifest)
         if len(self.reader) == 0:
             raise LogError(
                 f"the log {log} holds no complete step; let the run take at least one optimizer step with "
                 "InfluenceCallback before attributing."
             )
         self._records: dict[int, StepRecord] = {}
+
+    @classmethod
+    def of(cls, log: str | Path | LoggedSteps) -> LoggedSteps:
+        """Of a directory, or steps that are open already."""
+        return log if isinstance(log, LoggedSteps) else cls(log)
 
     def __len__(self) -> int:
         return len(self.reader)
@@ -187,7 +188,7 @@ class LoggedSteps:
 
     def _with_moments(self, steps: range) -> dict[int, StepRecord]:
         """Consecutive records, their moments read where they are stored and followed from there."""
-        apply = UPDATES[self.reader.manifest["update"]].apply
+        apply = UPDATES[self.manifest.update].apply
         found, now = {}, dict[str, Moments]()
         for index in steps:
             record, stored = self._stored(index), set(self.reader.names(index))
@@ -223,7 +224,7 @@ class LoggedSteps:
 
     def _moments(self, index: int, name: str, stored: set[str]) -> Moments | None:
         """Those before the step; None where they are not stored."""
-        keys = [f"moment/{i}/{name}" for i in range(len(UPDATES[self.reader.manifest["update"]].moments))]
+        keys = [f"moment/{i}/{name}" for i in range(len(UPDATES[self.manifest.update].moments))]
         return tuple(self._state(index, key) for key in keys) if stored.issuperset(keys) else None
 
     def _parameters(self, index: int, stored: set[str]) -> Vectors:
@@ -247,14 +248,15 @@ class LoggedTrajectory(LoggedSteps):
     """A run read back from its log, a `Trajectory`. Needs neither model nor data.
 
     Args:
-        log: directory written by `InfluenceCallback`.
+        log: as of `LoggedSteps`.
 
     Raises:
         LogError: not a log, a log without a complete step, or one without per-sample gradients.
     """
 
-    def __init__(self, log: str | Path) -> None:
+    def __init__(self, log: str | Path | StoreReader) -> None:
         super().__init__(log)
+        log = self.reader.path
         if LAYOUT not in self.reader.artifacts():
             raise LogError(
                 f"the log {log} holds no per-sample gradients, because it was recorded with record='replay'; attribute it "
@@ -267,7 +269,7 @@ class LoggedTrajectory(LoggedSteps):
                 name: unpack_coordinates(form, self._layout_tensor(name)) for name, form in layout["parameters"].items()
             }
             self.sizes = {name: (keep.size, keep.total) for name, keep in self.keeps.items()}
-            _check_layout(self.optimizer, self.keeps, self.reader.manifest["shapes"])
+            _check_layout(self.optimizer, self.keeps, self.manifest.shapes)
 
     def _layout_tensor(self, name: str) -> Callable[[str], Tensor]:
         return lambda key: self.reader.artifact(LAYOUT, f"{name}/{key}")
@@ -328,18 +330,8 @@ class _LazyShares(Mapping[str, Shares]):
 # -- what a recorder never writes -----------------------------------------------------------------------------
 
 
-def _check_manifest(manifest: Mapping[str, Any]) -> None:
-    for key, kind in _MANIFEST_KINDS.items():
-        expect(key not in manifest or isinstance(manifest[key], kind), f"{key} of another type")
-    expect(manifest["update"] in UPDATES, "an unknown update")
-    expect(all(isinstance(pattern, str) for pattern in manifest.get("excluded", [])), "excluded of another type")
-    if "coverage" in manifest:
-        numbers = [manifest["coverage"][key] for key in ("trained", "recorded")]
-        expect(all(isinstance(n, int) and 0 <= n < 2**63 for n in numbers), "coverage of another type")
-
-
-def _check_final(meta: Mapping[str, Any], manifest: Mapping[str, Any]) -> None:
-    expect(bool(meta.get("moved")) or meta["checksums"].keys() <= manifest["shapes"].keys(), "an unknown parameter")
+def _check_final(meta: Mapping[str, Any], manifest: Manifest) -> None:
+    expect(bool(meta.get("moved")) or meta["checksums"].keys() <= manifest.shapes.keys(), "an unknown parameter")
 
 
 def _check_layout(optimizer: str, keeps: Mapping[str, Coordinates], shapes: Mapping[str, Any]) -> None:
@@ -347,7 +339,7 @@ def _check_layout(optimizer: str, keeps: Mapping[str, Coordinates], shapes: Mapp
     expect(bool(keeps), "no parameters")
     for name, keep in keeps.items():
         index = keep.index
-        expect(list(keep.shape) == shapes[name], "a parameter of another shape")
+        expect(list(keep.shape) == list(shapes[name]), "a parameter of another shape")
         expect(
             index is None
             or (index.dtype == torch.int64 and index.dim() == 1 and bool(((index >= 0) & (index < keep.total)).all())),

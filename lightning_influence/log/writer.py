@@ -163,6 +163,12 @@ class StoreWriter:
         """Steps appended so far."""
         return self._steps
 
+    def first_bytes(self, prefix: str) -> tuple[int, int]:
+        """Bytes of the first step that is on disk, and of the first artifact whose name begins so; 0 where there is none."""
+        steps = (entry["bytes"] for entry in self._entries if "step" in entry)
+        artifacts = (e["bytes"] for e in self._entries if e.get("artifact", "").startswith(prefix))
+        return next(steps, 0), next(artifacts, 0)
+
     def write_manifest(self, content: dict[str, Any]) -> None:
         """Write or replace the readable manifest, which also says of how many ranks the store is.
 

@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from lightning import LightningModule
 from torch import Tensor
 
 from lightning_influence.core.optimizers import UPDATES
@@ -25,7 +24,7 @@ from lightning_influence.replay.plan import PlannedMicroBatch, PlannedStep, Stat
 from lightning_influence.run.batches import fingerprint, unpack_batch
 from lightning_influence.run.data import TrainingData
 from lightning_influence.run.random_state import random_state
-from lightning_influence.run.training_step import prepared
+from lightning_influence.run.task import as_task
 
 _SAME = 1e-4  # relative difference of two fingerprints of one batch
 
@@ -37,7 +36,7 @@ class LoggedPlan:
 
     Args:
         steps: the log.
-        module: whose device and batch hooks the data goes through.
+        model: a `Task`, or the `LightningModule` that was trained, which prepares the data.
         data: the training data, where batches were not stored: a `LightningDataModule`, a `DataLoader`, or a
             dataset whose samples the default collate function takes.
 
@@ -45,8 +44,8 @@ class LoggedPlan:
         CurvatureUnavailable: the log was not recorded for replay.
     """
 
-    def __init__(self, steps: LoggedSteps, module: LightningModule, data: Any = None) -> None:
-        self._steps, self._reader, self._module = steps, steps.reader, module
+    def __init__(self, steps: LoggedSteps, model: Any, data: Any = None) -> None:
+        self._steps, self._reader, self._task = steps, steps.reader, as_task(model)
         names = [name for name in self._reader.artifacts() if name.startswith(SNAPSHOT)]
         with decoding("the name of a snapshot"):
             self.snapshots = sorted(int(name.removeprefix(SNAPSHOT)) for name in names)
@@ -55,7 +54,7 @@ class LoggedPlan:
                 "this log cannot be replayed, because it was recorded with record='gradients'; record with "
                 "InfluenceCallback(record='replay' or 'both'), or use curvature='fisher'."
             )
-        self.optimizer = str(self._reader.manifest["update"])
+        self.optimizer = steps.manifest.update
         self._data = TrainingData.of(data)
         self._first_in: dict[str, int] = {}  # the first snapshot that holds a parameter: before it, it did not train
         for start in reversed(self.snapshots):
@@ -104,7 +103,7 @@ class LoggedPlan:
         )
 
     def snapshot(self, index: int) -> State:
-        artifact, device = snapshot_name(index), self._module.device
+        artifact, device = snapshot_name(index), self._task.device
         found: dict[str, dict[str, Tensor]] = {"parameter": {}, "buffer": {}}
         moments: dict[str, dict[int, Tensor]] = {}
         with decoding(f"the snapshot before step {index}"):
@@ -130,7 +129,7 @@ class LoggedPlan:
 
     def _check(self, state: State) -> None:
         """A snapshot holds what the module has, in its shapes."""
-        own, buffers = dict(self._module.named_parameters()), dict(self._module.named_buffers())
+        own, buffers = dict(self._task.module.named_parameters()), dict(self._task.module.named_buffers())
         n_moments = len(UPDATES[self.optimizer].moments)
         for k, p in state.parameters.items():
             expect(p.shape == own[k].shape and p.is_floating_point(), f"{k} of another shape or type")
@@ -144,14 +143,13 @@ class LoggedPlan:
         with decoding(f"the snapshot before step {index}"):
             held = [n.removeprefix(kind) for n in self._reader.artifact_names(artifact) if n.startswith(kind)]
             starts = {k: artifact if k in held else snapshot_name(start) for k, start in self._first_in.items()}
-            return {k: self._reader.artifact(a, kind + k).to(self._module.device) for k, a in starts.items()}
+            return {k: self._reader.artifact(a, kind + k).to(self._task.device) for k, a in starts.items()}
 
     def _batch(self, read: _Read, number: int, told: dict[str, Any], ids: list[int]) -> Any:
-        module = self._module
         if "structure" in told:
             with decoding(f"a batch of step {read.index}"):
                 batch = unpack_batch(told["structure"], lambda key: read.tensor(f"batch/{number}/{key}"))
-            return module.transfer_batch_to_device(batch, module.device, 0)
+            return self._task.to_device(batch)
         if self._data.dataset is None:
             raise ConfigurationError(
                 "the log holds sample ids but not the batches; give attribute(..., data=...) the training data, or record "
@@ -176,7 +174,6 @@ class LoggedPlan:
         structures = told.get("less")
         if not structures:
             return None
-        module = self._module
 
         def stored(gone: frozenset[int]) -> Any:
             here = gone.intersection(ids)
@@ -189,15 +186,15 @@ class LoggedPlan:
             (z,) = here
             with decoding(f"a batch of step {read.index}"):
                 batch = unpack_batch(structures[str(z)], lambda key: read.tensor(f"less/{number}/{z}/{key}"))
-            return module.transfer_batch_to_device(batch, module.device, 0)
+            return self._task.to_device(batch)
 
         return stored
 
     def _collated(self, read: _Read, number: int, ids: list[int]) -> Any:
         with random_state(read.generators(f"fetch/{number}/") or None):
             batch = self._data.batch(ids)
-        precision = str(self._reader.manifest["precision"])
-        return prepared(self._module, batch, datamodule=self._data.datamodule, precision=precision)
+        precision = self._steps.manifest.precision
+        return self._task.prepared(batch, datamodule=self._data.datamodule, precision=precision)
 
 
 @dataclass(frozen=True)

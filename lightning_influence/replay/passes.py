@@ -9,16 +9,19 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from lightning import LightningModule
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 
 from lightning_influence.capture import GradientCapture
 from lightning_influence.core.shares import Form
+from lightning_influence.core.torch_function import keywords_of
 from lightning_influence.core.trajectory import Vectors
 from lightning_influence.replay.plan import PlannedMicroBatch, PlannedStep, State
 from lightning_influence.replay.stopped_paths import NotedPaths, OpenPaths, StopWatch
+from lightning_influence.run.moment import set_modes
+from lightning_influence.run.parameters import placed
 from lightning_influence.run.random_state import read_random_state, write_random_state
-from lightning_influence.run.training_step import at_moment, placed, set_modes, training_loss
+from lightning_influence.run.task import Task
 
 
 @dataclass(frozen=True)
@@ -37,29 +40,30 @@ class Pass:
 
 
 class Passes:
-    """Runs a module's own training step on micro-batches, in the modes and at the moment of the run.
+    """Runs a task's loss on micro-batches, in the modes and at the moment of the run.
 
     Args:
+        task: what is trained.
         autocast: makes the context of the run's mixed precision.
 
     Attributes:
         half: whether a pass so far ran in half precision.
     """
 
-    def __init__(
-        self, module: LightningModule, autocast: Callable[[], AbstractContextManager[Any]] = nullcontext
-    ) -> None:
-        self.module, self._autocast = module, autocast
+    def __init__(self, task: Task, autocast: Callable[[], AbstractContextManager[Any]] = nullcontext) -> None:
+        self.task, self.module, self._autocast = task, task.module, autocast
         self.half = False
+        self._looked = False  # whether the first pass has told
 
     def loss(self, micro_batch: PlannedMicroBatch) -> Tensor:
         """A micro-batch's part in the loss of its step, at what the module now holds."""
         set_modes(self.module, micro_batch.moment.in_eval)
         if micro_batch.random is not None:
             write_random_state(micro_batch.random)
-        with at_moment(self.module, micro_batch.moment), self._autocast():
-            self.half |= torch.is_autocast_enabled(self.module.device.type)
-            loss = training_loss(self.module, micro_batch.batch, micro_batch.moment.batch_idx)
+        watch = _AutocastWatch(self.task.device.type)
+        with self._autocast(), nullcontext() if self._looked else watch:
+            loss = self.task.loss(micro_batch.batch, micro_batch.moment)
+        self.half, self._looked = self.half or watch.seen, True
         return loss * micro_batch.factor
 
     def loss_at(self, micro_batch: PlannedMicroBatch, state: State) -> Callable[[dict[str, Tensor]], Tensor]:
@@ -157,6 +161,22 @@ class Passes:
                 self.loss(micro_batch)
             start, now = micro_batch.random, read_random_state()
             yield start is not None and any(not torch.equal(start[k], now[k]) for k in start if k in now)
+
+
+class _AutocastWatch(TorchFunctionMode):
+    """Notes whether functions run under autocast, which a loss may enter by itself.
+
+    Attributes:
+        seen: whether one did.
+    """
+
+    def __init__(self, device_type: str) -> None:
+        super().__init__()
+        self._device_type, self.seen = device_type, False
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.seen |= torch.is_autocast_enabled(self._device_type)
+        return func(*args, **keywords_of(func, kwargs))
 
 
 def leaves_of(parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from lightning_influence.core.optimizers import Moments
 from lightning_influence.core.trajectory import Clip, Hyper
-from lightning_influence.run.training_step import Moment
+from lightning_influence.run.moment import Moment
 
 
 @dataclass(frozen=True)

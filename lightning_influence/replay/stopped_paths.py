@@ -16,6 +16,8 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
+from lightning_influence.core.torch_function import keywords_of
+
 _LEAVING = (Tensor.numpy, Tensor.__array__)
 """Out of torch, where no path can be followed."""
 
@@ -28,7 +30,7 @@ class _StopMode(TorchFunctionMode):
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        kwargs = kwargs or {}
+        kwargs = keywords_of(func, kwargs)
         if func in _LEAVING:
             with torch._C.DisableTorchFunction():
                 args = (args[0].detach(), *args[1:])

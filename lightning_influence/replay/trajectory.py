@@ -13,11 +13,10 @@ from dataclasses import replace
 from typing import Any, Literal
 
 import torch
-from lightning import LightningModule
 from torch import Tensor
 
 from lightning_influence.capture import freeze_batch_norm, refuse_compiled
-from lightning_influence.core.curvature import GradientGraph, gauss_newton_product, hessian_product, third_derivative
+from lightning_influence.core.curvature import GradientGraph, curvature_of, hessian_product, third_derivative
 from lightning_influence.core.optimizers import coupling
 from lightning_influence.core.removal_sets import EVERY_SAMPLE, RemovalSets
 from lightning_influence.core.trajectory import Shares, StepRecord, Vectors
@@ -29,9 +28,9 @@ from lightning_influence.replay.plan import Plan
 from lightning_influence.replay.removals import RemovalCheck
 from lightning_influence.replay.states import States
 from lightning_influence.replay.token_products import TokenProducts, token_products
+from lightning_influence.run.parameters import placed
 from lightning_influence.run.random_state import random_state
-from lightning_influence.run.training_step import placed, quiet
-from lightning_influence.run.unchanged import unchanged
+from lightning_influence.run.task import Task, as_task
 
 _AT_ONCE = 32  # vectors carried through the network together
 _AT_ONCE_BYTES = 2**26  # that they may save on their way
@@ -46,7 +45,7 @@ class ReplayTrajectory:
     the module is as it was.
 
     Args:
-        module: as it was trained; its parameters are overwritten while the trajectory is open.
+        model: a `Task`, or the `LightningModule` that was trained; its parameters are overwritten while the trajectory is open.
         plan: what the run consumed.
         exclude: patterns of parameters that train but are not scored.
         frozen_batch_norm: as during the run.
@@ -69,7 +68,7 @@ class ReplayTrajectory:
 
     def __init__(
         self,
-        module: LightningModule,
+        model: Any,
         plan: Plan,
         *,
         exclude: Sequence[str] = (),
@@ -84,13 +83,14 @@ class ReplayTrajectory:
         removals: RemovalCheck | None = None,
         memory: int = 2**32,
     ) -> None:
-        self.module, self.plan, self.optimizer = module, plan, plan.optimizer
+        self.task, self.plan, self.optimizer = as_task(model), plan, plan.optimizer
+        self.module = module = self.task.module
         names = plan.snapshot(0).parameters.keys()
         self._trained = {k: p for k, p in module.named_parameters() if k in names}
         self.sizes = {k: (p.numel(), p.numel()) for k, p in self._trained.items()}
         refuse_compiled(module)
         self.removals = removals or RemovalCheck(unverifiable=None if verify else "verify=False")
-        self._passes = Passes(module, autocast)
+        self._passes = Passes(self.task, autocast)
         self._measured = MeasuredRemovals(
             self._passes, plan, self.removals, counterfactual=counterfactual, sets=sets, announce=progress
         )
@@ -105,7 +105,7 @@ class ReplayTrajectory:
 
     def __enter__(self) -> ReplayTrajectory:
         self._open = ExitStack()
-        self._open.enter_context(_tried(self.module))
+        self._open.enter_context(_tried(self.task))
         self._open.enter_context(random_state(None))
         if self._frozen_batch_norm:
             for handle in freeze_batch_norm(self.module):
@@ -183,8 +183,10 @@ class ReplayTrajectory:
         return values.flatten(values.dim() - self._trained[name].dim())
 
     def curvature_product(self, index: int, kind: str, vectors: Vectors) -> Vectors:
-        if kind == "gauss_newton":
-            return self._product(gauss_newton_product, index, vectors)
+        of_loss = curvature_of(kind).of_loss
+        return self._hessian_product(index, vectors) if of_loss is None else self._product(of_loss, index, vectors)
+
+    def _hessian_product(self, index: int, vectors: Vectors) -> Vectors:
         self._evaluator.exact = True
         graph = self.states.evaluation(index).graph
         assert graph is not None
@@ -265,7 +267,7 @@ class ReplayTrajectory:
 
 
 @contextmanager
-def _tried(module: LightningModule) -> Iterator[None]:
+def _tried(task: Task) -> Iterator[None]:
     """Quiet, with gradients, and as it was afterwards."""
-    with unchanged(module), quiet(module), torch.enable_grad():
+    with task.unchanged(), task.quiet(), torch.enable_grad():
         yield

@@ -4,14 +4,12 @@ run begins to rely on it.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from lightning import LightningModule
 from torch import Tensor
 
 from lightning_influence.core.trajectory import Clip, Vectors
@@ -19,9 +17,9 @@ from lightning_influence.errors import ConfigurationError, InfluenceError
 from lightning_influence.replay.plan import PlannedMicroBatch, PlannedStep, State
 from lightning_influence.replay.removals import RemovalCheck
 from lightning_influence.replay.trajectory import ReplayTrajectory
+from lightning_influence.run.moment import eval_modes, set_modes
 from lightning_influence.run.random_state import random_state
-from lightning_influence.run.tap import untap
-from lightning_influence.run.training_step import at_moment, eval_modes, quiet, set_modes, training_loss
+from lightning_influence.run.task import Task
 
 _TOLERANCE = 1e-3  # relative, of gradients
 _TOLERANCE_HALF = 5e-2  # in half precision
@@ -52,21 +50,6 @@ class _OneStep:
         return self._state.parameters
 
 
-def twin_of(module: LightningModule) -> LightningModule | None:
-    """A copy of a module that shares its parameters, on which a step can be tried: metrics, counters and buffers of the module
-    stay as they are. None where it cannot be copied.
-    """
-    memo: dict[int, Any] = {id(p): p for p in module.parameters()}
-    if module._trainer is not None:
-        memo[id(module._trainer)] = module._trainer
-    try:
-        twin = copy.deepcopy(module, memo)
-    except Exception:  # whatever a module holds
-        return None
-    untap(twin)
-    return twin
-
-
 @dataclass(frozen=True)
 class Trial:
     """A micro-batch as a run is about to see it.
@@ -79,16 +62,16 @@ class Trial:
     sample_ids: Tensor
     buffers: Mapping[str, Tensor]
 
-    def plan(self, twin: LightningModule, trained: Collection[str], loss_weights: Tensor, averaged: bool) -> _OneStep:
+    def plan(self, twin: Task, trained: Collection[str], loss_weights: Tensor, averaged: bool) -> _OneStep:
         """As a plan, at the present parameters."""
         ids = self.sample_ids
         step = PlannedStep([self.micro_batch], ids, loss_weights, torch.zeros_like(ids), {}, Clip(), averaged)
-        parameters = {k: p.detach() for k, p in twin.named_parameters() if k in trained}
+        parameters = {k: p.detach() for k, p in twin.module.named_parameters() if k in trained}
         return _OneStep(step, State(parameters, dict.fromkeys(parameters, ()), dict(self.buffers)))
 
 
 def witness(
-    twin: LightningModule,
+    twin: Task,
     trial: Trial,
     loss_weights: Tensor,
     *,
@@ -118,19 +101,19 @@ def witness(
             return RemovalCheck(unverifiable=f"a step cannot be evaluated apart from the run ({error})")
 
 
-def evaluated(twin: LightningModule, trial: Trial) -> Tensor:
+def evaluated(twin: Task, trial: Trial) -> Tensor:
     """The loss of a micro-batch in eval mode."""
-    modes = eval_modes(twin)
-    twin.eval()
+    modes = eval_modes(twin.module)
+    twin.module.eval()
     try:
-        with quiet(twin), random_state(None), at_moment(twin, trial.micro_batch.moment):
-            return training_loss(twin, trial.micro_batch.batch, trial.micro_batch.moment.batch_idx)
+        with twin.quiet(), random_state(None):
+            return twin.loss(trial.micro_batch.batch, trial.micro_batch.moment)
     finally:
-        set_modes(twin, modes)
+        set_modes(twin.module, modes)
 
 
 def rehearse(
-    twin: LightningModule,
+    twin: Task,
     trial: Trial,
     expected: Vectors,
     *,

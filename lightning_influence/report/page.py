@@ -16,6 +16,7 @@ from torch import Tensor
 from lightning_influence.core.scores import mean_score
 from lightning_influence.errors import ConfigurationError
 from lightning_influence.report.arrays import Dynamics, arrays
+from lightning_influence.report.groups import Groups
 from lightning_influence.report.numbers import short, signed
 from lightning_influence.report.rendering import (
     CARD,
@@ -156,7 +157,7 @@ def page(
         over_time=_over_time(report),
         rows=rows,
         groups=[] if grouped is None else _totals(mean, *grouped),
-        joint=_joint(getattr(report, "groups", None)),
+        joint=_joint(report.groups),
         contents=list(samples.in_full(opened)),
         data=arrays(report, order, labels=labels, groups=grouped, dynamics=dynamics) | {"classes": classes},
         token_ids=(samples.token_ids or tokens is not None) and show is None and tokenizer is None,
@@ -322,15 +323,15 @@ def _totals(mean: Tensor, distinct: Sequence[str], where: Tensor) -> list[dict[s
     ]
 
 
-def _joint(groups: Any) -> list[dict[str, Any]]:
+def _joint(groups: Groups | None) -> list[dict[str, Any]]:
     """What removing each group as a whole does, on average over the queries; nothing where a report has no groups."""
     if groups is None:
         return []
     effects = mean_score(groups.scores)
     largest = float(effects.abs().max()) or 1.0
     return [
-        {"name": str(name), "total": effect, "share": effect / largest}
-        for name, effect in zip(groups.names, effects.tolist(), strict=True)
+        {"name": name, "n": n, "total": effect, "share": effect / largest}
+        for name, n, effect in zip(groups.names, groups.sizes, effects.tolist(), strict=True)
     ]
 
 

@@ -110,6 +110,11 @@ def to_dtype(batch: Any, dtype: torch.dtype) -> Any:
     return apply_to_collection(batch, Tensor, lambda t: t.to(dtype) if t.is_floating_point() else t)
 
 
+def to_device(batch: Any, device: torch.device) -> Any:
+    """The batch with its tensors on a device."""
+    return apply_to_collection(batch, Tensor, lambda t: t.to(device))
+
+
 def fingerprint(batch: Any) -> Tensor:
     """Two float64 numbers a tensor, ``(n_tensors, 2)``, that tell one batch from another up to rounding."""
     found = []

@@ -17,6 +17,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from lightning_influence.errors import ConfigurationError
+
 Reduction = Literal["mean", "sum", "none"]
 
 _OVER_CLASSES = (F.cross_entropy, F.nll_loss)
@@ -254,3 +256,20 @@ def _rows(elements: Tensor) -> Tensor:
 def _wide(values: Tensor) -> torch.dtype:
     """At least single precision."""
     return torch.promote_types(values.dtype, torch.float32)
+
+
+def scalar_loss(value: Any, source: str) -> Tensor:
+    """A training loss.
+
+    Args:
+        source: what returned it.
+
+    Raises:
+        ConfigurationError: it is not one number.
+    """
+    if not isinstance(value, Tensor) or value.numel() != 1:
+        found = f"a tensor of shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
+        raise ConfigurationError(
+            f"{source} returned {found}; influence needs a scalar loss, or, of a training_step, a dict with one under 'loss'."
+        )
+    return value.squeeze()

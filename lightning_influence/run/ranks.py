@@ -5,13 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-import lightning as L
 import torch
 from torch import Tensor
 from torch import distributed as dist
-
-from lightning_influence.errors import ConfigurationError
-from lightning_influence.run.lightning_names import is_a
 
 
 @dataclass(frozen=True)
@@ -25,21 +21,6 @@ class Ranks:
     size: int = 1
     device: torch.device | str = "cpu"
     """Where the processes exchange tensors."""
-
-    @classmethod
-    def of(cls, trainer: L.Trainer) -> Ranks:
-        """Those of a trainer.
-
-        Raises:
-            ConfigurationError: a strategy under which a process does not hold whole parameters and gradients.
-        """
-        strategy = trainer.strategy
-        if not is_a(strategy, "SingleDeviceStrategy", "DDPStrategy"):
-            raise ConfigurationError(
-                f"the trainer uses {type(strategy).__name__}, which shards parameters or steps in a way that per-sample "
-                "gradients cannot be read from; use strategy='ddp' or one device."
-            )
-        return cls(trainer.global_rank, trainer.world_size, strategy.root_device)
 
     def sum(self, tensor: Tensor) -> Tensor:
         """The sum over the processes; a new tensor where there are several."""

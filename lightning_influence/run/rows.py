@@ -4,31 +4,24 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from functools import partial
 from typing import Any
 
 import torch
-from lightning import LightningModule
 from torch import Tensor
 
 from lightning_influence.errors import ConfigurationError
 from lightning_influence.run.batches import batch_size, leaves, some, without
 from lightning_influence.run.random_state import random_state
-from lightning_influence.run.training_step import prepared
-from lightning_influence.run.unchanged import unchanged
+from lightning_influence.run.task import Task
 
 _PADDING = (0.0, -1.0, -100.0)  # of floating-point tensors
 _LOOKED_AT = 3  # batches, before it is believed that rows stay in the order in which they were drawn, or samples
 
 
-def row_order(loader: Any, module: LightningModule) -> RowOrder | None:
+def row_order(loader: Any, task: Task) -> RowOrder | None:
     """Tells the order of the rows in the batches of a training loader; None where it does not say how it collates."""
     dataset, collate = getattr(loader, "dataset", None), getattr(loader, "collate_fn", None)
-    return (
-        None
-        if dataset is None or collate is None
-        else RowOrder(dataset, collate, partial(prepared, module), partial(unchanged, module))
-    )
+    return None if dataset is None or collate is None else RowOrder(dataset, collate, task.prepared, task.unchanged)
 
 
 class RowOrder:
@@ -39,7 +32,7 @@ class RowOrder:
 
     Args:
         dataset, collate: of the training loader.
-        prepare: a batch as Lightning hands it to the training step.
+        prepare: a batch as the training step takes it.
         apart: makes the context in which ``prepare`` leaves no trace.
 
     Attributes:

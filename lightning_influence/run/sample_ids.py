@@ -12,7 +12,6 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any, TypeAlias
 
 import torch
-from lightning.pytorch.strategies import Strategy
 from torch import Tensor
 from torch.utils.data import BatchSampler, DataLoader
 
@@ -98,13 +97,6 @@ class SampleIds:
             sampler.subscribe(self, random=self.random and loader.num_workers == 0)
         return loader
 
-    def listen_to(self, strategy: Strategy) -> None:
-        """Listen to every training loader that the strategy prepares: its iterator is made before on_train_start, so
-        the recorder has to be in place earlier. Undone by removing ``process_dataloader`` from its ``__dict__``.
-        """
-        process = strategy.process_dataloader
-        strategy.process_dataloader = lambda loader: self.listen(process(loader))  # type: ignore[method-assign, assignment]
-
     def start(self, loader: Any) -> None:
         """Choose the loader that the training batches come from.
 
@@ -169,6 +161,8 @@ def _set_batch_sampler(loader: DataLoader[Any], sampler: Any) -> None:
 
 
 def _describe(loader: Any) -> str:
+    if isinstance(loader, (Mapping, list, tuple)):
+        return f"{len(loader)} loaders, whose batches come together"
     if not isinstance(loader, DataLoader):
         return f"a {type(loader).__name__}"
     if isinstance(loader.dataset, torch.utils.data.IterableDataset):

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from functools import update_wrapper
+from collections.abc import Callable
 from typing import Any
 
 import torch
-from lightning import LightningModule
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
@@ -68,50 +65,3 @@ class LossTap(TorchFunctionMode):
     def dynamics(self, n_samples: int) -> Dynamics | None:
         """Of the ``n_samples`` samples, whose rows lie together; None where there was no single loss over classes."""
         return self.single.dynamics(n_samples) if self.single is not None else None
-
-
-@contextmanager
-def tapped(module: LightningModule, tap: Callable[[LossTap], None]) -> Iterator[None]:
-    """Give ``tap`` the losses of every training step of a module; several may listen, and leave in any order."""
-    present = module.__dict__.get("training_step")
-    step = present if isinstance(present, _TappedStep) else _TappedStep(module.training_step, present)
-    step.listeners.append(tap)
-    object.__setattr__(module, "training_step", step)
-    try:
-        yield
-    finally:
-        step.listeners.remove(tap)
-        if not step.listeners:
-            untap(module)
-
-
-def untap(module: LightningModule) -> None:
-    """Put a module's own training step back; needed of a copy, whose tap would call the step of the original."""
-    step = module.__dict__.get("training_step")
-    if isinstance(step, _TappedStep):
-        object.__delattr__(module, "training_step")
-        if step.present is not None:
-            object.__setattr__(module, "training_step", step.present)
-
-
-class _TappedStep:
-    """A training step whose losses are seen.
-
-    Attributes:
-        present: the attribute of the module that it stands for, where the module had one of its own.
-    """
-
-    def __init__(self, step: Callable[..., Any], present: Any) -> None:
-        self._step, self.present = step, present
-        self.listeners: list[Callable[[LossTap], None]] = []
-        update_wrapper(self, step)
-
-    def __deepcopy__(self, memo: Any) -> _TappedStep:
-        return self  # it is taken off the copy
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        with LossTap() as losses:
-            output = self._step(*args, **kwargs)
-        for tap in list(self.listeners):
-            tap(losses)
-        return output

@@ -1,4 +1,7 @@
-"""What a Lightning trainer says of a run: its optimizer, clipping, loss scaling and schedules."""
+"""What a Lightning trainer says of a run: its optimizer, clipping, loss scaling, schedules, processes and present moment.
+
+Beside `LightningTask` the only module below `selection` that knows Lightning.
+"""
 
 from __future__ import annotations
 
@@ -7,13 +10,19 @@ import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import lightning as L
 import torch
+from torch import nn
 
 from lightning_influence.core.trajectory import Clip
 from lightning_influence.errors import ConfigurationError
+from lightning_influence.run.lightning_names import is_a
+from lightning_influence.run.moment import Moment
+from lightning_influence.run.ranks import Ranks
+
+if TYPE_CHECKING:
+    import lightning as L
 
 
 def only_optimizer(trainer: L.Trainer) -> torch.optim.Optimizer:
@@ -41,6 +50,26 @@ def clip_of(trainer: L.Trainer) -> Clip:
 def loss_scaler(trainer: L.Trainer) -> Any:
     """The gradient scaler of half-precision training, or None."""
     return getattr(trainer.precision_plugin, "scaler", None)
+
+
+def moment_of(trainer: L.Trainer, module: nn.Module, batch_idx: int = 0) -> Moment:
+    """What a training step reads now besides its batch."""
+    return Moment.of(module, batch_idx, trainer.current_epoch, trainer.global_step)
+
+
+def ranks_of(trainer: L.Trainer) -> Ranks:
+    """The processes of a trainer.
+
+    Raises:
+        ConfigurationError: a strategy under which a process does not hold whole parameters and gradients.
+    """
+    strategy = trainer.strategy
+    if not is_a(strategy, "SingleDeviceStrategy", "DDPStrategy"):
+        raise ConfigurationError(
+            f"the trainer uses {type(strategy).__name__}, which shards parameters or steps in a way that per-sample "
+            "gradients cannot be read from; use strategy='ddp' or one device."
+        )
+    return Ranks(trainer.global_rank, trainer.world_size, strategy.root_device)
 
 
 def steps_left(trainer: L.Trainer) -> float:

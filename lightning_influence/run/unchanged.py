@@ -16,7 +16,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from lightning import LightningModule
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from torch.utils import _pytree as pytree
@@ -44,31 +43,26 @@ _OF_LIGHTNING = frozenset({"_trainer", "_fabric"})
 
 
 @contextmanager
-def unchanged(module: LightningModule) -> Iterator[None]:
+def unchanged(module: nn.Module, datamodule: Any = None) -> Iterator[None]:
     """Whatever is reachable from a module is afterwards as it was.
 
     Parameters, buffers and other tensors, gradients, modes, counters and other attributes, metrics, lists, dicts, sets, arrays,
     random generators and objects of the user's own classes that hold any of these; objects of libraries, which may have
-    threads and files, are left alone. The attributes of the trainer's datamodule, too, whose hooks prepare batches, but not
-    what its data is like inside. What a training step does to the world outside cannot be undone. Large tensors are copied
+    threads and files, are left alone. What a training step does to the world outside cannot be undone. Large tensors are copied
     when torch first writes to them, and only then; a write through numpy goes unseen.
+
+    Args:
+        datamodule: whose hooks prepare batches; its attributes are put back, too, but not what they are like inside.
     """
     kept = _Kept(own=_packages_of(module))
     for value in (module, *module.parameters(), *module.buffers()):  # a scripted module's are not among its attributes
         kept.look(value)
-    kept.note_attributes(_datamodule_of(module))
+    kept.note_attributes(datamodule)
     try:
         with kept.large if kept.large.tensors else nullcontext():
             yield
     finally:
         kept.put_back()
-
-
-def _datamodule_of(module: LightningModule) -> Any:
-    """The one that the user wrote, which another may wrap."""
-    datamodule = getattr(module._trainer, "datamodule", None)
-    wrapped = getattr(datamodule, "__dict__", {}).get("data")
-    return wrapped if is_a(wrapped, "LightningDataModule") else datamodule
 
 
 def _packages_of(module: nn.Module) -> frozenset[str]:

@@ -7,19 +7,19 @@ from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import torch
-from lightning import Fabric, LightningModule
 from torch import Tensor
 
+from lightning_influence.core.curvature import best_curvature, curvature_of
 from lightning_influence.core.optimizers import UPDATES
 from lightning_influence.core.removal_sets import RemovalSets
 from lightning_influence.core.scores import RowScores
 from lightning_influence.core.sweep import Method, sweep
 from lightning_influence.core.trajectory import Trajectory, Vectors
 from lightning_influence.errors import ConfigurationError, LogError
-from lightning_influence.log.reader import StoreReader
+from lightning_influence.log.manifest import Manifest
 from lightning_influence.log.steps import FINAL, LoggedSteps, LoggedTrajectory, checksum
 from lightning_influence.replay.logged_plan import LoggedPlan
 from lightning_influence.replay.trajectory import ReplayTrajectory
@@ -27,19 +27,31 @@ from lightning_influence.report import InfluenceReport
 from lightning_influence.report.groups import Groups
 from lightning_influence.report.provenance import Coverage, Provenance, RemovalSummary
 from lightning_influence.run.data import TrainingData
-from lightning_influence.run.lightning_names import is_a
+from lightning_influence.run.task import Task, as_task
 from lightning_influence.scoring.groups import GroupsOf, named_groups
 from lightning_influence.scoring.queries import Queries, Target, check_target, query_gradients
 from lightning_influence.scoring.query_loss import QueryLoss
+
+
+class Fabric(Protocol):
+    """The processes of a launched `lightning.Fabric`, as far as they are asked."""
+
+    world_size: int
+    global_rank: int
+    device: torch.device
+
+    def all_gather(self, data: Tensor) -> Any:
+        """The tensors of all processes, stacked."""
+
 
 _COLUMNS = ("scores", "tangent", "interaction")  # of rows: one a query
 
 
 def attribute(
-    log: str | Path,
+    log: str | Path | LoggedSteps,
     *,
     queries: Any,
-    model: LightningModule,
+    model: Any,
     data: Any = None,
     target: Target = None,
     curvature: Literal["auto", "none", "fisher", "gauss_newton", "hessian"] = "auto",
@@ -60,10 +72,11 @@ def attribute(
     A positive score means that without the sample the query loss would be higher: the sample helps.
 
     Args:
-        log: directory written by `InfluenceCallback`.
+        log: directory written by `InfluenceCallback` or `recording`, or its steps where they are open already.
         queries: held-out data whose losses are predicted: a loader, a list of batches, a datamodule (its validation loader),
             a dataset, or a method without arguments that gives one of them.
-        model: the module with the parameters at the end of the logged run.
+        model: the `LightningModule` with the parameters at the end of the logged run, or a `FunctionTask` where a loop of
+            one's own trained it.
         data: the training data of the run, where replay finds the samples again: a datamodule, a loader or a dataset.
         target: what is asked of the queries: None for the loss of each, one column per query; ``"mean"`` or weights
             ``(n_queries,)`` for one column at the cost of one query.
@@ -92,23 +105,22 @@ def attribute(
         CurvatureUnavailable: the log does not hold what the curvature needs.
     """
     check_target(target)
-    data = TrainingData.of(data)
+    task, data, steps = as_task(model), TrainingData.of(data), LoggedSteps.of(log)
     named = {} if groups is None else named_groups(groups)
     sets = RemovalSets(samples, list(named.values()))
     replay = {"counterfactual": counterfactual, "sets": sets, "verify": verify}
-    with open_trajectory(log, model, curvature, data, progress=progress, **replay) as trajectory:
+    with open_trajectory(steps, task, curvature, data, progress=progress, **replay) as trajectory:
         method = Method(
-            curvature=_resolved(curvature, trajectory),
+            curvature=resolved(curvature, trajectory),
             response=response,
             memory_window=memory_window,
             counterfactual=counterfactual,
             optimizer_assumption=optimizer_assumption,
         )
         names = list(trajectory.sizes)
-        manifest = StoreReader(log).manifest
         gradients = query_gradients(
-            model,
-            Queries.of(queries, data=data, precision=str(manifest["precision"])),
+            task,
+            Queries.of(queries, data=data, precision=steps.manifest.precision),
             names,
             trajectory.select,
             target=target,
@@ -117,7 +129,7 @@ def attribute(
         )
         sizes = _consumed(trajectory, sets, named)
         rows, of_groups = sets.split(_swept(trajectory, gradients, method, sets, max_memory, fabric, progress))
-        made = _provenance(manifest, trajectory, method, target)
+        made = _provenance(steps.manifest, trajectory, method, target)
     query_ids = list(range(rows.n_queries)) if target is None else ["mean" if isinstance(target, str) else "target"]
     return InfluenceReport(
         rows,
@@ -192,8 +204,8 @@ def _gathered(rows: RowScores, fabric: Fabric, n_queries: int) -> RowScores:
 
 @contextmanager
 def open_trajectory(
-    log: str | Path,
-    model: LightningModule,
+    log: str | Path | LoggedSteps,
+    model: Any,
     curvature: str = "auto",
     data: Any = None,
     *,
@@ -205,56 +217,52 @@ def open_trajectory(
     Arguments and errors are as of `attribute`; ``replay`` are further arguments of `ReplayTrajectory`. While a replay is open,
     the model's parameters move.
     """
-    steps = LoggedSteps(log)
-    manifest = steps.reader.manifest
-    replayable = manifest["record"] != "gradients"
-    _check_model(steps, model)
-    if (
-        curvature in ("hessian", "gauss_newton")
-        or manifest["record"] == "replay"
-        or (curvature == "auto" and replayable)
-    ):
+    task, steps = as_task(model), LoggedSteps.of(log)
+    manifest = steps.manifest
+    replayable = manifest.record != "gradients"
+    _check_model(steps, task)
+    named = curvature_of(best_curvature(replayed=replayable) if curvature == "auto" else curvature)
+    if named.replayed or manifest.record == "replay":
         with ReplayTrajectory(
-            model,
-            LoggedPlan(steps, model, data),
-            exclude=manifest["excluded"],
-            frozen_batch_norm=manifest["frozen_batch_norm"],
-            autocast=_autocast(manifest["precision"], model),
-            exact=curvature in ("auto", "hessian"),
+            task,
+            LoggedPlan(steps, task, data),
+            exclude=manifest.excluded,
+            frozen_batch_norm=manifest.frozen_batch_norm,
+            autocast=_autocast(manifest.precision, task),
+            exact=named.differentiated,
             progress=progress,
             **replay,
         ) as replayed:
             yield replayed
     else:
-        yield LoggedTrajectory(log)
+        yield LoggedTrajectory(steps.reader)
 
 
-def _resolved(
+def resolved(
     curvature: Literal["auto", "none", "fisher", "gauss_newton", "hessian"],
     trajectory: LoggedTrajectory | ReplayTrajectory,
 ) -> Literal["none", "fisher", "gauss_newton", "hessian"]:
+    """Name of the curvature that ``"auto"`` stands for on a trajectory, or the one that was asked for."""
     if curvature != "auto":
         return curvature
-    return "hessian" if isinstance(trajectory, ReplayTrajectory) else "fisher"
+    return best_curvature(replayed=isinstance(trajectory, ReplayTrajectory))
 
 
-def _autocast(precision: str, model: LightningModule) -> Callable[[], AbstractContextManager[Any]]:
+def _autocast(precision: str, task: Task) -> Callable[[], AbstractContextManager[Any]]:
     dtypes = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}
     if precision not in dtypes:
         return nullcontext
-    return lambda: torch.autocast(model.device.type, dtypes[precision])
+    return lambda: torch.autocast(task.device.type, dtypes[precision])
 
 
-def _check_model(steps: LoggedSteps, model: LightningModule) -> None:
+def _check_model(steps: LoggedSteps, task: Task) -> None:
     """Refuse a log of another model; warn where the parameters are not those the run ended with."""
-    if not is_a(model, "LightningModule"):
-        raise ConfigurationError(f"model is a {type(model).__name__}; give the LightningModule that was trained.")
-    parameters = dict(model.named_parameters())
-    for name, shape in steps.reader.manifest["shapes"].items():
+    parameters = dict(task.module.named_parameters())
+    for name, shape in steps.manifest.shapes.items():
         if name not in parameters or list(parameters[name].shape) != shape:
             found = "no such parameter" if name not in parameters else f"shape {list(parameters[name].shape)}"
             raise LogError(
-                f"this is the log of another model: it records {name} of shape {shape}, and the {type(model).__name__} given "
+                f"this is the log of another model: it records {name} of shape {shape}, and the {type(task.module).__name__} given "
                 f"has {found}. Give the module that was trained with this log."
             )
     for what, why in steps.reader.missing.items():
@@ -284,12 +292,17 @@ def _check_model(steps: LoggedSteps, model: LightningModule) -> None:
 
 
 def _provenance(
-    manifest: Mapping[str, Any], trajectory: LoggedTrajectory | ReplayTrajectory, method: Method, target: Target
+    manifest: Manifest, trajectory: LoggedTrajectory | ReplayTrajectory, method: Method, target: Target
 ) -> Provenance:
     kept = sum(d for d, _ in trajectory.sizes.values())
-    trained = manifest["coverage"]["trained"]
+    trained = manifest.coverage.trained
     made = Provenance(
-        **{key: manifest[key] for key in ("module", "record", "compression", "precision", "versions", "optimizer")},
+        module=manifest.module,
+        record=manifest.record,
+        compression=manifest.compression,
+        precision=manifest.precision,
+        versions=manifest.versions,
+        optimizer=manifest.optimizer,
         optimizer_assumption=method.optimizer_assumption,
         curvature=method.curvature,
         response=method.response,
@@ -300,10 +313,10 @@ def _provenance(
         coverage=Coverage(
             kept / max(trained, 1),
             kept,
-            manifest["coverage"]["recorded"],
+            manifest.coverage.recorded,
             trained,
             {name: kept / total for name, (kept, total) in trajectory.sizes.items()},
-            manifest["excluded"],
+            manifest.excluded,
         ),
     )
     if not isinstance(trajectory, ReplayTrajectory):

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
 import torch
-from lightning import LightningModule
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 from tqdm.auto import tqdm
@@ -21,10 +20,10 @@ from lightning_influence.errors import ConfigurationError
 from lightning_influence.run.batches import batch_size, example, to_dtype
 from lightning_influence.run.data import TrainingData
 from lightning_influence.run.lightning_names import is_a
+from lightning_influence.run.parameters import parameters_at
 from lightning_influence.run.rows import relates_samples
 from lightning_influence.run.sample_ids import is_map_style
-from lightning_influence.run.training_step import parameters_at, prepared, quiet
-from lightning_influence.run.unchanged import unchanged
+from lightning_influence.run.task import Task, as_task
 from lightning_influence.scoring.query_loss import LossOfQueries, QueryLoss, shape_of
 
 Target: TypeAlias = "Literal['mean'] | Sequence[float] | Tensor | None"
@@ -59,10 +58,10 @@ class Queries:
         """From any of those forms, or queries as they are."""
         return source if isinstance(source, Queries) else cls(source, data=data, precision=precision)
 
-    def prepared(self, model: LightningModule) -> Iterator[Any]:
-        """Each batch as the module's training step takes it."""
+    def prepared(self, task: Task) -> Iterator[Any]:
+        """Each batch as the task's loss takes it."""
         for batch in self._batches:
-            yield prepared(model, batch, datamodule=self._datamodule, precision=self._precision)
+            yield task.prepared(batch, datamodule=self._datamodule, precision=self._precision)
 
     def held(self) -> Queries:
         """The same with its batches in memory, so that they can be read again and are the same each time."""
@@ -129,21 +128,23 @@ def asked_of(each: Tensor, target: Target) -> Tensor:
     return (each @ torch.as_tensor(target).to(each))[..., None]
 
 
-def query_losses(
-    model: LightningModule, queries: Queries | Iterable[Any], query_loss: QueryLoss | None = None
-) -> Tensor:
+def query_losses(model: Any, queries: Queries | Iterable[Any], query_loss: QueryLoss | None = None) -> Tensor:
     """Loss of every query, ``(n_queries,)``.
 
-    The default loss of an example is the module's own: what ``training_step`` returns for a batch that
-    holds this example alone, in evaluation mode, with logging off.
+    The default loss of an example is the training loss of a batch that holds this example alone, in evaluation mode, with
+    logging off.
+
+    Args:
+        model: a `LightningModule` or a `Task`.
     """
-    with _asked(model), torch.no_grad():
-        losses = LossOfQueries(model, query_loss)
-        return torch.cat([losses.each(batch) for batch in _batches(model, queries)])
+    task = as_task(model)
+    with _asked(task), torch.no_grad():
+        losses = LossOfQueries(task, query_loss)
+        return torch.cat([losses.each(batch) for batch in _batches(task, queries)])
 
 
 def query_gradients(
-    model: LightningModule,
+    model: Any,
     queries: Queries | Iterable[Any],
     names: Sequence[str],
     select: Callable[[str, Tensor], Tensor],
@@ -155,7 +156,8 @@ def query_gradients(
     """Gradients of the query losses, ``(n_queries, d)`` each, or of their target, ``(1, d)``.
 
     Args:
-        queries: batches as the module's ``training_step`` takes them, or as ``query_loss`` does.
+        model: a `LightningModule` or a `Task`.
+        queries: batches as the training loss takes them, or as ``query_loss`` does.
         names: parameters to differentiate by.
         select: ``(name, values (..., *shape)) -> (..., d)``, the coordinates to keep.
         target: `Target`.
@@ -163,14 +165,15 @@ def query_gradients(
     Raises:
         ConfigurationError: no queries, a batch that the module cannot take, weights of another number.
     """
-    with _asked(model):
-        parameters = dict(model.named_parameters())
+    task = as_task(model)
+    with _asked(task):
+        parameters = dict(task.module.named_parameters())
         chosen = {name: parameters[name] for name in names}
-        batches = _batches(model, queries)
+        batches = _batches(task, queries)
         first = next(batches, None)
         if first is None:
             raise ConfigurationError("queries holds no batch; give a loader with at least one example.")
-        losses = LossOfQueries(model, query_loss).opened_where_needed(first, chosen)
+        losses = LossOfQueries(task, query_loss).opened_where_needed(first, chosen)
         bar = tqdm(chain([first], batches), desc="query gradients", unit="batch", delay=2, disable=not progress)
         if target is None:
             rows = [row for batch in bar for row in _each_gradient(losses, batch, chosen, select)]
@@ -180,7 +183,7 @@ def query_gradients(
 
 
 def query_curvature(
-    model: LightningModule,
+    model: Any,
     queries: Queries | Iterable[Any],
     names: Sequence[str],
     *,
@@ -192,13 +195,14 @@ def query_curvature(
     Returns:
         A function from ``(k, d)`` per parameter to ``(k, n_queries)``, or ``(k, 1)`` for a target that is not None.
     """
-    parameters = {name: p.detach().clone() for name, p in model.named_parameters() if name in names}
-    batches = list(_batches(model, queries))
+    task = as_task(model)
+    parameters = {name: p.detach().clone() for name, p in task.module.named_parameters() if name in names}
+    batches = list(_batches(task, queries))
 
     def along(directions: Vectors) -> Tensor:
         columns = []
-        with _asked(model), differentiable_attention():
-            for graph in _gradient_graphs(LossOfQueries(model, query_loss), batches, parameters):
+        with _asked(task), differentiable_attention():
+            for graph in _gradient_graphs(LossOfQueries(task, query_loss), batches, parameters):
                 here = {k: directions[k].to(graph.parameters[k]) for k in names}
                 products = graph.hessian_product(here)
                 columns.append(torch.stack([(products[k] * here[k]).sum(1) for k in names]).sum(0))
@@ -210,10 +214,10 @@ def query_curvature(
 def _gradient_graphs(
     losses: LossOfQueries, batches: Iterable[Any], parameters: dict[str, Tensor]
 ) -> Iterator[GradientGraph]:
-    model = losses.model
-    own = dict(model.named_parameters())
+    module = losses.task.module
+    own = dict(module.named_parameters())
     leaves: dict[str, Tensor] = {k: own[k] for k in parameters}
-    with parameters_at(model, parameters):
+    with parameters_at(module, parameters):
         for number, batch in enumerate(batches):
             if number == 0:
                 losses = losses.opened_where_needed(batch, leaves)
@@ -229,7 +233,7 @@ def _each_gradient(
 ) -> Iterator[Vectors]:
     if losses.query_loss is None:
         for i in range(batch_size(batch)):
-            loss = losses.module_loss(example(batch, i))
+            loss = losses.own_loss(example(batch, i))
             yield _kept(_gradient(loss, parameters), select)
     else:
         each = losses.each(batch)
@@ -294,14 +298,14 @@ def _kept(gradients: Vectors, select: Callable[[str, Tensor], Tensor]) -> Vector
     return {name: select(name, g if g.dtype == torch.float64 else g.float()) for name, g in gradients.items()}
 
 
-def _batches(model: LightningModule, queries: Queries | Iterable[Any]) -> Iterator[Any]:
-    return Queries.of(queries).prepared(model)
+def _batches(task: Task, queries: Queries | Iterable[Any]) -> Iterator[Any]:
+    return Queries.of(queries).prepared(task)
 
 
 @contextmanager
-def _asked(model: LightningModule) -> Iterator[None]:
+def _asked(task: Task) -> Iterator[None]:
     """Evaluation mode, gradients on, logging off; everything as it was afterwards."""
-    with unchanged(model), quiet(model), torch.enable_grad():
-        model.eval()
-        model.requires_grad_(True)
+    with task.unchanged(), task.quiet(), torch.enable_grad():
+        task.module.eval()
+        task.module.requires_grad_(True)
         yield

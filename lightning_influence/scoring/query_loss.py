@@ -8,16 +8,16 @@ from dataclasses import dataclass, replace
 from typing import Any, TypeAlias
 
 import torch
-from lightning import LightningModule
 from torch import Tensor
 
 from lightning_influence.errors import ConfigurationError
 from lightning_influence.replay.stopped_paths import OpenPaths, StopWatch
 from lightning_influence.run.batches import batch_size, example
+from lightning_influence.run.parameters import parameters_at
 from lightning_influence.run.tap import LossTap
-from lightning_influence.run.training_step import parameters_at, training_loss
+from lightning_influence.run.task import Task
 
-QueryLoss: TypeAlias = Callable[[LightningModule, Any], Tensor]
+QueryLoss: TypeAlias = Callable[[Any, Any], Tensor]
 """``query_loss(model, batch) -> (batch,)``, one loss per example."""
 
 _SAME = 1e-4  # relative difference of two gradients that say the same
@@ -29,12 +29,12 @@ class LossOfQueries:
     """The loss of queries at a model's present parameters.
 
     Attributes:
-        query_loss: None for the module's own: what ``training_step`` returns for a batch that holds the example alone.
+        query_loss: None for the task's own: the training loss of a batch that holds the example alone.
         open: whether paths that the loss stops (by ``detach``, say) count in its gradient: what is asked is how its value
             changes, by whatever path.
     """
 
-    model: LightningModule
+    task: Task
     query_loss: QueryLoss | None = None
     open: bool = False
 
@@ -42,29 +42,29 @@ class LossOfQueries:
         """Loss of every example, ``(n,)``."""
         if self.query_loss is not None:
             with self._paths():
-                losses = self.query_loss(self.model, batch)
+                losses = self.query_loss(self.task.module, batch)
             return _one_each(losses, batch_size(batch))
-        return torch.stack([self.module_loss(example(batch, i)) for i in range(batch_size(batch))])
+        return torch.stack([self.own_loss(example(batch, i)) for i in range(batch_size(batch))])
 
     def mean(self, batch: Any) -> tuple[Tensor, bool]:
         """The module's own loss of a batch, and whether its examples are known to count alike in it."""
         with LossTap() as tap:
-            loss = self.module_loss(batch)
+            loss = self.own_loss(batch)
         weights = tap.sample_weights(batch_size(batch))
         return loss, weights is not None and bool((weights == weights[0]).all())
 
-    def module_loss(self, batch: Any) -> Tensor:
-        """What the training step returns for a batch.
+    def own_loss(self, batch: Any) -> Tensor:
+        """The training loss of a batch.
 
         Raises:
             ConfigurationError: a batch that it cannot take.
         """
         try:
             with self._paths():
-                return training_loss(self.model, batch, 0)
+                return self.task.loss(batch)
         except (RuntimeError, TypeError, ValueError, KeyError, IndexError, AttributeError) as error:
             raise ConfigurationError(
-                f"{type(self.model).__name__}.training_step cannot take a batch of the queries ({shape_of(batch)}): {error}. "
+                f"{self.task.step_name} cannot take a batch of the queries ({shape_of(batch)}): {error}. "
                 "Give queries whose batches look like the training batches, or query_loss(model, batch) -> (batch,)."
             ) from error
 
@@ -94,7 +94,7 @@ class LossOfQueries:
         values = []
         for sign in (step, -step):
             moved = {k: p.detach() + sign * direction[k] for k, p in parameters.items()}
-            with parameters_at(self.model, moved), torch.no_grad():
+            with parameters_at(self.task.module, moved), torch.no_grad():
                 values.append(float(self.each(batch).sum()))
         return (values[0] - values[1]) / (2 * step)
 

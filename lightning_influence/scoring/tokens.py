@@ -8,14 +8,14 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from lightning import LightningModule
 from torch import Tensor
 
 from lightning_influence.core.removal import gradient_change
+from lightning_influence.core.removal_sets import RemovalSets
 from lightning_influence.core.sweep import Method, gradient_adjoints
 from lightning_influence.core.trajectory import StepRecord
 from lightning_influence.errors import ConfigurationError
-from lightning_influence.log.reader import StoreReader
+from lightning_influence.log.steps import LoggedSteps
 from lightning_influence.replay.plan import PlannedStep
 from lightning_influence.replay.token_products import TokenProducts
 from lightning_influence.replay.trajectory import ReplayTrajectory
@@ -27,11 +27,11 @@ from lightning_influence.scoring.query_loss import QueryLoss
 
 
 def token_scores(
-    log: str | Path,
+    log: str | Path | LoggedSteps,
     samples: Collection[int],
     *,
     queries: Any,
-    model: LightningModule,
+    model: Any,
     target: Target = "mean",
     curvature: Literal["none", "gauss_newton", "hessian"] = "hessian",
     counterfactual: Literal["drop", "zero"] = "drop",
@@ -58,14 +58,15 @@ def token_scores(
     asked = torch.tensor(sorted(set(samples)), dtype=torch.int64)
     if not len(asked):
         raise ConfigurationError("samples is empty; give ids of training samples, those of report.bottom(5), say.")
-    data = TrainingData.of(data)
-    manifest = StoreReader(log).manifest
-    if manifest["record"] == "gradients":
+    data, logged = TrainingData.of(data), LoggedSteps.of(log)
+    if logged.manifest.record == "gradients":
         raise ConfigurationError(
             "scores of tokens need the run to be replayed, and this log holds gradients alone; record with record='replay'."
         )
-    replay = {"counterfactual": counterfactual, "samples": samples, "verify": False}
-    with open_trajectory(log, model, curvature, data, progress=progress, **replay) as trajectory:
+    sets = RemovalSets(asked.tolist())
+    replay = {"counterfactual": counterfactual, "sets": sets, "verify": False}
+    how = "auto" if curvature == "none" else curvature  # which replays, too
+    with open_trajectory(logged, model, how, data, progress=progress, **replay) as trajectory:
         assert isinstance(trajectory, ReplayTrajectory)
         steps = [t for t in range(len(trajectory)) if bool(torch.isin(trajectory.sample_ids(t), asked).any())]
         seen = torch.cat([trajectory.sample_ids(t) for t in steps]) if steps else asked[:0]
@@ -76,7 +77,7 @@ def token_scores(
             )
         gradients = query_gradients(
             model,
-            Queries.of(queries, data=data, precision=str(manifest["precision"])),
+            Queries.of(queries, data=data, precision=logged.manifest.precision),
             list(trajectory.sizes),
             trajectory.select,
             target=target,
@@ -92,7 +93,7 @@ def token_scores(
             if t not in held:
                 continue
             products = trajectory.token_products(t, vectors)
-            for z, (found, targets, counted) in _of_step(trajectory.plan.step(t), products, asked, counterfactual):
+            for z, (found, targets, counted) in _of_step(trajectory.plan.step(t), products, sets, counterfactual):
                 if z in labels and len(labels[z]) != len(targets):
                     raise ConfigurationError(
                         f"sample {z} has {len(targets)} labels at step {t} and {len(labels[z])} at a later one; scores of tokens "
@@ -108,30 +109,27 @@ def token_scores(
 
 
 def _of_step(
-    planned: PlannedStep, products: list[TokenProducts], asked: Tensor, counterfactual: Literal["drop", "zero"]
+    planned: PlannedStep, products: list[TokenProducts], sets: RemovalSets, counterfactual: Literal["drop", "zero"]
 ) -> Iterator[tuple[int, tuple[Tensor, Tensor, Tensor]]]:
     """Scores ``(q, labels)``, labels and their weights of each row of the step that is a chosen sample's.
 
     The change of the gradient, ``sum_b shared_b G_b + sum_i own_i s_i``, is split by the labels: ``s_i`` is the sum of theirs, and
     the other term, which the smaller denominator causes, goes by their weights in it.
     """
-    columns = (planned.sample_ids, planned.loss_weights, planned.micro_batch_numbers)
-    removed = gradient_change(StepRecord(0, *columns, {}, {}, {}, averaged=planned.averaged), counterfactual)
-    position = {z: i for i, z in enumerate(removed.sample_ids.tolist())}
-    for b, part in enumerate(products):
-        rows = (planned.micro_batch_numbers == b).nonzero()[:, 0]
+    numbers = planned.micro_batch_numbers
+    columns = (planned.sample_ids, planned.loss_weights, numbers)
+    removed = gradient_change(StepRecord(0, *columns, {}, {}, {}, averaged=planned.averaged), counterfactual, sets)
+    for own, owner, row in zip(removed.own.tolist(), removed.owner.tolist(), removed.row.tolist(), strict=True):
+        z, b = int(removed.sample_ids[owner]), int(numbers[row])
+        rows, part = (numbers == b).nonzero()[:, 0], products[b]
         if part.products.shape[1] % len(rows):
             raise ConfigurationError(
                 f"the training step has {part.products.shape[1]} labels for {len(rows)} samples; scores of tokens need the same "
                 "number of labels, ignored ones included, for every sample of a batch."
             )
-        each = part.products.unflatten(1, (len(rows), -1))
-        targets, weights = (x.view(len(rows), -1) for x in (part.targets, part.weights))
-        for i, row in enumerate(rows.tolist()):
-            z = int(planned.sample_ids[row])
-            if z not in set(asked.tolist()):
-                continue
-            own = planned.sample_ids[rows] == z
-            fraction = weights[i] / weights[own].sum().clamp(min=1e-30)
-            shared = float(removed.shared[position[z], b]) * part.whole[:, None] * fraction.to(part.whole)
-            yield z, (float(removed.own[row]) * each[:, i] + shared, targets[i], weights[i])
+        i = int((rows < row).sum())
+        each = part.products.unflatten(1, (len(rows), -1))[:, i]
+        targets, weights = (values.view(len(rows), -1) for values in (part.targets, part.weights))
+        leaving = weights[planned.sample_ids[rows] == z].sum().clamp(min=1e-30)
+        shared = float(removed.shared[owner, b]) * part.whole[:, None] * (weights[i] / leaving).to(part.whole)
+        yield z, (own * each + shared, targets[i], weights[i])

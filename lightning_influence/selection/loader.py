@@ -13,11 +13,10 @@ from torch import Tensor
 from torch.utils.data import BatchSampler, DataLoader, SequentialSampler
 
 from lightning_influence.run.random_state import random_state
-from lightning_influence.run.ranks import Ranks
 from lightning_influence.run.rows import row_order
 from lightning_influence.run.sample_ids import RecordedBatchSampler
-from lightning_influence.run.training_step import prepared
-from lightning_influence.run.unchanged import unchanged
+from lightning_influence.run.task import as_task
+from lightning_influence.run.trainer import ranks_of
 from lightning_influence.selection.lookahead import Candidates
 from lightning_influence.selection.selector import Scorer, Selector
 
@@ -61,9 +60,9 @@ class SelectingLoader:
     def __init__(self, selector: Selector, loader: DataLoader[Any], trainer: L.Trainer) -> None:
         assert selector.scorer is not None
         self.selector, self.loader, self.trainer = selector, loader, trainer
-        self.settings, self.ranks = selector.settings, Ranks.of(trainer)
+        self.settings, self.ranks = selector.settings, ranks_of(trainer)
         self._scorer: Scorer = selector.scorer
-        self._row_order = row_order(loader, trainer.lightning_module)
+        self._row_order = row_order(loader, as_task(trainer.lightning_module))
         self.dataset, self.num_workers, self.collate_fn = loader.dataset, loader.num_workers, loader.collate_fn
         self._due: list[list[int]] = []  # batches that are being delivered
         self.batch_sampler = RecordedBatchSampler(self._due)  # where `SampleIds` listens
@@ -203,9 +202,9 @@ class SelectingLoader:
         drawn = [torch.tensor(ids) for ids in batches]
         if not self._scorer.reads_batches:
             return [Candidates(None, ids) for ids in drawn]
-        module = self.trainer.lightning_module
-        with unchanged(module):
-            fetched = [prepared(module, batch) for batch in self._fetch(batches)]
+        task = as_task(self.trainer.lightning_module)
+        with task.unchanged():
+            fetched = [task.prepared(batch) for batch in self._fetch(batches)]
         order = self._row_order
         return [
             Candidates(b, ids, None if order is None else order(b, ids)) for b, ids in zip(fetched, drawn, strict=True)

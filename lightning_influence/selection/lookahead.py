@@ -24,12 +24,13 @@ from lightning_influence.replay.plan import PlannedMicroBatch, PlannedStep, Stat
 from lightning_influence.replay.removals import RemovalCheck
 from lightning_influence.replay.trajectory import ReplayTrajectory
 from lightning_influence.run.batches import batch_size
+from lightning_influence.run.moment import set_modes
 from lightning_influence.run.optimizer import read_hypers, read_moments, update_name
 from lightning_influence.run.random_state import random_state, read_random_state, write_random_state
 from lightning_influence.run.sample_weights import sample_weights
-from lightning_influence.run.tap import LossTap, tapped
-from lightning_influence.run.trainer import clip_of, only_optimizer, schedules_as_they_were, steps_left
-from lightning_influence.run.training_step import Moment, at_moment, set_modes, training_loss
+from lightning_influence.run.tap import LossTap
+from lightning_influence.run.task import as_task
+from lightning_influence.run.trainer import clip_of, moment_of, only_optimizer, schedules_as_they_were, steps_left
 from lightning_influence.selection.target import target_gradient
 
 
@@ -72,7 +73,7 @@ class Rollout:
         for c in (c for parts in candidates for c in parts):
             _check_batch(c)
         first = trainer.fit_loop.epoch_loop.batch_progress.current.ready  # index of the batch that comes next
-        hypers, self._moment = _hypers(trainer, trained, first, candidates), Moment.now(trainer, module)
+        hypers, self._moment = _hypers(trainer, trained, first, candidates), moment_of(trainer, module)
         self._steps, random = list[PlannedStep](), _random_states()
         for ahead, (parts, hyper) in enumerate(zip(candidates, hypers, strict=True)):
             self._steps.append(self._planned(parts, hyper, first, trainer.global_step + ahead, random))
@@ -118,20 +119,16 @@ class Rollout:
 
     def _weighed(self, step: PlannedStep) -> PlannedStep:
         module, samples = self._trainer.lightning_module, []
+        task = as_task(module)
         for number, micro_batch in enumerate(step.micro_batches):
             here = step.micro_batch_numbers == number
-            own, seen = Samples(step.sample_ids[here], step.loss_weights[here]), list[LossTap]()
+            own = Samples(step.sample_ids[here], step.loss_weights[here])
             set_modes(module, micro_batch.moment.in_eval)
-            with (
-                tapped(module, seen.append),
-                random_state(None),
-                at_moment(module, micro_batch.moment),
-                self._trainer.precision_plugin.forward_context(),
-            ):
+            with random_state(None), self._trainer.precision_plugin.forward_context(), LossTap() as losses:
                 assert micro_batch.random is not None
                 write_random_state(micro_batch.random)
-                training_loss(module, micro_batch.batch, micro_batch.moment.batch_idx)
-            weights = seen[-1].sample_weights(micro_batch.n_samples) if seen else None
+                task.loss(micro_batch.batch, micro_batch.moment)
+            weights = losses.sample_weights(micro_batch.n_samples)
             if weights is not None:
                 own = Samples.weighted(own.ids, weights, round(1 / micro_batch.factor), averaged=True)
             samples.append(own)
@@ -193,7 +190,7 @@ def look_ahead(
         exclude=options.exclude,
         frozen_batch_norm=options.frozen_batch_norm,
         autocast=trainer.precision_plugin.forward_context,
-        exact=method.curvature == "hessian",
+        exact=method.hessian.differentiated,
         progress=False,
         removals=removals,
     ) as run:

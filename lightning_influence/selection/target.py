@@ -18,9 +18,9 @@ from torch import Tensor
 from lightning_influence.core.trajectory import Vectors
 from lightning_influence.errors import ConfigurationError, InfluenceError
 from lightning_influence.run.batches import batch_size, leaves, some
+from lightning_influence.run.parameters import parameters_at
 from lightning_influence.run.random_state import generator_as_it_was, random_state
-from lightning_influence.run.training_step import parameters_at
-from lightning_influence.run.unchanged import unchanged
+from lightning_influence.run.task import as_task
 from lightning_influence.scoring.queries import query_gradients, query_losses
 
 TargetLoss: TypeAlias = Callable[[L.LightningModule], Tensor]
@@ -64,7 +64,7 @@ def _gradient(
         return query_gradients(module, queries, names, select, target="mean", progress=False)
     parameters = dict(module.named_parameters())
     chosen = [parameters[name] for name in names]
-    with unchanged(module), torch.enable_grad():
+    with as_task(module).unchanged(), torch.enable_grad():
         loss = queries(module)
         found = torch.autograd.grad(loss, chosen, allow_unused=True, materialize_grads=True)
     return {k: select(k, g)[None] for k, g in zip(names, found, strict=True)}

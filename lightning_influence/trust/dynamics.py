@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from lightning import LightningModule
 from torch import Tensor
 
 from lightning_influence.errors import ConfigurationError, LogError
@@ -25,7 +24,7 @@ from lightning_influence.run.batches import batch_size
 from lightning_influence.run.data import TrainingData
 from lightning_influence.run.losses import Dynamics, joined
 from lightning_influence.run.tap import LossTap
-from lightning_influence.run.training_step import training_loss
+from lightning_influence.run.task import as_task
 from lightning_influence.scoring.queries import query_losses
 
 if TYPE_CHECKING:
@@ -38,9 +37,7 @@ _CONFUSION_STRENGTH = 16.0  # this and the passes were chosen on runs that no pu
 _CONFUSION_PASSES = 3
 
 
-def suspects(
-    log: str | Path, k: int | None = None, *, model: LightningModule | None = None, data: Any = None
-) -> pd.DataFrame:
+def suspects(log: str | Path, k: int | None = None, *, model: Any = None, data: Any = None) -> pd.DataFrame:
     """The samples of a run that are likely mislabelled, the most suspicious first.
 
     The log is enough. In a run of few epochs one more look at every sample at the end helps: give model and data for it.
@@ -48,7 +45,7 @@ def suspects(
     Args:
         log: directory written by `InfluenceCallback`, in any way of recording.
         k: how many; None for all for which another label is more likely than their own.
-        model: as it left ``fit``.
+        model: as it left training, as of `attribute`.
         data: the training data: a datamodule, a loader or a dataset.
 
     Returns:
@@ -306,28 +303,28 @@ def confusion(labels: Tensor, classes: Tensor, n_classes: int) -> Tensor:
     return ((counts + shape) / (expected + shape)).log() * others
 
 
-def evaluated(model: LightningModule, data: Any, sample_ids: Tensor) -> list[Dynamics]:
+def evaluated(model: Any, data: Any, sample_ids: Tensor) -> list[Dynamics]:
     """One look at samples of the training data, in evaluation mode and with their labels.
 
     Raises:
         ConfigurationError: the training step has no single loss over classes.
     """
-    found: list[Dynamics] = []
+    task, found = as_task(model), list[Dynamics]()
 
-    def look(module: LightningModule, batch: Any) -> Tensor:
+    def look(_: Any, batch: Any) -> Tensor:
         n = batch_size(batch)
         with LossTap() as tap:
-            training_loss(module, batch, 0)
+            task.loss(batch)
         dynamics = tap.dynamics(n)
         if dynamics is None:
             raise ConfigurationError(
-                f"the training step of {type(module).__name__} calls no single functional loss over classes in evaluation mode; "
+                f"{task.step_name} calls no single functional loss over classes in evaluation mode; "
                 "leave model and data out."
             )
         found.append(dynamics)
         return dynamics.losses
 
-    query_losses(model, _batches(data, sample_ids), look)
+    query_losses(task, _batches(data, sample_ids), look)
     return found
 
 

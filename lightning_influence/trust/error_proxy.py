@@ -8,15 +8,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast
 
 import torch
-from lightning import LightningModule
 
+from lightning_influence.core.curvature import curvature_of
 from lightning_influence.core.second_variation import ErrorProxy, scaled_learning_rate, second_variation
 from lightning_influence.core.trajectory import Trajectory
 from lightning_influence.errors import ConfigurationError
 from lightning_influence.log.steps import LoggedSteps
-from lightning_influence.replay.trajectory import ReplayTrajectory
 from lightning_influence.report.tables import in_notebook
-from lightning_influence.scoring.attribution import open_trajectory
+from lightning_influence.scoring.attribution import open_trajectory, resolved
 from lightning_influence.scoring.queries import Queries, Target, check_target, query_curvature, query_gradients
 from lightning_influence.scoring.query_loss import QueryLoss
 
@@ -103,10 +102,10 @@ class PredictedErrors:
 
 
 def error_proxy(
-    log: str | Path,
+    log: str | Path | LoggedSteps,
     *,
     queries: Any,
-    model: LightningModule,
+    model: Any,
     data: Any = None,
     target: Target = None,
     curvature: Literal["auto", "fisher", "hessian"] = "auto",
@@ -135,10 +134,11 @@ def error_proxy(
     check_target(target)
     if curvature not in ("auto", "fisher", "hessian"):
         raise ConfigurationError(f"curvature={curvature!r}; choose one of auto, fisher, hessian")
-    precision = str(LoggedSteps(log).reader.manifest["precision"])
-    queries = Queries.of(queries, data=data, precision=precision).held()
-    with open_trajectory(log, model, curvature, data, progress=progress) as run:
-        exact = isinstance(run, ReplayTrajectory) and curvature != "fisher"
+    steps = LoggedSteps.of(log)
+    queries = Queries.of(queries, data=data, precision=steps.manifest.precision).held()
+    with open_trajectory(steps, model, curvature, data, progress=progress) as run:
+        used = resolved(curvature, run)
+        exact = curvature_of(used).third_derivative
         names = list(run.sizes)
         gradients = query_gradients(
             model, queries, names, run.select, target=target, query_loss=query_loss, progress=progress
@@ -152,14 +152,14 @@ def error_proxy(
                 run if factor == 1.0 else scaled_learning_rate(run, factor),
                 gradients,
                 chosen,
-                curvature="hessian" if exact else "fisher",
+                curvature=used,  # type: ignore[arg-type]
                 counterfactual=counterfactual,
                 query_curvature=bent,
                 progress=progress,
             )
             for factor in lr_factors
         }
-        return PredictedErrors(proxies, "hessian" if exact else "fisher", len(run))
+        return PredictedErrors(proxies, used, len(run))
 
 
 def _drawn(run: Trajectory, n: int, seed: int) -> list[tuple[int, int]]:

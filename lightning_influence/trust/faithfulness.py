@@ -6,13 +6,11 @@ import copy
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
-from lightning import LightningModule
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from lightning_influence.errors import ConfigurationError
@@ -22,7 +20,8 @@ from lightning_influence.report import InfluenceReport
 from lightning_influence.report.provenance import Measured
 from lightning_influence.report.tables import in_notebook
 from lightning_influence.run.data import TrainingData
-from lightning_influence.run.training_step import prepared
+from lightning_influence.run.moment import Moment
+from lightning_influence.run.task import Task, as_task
 from lightning_influence.scoring.attribution import attribute
 from lightning_influence.scoring.groups import GroupsOf, named_groups
 from lightning_influence.scoring.queries import Queries, Target, asked_of, check_target, query_losses
@@ -145,15 +144,15 @@ class Faithfulness:
 
 
 def check_faithfulness(
-    log: str | Path,
+    log: str | Path | LoggedSteps,
     *,
     queries: Any,
-    model: LightningModule,
+    model: Any,
     data: Any,
     target: Target = None,
     counterfactual: Literal["drop", "zero"] = "drop",
     query_loss: QueryLoss | None = None,
-    make_model: Callable[[], LightningModule] | None = None,
+    make_model: Callable[[], Any] | None = None,
     estimators: Mapping[str, Mapping[str, Any]] = ESTIMATORS,
     removals: int | Sequence[int] = 30,
     subsets: int = 0,
@@ -193,26 +192,31 @@ def check_faithfulness(
     check_target(target)
     if not estimators:
         raise ConfigurationError("estimators is empty; name at least one, as in faithfulness.ESTIMATORS.")
-    source, precision = TrainingData.of(data), str(LoggedSteps(log).reader.manifest["precision"])
+    task = as_task(model)
+    steps, source = LoggedSteps.of(log), TrainingData.of(data)
+    precision = steps.manifest.precision
     held = Queries.of(queries, data=source, precision=precision).held()
     named = {} if groups is None else named_groups(groups)
-    asked = _removals(_used(log), removals, subsets, subset_size, named, seed)
+    asked = _removals(_used(steps), removals, subsets, subset_size, named, seed)
     together = {str(number): sorted(r) for number, r in enumerate(asked) if isinstance(r, frozenset)}
     reports = {
         name: attribute(
-            log, queries=held, model=model, data=source, target=target, query_loss=query_loss,
+            steps, queries=held, model=task, data=source, target=target, query_loss=query_loss,
             counterfactual=counterfactual, groups=together or None, progress=progress, **options,
         )
         for name, options in estimators.items()
     }  # fmt: skip
-    initial = make_model or _initialisation(log, model)
-    prepare = partial(prepared, datamodule=source.datamodule, precision=precision)
-    options = {"collate": source.collate, "dtype": dtype, "seed": seed, "prepare": prepare}
-    run = recorded_run(log, initial, source.dataset, **options)
+    initial = make_model or _initialisation(steps, task)
+
+    def prepare(trained: Task, batch: Any, moment: Moment) -> Any:
+        return trained.prepared(batch, moment=moment, datamodule=source.datamodule, precision=precision)
+
+    options = {"collate": source.collate, "dtype": dtype, "seed": seed, "task": task.on, "prepare": prepare}
+    run = recorded_run(steps, initial, source.dataset, **options)
     truth_queries = held if dtype is None else held.to_dtype(dtype)
 
-    def losses(module: LightningModule) -> Tensor:
-        return asked_of(query_losses(module, truth_queries, query_loss), target)
+    def losses(module: nn.Module) -> Tensor:
+        return asked_of(query_losses(task.on(module), truth_queries, query_loss), target)
 
     baseline = losses(retrain(run))
     asked_for = target if target is None or isinstance(target, str) else torch.as_tensor(target).tolist()
@@ -235,7 +239,9 @@ def check_faithfulness(
         {name: compare(found[part], truth[part]) for name, found in measured.items()} if part.start < part.stop else {}
         for part in (slice(0, n), slice(n, m), slice(m, len(asked)))
     )
-    return Faithfulness(single, of_subsets, truth, scores, asked, _levels(reports, baseline, losses, model), of_groups)
+    return Faithfulness(
+        single, of_subsets, truth, scores, asked, _levels(reports, baseline, losses, task.module), of_groups
+    )
 
 
 @dataclass(frozen=True)
@@ -244,7 +250,7 @@ class _Effects:
 
     run: Run
     removals: Sequence[Removal]
-    losses: Callable[[LightningModule], Tensor]
+    losses: Callable[[nn.Module], Tensor]
     counterfactual: Literal["drop", "zero"]
     workers: int
     progress: bool
@@ -268,27 +274,25 @@ def _key(removal: Removal) -> str:
     return json.dumps(sorted(removal) if isinstance(removal, frozenset) else removal)
 
 
-def _initialisation(log: str | Path, model: LightningModule) -> Callable[[], LightningModule]:
+def _initialisation(steps: LoggedSteps, task: Task) -> Callable[[], nn.Module]:
     """The module at the run's first snapshot."""
-    steps = LoggedSteps(log)
-    if steps.reader.manifest["record"] == "gradients":
+    if steps.manifest.record == "gradients":
         raise ConfigurationError(
             "this log does not hold the run's initialisation; give make_model=, a function that returns the module as it "
             "was before training, or record with InfluenceCallback(record='replay')."
         )
-    first = LoggedPlan(steps, model).snapshot(0)
+    first = LoggedPlan(steps, task).snapshot(0)
 
-    def make() -> LightningModule:
-        twin = copy.deepcopy(model)
+    def make() -> nn.Module:
+        twin = copy.deepcopy(task.module)
         twin.load_state_dict({**first.parameters, **first.buffers}, strict=False)
         return twin
 
     return make
 
 
-def _used(log: str | Path) -> Tensor:
+def _used(steps: LoggedSteps) -> Tensor:
     """Ids of the samples that a run consumed, ascending."""
-    steps = LoggedSteps(log)
     return torch.cat([steps.sample_ids(t) for t in range(len(steps))]).unique()
 
 
@@ -332,8 +336,8 @@ def _predicted(report: InfluenceReport, removals: Sequence[Removal]) -> Tensor:
 def _levels(
     reports: Mapping[str, InfluenceReport],
     baseline: Tensor,
-    losses: Callable[[LightningModule], Tensor],
-    model: LightningModule,
+    losses: Callable[[nn.Module], Tensor],
+    module: nn.Module,
 ) -> dict[str, float]:
     """Sizes of the three levels of error, relative to the scores, as far as the estimators asked for show them."""
     found = {}
@@ -345,7 +349,7 @@ def _levels(
     for report in reports.values():
         if report.metadata["response"] == "finite" and not report.metadata["optimizer_assumption"]:
             found["algorithm"] = float(report.nonlinearity.norm() / report.scores.norm())
-    twin = copy.deepcopy(model)
+    twin = copy.deepcopy(module)
     ended = losses(twin.to(torch.float64) if baseline.dtype == torch.float64 else twin)
     found["system"] = float((baseline - ended).abs().max() / ended.abs().max())
     return found

@@ -1,7 +1,6 @@
 """The same run again without some of its samples: the ground truth of attribution (docs/method.md, "Training again").
 
-A plain loop over the recorded batches, hyperparameters and clipping, with the module's own training step
-and optimizer. It shares no formula with the estimators it judges.
+A plain loop over the recorded batches, hyperparameters and clipping, with the task's own loss and optimizer. It shares no formula with the estimators it judges.
 """
 
 from __future__ import annotations
@@ -18,8 +17,7 @@ from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
 import torch
-from lightning import LightningModule
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.data import Dataset, default_collate
 from tqdm.auto import tqdm
 
@@ -27,15 +25,8 @@ from lightning_influence.core.trajectory import Clip, Hyper
 from lightning_influence.errors import ConfigurationError, InfluenceError
 from lightning_influence.log.steps import LoggedSteps
 from lightning_influence.run.batches import leaves, to_dtype
-from lightning_influence.run.training_step import (
-    Moment,
-    at_moment,
-    eval_modes,
-    prepared,
-    quiet,
-    set_modes,
-    training_loss,
-)
+from lightning_influence.run.moment import Moment, eval_modes, set_modes
+from lightning_influence.run.task import Task, as_task
 
 _CHECKPOINT_BYTES = 2**28
 _BATCH_BYTES = 2**29  # of collated batches kept from one rerun to the next
@@ -45,7 +36,7 @@ Counterfactual: TypeAlias = Literal["drop", "zero"]
 Removal: TypeAlias = "int | tuple[int, int] | frozenset[int]"
 """A sample, removed wherever it was used; (sample, step), removed from that step only; a set of samples."""
 
-Losses: TypeAlias = Callable[[LightningModule], Tensor]
+Losses: TypeAlias = Callable[[Any], Tensor]
 """``module -> (n_queries,)``."""
 
 
@@ -94,28 +85,30 @@ class Run:
         dtype: None for the module's own; ``torch.float64`` where effects come near float32 resolution.
         seed: reseeds the random numbers of every training step, for modules with dropout.
         averaged: whether the training loss is a mean over its samples.
-        prepare: a collated batch as the training step takes it.
+        task: a module as a `Task`.
+        prepare: a collated batch as the task's loss takes it.
     """
 
-    make_module: Callable[[], LightningModule]
+    make_module: Callable[[], Any]
     dataset: Dataset[Any]
     steps: Sequence[RetrainedStep]
     collate: Callable[[list[Any]], Any] = default_collate
     dtype: torch.dtype | None = None
     seed: int | None = None
     averaged: bool = True
-    prepare: Callable[[LightningModule, Any], Any] = prepared
+    task: Callable[[Any], Task] = as_task
+    prepare: Callable[[Task, Any, Moment], Any] = lambda task, batch, moment: task.prepared(batch, moment=moment)
 
 
 def recorded_run(
-    log: str | Path, make_module: Callable[[], LightningModule], dataset: Dataset[Any], **options: Any
+    log: str | Path | LoggedSteps, make_module: Callable[[], Any], dataset: Dataset[Any], **options: Any
 ) -> Run:
     """The run that a log recorded: its batches, learning rates and clipping.
 
     Args:
         options: further fields of `Run`.
     """
-    trajectory = LoggedSteps(log)
+    trajectory = LoggedSteps.of(log)
     steps = [_recorded_step(trajectory, index) for index in range(len(trajectory))]
     return Run(make_module, dataset, steps, averaged=trajectory.record(0).averaged, **options)
 
@@ -138,7 +131,7 @@ def retrain(
     *,
     at_step: int | None = None,
     counterfactual: Counterfactual = "drop",
-) -> LightningModule:
+) -> Any:
     """Train again without some samples, and return the module at its last parameters.
 
     Args:
@@ -221,7 +214,7 @@ def moved_initialisation(run: Run, scale: float = 1e-3, seed: int = 0) -> Run:
     the truth it gives agrees with that of the run itself is the ceiling (docs/method.md, "Training again").
     """
 
-    def make_module() -> LightningModule:
+    def make_module() -> Any:
         module = run.make_module()
         generator = torch.Generator().manual_seed(seed)
         with torch.no_grad():
@@ -245,12 +238,12 @@ class _Retraining:
         self._batch_bytes = 0
         self._checkpoints: dict[int, tuple[dict[str, Any], dict[str, Any]]] = {}
         if checkpoints:
-            module, optimizer = self._start()
-            size = sum(t.numel() * t.element_size() for t in module.state_dict().values()) * 3
+            task, optimizer = self._start()
+            size = sum(t.numel() * t.element_size() for t in task.module.state_dict().values()) * 3
             stride = max(1, len(run.steps) * size // _CHECKPOINT_BYTES)
-            self.baseline = self._go(module, optimizer, checkpoint_every=stride)
+            self.baseline = self._go(task, optimizer, checkpoint_every=stride)
 
-    def removing(self, removal: Removal) -> LightningModule:
+    def removing(self, removal: Removal) -> nn.Module:
         if isinstance(removal, tuple):
             sample, step = removal
             consumed = 0 <= step < len(self.run.steps) and self.run.steps[step].holds({sample})
@@ -262,37 +255,39 @@ class _Retraining:
             return self.without(frozenset({sample}), step)
         return self.without(frozenset({removal} if isinstance(removal, int) else removal), None)
 
-    def without(self, removed: frozenset[int], at_step: int | None) -> LightningModule:
+    def without(self, removed: frozenset[int], at_step: int | None) -> nn.Module:
         steps = self.run.steps
         first = next((i for i, step in enumerate(steps) if step.holds(removed)), len(steps))
         first = first if at_step is None else at_step
         start = max((step for step in self._checkpoints if step <= first), default=0)
-        module, optimizer = self._start()
+        task, optimizer = self._start()
         if start in self._checkpoints:
             state, optimizer_state = copy.deepcopy(self._checkpoints[start])
-            module.load_state_dict(state)
+            task.module.load_state_dict(state)
             optimizer.load_state_dict(optimizer_state)
-        return self._go(module, optimizer, start, removed, at_step)
+        return self._go(task, optimizer, start, removed, at_step)
 
-    def _start(self) -> tuple[LightningModule, torch.optim.Optimizer]:
+    def _start(self) -> tuple[Task, torch.optim.Optimizer]:
         module = self.run.make_module()
         if self.run.dtype is not None:
             module.to(self.run.dtype)
         module.train()
-        return module, _only_optimizer(module.configure_optimizers())
+        task = self.run.task(module)
+        return task, task.optimizer()
 
     def _go(
         self,
-        module: LightningModule,
+        task: Task,
         optimizer: torch.optim.Optimizer,
         start: int = 0,
         removed: frozenset[int] = frozenset(),
         at_step: int | None = None,
         checkpoint_every: int | None = None,
-    ) -> LightningModule:
+    ) -> nn.Module:
+        module = task.module
         names: dict[Tensor, str] = {p: name for name, p in module.named_parameters()}
-        generators = [module.device] if module.device.type == "cuda" else []
-        with quiet(module), torch.random.fork_rng(generators), torch.enable_grad():
+        generators = [task.device] if task.device.type == "cuda" else []
+        with task.quiet(), torch.random.fork_rng(generators), torch.enable_grad():
             for index in range(start, len(self.run.steps)):
                 if checkpoint_every is not None and index % checkpoint_every == 0:
                     self._checkpoints[index] = copy.deepcopy((module.state_dict(), optimizer.state_dict()))
@@ -302,35 +297,32 @@ class _Retraining:
                 for number, micro_batch in enumerate(step.micro_batches):
                     if self.run.seed is not None:
                         torch.manual_seed(hash((self.run.seed, index, number)) % 2**63)
-                    self._backward(module, micro_batch, gone, number)
+                    self._backward(task, micro_batch, gone, number)
                 _finish_step(optimizer, step, names)
         optimizer.zero_grad()
         return module
 
-    def _backward(
-        self, module: LightningModule, micro_batch: RetrainedMicroBatch, gone: frozenset[int], number: int
-    ) -> None:
+    def _backward(self, task: Task, micro_batch: RetrainedMicroBatch, gone: frozenset[int], number: int) -> None:
         kept = tuple(z for z in micro_batch.sample_ids if z not in gone)
         if not kept:
-            for p in module.parameters():
+            for p in task.module.parameters():
                 if p.requires_grad and p.grad is None:
                     p.grad = torch.zeros_like(p)
             return
         factor = micro_batch.factor
         if self.run.averaged and self.counterfactual == "zero" and len(kept) < len(micro_batch.sample_ids):
             factor = sum(w for z, w in zip(micro_batch.sample_ids, micro_batch.weights, strict=True) if z not in gone)
-        moment = micro_batch.moment or Moment(number, in_eval=eval_modes(module))
-        set_modes(module, moment.in_eval)
-        with at_moment(module, moment):
-            loss = training_loss(module, self._batch(module, micro_batch, kept), moment.batch_idx)
+        moment = micro_batch.moment or Moment(number, in_eval=eval_modes(task.module))
+        set_modes(task.module, moment.in_eval)
+        loss = task.loss(self._batch(task, micro_batch, moment, kept), moment)
         (loss / (1 / factor)).backward()  # Lightning divides by the number of micro-batches: bitwise the same
 
-    def _batch(self, module: LightningModule, micro_batch: RetrainedMicroBatch, kept: tuple[int, ...]) -> Any:
+    def _batch(self, task: Task, micro_batch: RetrainedMicroBatch, moment: Moment, kept: tuple[int, ...]) -> Any:
         """The collated batch; those that are whole are collated once, while they fit."""
         if kept in self._batches:
             return self._batches[kept]
         batch = self.run.collate([self.run.dataset[z] for z in kept])
-        batch = self.run.prepare(module, batch)
+        batch = self.run.prepare(task, batch, moment)
         if self.run.dtype is not None:
             batch = to_dtype(batch, self.run.dtype)
         if len(kept) == len(micro_batch.sample_ids) and self._batch_bytes <= _BATCH_BYTES:
@@ -359,20 +351,6 @@ def _schedule(group: dict[str, Any], hyper: Hyper) -> None:
         group["betas"] = (hyper["beta1"], hyper["beta2"])
     if "momentum" in group:
         group["momentum"] = hyper["momentum"]
-
-
-def _only_optimizer(configured: Any) -> torch.optim.Optimizer:
-    """The optimizer in any of the forms that ``configure_optimizers`` may return."""
-    if isinstance(configured, torch.optim.Optimizer):
-        return configured
-    if isinstance(configured, dict):
-        return _only_optimizer(configured["optimizer"])
-    if isinstance(configured, (list, tuple)) and configured:
-        first = configured[0]
-        inner = first if isinstance(first, (list, tuple)) else [first]
-        if len(inner) == 1:
-            return _only_optimizer(inner[0])
-    raise ConfigurationError(f"configure_optimizers returned {configured!r}; retraining follows a single optimizer.")
 
 
 # -- worker processes ----------------------------------------------------------------------------------------

@@ -38,7 +38,7 @@ class GateLater(Classifier):
 
 
 def record(module: L.LightningModule, path: Path, **options: Any) -> None:
-    fit(module, loader(TRAIN), InfluenceCallback(path / "log"), max_epochs=2, **options)
+    fit(module, loader(TRAIN), InfluenceCallback(path / "log", on_error="raise"), max_epochs=2, **options)
 
 
 def select(module: L.LightningModule, path: Path, **options: Any) -> None:

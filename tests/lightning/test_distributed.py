@@ -18,10 +18,11 @@ from modules import Classifier, fit, split_digits
 from torch.utils.data import DataLoader, DistributedSampler, IterableDataset, Sampler
 
 from lightning_influence import InfluenceCallback, InfluenceReport, SelectionDataModule, attribute
-from lightning_influence.core.removal import removal
+from lightning_influence.core.removal import gradient_change
 from lightning_influence.errors import ConfigurationError, LogCorrupted
 from lightning_influence.lightning.run_report import whole_validation
 from lightning_influence.log.steps import LoggedTrajectory
+from lightning_influence.selection.decisions import SelectionReport
 
 N, LOCAL, PROCESSES = 96, 8, 2
 TRAIN, QUERIES = split_digits(N, 6)
@@ -222,7 +223,7 @@ def test_without_a_sample_its_process_averages_over_the_rest_and_the_others_stay
 
     whole = step(None, InfluenceCallback(tmp_path, compression="full"))
     log = LoggedTrajectory(tmp_path)
-    removed = removal(log.record(0), "drop")
+    removed = gradient_change(log.record(0), "drop")
     at = removed.sample_ids.tolist().index(3)
     shares, gradients = log.shares(0), log.record(0).gradients
     names = [k for k, _ in Classifier().named_parameters()]
@@ -334,5 +335,8 @@ def test_a_checkpoint_of_two_processes_holds_the_decisions_of_both(tmp_path: Pat
     checkpoint = ModelCheckpoint(tmp_path, filename="last", save_on_train_epoch_end=True)
     fit(Classifier(), data, checkpoint, strategy="ddp_fork", devices=PROCESSES, enable_checkpointing=True)
     state = torch.load(tmp_path / "last.ckpt", weights_only=False)["Selects"]
-    seen = [torch.cat([ids for _, ids, _, _ in rows]).tolist() for rows in state["decisions"]]
+    seen = [
+        torch.cat([ids for _, ids, _, _ in rows]).tolist()
+        for rows in map(SelectionReport().restored, state["decisions"])
+    ]
     assert sorted(seen[0] + seen[1]) == list(range(N))

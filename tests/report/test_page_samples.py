@@ -17,9 +17,11 @@ from test_report import images, some_report
 from test_report_page import Opened, written
 
 from lightning_influence import InfluenceReport
+from lightning_influence.core.scores import RowScores
 from lightning_influence.errors import ConfigurationError
 from lightning_influence.report import arrays as module
 from lightning_influence.report.arrays import arrays, packed
+from lightning_influence.report.groups import Groups
 from lightning_influence.report.numbers import signed
 from lightning_influence.report.tokens import TokenScores
 from lightning_influence.run.losses import Dynamics
@@ -129,10 +131,12 @@ def test_labels_in_doubt_are_told_with_what_is_suggested(tmp_path: Path) -> None
 
 def test_whole_groups_are_told_where_a_report_has_them(tmp_path: Path) -> None:
     report = some_report()
-    report.groups = SimpleNamespace(names=["web", "book"], scores=torch.tensor([[1.0, 2.0, 3.0], [-1.0, 0.0, -0.5]]))  # type: ignore[attr-defined]
+    scores = torch.tensor([[1.0, 2.0, 3.0], [-1.0, 0.0, -0.5]])
+    rows = RowScores(torch.arange(2), torch.zeros(2, dtype=torch.int64), scores, scores)
+    report.groups = Groups(["web", "book"], [30, 10], rows, report.query_ids)
     part = written(report, tmp_path).split('id="groups"')[1].split("</section>")[0]
-    rows = [re.findall(r'data-value="([^"]*)"', row) for row in part.split("<tr>")[2:]]
-    assert [(row[0], float(row[1])) for row in rows] == [("web", 2.0), ("book", -0.5)]
+    found = [re.findall(r'data-value="([^"]*)"', row) for row in part.split("<tr>")[2:]]
+    assert [(name, int(n), float(score)) for name, n, score in found] == [("web", 30, 2.0), ("book", 10, -0.5)]
     assert "removed as a whole" in part
 
 

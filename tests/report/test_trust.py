@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 from test_report import some_report
 
+from lightning_influence.core.curvature import CURVATURES
 from lightning_influence.report.provenance import Coverage, Estimate, Measured, Provenance, RemovalSummary
 from lightning_influence.report.trust import Trust, trust
 
@@ -134,3 +135,8 @@ def test_provenance_comes_back_from_json() -> None:
     assert "removals" not in Provenance(record="gradients").to_json()
     measured = Measured({"config": 0.9}, Estimate(0.9, 0.8, 1.0), None, "So.")
     assert Measured.from_json(measured.to_json()) == measured
+
+
+def test_the_page_has_a_word_on_every_curvature() -> None:
+    for name in CURVATURES:
+        assert told(curvature=name)["Curvature"].meaning

@@ -87,6 +87,16 @@ def test_tokens_add_up_to_their_samples(tmp_path: Path, counterfactual: Any, opt
         assert found.positions[z].tolist() == list(range(int((text != 0).sum())))
 
 
+def test_other_curvatures(tmp_path: Path) -> None:
+    """Also of a log of both kinds, of which attribute would read the gradients."""
+    module = trained(Texts(), InfluenceCallback(tmp_path, record="both"))
+    for curvature in ("none", "gauss_newton"):
+        asked: dict[str, Any] = {"queries": QUERIES, "model": module, "data": texts(), "curvature": curvature}
+        report = attribute(tmp_path, response="tangent", target="mean", **asked)
+        found = token_scores(tmp_path, [0, 7], **asked).per_sample
+        assert torch.allclose(found, report.scores[[0, 7]].to(found), rtol=1e-5)
+
+
 @pytest.mark.parametrize(("reduction", "counterfactual"), [("mean", "drop"), ("mean", "zero"), ("sum", "drop")])
 def test_a_token_is_worth_what_its_loss_is_worth(tmp_path: Path, counterfactual: Any, reduction: Any) -> None:
     """Against a central difference of retraining with the token's own weight, in numerator and denominator."""

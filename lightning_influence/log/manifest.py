@@ -1,0 +1,184 @@
+"""What a log is of: the content of its manifest."""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+import torch
+
+from lightning_influence.capture import GradientCapture
+from lightning_influence.capture.step import StepOptions
+from lightning_influence.core.optimizers import UPDATES
+from lightning_influence.errors import LogCorrupted
+from lightning_influence.log.reader import StoreReader
+from lightning_influence.run.optimizer import update_name
+
+RECORDS = ("gradients", "replay", "both")
+"""Ways of recording."""
+
+_PACKAGES = ("lightning-influence", "torch", "lightning", "safetensors", "transformers", "peft")
+_LARGEST = 2**63
+
+
+@dataclass(frozen=True)
+class Recorded:
+    """Numbers of coordinates.
+
+    Attributes:
+        trained: of the parameters that the optimizer moved.
+        recorded: of those whose per-sample gradients a log can hold.
+    """
+
+    trained: int
+    recorded: int
+
+    def __post_init__(self) -> None:
+        for name, n in asdict(self).items():
+            _expect(type(n) is int and 0 <= n < _LARGEST, f"coverage: {name}", n)
+
+
+@dataclass(frozen=True)
+class Mask:
+    """Which coordinates of a parameter are kept where a mask chooses them."""
+
+    size: int
+    seed: int
+
+    def __post_init__(self) -> None:
+        for name, n in asdict(self).items():
+            _expect(type(n) is int, f"mask: {name}", n)
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What a log is of.
+
+    Attributes:
+        module, optimizer: names of the classes.
+        update: the optimizer's rule, a key of `UPDATES`.
+        record: what was recorded, one of `RECORDS`.
+        frozen_batch_norm: whether batch normalisation trained with its running statistics.
+        parameters: how per-sample gradients of each parameter are had, for people to read.
+        shapes: of every parameter of the module.
+        excluded: patterns of parameters that were left out.
+        compression, mask: how much was kept of per-sample gradients.
+        reduction: of the training loss.
+        precision: of the run, by Lightning's names.
+        versions: of the packages that recorded.
+        run: by which a log is known wherever it lies.
+
+    Raises:
+        ValueError: content of another type, or an unknown update or way of recording.
+    """
+
+    module: str
+    optimizer: str
+    update: str
+    record: str
+    frozen_batch_norm: bool
+    parameters: Sequence[Mapping[str, Any]]
+    shapes: Mapping[str, Sequence[int]]
+    excluded: Sequence[str]
+    coverage: Recorded
+    compression: str
+    mask: Mask
+    reduction: str
+    precision: str
+    versions: Mapping[str, str] = field(default_factory=dict)
+    run: str | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("module", "optimizer", "update", "record", "compression", "reduction", "precision"):
+            _expect(isinstance(getattr(self, name), str), name, getattr(self, name))
+        _expect(self.update in UPDATES, "update", self.update)
+        _expect(self.record in RECORDS, "record", self.record)
+        _expect(isinstance(self.frozen_batch_norm, bool), "frozen_batch_norm", self.frozen_batch_norm)
+        _expect(isinstance(self.parameters, Sequence), "parameters", self.parameters)
+        _expect(isinstance(self.shapes, Mapping), "shapes", self.shapes)
+        for name, shape in self.shapes.items():
+            sizes = isinstance(shape, Sequence) and all(type(n) is int and 0 <= n < _LARGEST for n in shape)
+            _expect(sizes, f"shapes: that of {name}", shape)
+        texts = isinstance(self.excluded, Sequence) and all(isinstance(pattern, str) for pattern in self.excluded)
+        _expect(texts and not isinstance(self.excluded, str), "excluded", self.excluded)
+        _expect(isinstance(self.versions, Mapping), "versions", self.versions)
+        _expect(self.run is None or isinstance(self.run, str), "run", self.run)
+
+    @classmethod
+    def of_run(
+        cls,
+        module: torch.nn.Module,
+        optimizer: torch.optim.Optimizer,
+        capture: GradientCapture | None,
+        options: StepOptions,
+        *,
+        record: str,
+        compression: str,
+        mask: Mask,
+        precision: str,
+    ) -> Manifest:
+        """Of a run that is about to be recorded.
+
+        Args:
+            capture: of its per-sample gradients; None where they are not recorded.
+        """
+        optimized = {id(p) for group in optimizer.param_groups for p in group["params"]}
+        trained = sum(p.numel() for p in module.parameters() if p.requires_grad and id(p) in optimized)
+        return cls(
+            module=f"{type(module).__module__}.{type(module).__qualname__}",
+            optimizer=type(optimizer).__name__,
+            update=update_name(optimizer),
+            record=record,
+            frozen_batch_norm=options.frozen_batch_norm,
+            parameters=[] if capture is None else capture.table,
+            shapes={k: list(p.shape) for k, p in module.named_parameters()},
+            excluded=list(options.exclude),
+            coverage=Recorded(
+                trained, trained if capture is None else sum(p.numel() for p in capture.parameters.values())
+            ),
+            compression=compression,
+            mask=mask,
+            reduction=options.reduction,
+            precision=precision,
+            versions=_versions(),
+        )
+
+    @classmethod
+    def of(cls, reader: StoreReader) -> Manifest:
+        """Of a store.
+
+        Raises:
+            LogCorrupted: it does not say what a manifest says.
+        """
+        content = reader.manifest
+        try:
+            own = {f.name: content[f.name] for f in fields(cls) if f.name != "run"}
+            own |= {"coverage": Recorded(**own["coverage"]), "mask": Mask(**own["mask"])}
+            return cls(**own, run=content.get("run"))
+        except (TypeError, ValueError) as error:
+            raise LogCorrupted(
+                f"the manifest of {reader.path} is not that of a run: {error!s:.200}. Restore the log from a copy, or give a "
+                "directory that InfluenceCallback wrote."
+            ) from error
+
+    def to_json(self) -> dict[str, Any]:
+        """As `StoreWriter.write_manifest` takes it."""
+        return {key: value for key, value in asdict(self).items() if value is not None}
+
+
+def _expect(holds: bool, name: str, value: Any) -> None:
+    if not holds:
+        raise ValueError(f"{name} is {value!r:.100}")
+
+
+def _versions() -> dict[str, str]:
+    found = {"python": platform.python_version()}
+    for package in _PACKAGES:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            continue  # an optional one
+    return found
