@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo test slow soak mutants lint docs clean
+.PHONY: demo test slow bench soak mutants lint docs clean
 
 demo: $(READY)
 	$(BIN)/python examples/demo.py
@@ -15,6 +15,10 @@ test: lint
 
 slow: $(READY)
 	$(BIN)/python -m pytest -m slow
+
+# What every part costs beside plain training, on one core.
+bench: $(READY)
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/cost.py
 
 # Runs of every mode killed and gone on with: is anything lost? Some minutes.
 soak: $(READY)

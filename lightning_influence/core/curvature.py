@@ -109,6 +109,23 @@ def gradient_graph(loss: Loss, parameters: dict[str, Tensor]) -> GradientGraph:
     return GradientGraph(leaves, dict(zip(leaves, gradients, strict=True)))
 
 
+def hessian_product(loss: Loss, parameters: dict[str, Tensor], vectors: Vectors, *, at_once: int = 8) -> Vectors:
+    """Exact Hessian-vector products, forward over reverse: ``d/d eps grad loss(theta + eps v)``, ``(q, d)`` each.
+
+    For many vectors and convolutions, whose second derivative in reverse is slow, faster than `GradientGraph`.
+
+    Example:
+        >>> direction = {"weight": torch.tensor([[1.0, 2.0]])}
+        >>> hessian_product(lambda p: (p["weight"] ** 3).sum(), {"weight": torch.ones(2)}, direction)
+        {'weight': tensor([[ 6., 12.]])}
+    """
+
+    def product(direction: dict[str, Tensor]) -> dict[str, Tensor]:
+        return jvp(grad(loss), (parameters,), (direction,))[1]  # type: ignore[no-any-return]
+
+    return _for_each(product, parameters, vectors, at_once)
+
+
 def third_derivative(loss: Loss, parameters: dict[str, Tensor], vectors: Vectors, *, at_once: int = 8) -> Vectors:
     """``D3L[v, v] = d2/d eps2 grad loss(theta + eps v)``, ``(q, d)`` each.
 

@@ -19,6 +19,7 @@ from torch import Tensor
 from lightning_influence.core.trajectory import Hyper
 
 Moments: TypeAlias = tuple[Tensor, ...]
+Numbers: TypeAlias = tuple[float, ...]
 
 
 @dataclass(frozen=True)
@@ -40,14 +41,20 @@ class Update:
 
     Attributes:
         moments: names of the moments in ``torch.optim.Optimizer.state``, in order.
-        apply: ``(moments, gradient, hyper) -> (change of the parameter, new moments)``. The gradient
+        numbers: what a step's hyperparameters come to: the constants of its formula, always as many.
+        formula: ``(moments, gradient, numbers) -> (change of the parameter, new moments)``. The gradient
             is the effective one (`effective_gradient`); decoupled weight decay is not part of it.
         inverse: None where a step cannot be undone.
     """
 
     moments: tuple[str, ...]
-    apply: Callable[[Moments, Tensor, Hyper], tuple[Tensor, Moments]]
+    numbers: Callable[[Hyper], Numbers]
+    formula: Callable[[Moments, Tensor, Numbers], tuple[Tensor, Moments]]
     inverse: Inverse | None = None
+
+    def apply(self, moments: Moments, gradient: Tensor, hyper: Hyper) -> tuple[Tensor, Moments]:
+        """``(change of the parameter, new moments)`` of one step."""
+        return self.formula(moments, gradient, self.numbers(hyper))
 
 
 def _safe_sqrt(x: Tensor) -> Tensor:
@@ -55,23 +62,28 @@ def _safe_sqrt(x: Tensor) -> Tensor:
     return x.clamp(min=torch.finfo(x.dtype).tiny).sqrt()
 
 
-def _adam_moments(moments: Moments, gradient: Tensor, hyper: Hyper) -> Moments:
-    m, v = moments
-    return torch.lerp(m, gradient, 1 - hyper["beta1"]), torch.lerp(v, gradient**2, 1 - hyper["beta2"])
-
-
-def _adam_change(m: Tensor, v: Tensor, hyper: Hyper) -> Tensor:
-    # the bias corrections are gathered into two numbers, and the division fused with what scales it: this is the
-    # innermost loop of the finite response
+def _adam_numbers(hyper: Hyper) -> Numbers:
+    # the bias corrections are gathered into two numbers: the formula is the innermost loop of the finite response
     correction1 = 1 - hyper["beta1"] ** hyper["step"]
     correction2 = math.sqrt(1 - hyper["beta2"] ** hyper["step"])
     scale = -hyper["lr"] * correction2 / correction1
-    return torch.addcdiv(m.new_zeros(()), m, _safe_sqrt(v) + correction2 * hyper["eps"], value=scale)
+    return 1 - hyper["beta1"], 1 - hyper["beta2"], scale, correction2 * hyper["eps"]
 
 
-def _adam(moments: Moments, gradient: Tensor, hyper: Hyper) -> tuple[Tensor, Moments]:
-    m, v = _adam_moments(moments, gradient, hyper)
-    return _adam_change(m, v, hyper), (m, v)
+def _adam_moments(moments: Moments, gradient: Tensor, numbers: Numbers) -> Moments:
+    m, v = moments
+    new1, new2, *_ = numbers
+    return torch.lerp(m, gradient, new1), torch.lerp(v, gradient**2, new2)
+
+
+def _adam_change(m: Tensor, v: Tensor, numbers: Numbers) -> Tensor:
+    *_, scale, eps = numbers
+    return torch.addcdiv(m.new_zeros(()), m, _safe_sqrt(v) + eps, value=scale)  # fused with what scales it
+
+
+def _adam(moments: Moments, gradient: Tensor, numbers: Numbers) -> tuple[Tensor, Moments]:
+    m, v = _adam_moments(moments, gradient, numbers)
+    return _adam_change(m, v, numbers), (m, v)
 
 
 def _adam_moments_before(moments: Moments, gradient: Tensor, hyper: Hyper) -> Moments:
@@ -81,32 +93,45 @@ def _adam_moments_before(moments: Moments, gradient: Tensor, hyper: Hyper) -> Mo
     return m, v.clamp(min=0.0)  # rounding may leave less than nothing of what began at zero
 
 
-_ADAM_INVERSE = Inverse(lambda moments, hyper: _adam_change(moments[0], moments[1], hyper), _adam_moments_before)
+_ADAM_INVERSE = Inverse(
+    lambda moments, hyper: _adam_change(moments[0], moments[1], _adam_numbers(hyper)), _adam_moments_before
+)
 
 
-def _amsgrad(moments: Moments, gradient: Tensor, hyper: Hyper) -> tuple[Tensor, Moments]:
-    m, v = _adam_moments(moments[:2], gradient, hyper)
+def _amsgrad(moments: Moments, gradient: Tensor, numbers: Numbers) -> tuple[Tensor, Moments]:
+    m, v = _adam_moments(moments[:2], gradient, numbers)
     largest = torch.maximum(moments[2], v)
-    return _adam_change(m, largest, hyper), (m, v, largest)
+    return _adam_change(m, largest, numbers), (m, v, largest)
 
 
-def _sgd(moments: Moments, gradient: Tensor, hyper: Hyper) -> tuple[Tensor, Moments]:
-    return -hyper["lr"] * gradient, ()
+def _sgd_numbers(hyper: Hyper) -> Numbers:
+    return (-hyper["lr"],)
 
 
-def _momentum_sgd(moments: Moments, gradient: Tensor, hyper: Hyper) -> tuple[Tensor, Moments]:
+def _sgd(moments: Moments, gradient: Tensor, numbers: Numbers) -> tuple[Tensor, Moments]:
+    return numbers[0] * gradient, ()
+
+
+def _momentum_sgd_numbers(hyper: Hyper) -> Numbers:
+    """Momentum, what of the gradient enters the buffer, and what of buffer and gradient the parameter moves by."""
+    new = 1 - hyper["dampening"] if hyper["step"] > 1 else 1.0  # torch starts the buffer at the gradient
+    if hyper["nesterov"]:
+        return hyper["momentum"], new, -hyper["lr"] * hyper["momentum"], -hyper["lr"]
+    return hyper["momentum"], new, -hyper["lr"], 0.0
+
+
+def _momentum_sgd(moments: Moments, gradient: Tensor, numbers: Numbers) -> tuple[Tensor, Moments]:
     (buffer,) = moments
-    dampening = hyper["dampening"] if hyper["step"] > 1 else 0.0  # torch starts the buffer at the gradient
-    buffer = hyper["momentum"] * buffer + (1 - dampening) * gradient
-    direction = gradient + hyper["momentum"] * buffer if hyper["nesterov"] else buffer
-    return -hyper["lr"] * direction, (buffer,)
+    momentum, new, of_buffer, of_gradient = numbers
+    buffer = momentum * buffer + new * gradient
+    return of_buffer * buffer + of_gradient * gradient, (buffer,)
 
 
 UPDATES: dict[str, Update] = {
-    "adam": Update(("exp_avg", "exp_avg_sq"), _adam, _ADAM_INVERSE),
-    "amsgrad": Update(("exp_avg", "exp_avg_sq", "max_exp_avg_sq"), _amsgrad),
-    "sgd": Update((), _sgd),
-    "momentum_sgd": Update(("momentum_buffer",), _momentum_sgd),
+    "adam": Update(("exp_avg", "exp_avg_sq"), _adam_numbers, _adam, _ADAM_INVERSE),
+    "amsgrad": Update(("exp_avg", "exp_avg_sq", "max_exp_avg_sq"), _adam_numbers, _amsgrad),
+    "sgd": Update((), _sgd_numbers, _sgd),
+    "momentum_sgd": Update(("momentum_buffer",), _momentum_sgd_numbers, _momentum_sgd),
 }
 """The known update rules. AdamW is ``adam`` with ``decoupled`` weight decay."""
 

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from lightning_influence.core.fused import fused_response
 from lightning_influence.core.optimizers import Moments, ParameterStep
 
 
@@ -16,6 +17,7 @@ def finite_response(
     closing: Moments,
     change: Tensor,
     later: Sequence[Tensor | None] | None = None,
+    fuse: int | None = None,
 ) -> Tensor:
     """Exact response of the queries to a finite change of one step's gradient (docs/method.md, "The finite response").
 
@@ -30,6 +32,8 @@ def finite_response(
         change: ``(n, d)``, change of the gradient consumed in the first step, one row a sample.
         later: changes ``(n, d)`` of the gradients of the window's steps that are made in any case, None for none; the
             first is not looked at. The response is then that of a run which makes them, to ``change`` besides.
+        fuse: the steps of a whole window, where its kernels are to be compiled into one (`fused`), which ``later`` keeps
+            separate.
 
     Returns:
         ``(q, n)``, the predicted changes of the queries, in the precision of ``change``.
@@ -46,6 +50,10 @@ def finite_response(
         >>> response.round(decimals=4).abs()
         tensor([[0.2000, 0.0000]])
     """
+    if fuse is not None and later is None:
+        found = fused_response(window, after, closing, change, fuse)
+        if found is not None:
+            return found
     sign = -1.0 if window[0].hyper["maximize"] else 1.0
     changes = [sign * change, *(None if c is None else sign * c for c in (later or [None] * len(window))[1:])]
     response = torch.zeros(after[0].shape[0], change.shape[0], dtype=change.dtype, device=change.device)

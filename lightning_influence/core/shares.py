@@ -20,6 +20,7 @@ from torch import Tensor
 from lightning_influence.core.trajectory import Shares
 
 _GATHER_ELEMENTS = 2**24  # of a block of gathered factors
+_FORMED_ELEMENTS = 2**21  # of a block of products that were formed
 _FEW = (4, 8)  # rows and columns of a block
 
 
@@ -132,6 +133,8 @@ class Outer:
 
     def inner(self, vectors: Tensor) -> Tensor:
         left, right = self.left.to(vectors), self.right.to(vectors)
+        if self._is_cheaper_formed(len(vectors)):
+            return torch.cat([vectors @ Outer(left[s], right[s]).dense().T for s in self._blocks()], 1)
         matrices = vectors.unflatten(1, (left.shape[2], right.shape[2]))
         return torch.stack([((left @ m) * right).sum((1, 2)) for m in matrices])
 
@@ -139,11 +142,28 @@ class Outer:
         used = (weights != 0).any(0)
         if 2 * int(used.sum()) < self.n_samples:  # a product as large as the samples that take part in it
             return Outer(self.left[used], self.right[used]).combine(weights[:, used])
+        if self._is_cheaper_formed(len(weights)):
+            formed = weights.new_zeros(len(weights), self.n_coordinates)
+            for s in self._blocks():
+                formed.addmm_(weights[:, s], Outer(self.left[s], self.right[s]).dense().to(weights))
+            return formed
         left, right = self.left.to(weights).flatten(0, 1), self.right.to(weights).flatten(0, 1)
         total = weights.new_empty(len(weights), left.shape[1], right.shape[1])
         for matrix, weight in zip(total, weights.repeat_interleave(self.left.shape[1], 1), strict=True):
             torch.mm((weight[:, None] * left).T, right, out=matrix)
         return total.flatten(1)
+
+    def _is_cheaper_formed(self, queries: int) -> bool:
+        """Whether a share is to be formed once and read by every query, rather than each query taken through its factors:
+        per coordinate and sample ``t + q`` multiplications against ``t q``.
+        """
+        tokens = self.left.shape[1]
+        return tokens + queries < tokens * queries
+
+    def _blocks(self) -> list[slice]:
+        """Samples whose formed shares fit in a bounded block."""
+        size = max(1, _FORMED_ELEMENTS // max(self.n_coordinates, 1))
+        return [slice(start, start + size) for start in range(0, self.n_samples, size)]
 
     def dense(self, samples: slice = slice(None)) -> Tensor:
         return (self.left[samples].mT @ self.right[samples]).flatten(1)
@@ -318,15 +338,21 @@ class Stack:
 Form = Dense | Outer | SparseRows | Sum | Stack
 
 
-def sample_chunks(n_samples: int, n_coordinates: int, elements: int) -> list[slice]:
-    """Slices of the samples whose dense shares stay within a block of so many elements.
+def sample_chunks(n_samples: int, n_coordinates: int, elements: int, *, least: int = 1) -> list[slice]:
+    """Slices of the samples whose dense shares stay within a block of so many elements, about as long as one another.
+
+    Args:
+        least: samples of a slice, where there are so many.
 
     Example:
         >>> sample_chunks(5, n_coordinates=16_000, elements=2**15)
-        [slice(0, 2, None), slice(2, 4, None), slice(4, 6, None)]
+        [slice(0, 1, None), slice(1, 3, None), slice(3, 5, None)]
+        >>> sample_chunks(5, n_coordinates=2**20, elements=2**15, least=2)
+        [slice(0, 2, None), slice(2, 5, None)]
     """
     size = max(1, elements // max(n_coordinates, 1))
-    return [slice(i, i + size) for i in range(0, n_samples, size)]
+    count = min(-(-n_samples // size), max(1, n_samples // least))
+    return [slice(n_samples * i // count, n_samples * (i + 1) // count) for i in range(count)]
 
 
 def add(first: Form, second: Form) -> Form:

@@ -18,6 +18,7 @@ from tqdm.auto import tqdm
 from lightning_influence.core.adjoint import Adjoint, adjoint, gradient_adjoint, join_adjoints
 from lightning_influence.core.clipping import clip_adjoint
 from lightning_influence.core.curvature import CURVATURES, Curvature
+from lightning_influence.core.fused import pays
 from lightning_influence.core.joint import JointResponse
 from lightning_influence.core.optimizers import UPDATES, Moments, ParameterStep, Update, effective_gradient, join
 from lightning_influence.core.pieces import Pieces
@@ -33,6 +34,7 @@ from lightning_influence.errors import ConfigurationError, check_choice
 RESPONSES = ("finite", "tangent")
 
 _CHUNK_ELEMENTS = 2**15  # of one dense block of per-sample gradients: what a processor's cache holds
+_LARGE_ELEMENTS = 2**17  # of one that a single kernel reads, once, or that many queries are multiplied with
 
 
 @dataclass(frozen=True)
@@ -104,7 +106,7 @@ def sweep(
     pieces = Pieces(trajectory)
     length = window_length(pieces, method)
     window = Window(_update(pieces, method), length, in_files=window_in_files)
-    walk = _Walk(pieces, method, pieces.cut(queries), window, sets)
+    walk = _Walk(pieces, method, pieces.cut(queries), window, sets, scored=len(scored))
     groups = _Groups(walk, progress=progress) if sets.groups else None
     blocks, of_groups = [], list[RowScores]()
     last = min(scored, default=len(trajectory))
@@ -186,7 +188,10 @@ class _Walk:
         queries: Vectors,
         window: Window | None = None,
         sets: RemovalSets = EVERY_SAMPLE,
+        scored: int = 0,
     ) -> None:
+        steps = scored * (window.length if window is not None else 0)
+        self._evaluations = steps * sum(kept for kept, _ in trajectory.sizes.values())  # of a step, for each sample
         self.trajectory, self.method, self.window = trajectory, method, window
         self.alone, self.groups = sets.alone, sets.together
         self.together: RowScores | None = None
@@ -306,9 +311,12 @@ class _Walk:
         window, after, closing, _ = self.window.of(tuple(names))
         size = sum(own.shares[name].n_coordinates for name in names)
         totals = {k: removed.totals(own.shares[k], own.gradients[k]) for k in names}
-        for samples in sample_chunks(len(removed), size, _CHUNK_ELEMENTS):
+        fuse = self.window.length if pays(self._evaluations * len(removed)) else None
+        # many queries are multiplied with a block of several samples at once
+        elements, least = (_LARGE_ELEMENTS, 2) if fuse is not None or self.n_queries > 1 else (_CHUNK_ELEMENTS, 1)
+        for samples in sample_chunks(len(removed), size, elements, least=least):
             parts = [own.consumed.change(own.gradients[k], own.shares[k], samples, totals[k]) for k in names]
-            scores[:, samples] = finite_response(window, after, closing, torch.cat(parts, 1)).to(scores)
+            scores[:, samples] = finite_response(window, after, closing, torch.cat(parts, 1), fuse=fuse).to(scores)
         return scores
 
     def _together(self, own: StepRemovals, block: Block, again: Tensor, like: Tensor) -> Tensor:

@@ -134,6 +134,7 @@ class InfluenceCallback(L.Callback):
             raise ConfigurationError("log is missing; give the directory that the log is to be written to.")
         self.dirpath = Path(log)  # the trainer makes a callback's attribute `log` its logging function
         refuse_undecodable(self.dirpath)
+        self._state_key = self._generate_state_key(dirpath=str(self.dirpath.resolve()))  # asked for at every hook
         for name, value, known in (
             ("record", record, ("auto", *RECORDS)),
             ("compression", compression, COMPRESSIONS),
@@ -191,7 +192,7 @@ class InfluenceCallback(L.Callback):
 
     @property
     def state_key(self) -> str:
-        return self._generate_state_key(dirpath=str(self.dirpath.resolve()))
+        return self._state_key
 
     def state_dict(self) -> dict[str, Any]:
         if self._recorder is None:

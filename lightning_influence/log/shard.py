@@ -34,14 +34,18 @@ UNDECODABLE = (  # what JSON, safetensors and torch say of content that a writer
     ValueError,
 )
 
-_DTYPES = {
+_META, _SUMS, _SEAL = "meta", "crc32", "header"
+_SEALED = re.compile(rb'(?<="%s":")[0-9a-f]{8}(?=")' % _SEAL.encode())  # quotes inside of a text are escaped
+_OPEN = b"0" * 8
+_ALIGNED = 8  # bytes, of the tensors in a file
+_DTYPES = {  # as safetensors calls them
+    torch.complex64: "C64",
     torch.float64: "F64",
     torch.float32: "F32",
     torch.float16: "F16",
     torch.bfloat16: "BF16",
     torch.float8_e4m3fn: "F8_E4M3",
     torch.float8_e5m2: "F8_E5M2",
-    torch.complex64: "C64",
     torch.int64: "I64",
     torch.int32: "I32",
     torch.int16: "I16",
@@ -52,20 +56,10 @@ _DTYPES = {
     torch.uint8: "U8",
     torch.bool: "BOOL",
 }
-"""Of safetensors."""
-
-_META, _SUMS, _SEAL = "meta", "crc32", "header"
-_SEALED = re.compile(rb'(?<="%s":")[0-9a-f]{8}(?=")' % _SEAL.encode())  # quotes inside of a text are escaped
-_OPEN = b"0" * 8
 
 
-def serialise(tensors: Mapping[str, Tensor], meta: dict[str, Any], **more: str) -> bytes:
-    """A file of tensors with their checksums, and what is told of them; arguments and errors as of `parts_of`."""
-    return b"".join(parts_of(tensors, meta, **more))
-
-
-def parts_of(tensors: Mapping[str, Tensor], meta: dict[str, Any], **more: str) -> list[bytes | memoryview]:
-    """A file's header, and the bytes of its tensors as they lie in memory, in their order: large tensors are not copied.
+def serialise(tensors: Mapping[str, Tensor], meta: dict[str, Any], **more: str) -> list[bytes | memoryview]:
+    """A file of tensors with their checksums, and what is told of them: its header, and the tensors where they lie.
 
     Args:
         more: further entries of the file's own metadata.
@@ -73,26 +67,27 @@ def parts_of(tensors: Mapping[str, Tensor], meta: dict[str, Any], **more: str) -
     Raises:
         TypeError: JSON cannot hold `meta`, or safetensors a tensor's type.
     """
-    tensors = dict(sorted(_unshared(tensors).items(), key=lambda item: (-item[1].element_size(), item[0])))
-    sums = {name: zlib.crc32(bytes_of(tensor)) for name, tensor in tensors.items()}
+    # the widest come first, so that each begins at a multiple of its size
+    ordered = sorted(tensors.items(), key=lambda item: (-item[1].element_size(), item[0]))
+    parts = {name: bytes_of(tensor) for name, tensor in ordered}
+    sums = {name: zlib.crc32(parts[name]) for name in tensors}  # in the order given, in which names are read back
     header: dict[str, Any] = {"__metadata__": {_META: json.dumps(meta), _SUMS: json.dumps(sums), **more}}
     start = 0
-    for name, tensor in tensors.items():
+    for name, tensor in ordered:
         if tensor.dtype not in _DTYPES:
-            raise TypeError(f"{tensor.dtype} is no type of a safetensors file")
-        stop = start + tensor.numel() * tensor.element_size()
+            raise TypeError(f"{name} is {tensor.dtype}, which is no type of a safetensors file")
+        stop = start + len(parts[name])
         header[name] = {"dtype": _DTYPES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [start, stop]}
         start = stop
     text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    return [struct.pack("<Q", len(text)) + text, *map(bytes_of, tensors.values())]
+    text += b" " * (-len(text) % _ALIGNED)
+    return [struct.pack("<Q", len(text)) + text, *parts.values()]
 
 
 def sealed(tensors: Mapping[str, Tensor], meta: dict[str, Any], **more: str) -> bytes:
-    """`serialise` for a file on its own: its header holds the header's checksum."""
-    data = serialise(tensors, meta, **more, **{_SEAL: _OPEN.decode()})
-    size = header_size(data)
-    return _SEALED.sub(b"%08x" % zlib.crc32(data[:size]), data[:size], count=1) + data[size:]
+    """`serialise` for a file on its own, in one piece: its header holds the header's checksum."""
+    header, *parts = serialise(tensors, meta, **more, **{_SEAL: _OPEN.decode()})
+    return b"".join([_SEALED.sub(b"%08x" % zlib.crc32(header), header, count=1), *parts])
 
 
 def is_sealed(header: bytes) -> bool:
@@ -168,15 +163,3 @@ class Shard:
             yield
         except UNDECODABLE as error:
             raise self._corrupted(f"its content makes {error!r:.200}") from error
-
-
-def _unshared(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The same tensors, no two in one storage, which safetensors refuses: layers that read the same input share it."""
-    own: dict[str, Tensor] = {}
-    storages = set[int]()
-    for name, tensor in tensors.items():
-        tensor = tensor.detach().contiguous()
-        where = tensor.untyped_storage().data_ptr()
-        own[name] = tensor.clone() if where in storages else tensor
-        storages.add(where)
-    return own

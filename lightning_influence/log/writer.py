@@ -9,8 +9,9 @@ import queue
 import shutil
 import threading
 import zlib
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, suppress
+from io import RawIOBase
 from pathlib import Path
 from typing import IO, Any, Literal
 
@@ -35,10 +36,11 @@ from lightning_influence.log.format import (
 )
 from lightning_influence.log.missing import MISSING
 from lightning_influence.log.reader import StoreReader
-from lightning_influence.log.shard import parts_of
+from lightning_influence.log.shard import serialise
 
 _LOCK = "lock"
 _STOP = object()
+_SMALL = 2**16  # bytes of a tensor that is copied before it is written
 
 
 class StoreWriter:
@@ -177,7 +179,7 @@ class StoreWriter:
         body = {"format": FORMAT, "version": VERSION, "content": content | {"ranks": self._ranks}}
         body["crc32"] = zlib.crc32(json.dumps(body, sort_keys=True).encode())
         with self._told():
-            _replace(self._root / MANIFEST, json.dumps(body, indent=2).encode())
+            _replace(self._root / MANIFEST, [json.dumps(body, indent=2).encode()])
         self._manifest_written = True
 
     def append(self, step: int, tensors: Mapping[str, Tensor], meta: dict[str, Any]) -> None:
@@ -293,10 +295,10 @@ class StoreWriter:
         if "drop" in entry:
             self._drop(entry["drop"])
             return
-        parts = parts_of(tensors, meta)
-        size = sum(len(part) for part in parts)
-        entry |= {"file": f"{entry['file']}.safetensors", "bytes": size, "header": zlib.crc32(parts[0])}
-        _replace(self._dir / entry["file"], parts)
+        header, *parts = serialise(tensors, meta)
+        size = len(header) + sum(map(len, parts))
+        entry |= {"file": f"{entry['file']}.safetensors", "bytes": size, "header": zlib.crc32(header)}
+        _replace(self._dir / entry["file"], [header, *parts])
         self._written += self._index.write(index_line(entry))
         self._index.flush()
         self._entries.append(entry)
@@ -325,7 +327,7 @@ class StoreWriter:
     def _begin_index(self) -> IO[bytes]:
         """The index, written anew from the entries and open for more."""
         data = b"".join(map(index_line, self._entries))
-        _replace(self._dir / INDEX, data)
+        _replace(self._dir / INDEX, [data])
         self._written = len(data)
         return open(self._dir / INDEX, "ab")
 
@@ -356,16 +358,37 @@ class StoreWriter:
         return None if kept else INDEX
 
 
-def _replace(path: Path, data: bytes | Sequence[bytes | memoryview]) -> None:
+def _replace(path: Path, parts: Sequence[bytes | memoryview]) -> None:
     temporary = path.with_name(f".{path.name}.tmp")
     temporary.unlink(missing_ok=True)  # of a run that was killed; or a link, which must not be written through
     try:
-        with open(temporary, "xb") as file:
-            file.writelines([data] if isinstance(data, bytes) else data)
+        with open(temporary, "xb", buffering=0) as file:
+            for part in _joined(parts):
+                _write_whole(file, part)
         os.replace(temporary, path)
     except BaseException:
         temporary.unlink(missing_ok=True)  # on a disk that is full, it leaves room to say so
         raise
+
+
+def _joined(parts: Sequence[bytes | memoryview]) -> Iterator[bytes | memoryview]:
+    """Small parts in one piece, and large ones as they are."""
+    small: list[bytes | memoryview] = []
+    for part in parts:
+        if len(part) > _SMALL:
+            yield b"".join(small)
+            yield part
+            small = []
+        else:
+            small.append(part)
+    yield b"".join(small)
+
+
+def _write_whole(file: RawIOBase, part: bytes | memoryview) -> None:
+    """An unbuffered file may take less than it is given."""
+    rest = memoryview(part)
+    while len(rest):
+        rest = rest[file.write(rest) :]
 
 
 def _steps_in(index: Path) -> int:

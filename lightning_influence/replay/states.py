@@ -188,6 +188,11 @@ class States:
         room = self._room() - (stop - start) * (self._gradient_bytes + self._state_bytes)
         return room > 0 and (stop - start) * self._size_of_an_evaluation(start) <= room
 
+    @property
+    def evaluation_bytes(self) -> int:
+        """What it takes to keep the evaluation of a step."""
+        return self._size_of_an_evaluation(0)
+
     def _size_of_an_evaluation(self, index: int) -> int:
         if self._evaluation_bytes is None:
             self.evaluated += 1

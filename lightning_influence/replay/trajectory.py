@@ -16,12 +16,12 @@ import torch
 from torch import Tensor
 
 from lightning_influence.capture import freeze_batch_norm, refuse_compiled
-from lightning_influence.core.curvature import curvature_of, third_derivative
+from lightning_influence.core.curvature import GradientGraph, curvature_of, hessian_product, third_derivative
 from lightning_influence.core.optimizers import coupling
 from lightning_influence.core.removal_sets import EVERY_SAMPLE, RemovalSets
 from lightning_influence.core.trajectory import Shares, StepRecord, Vectors
 from lightning_influence.errors import CurvatureUnavailable
-from lightning_influence.replay.evaluation import StepEvaluator, StoppedPaths
+from lightning_influence.replay.evaluation import StepEvaluator, StoppedPaths, distance
 from lightning_influence.replay.measured_removals import MeasuredRemovals
 from lightning_influence.replay.passes import Passes, copies
 from lightning_influence.replay.plan import Plan
@@ -31,6 +31,11 @@ from lightning_influence.replay.token_products import TokenProducts, token_produ
 from lightning_influence.run.parameters import placed
 from lightning_influence.run.random_state import random_state
 from lightning_influence.run.task import Task, as_task
+
+_AT_ONCE = 32  # vectors carried through the network together
+_AT_ONCE_BYTES = 2**26  # that they may save on their way
+_MANY = 16  # vectors for which it pays to run a step once more
+_SAME = 1e-4  # relative difference of two products that say the same
 
 
 class ReplayTrajectory:
@@ -46,7 +51,8 @@ class ReplayTrajectory:
         frozen_batch_norm: as during the run.
         autocast: makes the context of the run's mixed precision.
         exact: whether exact Hessian products will be asked for.
-        at_once: vectors carried through the network together in an exact curvature product.
+        at_once: vectors carried through the network together in an exact curvature product; None for as many as a
+            processor's cache holds.
         counterfactual: of the removals, where they have to be measured.
         sets: what is removed, where removals have to be measured.
         verify: hold the removals that shares give against evaluations without the sample.
@@ -69,7 +75,7 @@ class ReplayTrajectory:
         frozen_batch_norm: bool = False,
         autocast: Callable[[], AbstractContextManager[Any]] = nullcontext,
         exact: bool = True,
-        at_once: int = 8,
+        at_once: int | None = None,
         counterfactual: Literal["drop", "zero"] = "drop",
         sets: RemovalSets = EVERY_SAMPLE,
         verify: bool = True,
@@ -91,7 +97,11 @@ class ReplayTrajectory:
         self._evaluator = StepEvaluator(self._passes, self._measured, list(self._trained), exclude, exact=exact)
         self.states = States(plan, self._evaluator, self._trained, memory=memory, progress=progress)
         self.differenced = False
-        self._frozen_batch_norm, self._at_once = frozen_batch_norm, at_once
+        self._frozen_batch_norm, self._at_once_asked = frozen_batch_norm, at_once
+        convolves = any(isinstance(layer, torch.nn.modules.conv._ConvNd) for layer in module.modules())
+        self._forward: bool | None = (
+            None if convolves else False
+        )  # whether Hessian products go forward; None: to be seen
 
     def __enter__(self) -> ReplayTrajectory:
         self._open = ExitStack()
@@ -180,17 +190,45 @@ class ReplayTrajectory:
         graph = self.states.evaluation(index).graph
         assert graph is not None
         here = {k: v.to(graph.parameters[k]) for k, v in vectors.items()}
-        # under the same parameters, because a checkpointed module runs forward once more
-        with placed(self.module, graph.parameters | copies(self.states.state(index).buffers)):
-            try:
-                products = graph.hessian_product(here, at_once=self._at_once)
-            except CurvatureUnavailable:
-                if self.stopped_paths == "followed":
-                    raise
-                self.differenced = True
-        if self.differenced:
-            products = self._differenced(index, here)
+        if self._forward is not False and self.stopped_paths == "none" and len(next(iter(here.values()))) >= _MANY:
+            products = self._forwards(index, graph, here)
+        else:
+            products = self._backwards(index, graph, here)
         return {k: products[k].to(v) for k, v in vectors.items()}
+
+    def _backwards(self, index: int, graph: GradientGraph, vectors: Vectors) -> Vectors:
+        """Hessian products by differentiating the gradient's own graph."""
+        if not self.differenced:
+            # under the same parameters, because a checkpointed module runs forward once more
+            with placed(self.module, graph.parameters | copies(self.states.state(index).buffers)):
+                try:
+                    return graph.hessian_product(vectors, at_once=self._at_once)
+                except CurvatureUnavailable:
+                    if self.stopped_paths == "followed":
+                        raise
+                    self.differenced = True
+        return self._differenced(index, vectors)
+
+    def _forwards(self, index: int, graph: GradientGraph, vectors: Vectors) -> Vectors:
+        """Hessian products by differentiating forwards; the first are held against the graph, which stays in use where they
+        differ or cannot be had.
+        """
+        try:
+            products = self._product(hessian_product, index, vectors)
+        except (RuntimeError, NotImplementedError):  # an operation without a derivative forwards
+            self._forward = False
+            return self._backwards(index, graph, vectors)
+        if self._forward is None:
+            first = self._backwards(index, graph, {k: v[:1] for k, v in vectors.items()})
+            size = distance(first, {k: torch.zeros_like(p) for k, p in first.items()})
+            self._forward = distance({k: products[k][:1] for k in first}, first) <= _SAME * size
+        return products if self._forward else self._backwards(index, graph, vectors)
+
+    @property
+    def _at_once(self) -> int:
+        if self._at_once_asked is not None:
+            return self._at_once_asked
+        return min(max(_AT_ONCE_BYTES // max(self.states.evaluation_bytes, 1), 1), _AT_ONCE)
 
     def _differenced(self, index: int, vectors: Vectors) -> Vectors:
         """Hessian products by differences of gradients, where the training step cannot be differentiated twice."""

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torch.func import functional_call, grad, hessian, jacrev
 from torch.nn import functional as F
 
+from lightning_influence.core import curvature
 from lightning_influence.core.curvature import fisher_product, gauss_newton_product, gradient_graph, third_derivative
 from lightning_influence.core.shares import Dense
 from lightning_influence.core.trajectory import StepRecord
@@ -72,6 +73,8 @@ def test_hessian_products(name: str, at_once: int) -> None:
     torch.testing.assert_close(flat(hessian_product(loss, parameters, vectors, at_once=at_once)), reference)
     first = {k: v[:1] for k, v in vectors.items()}
     torch.testing.assert_close(flat(hessian_product(loss, parameters, first)), reference[:1])
+    forwards = curvature.hessian_product(loss, parameters, vectors, at_once=at_once)
+    torch.testing.assert_close(flat(forwards), reference)
 
 
 @pytest.mark.parametrize("name", LOSSES)

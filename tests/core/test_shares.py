@@ -19,6 +19,7 @@ from lightning_influence.core.shares import (
     merged,
     nbytes,
     pack,
+    sample_chunks,
     unpack,
 )
 
@@ -145,3 +146,34 @@ def test_what_is_not_a_form_is_refused() -> None:
         pack(Lazy())  # type: ignore[arg-type]
     with pytest.raises(TypeError, match="Sum is not what a rule returns"):
         merged(Sum([Dense(torch.zeros(2, 1))]), 1)
+
+
+@pytest.mark.parametrize("formed", [False, True])
+def test_both_orders_of_contraction_are_equal(formed: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Through the factors and with the products formed, over several blocks; each is the matrix product."""
+    form, dense = draw("outer", 4, 3, torch.Generator().manual_seed(0))
+    monkeypatch.setattr(Outer, "_is_cheaper_formed", lambda *_: formed)
+    monkeypatch.setattr("lightning_influence.core.shares._FORMED_ELEMENTS", 2 * ROWS * COLUMNS)
+    vectors = torch.randn(5, ROWS * COLUMNS).double()
+    weights = torch.randn(5, 4).double()
+    torch.testing.assert_close(form.inner(vectors), vectors @ dense.T, rtol=1e-10, atol=1e-12)
+    torch.testing.assert_close(form.combine(weights), weights @ dense, rtol=1e-10, atol=1e-12)
+
+
+def test_a_share_is_formed_where_that_multiplies_less() -> None:
+    """One query goes through the factors, as does one token; many queries of many tokens read the product."""
+    sizes = {
+        (t, q): Outer(torch.ones(1, t, 8), torch.ones(1, t, 8))._is_cheaper_formed(q) for t in (1, 64) for q in (1, 64)
+    }
+    assert sizes == {(1, 1): False, (1, 64): False, (64, 1): False, (64, 64): True}
+
+
+@pytest.mark.parametrize("least", [1, 2])
+@pytest.mark.parametrize("n", [0, 1, 2, 5, 64])
+@pytest.mark.parametrize("d", [1, 5000, 2**20])
+def test_chunks_hold_every_sample_once(n: int, d: int, least: int) -> None:
+    chunks = sample_chunks(n, d, elements=2**15, least=least)
+    assert [i for c in chunks for i in range(c.start, c.stop)] == list(range(n))
+    sizes = [c.stop - c.start for c in chunks]
+    assert not sizes or min(sizes) >= min(least, n)
+    assert all(size * d <= 2**15 or size <= max(1, 2 * least - 1) for size in sizes)

@@ -17,6 +17,7 @@ from torch.func import functional_call
 from torch.utils.data import DataLoader, Dataset
 
 from lightning_influence import InfluenceCallback, attribute
+from lightning_influence.core import curvature
 from lightning_influence.core.optimizers import UPDATES, step
 from lightning_influence.core.sweep import Method, sweep
 from lightning_influence.errors import ConfigurationError, CurvatureUnavailable, ReplayDrift
@@ -243,6 +244,33 @@ def test_a_replay_that_is_closed_holds_nothing(tmp_path: Path) -> None:
     for _ in range(3):
         attribute(tmp_path / "log", queries=[data.tensors], model=module, target="mean", progress=False)
     assert batches() <= before
+
+
+def test_products_of_many_queries_go_forward_through_convolutions(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The same Hessian products as backwards; where one does not hold against the other, backwards it is."""
+    train, _ = split_digits(16, 4)
+    net = nn.Sequential(nn.Unflatten(1, (1, 8, 8)), nn.Conv2d(1, 3, 3), nn.ReLU(), nn.Flatten(), nn.Linear(108, 10))
+    module = Classifier(net=net)
+    log = replayed(tmp_path, module, train, 8)
+    with open_trajectory(log, module) as run:
+        vectors = {k: torch.randn(20, d) for k, (d, _) in run.sizes.items()}
+        forwards = run.curvature_product(1, "hessian", vectors)
+        assert isinstance(run, ReplayTrajectory) and run._forward
+        few = run.curvature_product(1, "hessian", {k: v[:3] for k, v in vectors.items()})  # backwards
+    for name, product in few.items():
+        torch.testing.assert_close(forwards[name][:3], product, rtol=1e-4, atol=1e-5)
+
+    def wrong(*args, **kwargs):  # type: ignore[no-untyped-def]
+        return {k: 1.01 * p for k, p in curvature.hessian_product(*args, **kwargs).items()}
+
+    monkeypatch.setattr("lightning_influence.replay.trajectory.hessian_product", wrong)
+    with open_trajectory(log, module) as run:
+        found = run.curvature_product(1, "hessian", vectors)
+        assert isinstance(run, ReplayTrajectory) and run._forward is False
+    for name, product in few.items():
+        torch.testing.assert_close(found[name][:3], product, rtol=1e-4, atol=1e-5)
 
 
 class SometimesNaN(Classifier):
