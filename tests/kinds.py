@@ -230,6 +230,17 @@ class WeightNorm(Base):
 
 
 @kind
+class OldWeightNorm(Base):
+    """The weight is computed before the layer's forward, by a hook."""
+
+    refused = GRADIENTS
+
+    def build(self) -> None:
+        super().build()
+        self.body = nn.utils.weight_norm(self.body)
+
+
+@kind
 class SpectralNorm(Base):
     refused = GRADIENTS
 
@@ -626,6 +637,30 @@ class PackedTags(Padded):
         return F.cross_entropy(self.head(hidden).flatten(0, 1), batch[1].flatten())
 
 
+@kind
+class Boxes(Base):
+    """Targets of several lengths, as detectors have them; the last layers run sample by sample."""
+
+    refused = GRADIENTS
+
+    @staticmethod
+    def samples(n: int) -> Samples:
+        return [(x, {"boxes": torch.randn(1 + i % 3, 3), "label": y}) for i, (x, y) in enumerate(points(n))]
+
+    @staticmethod
+    def collate(samples: Samples) -> Any:
+        return tuple(zip(*samples, strict=True))
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        hidden, total = self.body(torch.stack(batch[0])), 0.0
+        for row, target in zip(hidden, batch[1], strict=True):
+            found = self.head(row)
+            total += F.cross_entropy(found, target["label"]) + F.l1_loss(
+                found.expand(target["boxes"].shape), target["boxes"]
+            )
+        return total / len(hidden)
+
+
 class Stream(IterableDataset[Any]):
     def __init__(self, samples: Samples) -> None:
         self.samples = samples
@@ -851,6 +886,27 @@ class ByEpoch(Base):
     def training_step(self, batch: Any, batch_idx: int) -> Any:
         scale = 1.0 + self.current_epoch + 0.1 * self.global_step + 0.2 * batch_idx
         return F.cross_entropy(self(batch[0]), batch[1]) * (scale if self.training else 1.0)
+
+
+@kind
+class ByTrainer(Base):
+    """The step reads its trainer: the length of the run, the rate of its optimizer, its logger."""
+
+    def configure_optimizers(self) -> Any:
+        optimizer = super().configure_optimizers()
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: (step + 1) / 6)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        loss = super().training_step(batch, batch_idx)
+        if not self.training:
+            return loss
+        trainer, rate = self.trainer, self.optimizers().param_groups[0]["lr"]
+        self.log("rate", self.lr_schedulers().get_last_lr()[0])
+        if self.logger is not None:
+            self.logger.experiment.add_scalar("loss", loss, self.global_step)
+        done = trainer.global_step / trainer.estimated_stepping_batches + trainer.current_epoch / trainer.max_epochs
+        return loss * (1 + done + batch_idx / trainer.num_training_batches + 1e4 * rate)
 
 
 @kind

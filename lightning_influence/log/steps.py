@@ -166,6 +166,8 @@ class LoggedSteps:
                     int(m["global_step"]),
                     tuple(map(str, m["in_eval"])),
                     dict(m.get("numbers", {})),
+                    tuple(map(float, m.get("rates", ()))),
+                    dict(m.get("trainer", {})),
                 )
                 for m in noted
             ]
