@@ -555,6 +555,45 @@ class Windows(Base):
 
 
 @kind
+class SummedWindows(Windows):
+    """And their losses are summed."""
+
+    options: ClassVar[dict[str, Any]] = {"reduction": "sum"}
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        return F.cross_entropy(self(batch[0]), batch[1], reduction="sum")
+
+
+@kind
+class Nodes(Base):
+    """Graphs of several sizes, joined into one whose rows are nodes."""
+
+    refused = GRADIENTS
+
+    @staticmethod
+    def samples(n: int) -> Samples:
+        edges = torch.tensor([[0, 1], [1, 0]])
+        return [(torch.randn(2 + i % 3, 6, dtype=torch.float64), edges, y) for i, (_, y) in enumerate(points(n))]
+
+    @staticmethod
+    def collate(samples: Samples) -> Any:
+        sizes = torch.tensor([len(x) for x, *_ in samples])
+        starts = sizes.cumsum(0) - sizes
+        return {
+            "x": torch.cat([x for x, *_ in samples]),
+            "edges": torch.cat([edges + start for (_, edges, _), start in zip(samples, starts, strict=True)], 1),
+            "graph": torch.arange(len(samples)).repeat_interleave(sizes),
+            "y": torch.stack([y for *_, y in samples]),
+        }
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        x, (source, end) = self.body(batch["x"]), batch["edges"]
+        hidden = F.gelu(x.index_add(0, end, x[source]))
+        pooled = hidden.new_zeros(len(batch["y"]), 8).index_add(0, batch["graph"], hidden)
+        return F.cross_entropy(self.head(pooled), batch["y"])
+
+
+@kind
 class TwoRowsEach(Base):
     """The collate function makes two rows of every sample, one after the other."""
 

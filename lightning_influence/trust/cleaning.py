@@ -18,8 +18,8 @@ from lightning_influence.run.data import TrainingData
 from lightning_influence.run.tap import LossTap
 from lightning_influence.run.task import Task, as_task
 from lightning_influence.scoring.attribution import attribute
-from lightning_influence.scoring.queries import Queries, query_losses
-from lightning_influence.scoring.query_loss import QueryLoss
+from lightning_influence.scoring.queries import Queries, asking, query_losses
+from lightning_influence.scoring.query_loss import LossOfQueries, QueryLoss
 from lightning_influence.trust.dynamics import suspects
 from lightning_influence.trust.own_run import own_run
 from lightning_influence.trust.retraining import retrain
@@ -123,18 +123,15 @@ def clean(
     return Cleaning(removed, predicted, before, after, accuracy, rest)
 
 
-def _accuracy(task: Task, queries: Any) -> float | None:
+def _accuracy(task: Task, queries: Queries) -> float | None:
     """Share of the queries whose label is the most probable class; None where the loss is not one over classes."""
-    right: list[Tensor | None] = []
-
-    def look(_: Any, batch: Any) -> Tensor:
-        n = batch_size(batch)
-        with LossTap() as tap:
-            task.loss(batch)
-        dynamics = tap.dynamics(n)
-        right.append(None if dynamics is None else dynamics.margins > 0)
-        return torch.zeros(n)
-
-    query_losses(task, queries, look)
-    found = [part for part in right if part is not None]
-    return float(torch.cat(found).float().mean()) if found and len(found) == len(right) else None
+    right: list[Tensor] = []
+    with asking(task), torch.no_grad():
+        for batch in queries.prepared(task):
+            with LossTap() as tap:
+                LossOfQueries(task).own_loss(batch)
+            dynamics = tap.dynamics(batch_size(batch))
+            if dynamics is None:
+                return None
+            right.append(dynamics.margins > 0)
+    return float(torch.cat(right).float().mean())
