@@ -26,6 +26,7 @@ from lightning_influence.errors import ConfigurationError, InfluenceError, check
 from lightning_influence.log.steps import LoggedSteps
 from lightning_influence.run.batches import leaves, to_dtype
 from lightning_influence.run.moment import Moment, eval_modes, set_modes
+from lightning_influence.run.random_state import random_state
 from lightning_influence.run.task import Task, as_task
 
 _CHECKPOINT_BYTES = 2**28
@@ -120,10 +121,10 @@ def _recorded_step(trajectory: LoggedSteps, index: int) -> RetrainedStep:
     micro_batches = []
     noted = zip(trajectory.moments_of(index), trajectory.drawn(index), strict=True)
     for number, (moment, drawn) in zip(record.micro_batch_numbers.unique(), noted, strict=True):
-        here = record.micro_batch_numbers == number
-        weights = record.loss_weights[here]
+        own = record.micro_batch_numbers == number
+        weights = record.loss_weights[own]
         factor = float(weights.sum()) if record.averaged else float(weights[0])
-        ids = tuple(record.sample_ids[here].tolist())
+        ids = tuple(record.sample_ids[own].tolist())
         micro_batches.append(RetrainedMicroBatch(ids, tuple(weights.tolist()), factor, moment, drawn))
     return RetrainedStep(tuple(micro_batches), record.clip, record.hyper)
 
@@ -159,11 +160,11 @@ def leave_one_out(
 
     Args and errors as of `each_effect`.
     """
-    found: dict[int, Tensor] = {}
+    losses: dict[int, Tensor] = {}
     each = each_effect(run, removals, query_losses, counterfactual=counterfactual, workers=workers)
     for number, effect in tqdm(each, "retraining", len(removals), unit="run", delay=2, disable=not progress):
-        found[number] = effect
-    return torch.stack([found[number] for number in range(len(removals))])
+        losses[number] = effect
+    return torch.stack([losses[number] for number in range(len(removals))])
 
 
 def each_effect(
@@ -319,30 +320,34 @@ class _Retraining:
 
     def _backward(self, task: Task, micro_batch: RetrainedMicroBatch, gone: frozenset[int], number: int) -> None:
         drawn = micro_batch.drawn or micro_batch.sample_ids
-        kept = tuple(z for z in drawn if z not in gone)
-        if not kept:
+        remaining = tuple(z for z in drawn if z not in gone)
+        if not remaining:
             for p in task.module.parameters():
                 if p.requires_grad and p.grad is None:
                     p.grad = torch.zeros_like(p)
             return
         factor = micro_batch.factor
-        if self.run.averaged and self.counterfactual == "zero" and len(kept) < len(drawn):
+        if self.run.averaged and self.counterfactual == "zero" and len(remaining) < len(drawn):
             factor = sum(w for z, w in zip(micro_batch.sample_ids, micro_batch.weights, strict=True) if z not in gone)
         moment = micro_batch.moment or Moment(number, in_eval=eval_modes(task.module))
         set_modes(task.module, moment.in_eval)
-        loss = task.loss(self._batch(task, micro_batch, moment, kept), moment)
+        loss = task.loss(self._batch(task, micro_batch, moment, remaining), moment)
         (loss / (1 / factor)).backward()  # Lightning divides by the number of micro-batches: bitwise the same
 
-    def _batch(self, task: Task, micro_batch: RetrainedMicroBatch, moment: Moment, kept: tuple[int, ...]) -> Any:
+    def _batch(self, task: Task, micro_batch: RetrainedMicroBatch, moment: Moment, remaining: tuple[int, ...]) -> Any:
+        """The batch as the task takes it; the training step's random numbers are the same whatever making it draws."""
+        with random_state(None):
+            whole = remaining == (micro_batch.drawn or micro_batch.sample_ids)
+            batch = self.run.prepare(task, self._collated(remaining, whole), moment)
+        return batch if self.run.dtype is None else to_dtype(batch, self.run.dtype)
+
+    def _collated(self, sample_ids: tuple[int, ...], whole: bool) -> Any:
         """The collated batch; those that are whole are collated once, while they fit."""
-        if kept in self._batches:
-            return self._batches[kept]
-        batch = self.run.collate([self.run.dataset[z] for z in kept])
-        batch = self.run.prepare(task, batch, moment)
-        if self.run.dtype is not None:
-            batch = to_dtype(batch, self.run.dtype)
-        if len(kept) == len(micro_batch.drawn or micro_batch.sample_ids) and self._batch_bytes <= _BATCH_BYTES:
-            self._batches[kept] = batch
+        if sample_ids in self._batches:
+            return self._batches[sample_ids]
+        batch = self.run.collate([self.run.dataset[z] for z in sample_ids])
+        if whole and self._batch_bytes <= _BATCH_BYTES:
+            self._batches[sample_ids] = batch
             self._batch_bytes += sum(t.numel() * t.element_size() for t in leaves(batch))
         return batch
 
