@@ -22,7 +22,7 @@ from lightning_influence.replay.lasting import Tries
 from lightning_influence.replay.plan import PlannedMicroBatch
 from lightning_influence.replay.removals import RemovalCheck
 from lightning_influence.replay.witness import Trial, evaluated, rehearse, witness
-from lightning_influence.run.batches import copied
+from lightning_influence.run.batches import copied, objects
 from lightning_influence.run.losses import Dynamics
 from lightning_influence.run.moment import Moment
 from lightning_influence.run.optimizer import trained_by, update_name
@@ -209,6 +209,13 @@ class LiveSteps:
         self.ids = (
             self.drawn if self._row_order is None else self._row_order(batch, self.drawn, self.sample_ids.fetched)
         )
+        parts = objects(batch)
+        if parts and (self._row_order is None or not self._row_order.recollates):
+            raise ConfigurationError(
+                f"a batch is a {type(parts[0]).__name__}, or holds one, whose samples cannot be taken apart, and collating it anew without "
+                "a sample needs a dataset that gives the same samples twice. Collate into dicts, lists and tuples of tensors, or move "
+                "what is drawn at random into the training step."
+            )
         weights = sample_weights(batch, len(self.ids), self.options.sample_weights)
         self._n = len(self.ids)
         if self._to_verify or self._rehearsals:

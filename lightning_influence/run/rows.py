@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from lightning_influence.errors import ConfigurationError
-from lightning_influence.run.batches import batch_size, leaves, some, without
+from lightning_influence.run.batches import batch_size, leaves, objects, some, without
 from lightning_influence.run.random_state import random_state
 from lightning_influence.run.task import Task
 
@@ -77,7 +77,7 @@ class RowOrder:
             if reproduced is not None and same_batch(reproduced, batch):
                 alone = [self._collated([s]) for s in samples]
                 owners = owners_of_rows(batch, alone)
-                if owners is None and batch_size(batch) != len(samples):
+                if objects(batch) or (owners is None and batch_size(batch) != len(samples)):
                     self.recollates = True  # rows of several samples, such as the nodes of graphs
                 if looking and len(samples) > 1:
                     in_order = owners is None and batch_size(batch) == len(samples)
