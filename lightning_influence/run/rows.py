@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -11,7 +11,7 @@ from torch import Tensor
 
 from lightning_influence.errors import ConfigurationError
 from lightning_influence.run.batches import batch_size, leaves, objects, some, without
-from lightning_influence.run.random_state import random_state
+from lightning_influence.run.random_state import own_generators_as_they_were, random_state
 from lightning_influence.run.task import Task
 
 _PADDING = (0.0, -1.0, -100.0)  # of floating-point tensors
@@ -70,7 +70,7 @@ class RowOrder:
         if not self._left and not self.rearranged:
             return drawn
         looking, self._left = self._left > 0, max(0, self._left - 1)
-        with random_state(fetched), self._apart():
+        with self._beside(fetched):
             samples = [self._dataset[z] for z in drawn.tolist()]
             reproduced = self._collated(samples)
             owners = None
@@ -100,10 +100,16 @@ class RowOrder:
     def less(self, drawn: Tensor, fetched: Mapping[str, Tensor] | None = None) -> dict[int, Any]:
         """For each sample of a batch, the batch collated without it, where that holds any other; ``fetched`` as of the call."""
         ids = drawn.tolist()
-        with random_state(fetched), self._apart():
+        with self._beside(fetched):
             whole = [(i, self._dataset[i]) for i in ids]
             rest = {z: [sample for i, sample in whole if i != z] for z in dict.fromkeys(ids)}
             return {z: self._prepare(self._collate(samples)) for z, samples in rest.items() if samples}
+
+    @contextmanager
+    def _beside(self, fetched: Mapping[str, Tensor] | None) -> Iterator[None]:
+        """Samples are fetched and collated anew, without a trace in the run."""
+        with random_state(fetched), own_generators_as_they_were(self._dataset, self._collate), self._apart():
+            yield
 
     def _collated(self, samples: list[Any]) -> Any:
         """None where the collate function takes no such samples, which says nothing."""
@@ -133,7 +139,7 @@ def _longest(alone: Sequence[Any]) -> int | None:
 
 def relates_samples(dataset: Any, collate: Callable[[list[Any]], Any]) -> bool:
     """Whether a row of a small batch is another than the sample collated alone, as in a graph over the batch."""
-    with random_state(None):
+    with random_state(None), own_generators_as_they_were(dataset, collate):
         try:
             n = min(_LOOKED_AT, len(dataset))
             samples = [dataset[i] for i in range(n)]

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import random
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from modules import Classifier, digits, fit
@@ -78,3 +81,44 @@ def test_a_report_says_that_the_order_of_rows_was_assumed(record: Any, workers: 
     page = report.to_html(tmp_path / "report.html").read_text()
     assert ("order in which they were drawn" in page) == bool(workers)
     assert report.metadata.get("rows") == ("assumed" if workers else None)
+
+
+class OwnGenerators(Dataset[Any]):
+    """Draws from generators of its own, one of them inside a transform, and counts."""
+
+    def __init__(self) -> None:
+        self.x, self.y = digits(24).tensors
+        self.own, self.fetched = torch.Generator().manual_seed(1), 0
+        self.transforms = [partial(self._jitter, np.random.default_rng(2)), self.Shift(random.Random(3))]
+
+    class Shift:
+        def __init__(self, generator: random.Random) -> None:
+            self.generator = generator
+
+        def __call__(self, x: Tensor) -> Tensor:
+            return x + 0.1 * self.generator.random()
+
+    @staticmethod
+    def _jitter(generator: np.random.Generator, x: Tensor) -> Tensor:
+        return x * (1 + 0.1 * float(generator.normal()))
+
+    def __len__(self) -> int:
+        return len(self.x)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
+        self.fetched += 1
+        x = self.x[index] + 0.1 * torch.randn(64, generator=self.own)
+        for transform in self.transforms:
+            x = transform(x)
+        return x + 1e-3 * self.fetched, self.y[index]
+
+
+@pytest.mark.parametrize("record", ["gradients", "replay"])
+def test_a_dataset_with_generators_of_its_own_gives_what_it_would(record: Any, tmp_path: Path) -> None:
+    ends = []
+    for callbacks in ([], [InfluenceCallback(tmp_path, record=record, on_error="raise")]):
+        module = Classifier()
+        fit(module, DataLoader(OwnGenerators(), 8), *callbacks, max_epochs=2)
+        ends.append(torch.cat([p.detach().flatten() for p in module.parameters()]))
+    assert torch.equal(*ends)
+    assert LoggedSteps.of(tmp_path).rows_assumed
