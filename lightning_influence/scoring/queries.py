@@ -294,9 +294,9 @@ def _target_gradient(
         together = weights is None and losses.query_loss is None and alike is not False
         if together:
             mean, equal = losses.mean(batch)
-            if alike is None:
+            if alike is None and n > 1:  # a single example says nothing
                 alike = _same_mean(mean, losses.each(batch).mean())
-            together = alike and equal
+            together = alike is not False and equal
         if together:
             loss = n * mean
         else:
