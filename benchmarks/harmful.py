@@ -126,7 +126,11 @@ def study(name: str, seed: int) -> list[dict[str, Any]]:
         worst = {how: values.topk(int(task.spoilt.sum())).indices for how, values in ranked.items()}
         sets = {how: frozenset(rows.tolist()) for how, rows in worst.items()}
         sets["the spoilt ones"] = frozenset(task.spoilt.nonzero().flatten().tolist())
-        sets["random ones"] = frozenset(torch.randperm(len(task.train), generator=torch.Generator().manual_seed(1))[: int(task.spoilt.sum())].tolist())
+        sets["random ones"] = frozenset(
+            torch.randperm(len(task.train), generator=torch.Generator().manual_seed(1))[
+                : int(task.spoilt.sum())
+            ].tolist()
+        )
         run = recorded_run(log, task.make, task.train)
         change = leave_one_out(
             run, list(sets.values()), lambda m: query_losses(m, DataLoader(task.test, 100), task.each_loss), progress=False
@@ -151,7 +155,10 @@ def main() -> None:
         every += [row for seed in range(args.seeds) for row in study(name, seed)]
         print(f"{name}: {time.process_time() - started:.0f} processor seconds", flush=True)
         table = pd.DataFrame(every).query("task == @name").drop(columns="task")
-        print(table.groupby("by", sort=False).agg(["mean", "std"]).to_string(float_format=lambda v: f"{v:.3f}"), flush=True)
+        print(
+            table.groupby("by", sort=False).agg(["mean", "std"]).to_string(float_format=lambda v: f"{v:.3f}"),
+            flush=True,
+        )
 
 
 if __name__ == "__main__":

@@ -113,7 +113,7 @@ def recording(
         watches=True,
         give_up=ways.give_up if record == "auto" else None,
     )
-    kept = Compression(compression, mask_size, seed, BUDGET if budget is None and record == "auto" else budget)
+    settings = Compression(compression, mask_size, seed, BUDGET if budget is None and record == "auto" else budget)
     manifest = Manifest.of_run(
         task.module,
         optimizer,
@@ -123,7 +123,7 @@ def recording(
         compression=compression,
         mask=Mask(mask_size, seed),
         precision=_PRECISION,
-        budget=kept.budget,
+        budget=settings.budget,
     )
     manifest = replace(manifest, run=uuid4().hex)
     replays = None if ways.record == "gradients" else ReplaySettings(snapshot_every, store_batches)
@@ -134,7 +134,7 @@ def recording(
         written = Recorder(
             steps.collector,
             writer,
-            compression=kept,
+            compression=settings,
             replay=replays,
             give_up=ways.give_up if record == "auto" else None,
         )

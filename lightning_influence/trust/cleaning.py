@@ -62,8 +62,8 @@ class Cleaning:
 
     def __repr__(self) -> str:
         row = self.to_pandas().iloc[0].to_dict()
-        told = ", ".join(f"{name} {value:.4g}" for name, value in row.items() if name != "removed")
-        return f"Cleaning({len(self.removed)} samples removed; {told})"
+        numbers = ", ".join(f"{name} {value:.4g}" for name, value in row.items() if name != "removed")
+        return f"Cleaning({len(self.removed)} samples removed; {numbers})"
 
     def _repr_html_(self) -> str:
         return in_notebook(repr(self), self.to_pandas())
