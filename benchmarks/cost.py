@@ -154,13 +154,13 @@ def readme(repeats: int) -> list[Any]:
 def factored(repeats: int) -> list[Any]:
     variants = {"tangent + Fisher": {"response": "tangent"}}
     work, what = small_text(64), "64 queries, factored log, GPT-2 2 x 64"
-    return attributed(what, work, variants, repeats, compression="factored")
+    return attributed(what, work, variants, repeats, record="gradients", compression="factored")
 
 
 def large_factored(repeats: int) -> list[Any]:
     variants = {"tangent + Fisher": {"response": "tangent"}}
     work, what = large_text(6, 64), "64 queries, factored log, GPT-2 shape 4 x 256"
-    return attributed(what, work, variants, repeats, compression="factored")
+    return attributed(what, work, variants, repeats, record="gradients", compression="factored")
 
 
 def many16(repeats: int) -> list[Any]:

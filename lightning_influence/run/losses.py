@@ -26,6 +26,7 @@ _BINARY = (F.binary_cross_entropy, F.binary_cross_entropy_with_logits)
 _OF_DIFFERENCES = (F.mse_loss, F.l1_loss, F.smooth_l1_loss, F.huber_loss)
 _DIVIDED_BY_WEIGHT = (F.mse_loss, F.l1_loss)
 LOSSES = frozenset((*_OVER_CLASSES, *_BINARY, *_OF_DIFFERENCES))
+_SIGNATURES = {loss: signature(loss) for loss in LOSSES}
 
 MAX_CLASSES = 128
 """With more classes, the log-probabilities of a sample are left out."""
@@ -70,6 +71,8 @@ class Dynamics:
 def joined(parts: Sequence[Dynamics | None]) -> Dynamics | None:
     """The samples of several batches, one after the other; None where a batch has none or they are over other classes."""
     found = [part for part in parts if part is not None]
+    if len(parts) == 1:
+        return parts[0]
     if len(found) < len(parts) or len({part.log_probabilities.shape[1] for part in found}) != 1:
         return None
     return Dynamics(**{name: torch.cat([part.columns()[name] for part in found]) for name in found[0].columns()})
@@ -144,7 +147,7 @@ def _by_sample(values: Tensor, n_samples: int) -> Tensor | None:
 @torch.no_grad()
 def seen(loss: Callable[..., Tensor], args: Sequence[Any], kwargs: Mapping[str, Any]) -> SeenLoss | None:
     """What a call of one of `LOSSES` says of its rows; None where its rows cannot be told apart."""
-    options = signature(loss).bind(*args, **kwargs).arguments
+    options = _SIGNATURES[loss].bind(*args, **kwargs).arguments
     input, target = options.pop("input").detach(), options.pop("target").detach()
     reduction = reduction_of(options)
     if target.dim() == 0 or len(target) == 0 or len(input) != len(target):
