@@ -17,14 +17,14 @@ from tqdm.auto import tqdm
 from lightning_influence.core.curvature import GradientGraph, differentiable_attention
 from lightning_influence.core.trajectory import Vectors
 from lightning_influence.errors import ConfigurationError
-from lightning_influence.run.batches import batch_size, example, to_dtype
+from lightning_influence.run.batches import batch_size, example, some, to_dtype
 from lightning_influence.run.data import TrainingData
 from lightning_influence.run.lightning_names import is_a
 from lightning_influence.run.parameters import parameters_at
 from lightning_influence.run.rows import relates_samples
 from lightning_influence.run.sample_ids import is_map_style
 from lightning_influence.run.task import Task, as_task
-from lightning_influence.scoring.query_loss import LossOfQueries, QueryLoss, shape_of
+from lightning_influence.scoring.query_loss import LossOfQueries, QueryLoss, Traits, shape_of
 
 Target: TypeAlias = "Literal['mean'] | Sequence[float] | Tensor | None"
 """What is asked of the queries. None: the loss of each, a column per query. ``"mean"`` or weights ``(n_queries,)``: the mean or
@@ -32,6 +32,7 @@ weighted sum of their losses, one column at the cost of one query."""
 
 
 _QUERIES_A_BATCH = 32  # of a dataset that is collated here
+_LOOKED_AT = 8  # queries whose losses are held against that of their batch
 
 
 class Queries:
@@ -158,6 +159,7 @@ def query_gradients(
     query_loss: QueryLoss | None = None,
     only: range | None = None,
     progress: bool = True,
+    traits: Traits | None = None,
 ) -> Vectors:
     """Gradients of the query losses, ``(n_queries, d)`` each, or of their target, ``(1, d)``.
 
@@ -168,6 +170,7 @@ def query_gradients(
         select: ``(name, values (..., *shape)) -> (..., d)``, the coordinates to keep.
         target: `Target`.
         only: of which queries, by their position, where there is no target; of all by default.
+        traits: what is known of the loss, to which is added what is found out now.
 
     Raises:
         ConfigurationError: no queries, a batch that the module cannot take, weights of another number.
@@ -180,7 +183,11 @@ def query_gradients(
         first = next(batches, None)
         if first is None:
             raise ConfigurationError("queries holds no batch; give a loader with at least one example.")
-        losses = LossOfQueries(task, query_loss).opened_where_needed(first, chosen)
+        traits = Traits() if traits is None else traits
+        losses = LossOfQueries(task, query_loss, open=bool(traits.open))
+        if traits.open is None:
+            losses = losses.opened_where_needed(first, chosen)
+            traits.open = losses.open
         bar = tqdm(chain([first], batches), desc="query gradients", unit="batch", delay=2, disable=not progress)
         if target is None:
             rows, seen = list[Vectors](), 0
@@ -190,7 +197,7 @@ def query_gradients(
                 rows += _each_gradient(losses, batch, here, chosen, select) if here else ()
                 seen += n
         else:
-            rows = [_target_gradient(losses, bar, chosen, select, target)]
+            rows = [_target_gradient(losses, bar, chosen, select, target, traits)]
     return {name: torch.stack([row[name] for row in rows]) for name in names}
 
 
@@ -269,19 +276,21 @@ def _target_gradient(
     parameters: Mapping[str, Tensor],
     select: Callable[[str, Tensor], Tensor],
     target: Target,
+    traits: Traits,
 ) -> Vectors:
     total = {name: torch.zeros_like(p) for name, p in parameters.items()}
     weights = None if isinstance(target, str) else torch.as_tensor(target, dtype=torch.float64)
     seen = 0
-    alike: bool | None = None  # whether the loss of a batch is the mean of its examples' own losses
     for batch in batches:
         n = batch_size(batch)
-        together = weights is None and losses.query_loss is None and alike is not False
+        together = weights is None and losses.query_loss is None and traits.is_mean is not False
         if together:
             mean, equal = losses.mean(batch)
-            if alike is None:
-                alike = _same_mean(mean, losses.each(batch).mean())
-            together = alike and equal
+            if traits.is_mean is None:
+                few = some(batch, slice(_LOOKED_AT))
+                of_few = mean if n <= _LOOKED_AT else losses.mean(few)[0]
+                traits.is_mean = _same_mean(of_few, losses.each(few).mean())
+            together = traits.is_mean and equal
         if together:
             loss = n * mean
         else:

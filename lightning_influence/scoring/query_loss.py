@@ -24,6 +24,19 @@ _SAME = 1e-4  # relative difference of two gradients that say the same
 _BENT = 0.05  # relative, of the change of a loss that its gradient may miss
 
 
+@dataclass
+class Traits:
+    """What was found out of the loss of queries, so that who reads them again and again need not ask again.
+
+    Attributes:
+        open: as of `LossOfQueries`; None where it is not known.
+        is_mean: whether the loss of a batch is the mean of its examples' own losses; None where it is not known.
+    """
+
+    open: bool | None = None
+    is_mean: bool | None = None
+
+
 @dataclass(frozen=True)
 class LossOfQueries:
     """The loss of queries at a model's present parameters.

@@ -93,8 +93,9 @@ class LiveStep:
         return self.full.sample_ids
 
     def shares(self, index: int) -> Mapping[str, Shares]:
-        factors = self._factors
-        return {k: _Weighted(form, factors) for k, form in self.forms.items()}
+        if bool((self._factors == 1).all()):
+            return self.forms
+        return {k: form.weighted(self._factors) for k, form in self.forms.items()}
 
     @cached_property
     def _factors(self) -> Tensor:
@@ -113,29 +114,3 @@ class LiveStep:
 
     def curvature_product(self, index: int, kind: str, vectors: Vectors) -> Vectors:
         raise CurvatureUnavailable("a step that is about to be taken has no replay; use curvature='none'.")
-
-
-@dataclass(frozen=True)
-class _Weighted:
-    """Shares times a factor of each sample."""
-
-    shares: Form
-    factors: Tensor
-
-    @property
-    def n_samples(self) -> int:
-        return self.shares.n_samples
-
-    @property
-    def n_coordinates(self) -> int:
-        return self.shares.n_coordinates
-
-    def inner(self, vectors: Tensor) -> Tensor:
-        return self.shares.inner(vectors) * self.factors.to(vectors)
-
-    def combine(self, weights: Tensor) -> Tensor:
-        return self.shares.combine(weights * self.factors.to(weights))
-
-    def dense(self, samples: slice = slice(None)) -> Tensor:
-        rows = self.shares.dense(samples)
-        return rows * self.factors[samples, None].to(rows)

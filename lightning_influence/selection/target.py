@@ -22,11 +22,13 @@ from lightning_influence.run.parameters import parameters_at
 from lightning_influence.run.random_state import generator_as_it_was, random_state
 from lightning_influence.run.task import as_task
 from lightning_influence.scoring.queries import query_gradients, query_losses
+from lightning_influence.scoring.query_loss import Traits
 
 TargetLoss: TypeAlias = Callable[[L.LightningModule], Tensor]
 """``module -> scalar loss`` at the module's present parameters."""
 
 _KEPT_BYTES = 2**26
+_LOOKED_AT_EVERY = 100  # steps, after which the loss may be another
 
 
 def target_gradient(
@@ -36,19 +38,20 @@ def target_gradient(
     select: Callable[[str, Tensor], Tensor],
     *,
     whole: Any = None,
+    traits: Traits | None = None,
 ) -> Vectors:
     """Gradient of the mean target loss at the module's parameters, ``(1, d)`` each.
 
     Args:
         queries: batches, or a `TargetLoss`.
-        names, select: as of `queries.query_gradients`.
+        names, select, traits: as of `queries.query_gradients`.
         whole: the batches of which those of ``queries`` are a part.
 
     Raises:
         InfluenceError: it is not finite; the text names the examples.
     """
     with random_state(None):  # a function, or a hook that prepares a batch, may draw random numbers
-        gradients = _gradient(module, queries, names, select)
+        gradients = _gradient(module, queries, names, select, traits)
     if not all(g.isfinite().all() for g in gradients.values()):
         raise InfluenceError(
             f"the gradient of the target is not finite: {_cause(module, queries if whole is None else whole)}. Every score would be NaN, and what is kept "
@@ -58,10 +61,14 @@ def target_gradient(
 
 
 def _gradient(
-    module: L.LightningModule, queries: Any, names: Sequence[str], select: Callable[[str, Tensor], Tensor]
+    module: L.LightningModule,
+    queries: Any,
+    names: Sequence[str],
+    select: Callable[[str, Tensor], Tensor],
+    traits: Traits | None,
 ) -> Vectors:
     if not callable(queries):
-        return query_gradients(module, queries, names, select, target="mean", progress=False)
+        return query_gradients(module, queries, names, select, target="mean", progress=False, traits=traits)
     parameters = dict(module.named_parameters())
     chosen = [parameters[name] for name in names]
     with as_task(module).unchanged(), torch.enable_grad():
@@ -145,6 +152,7 @@ class LiveTarget:
         self._reading: _Reading | None = None
         self._parts: Iterator[list[Any]] | None = None
         self._kept: list[Any] | None = None  # the batches of a small target, which its loader then gives once
+        self._traits, self._looked_at = Traits(), 0  # of the loss, and the step of the run at which they were looked for
 
     def gradient(
         self, module: L.LightningModule, queries: Any, select: Callable[[str, Tensor], Tensor], step: int
@@ -162,9 +170,9 @@ class LiveTarget:
         if self.every == 1 or self._reading is None or (step % self.every == 0 and step != self._reading.step):
             return self._read(module, batches, names, select, step)
         part = self._next_part(batches)
-        now = target_gradient(module, part, names, select, whole=batches)
+        now = target_gradient(module, part, names, select, whole=batches, traits=self._traits)
         with parameters_at(module, self._reading.parameters):
-            then = target_gradient(module, part, names, select)
+            then = target_gradient(module, part, names, select, traits=self._traits)
         return {k: self._reading.gradient[k].to(now[k]) + now[k] - then[k] for k in names}
 
     def _read(
@@ -176,7 +184,9 @@ class LiveTarget:
         step: int,
     ) -> Vectors:
         seen = _Seen(batches)
-        gradient = target_gradient(module, seen, names, select)
+        if step >= self._looked_at + _LOOKED_AT_EVERY:
+            self._traits, self._looked_at = Traits(), step
+        gradient = target_gradient(module, seen, names, select, traits=self._traits)
         self._kept = seen.kept
         if self.every > 1:
             parameters = {k: p.detach().clone() for k, p in module.named_parameters() if k in gradient}
