@@ -87,13 +87,21 @@ def _datamodule_of(module: LightningModule) -> Any:
 
 @contextmanager
 def quiet(module: LightningModule) -> Iterator[None]:
-    """``self.log`` and ``self.log_dict`` do nothing, with or without a trainer attached."""
+    """``self.log`` and ``self.log_dict`` do nothing, with or without a trainer attached, and nobody is told the losses of
+    the training step, since it is not the run's own.
+    """
     before = {name: module.__dict__[name] for name in _LOGGING if name in module.__dict__}
     for name in _LOGGING:
         object.__setattr__(module, name, _ignore)
+    step = module.__dict__.get("training_step")
+    listeners, tapped_step = [], isinstance(step, _TappedStep)
+    if tapped_step:
+        listeners, step.listeners = step.listeners, []
     try:
         yield
     finally:
+        if tapped_step:
+            step.listeners = listeners
         for name in _LOGGING:
             object.__delattr__(module, name)
         module.__dict__.update(before)
@@ -234,6 +242,8 @@ class _TappedStep:
         return self  # it is taken off the copy
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if not self.listeners:
+            return self._step(*args, **kwargs)
         with LossTap() as losses:
             output = self._step(*args, **kwargs)
         for tap in list(self.listeners):

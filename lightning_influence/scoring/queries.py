@@ -32,6 +32,7 @@ weighted sum of their losses, one column at the cost of one query."""
 
 
 _QUERIES_A_BATCH = 32  # of a dataset that is collated here
+_NO_BATCH = "queries holds no batch; give a loader with at least one example."
 _LOOKED_AT = 8  # queries whose losses are held against that of their batch
 
 
@@ -159,7 +160,6 @@ def query_gradients(
     query_loss: QueryLoss | None = None,
     only: range | None = None,
     progress: bool = True,
-    traits: Traits | None = None,
 ) -> Vectors:
     """Gradients of the query losses, ``(n_queries, d)`` each, or of their target, ``(1, d)``.
 
@@ -170,7 +170,6 @@ def query_gradients(
         select: ``(name, values (..., *shape)) -> (..., d)``, the coordinates to keep.
         target: `Target`.
         only: of which queries, by their position, where there is no target; of all by default.
-        traits: what is known of the loss, to which is added what is found out now.
 
     Raises:
         ConfigurationError: no queries, a batch that the module cannot take, weights of another number.
@@ -182,12 +181,8 @@ def query_gradients(
         batches = _batches(task, queries)
         first = next(batches, None)
         if first is None:
-            raise ConfigurationError("queries holds no batch; give a loader with at least one example.")
-        traits = Traits() if traits is None else traits
-        losses = LossOfQueries(task, query_loss, open=bool(traits.open))
-        if traits.open is None:
-            losses = losses.opened_where_needed(first, chosen)
-            traits.open = losses.open
+            raise ConfigurationError(_NO_BATCH)
+        losses = LossOfQueries(task, query_loss).opened_where_needed(first, chosen)
         bar = tqdm(chain([first], batches), desc="query gradients", unit="batch", delay=2, disable=not progress)
         if target is None:
             rows, seen = list[Vectors](), 0
@@ -197,8 +192,45 @@ def query_gradients(
                 rows += _each_gradient(losses, batch, here, chosen, select) if here else ()
                 seen += n
         else:
-            rows = [_target_gradient(losses, bar, chosen, select, target, traits)]
+            rows = [_target_gradient(losses, bar, chosen, select, target, Traits())]
     return {name: torch.stack([row[name] for row in rows]) for name in names}
+
+
+def mean_gradients(
+    model: Any,
+    queries: Iterable[Any],
+    names: Sequence[str],
+    select: Callable[[str, Tensor], Tensor],
+    places: Sequence[Mapping[str, Tensor]],
+    traits: Traits,
+) -> list[Vectors]:
+    """Gradients of the mean query loss, ``(1, d)`` each, at several places, for who asks again and again.
+
+    Args:
+        model, queries, names, select: as of `query_gradients`.
+        places: parameters, by name; those that are missing stay as they are.
+        traits: what is known of the loss, to which is added what is found out now.
+
+    Raises:
+        ConfigurationError: as of `query_gradients`.
+    """
+    task, found = as_task(model), list[Vectors]()
+    with _asked(task):
+        parameters = dict(task.module.named_parameters())
+        chosen = {name: parameters[name] for name in names}
+        for place in places:
+            with parameters_at(task.module, place):
+                batches = _batches(task, queries)
+                if traits.open is None:
+                    first = next(batches, None)
+                    if first is None:
+                        raise ConfigurationError(_NO_BATCH)
+                    traits.open = LossOfQueries(task).opened_where_needed(first, chosen).open
+                    batches = chain([first], batches)
+                losses = LossOfQueries(task, open=traits.open)
+                one = _target_gradient(losses, batches, chosen, select, "mean", traits)
+                found.append({name: gradient[None] for name, gradient in one.items()})
+    return found
 
 
 def count_queries(task: Task, queries: Queries | Iterable[Any]) -> int:
@@ -305,7 +337,7 @@ def _target_gradient(
             total[name] += gradient
         seen += n
     if seen == 0:
-        raise ConfigurationError("queries holds no batch; give a loader with at least one example.")
+        raise ConfigurationError(_NO_BATCH)
     if weights is not None and seen != len(weights):
         raise ConfigurationError(f"target has {len(weights)} weights, but queries holds {seen} examples.")
     scale = 1 / seen if weights is None else 1.0

@@ -61,7 +61,7 @@ class LossOfQueries:
 
     def mean(self, batch: Any) -> tuple[Tensor, bool]:
         """The module's own loss of a batch, and whether its examples are known to count alike in it."""
-        with LossTap() as tap:
+        with LossTap(labels=False) as tap:
             loss = self.own_loss(batch)
         weights = tap.sample_weights(batch_size(batch))
         return loss, weights is not None and bool((weights == weights[0]).all())

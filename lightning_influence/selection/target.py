@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, TypeAlias
 
@@ -21,7 +21,7 @@ from lightning_influence.run.batches import batch_size, leaves, some
 from lightning_influence.run.parameters import parameters_at
 from lightning_influence.run.random_state import generator_as_it_was, random_state
 from lightning_influence.run.task import as_task
-from lightning_influence.scoring.queries import query_gradients, query_losses
+from lightning_influence.scoring.queries import mean_gradients, query_losses
 from lightning_influence.scoring.query_loss import Traits
 
 TargetLoss: TypeAlias = Callable[[L.LightningModule], Tensor]
@@ -36,45 +36,62 @@ def target_gradient(
     queries: Any,
     names: Sequence[str],
     select: Callable[[str, Tensor], Tensor],
-    *,
-    whole: Any = None,
     traits: Traits | None = None,
 ) -> Vectors:
-    """Gradient of the mean target loss at the module's parameters, ``(1, d)`` each.
-
-    Args:
-        queries: batches, or a `TargetLoss`.
-        names, select, traits: as of `queries.query_gradients`.
-        whole: the batches of which those of ``queries`` are a part.
-
-    Raises:
-        InfluenceError: it is not finite; the text names the examples.
-    """
-    with random_state(None):  # a function, or a hook that prepares a batch, may draw random numbers
-        gradients = _gradient(module, queries, names, select, traits)
-    if not all(g.isfinite().all() for g in gradients.values()):
-        raise InfluenceError(
-            f"the gradient of the target is not finite: {_cause(module, queries if whole is None else whole)}. Every score would be NaN, and what is kept "
-            "would be chosen at random."
-        )
-    return gradients
+    """Gradient of the mean target loss at the module's parameters, ``(1, d)`` each; the rest as of `target_gradients`."""
+    return target_gradients(module, queries, names, select, [{}], traits)[0]
 
 
-def _gradient(
+def target_gradients(
     module: L.LightningModule,
     queries: Any,
     names: Sequence[str],
     select: Callable[[str, Tensor], Tensor],
-    traits: Traits | None,
+    places: Sequence[Mapping[str, Tensor]],
+    traits: Traits | None = None,
+    whole: Any = None,
+) -> list[Vectors]:
+    """Gradients of the mean target loss at several places.
+
+    Args:
+        queries: batches, or a `TargetLoss`.
+        names, select, places, traits: as of `queries.mean_gradients`.
+        whole: the batches of which those of ``queries`` are a part.
+
+    Raises:
+        InfluenceError: one is not finite; the text names the examples.
+    """
+    with random_state(None):  # a function, or a hook that prepares a batch, may draw random numbers
+        if callable(queries):
+            found = [_of_function(module, queries, names, select, place) for place in places]
+        else:
+            found = mean_gradients(module, queries, names, select, places, Traits() if traits is None else traits)
+    finite = [bool(torch.stack([g.sum() for g in one.values()]).isfinite().all()) for one in found]
+    for place, one, sums_are in zip(places, found, finite, strict=True):
+        if not sums_are and not all(g.isfinite().all() for g in one.values()):  # a sum alone may overflow
+            with parameters_at(module, place):
+                cause = _cause(module, queries if whole is None else whole)
+            raise InfluenceError(
+                f"the gradient of the target is not finite: {cause}. Every score would be NaN, and what is kept would be chosen at "
+                "random."
+            )
+    return found
+
+
+def _of_function(
+    module: L.LightningModule,
+    queries: TargetLoss,
+    names: Sequence[str],
+    select: Callable[[str, Tensor], Tensor],
+    place: Mapping[str, Tensor],
 ) -> Vectors:
-    if not callable(queries):
-        return query_gradients(module, queries, names, select, target="mean", progress=False, traits=traits)
-    parameters = dict(module.named_parameters())
-    chosen = [parameters[name] for name in names]
-    with as_task(module).unchanged(), torch.enable_grad():
-        loss = queries(module)
-        found = torch.autograd.grad(loss, chosen, allow_unused=True, materialize_grads=True)
-    return {k: select(k, g)[None] for k, g in zip(names, found, strict=True)}
+    with parameters_at(module, place):
+        parameters = dict(module.named_parameters())
+        chosen = [parameters[name] for name in names]
+        with as_task(module).unchanged(), torch.enable_grad():
+            loss = queries(module)
+            found = torch.autograd.grad(loss, chosen, allow_unused=True, materialize_grads=True)
+        return {k: select(k, g)[None] for k, g in zip(names, found, strict=True)}
 
 
 def _cause(module: L.LightningModule, queries: Any) -> str:
@@ -152,7 +169,10 @@ class LiveTarget:
         self._reading: _Reading | None = None
         self._parts: Iterator[list[Any]] | None = None
         self._kept: list[Any] | None = None  # the batches of a small target, which its loader then gives once
-        self._traits, self._looked_at = Traits(), 0  # of the loss, and the step of the run at which they were looked for
+        self._traits, self._looked_at = (
+            Traits(),
+            0,
+        )  # of the loss, and the step of the run at which they were looked for
 
     def gradient(
         self, module: L.LightningModule, queries: Any, select: Callable[[str, Tensor], Tensor], step: int
@@ -170,9 +190,8 @@ class LiveTarget:
         if self.every == 1 or self._reading is None or (step % self.every == 0 and step != self._reading.step):
             return self._read(module, batches, names, select, step)
         part = self._next_part(batches)
-        now = target_gradient(module, part, names, select, whole=batches, traits=self._traits)
-        with parameters_at(module, self._reading.parameters):
-            then = target_gradient(module, part, names, select, traits=self._traits)
+        places = [{}, self._reading.parameters]
+        now, then = target_gradients(module, part, names, select, places, self._traits, whole=batches)
         return {k: self._reading.gradient[k].to(now[k]) + now[k] - then[k] for k in names}
 
     def _read(
