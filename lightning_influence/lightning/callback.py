@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
@@ -10,7 +9,6 @@ from dataclasses import replace
 from functools import wraps
 from pathlib import Path
 from typing import Any, Literal
-from uuid import uuid4
 
 import lightning as L
 import torch
@@ -20,25 +18,20 @@ from lightning_influence.capture.step import StepOptions
 from lightning_influence.core.coordinates import COMPRESSIONS
 from lightning_influence.errors import ConfigurationError, LogError, check_choice
 from lightning_influence.lightning.failures import tell_missing
-from lightning_influence.lightning.first_step import first_step_line
 from lightning_influence.lightning.live_run import LiveRun
-from lightning_influence.lightning.run_report import PAGE, SAVED, refuse_no_queries, report_run
-from lightning_influence.log.format import MANIFEST, refuse_undecodable
+from lightning_influence.lightning.run_log import RunLog
+from lightning_influence.lightning.run_report import RunReport, refuse_no_queries
+from lightning_influence.live.ways import BUDGET, Ways
+from lightning_influence.log.format import refuse_undecodable
 from lightning_influence.log.manifest import RECORDS, Manifest, Mask
-from lightning_influence.log.reader import StoreReader
 from lightning_influence.log.recorder import Compression, CompressionName, Recorder
 from lightning_influence.log.snapshots import ReplaySettings
-from lightning_influence.log.writer import StoreWriter
 from lightning_influence.report import InfluenceReport
 from lightning_influence.report.tables import in_notebook
-from lightning_influence.run.ranks import Ranks
 from lightning_influence.run.sample_ids import IdSource, SampleIds
 from lightning_influence.run.sample_weights import WeightSource
 from lightning_influence.run.trainer import clip_of, loss_scaler, ranks_of, steps_left
 from lightning_influence.words import renamed
-
-_WAYS = {"replay": "snapshots for replay", "gradients": "per-sample gradients"}
-_BUDGET = 2**16  # bytes of a sample's gradients at a step that are recorded unasked
 
 
 def _while_recording(hook: Callable[..., None]) -> Callable[..., None]:
@@ -150,7 +143,7 @@ class InfluenceCallback(L.Callback):
             raise ConfigurationError(f"snapshot_every={snapshot_every}; it counts steps and is at least 1")
         self.record, self.snapshot_every, self.store_batches = record, snapshot_every, store_batches
         if budget is None and record == "auto":
-            budget = _BUDGET
+            budget = BUDGET
         self.compression = Compression(compression, mask_size, seed, budget)
         self.options = StepOptions(reduction, sample_weights, exclude, frozen_batch_norm, verify)
         self.sample_ids = SampleIds(sample_ids, random=record != "gradients")
@@ -162,22 +155,15 @@ class InfluenceCallback(L.Callback):
             guard=self._inside,
             give_up=self._leave_out if record == "auto" else None,
         )
-        self._records: str = record  # of "gradients", "replay" and "both", what this run is recorded as
-        self._left_out: list[str] = []  # why something is not recorded
-        self.existing, self.on_error = existing, on_error
+        self._ways = Ways(record)
+        self.on_error = on_error
+        self._log = RunLog(self.dirpath, existing)
         self.writes_report = report
-        self._report: InfluenceReport | None = None
-        self._found = _identity(self.dirpath / SAVED)  # of an earlier run
+        self._report = RunReport(self.dirpath)
         self._recorder: Recorder | None = None
-        self._steps: int | None = None  # of the run that the trainer's present state comes from
-        self._run: str | None = None  # identifies a log even if it is moved; on the process that saves checkpoints
-        self._resume_at: int | None = None
         self._failure: Exception | None = (
             None  # inside the training or the optimizer's step, to be dealt with at the next hook
         )
-        self._told = False  # of the first step
-        self._manifest: Manifest | None = None
-        self._stopped: str | None = None  # why recording ended before the run did
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({str(self.dirpath)!r}, {', '.join(f'{k}={v!r}' for k, v in self._settings())})"
@@ -196,27 +182,19 @@ class InfluenceCallback(L.Callback):
 
     def state_dict(self) -> dict[str, Any]:
         if self._recorder is None:
-            return {"steps": self._steps, "run": self._run, "stopped": self._stopped}
+            return self._log.state_dict()
         try:
             self._recorder.writer.flush()  # a checkpoint never knows of more steps than the log
         except LogError as error:  # which must not cost the checkpoint
             self._failure = self._failure or error
         stopped = None if self._failure is None else str(self._failure)
-        return {"steps": self._recorder.writer.complete, "run": self._run, "stopped": stopped}
+        return self._log.state_dict() | {"steps": self._recorder.writer.complete, "stopped": stopped}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self._steps = self._resume_at = state_dict["steps"]
-        self._run, self._stopped = state_dict.get("run"), state_dict.get("stopped")
+        self._log.load_state_dict(state_dict)
 
     def on_load_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
-        states, run = checkpoint["callbacks"], _run_of(self.dirpath)
-        if self.state_key in states or run is None:
-            return
-        own = [state for state in states.values() if isinstance(state, dict) and state.get("run") == run]
-        if own:  # of a log that was moved, whose state lies under its former place
-            self.load_state_dict(own[0])
-        elif self.existing == "resume":
-            raise _not_its_log(self.dirpath)
+        self._log.look_for(self.state_key, checkpoint["callbacks"])
 
     # -- start and end of fit ---------------------------------------------------------------------------
 
@@ -228,93 +206,37 @@ class InfluenceCallback(L.Callback):
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if self.writes_report:
             refuse_no_queries(trainer)
-        self._records, self._left_out = self._begun_as(), []
-        collector = self._live.start(
-            trainer, pl_module, captures=self._records != "replay", rehearses=self._records != "gradients"
-        )
+        self._ways = Ways(self.record, self._log.begun_as(), rank_zero_info)
+        asked = self._ways.record
+        collector = self._live.start(trainer, pl_module, captures=asked != "replay", rehearses=asked != "gradients")
         manifest = Manifest.of_run(
             pl_module,
             collector.optimizer,
             collector.capture,
             self.options,
-            record=self._records,
+            record=self._ways.record,
             compression=self.compression.kind,
             mask=Mask(self.compression.mask_size, self.compression.seed),
             precision=str(trainer.precision),
             budget=self.compression.budget,
         )
         with ExitStack() as undo:
-            writer = self._writer(collector.ranks, manifest, undo)
-            self._manifest = replace(manifest, run=self._run)
+            writer = self._log.open(manifest, collector.ranks, undo)
+            self._failure = None
             self._recorder = Recorder(
                 collector,
                 writer,
                 compression=self.compression,
-                replay=None if self._records == "gradients" else self._replay_settings(trainer),
+                replay=None if self._ways.record == "gradients" else self._replay_settings(trainer),
                 guard=self._inside,
                 give_up=self._leave_out if self.record == "auto" else None,
             )
             undo.pop_all()
-        self._told = False
-
-    def _begun_as(self) -> str:
-        """What is recorded: of a log that goes on, what it began with."""
-        if self.record != "auto":
-            return self.record
-        goes_on = self._resume_at is not None or self.existing == "resume"
-        if goes_on and (self.dirpath / MANIFEST).exists():
-            return Manifest.of(StoreReader(self.dirpath)).record
-        return "both"
+        self._ways.begin(self._live.steps, self._recorder, replace(manifest, run=self._log.run))
 
     def _leave_out(self, what: str, error: ConfigurationError) -> None:
-        """One of the two ways of recording is not possible; the run is recorded in the other.
-
-        Raises:
-            ConfigurationError: it is not recorded in the other, or on other processes it may be possible.
-        """
-        if self._records != "both" or (self._recorder is not None and self._recorder.ranks.size > 1):
-            raise error
-        self._records = "replay" if what == "gradients" else "gradients"
-        self._left_out.append(f"no {_WAYS[what]}, because {str(error).rstrip('.')}.")
-        if self._recorder is None:
-            return
-        if what == "replay":
-            self._live.steps.rehearse_no_more()
-            self._recorder.replay = None
-        manifest = self._manifest
-        assert manifest is not None
-        self._manifest = manifest.without_gradients() if what == "gradients" else replace(manifest, record="gradients")
-        self._recorder.writer.write_manifest(self._manifest.to_json())
-        if self._told:
-            rank_zero_info(f"Influence: {self.dirpath} goes on with {self._left_out[-1]}")
-
-    def _writer(self, ranks: Ranks, manifest: Manifest, undo: ExitStack) -> StoreWriter:
-        """The log, open for the steps that come; ``undo`` closes it."""
-        resume_at, self._resume_at = self._resume_at, None
-        existing = self.existing if resume_at is None else "resume"
-        if existing == "resume" and self._stopped is not None:
-            raise ConfigurationError(
-                f"recording to {self.dirpath} stopped during the run that goes on here ({self._stopped}), so the log cannot go on "
-                "from where the run is; record to another directory, or start the run from an earlier checkpoint."
-            )
-        self._stopped = self._failure = None
-        if existing == "resume":
-            _refuse_another_run(self.dirpath, manifest, ranks.size)
-        recorded = _run_of(self.dirpath) if existing == "resume" else None
-        if resume_at is not None and recorded not in (None, self._run):  # another run has overwritten the checkpoint's
-            raise _not_its_log(self.dirpath)
-        self._run = recorded or uuid4().hex
-        writer = undo.enter_context(StoreWriter(self.dirpath, rank=ranks.rank, ranks=ranks.size, existing=existing))
-        # without a checkpoint, up to where every process came
-        steps = min(ranks.gather(len(writer))) if resume_at is None else resume_at
-        if ranks.rank == 0:
-            writer.truncate(steps)
-        ranks.wait()  # first the one whose part says that the log is whole; and until all have seen what was there
-        if ranks.rank == 0:
-            writer.write_manifest(replace(manifest, run=self._run).to_json())
-        else:
-            writer.truncate(steps)
-        return writer
+        """As of `Ways.give_up`."""
+        self._ways.give_up(what, error)
 
     def _replay_settings(self, trainer: L.Trainer) -> ReplaySettings:
         steps = trainer.estimated_stepping_batches
@@ -327,7 +249,7 @@ class InfluenceCallback(L.Callback):
         whole = all(ranks_of(trainer).gather(self._is_complete(trainer)))
         self._close(trainer, finished=whole)
         if self.writes_report:
-            self._write_report(trainer, pl_module, whole)
+            self._report.write(trainer, pl_module, whole)
 
     def _is_complete(self, trainer: L.Trainer) -> bool:
         """Whether every step of this process is on disk."""
@@ -341,23 +263,10 @@ class InfluenceCallback(L.Callback):
             return False
         return True
 
-    def _write_report(self, trainer: L.Trainer, module: L.LightningModule, whole: bool) -> None:
-        part = self.dirpath / f"rank-{trainer.global_rank}"
-        ranks_of(trainer).wait()  # until the whole log is written
-        try:
-            if whole:
-                self._report = report_run(trainer, module, self.dirpath)
-            elif trainer.is_global_zero:
-                tell_missing(part, PAGE, "the log is not whole", "Training is not affected.")
-        except Exception as error:
-            tell_missing(part, PAGE, error, "Training is not affected; attribute(...) makes a report of the log.")
-
     @property
     def report(self) -> InfluenceReport | None:
         """The report of the last run, where ``report=True``; that of a run in processes of their own is read from its log."""
-        if self._report is None and self.writes_report and _identity(self.dirpath / SAVED) not in (None, self._found):
-            self._report = InfluenceReport.load(self.dirpath / SAVED)
-        return self._report
+        return self._report.read() if self.writes_report else None
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
         self._close(trainer, finished=False)
@@ -374,7 +283,7 @@ class InfluenceCallback(L.Callback):
             recorder.close(finished=finished)
         except Exception as error:
             tell_missing(recorder.writer.part, "its end", error, "Training is not affected.")
-        self._steps = recorder.writer.complete
+        self._log.steps = recorder.writer.complete
 
     # -- failures ---------------------------------------------------------------------------------------
 
@@ -415,10 +324,10 @@ class InfluenceCallback(L.Callback):
         self._live.stop(trainer, trains=True)
         with suppress(LogError):  # which is the error, or comes of it
             recorder.close(finished=False)
-        self._steps, self._stopped = recorder.writer.complete, str(error)
+        self._log.steps, self._log.stopped = recorder.writer.complete, str(error)
         tell_missing(
             recorder.writer.part,
-            f"the steps from {self._steps} on",
+            f"the steps from {self._log.steps} on",
             error,
             "Recording has stopped. Training goes on as it would without it, and the log can be read up to its last complete "
             "step; on_error='raise' ends the run instead.",
@@ -442,7 +351,7 @@ class InfluenceCallback(L.Callback):
         assert self._recorder is not None
         moment = self._live.start_batch(trainer, pl_module, batch, batch_idx)
         steps = self._live.steps
-        less = None if self._records == "gradients" else steps.recollated()
+        less = None if self._ways.record == "gradients" else steps.recollated()
         self._recorder.begin(batch, steps.noted(moment), self.sample_ids.fetched, less)
 
     @_while_recording
@@ -475,43 +384,6 @@ class InfluenceCallback(L.Callback):
 
     @_while_recording
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: Any) -> None:
-        assert self._recorder is not None and self._manifest is not None
-        if self._told or not self._recorder.begun:
-            return
-        self._told, left = True, steps_left(trainer) + 1
-        step, snapshot = self._recorder.bytes_written()
-        every = self._recorder.replay.snapshot_every if self._recorder.replay is not None else 1
-        share = self._recorder.n_coordinates / max(self._manifest.coverage.trained, 1)
-        told = first_step_line(self.dirpath, self._records, share, step, snapshot, left, left / every + 1)
-        rank_zero_info(" ".join([told, *(f"There are {why}" for why in self._left_out)]))
-
-
-def _run_of(log: Path) -> str | None:
-    """The identifier of the run whose log a directory holds; None where it holds none."""
-    return Manifest.of(StoreReader(log)).run if (log / MANIFEST).exists() else None
-
-
-def _not_its_log(log: Path) -> ConfigurationError:
-    return ConfigurationError(
-        f"the checkpoint is not of the run whose log is {log}, so the log cannot go on from it; give the directory of "
-        "the checkpoint's own log, or another directory."
-    )
-
-
-def _refuse_another_run(log: Path, manifest: Manifest, ranks: int) -> None:
-    """Refuse to continue a log with settings other than those it began with."""
-    if not (log / MANIFEST).exists():
-        return
-    reader = StoreReader(log)
-    recorded = Manifest.of(reader).to_json() | {"ranks": reader.ranks}
-    for key, value in json.loads(json.dumps(manifest.to_json() | {"ranks": ranks})).items():
-        if key != "versions" and recorded.get(key) != value:
-            raise ConfigurationError(
-                f"the log {log} was recorded with {key}={recorded.get(key)!r:.200} and cannot go on with {value!r:.200}; "
-                "resume with the settings it began with, or record to another directory."
-            )
-
-
-def _identity(path: Path) -> tuple[int, int] | None:
-    """By which a file is told from an earlier one of its name."""
-    return (path.stat().st_mtime_ns, path.stat().st_ino) if path.exists() else None
+        line = self._ways.first_step(self.dirpath, steps_left(trainer) + 1)
+        if line is not None:
+            rank_zero_info(line)

@@ -86,7 +86,8 @@ class StepSelection(L.Callback):
         for policy in self.selector.settings.portions:
             left = step.weights > 0
             target = self._target_after(trainer, step)
-            rows = sweep(step, target, self.selector.settings.method, progress=False)
+            part = step.part(self.selector.settings.coordinates, trainer.global_step)
+            rows = sweep(part, part.extrapolated(target), self.selector.settings.method, progress=False)
             scores[left] = rows.of(step.full.sample_ids[left])[:, 0].to(scores)
             weights = self.selector.decide(policy, scores, step.full.sample_ids, step.full.micro_batch_numbers, left)
             step = step.weighted(weights)
@@ -103,8 +104,8 @@ class StepSelection(L.Callback):
             for k, gradient in consumed_gradients(record).items()
         }
         with parameters_at(module, moved):
-            found = self.live_target.gradient(module, self.queries(), step.select, trainer.global_step)
-        return {k: found[k] for k in step.sizes}  # without what is excluded
+            target = self.live_target.gradient(module, self.queries(), step.select, trainer.global_step)
+        return {k: target[k] for k in step.sizes}  # without what is excluded
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
         self._live.stop(trainer)

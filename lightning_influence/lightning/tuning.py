@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
@@ -29,6 +31,18 @@ _QUIET: dict[str, Any] = {
     "enable_model_summary": False,
     "enable_progress_bar": False,
 }
+
+
+@contextmanager
+def _without_banners() -> Iterator[None]:
+    """Lightning says of every Trainer what hardware there is; of short runs nobody wants to read it."""
+    logger = logging.getLogger("lightning.pytorch")
+    level = logger.level
+    logger.setLevel(logging.WARNING)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
 
 
 @dataclass(frozen=True, repr=False)
@@ -121,7 +135,8 @@ def tune_horizon(
     for lr, horizon in tqdm(pairs, desc="short runs", unit="run", delay=2, disable=not progress):
         module = make_model(lr)
         selected = SelectionDataModule(data, queries, horizon=horizon, **{"every": 1, **selection})
-        L.Trainer(**settings).fit(module, selected)
+        with _without_banners():
+            L.Trainer(**settings).fit(module, selected)
         loss = float(query_losses(module, compared).mean())
         row = {"horizon": horizon, "lr": lr, "loss": loss, "kept": selected.selection_report.kept}
         rows.append(row | ({"proxy": errors[lr][horizon]} if proxies else {}))
@@ -134,9 +149,10 @@ def _errors(
     """Predicted relative error by horizon, at the end of a run without selection."""
     with TemporaryDirectory() as log:
         callback = InfluenceCallback(log, record="replay", store_batches=True, existing="overwrite")
-        L.Trainer(**settings, callbacks=[callback]).fit(module, SelectionDataModule(data, online_selection=False))
+        with _without_banners():
+            L.Trainer(**settings, callbacks=[callback]).fit(module, SelectionDataModule(data, online_selection=False))
         steps = LoggedSteps(log)
         pairs = [(int(z), t) for h in horizons for t in [len(steps) - 1 - h] for z in steps.record(t).sample_ids[:n]]
         asked = data if queries is None else queries
-        found = error_proxy(steps, queries=asked, model=module, target="mean", pairs=pairs, progress=False)
-    return dict(found.curve()[1.0])
+        predicted = error_proxy(steps, queries=asked, model=module, target="mean", pairs=pairs, progress=False)
+    return dict(predicted.curve()[1.0])

@@ -50,9 +50,9 @@ class BetweenSteps:
         if not self._left:
             return
         now = _looked_at(chain(self._parameters(), self._buffers()))
-        here = {k: now[k] for k in self._left if k in now}
-        if not _same(here, {k: self._left[k] for k in here}):
-            changed = next(k for k in here if not _same({k: here[k]}, {k: self._left[k]}))
+        present = {k: now[k] for k in self._left if k in now}
+        if not _same(present, {k: self._left[k] for k in present}):
+            changed = next(k for k in present if not _same({k: present[k]}, {k: self._left[k]}))
             raise ConfigurationError(
                 f"{changed} has changed since the last step, outside training_step and the optimizer's step: a hook or a callback "
                 "sets it (an average of the weights that the loss looks at, weights that are clamped, a schedule kept in a "
@@ -67,11 +67,11 @@ def _looked_at(named: Iterable[tuple[str, Tensor]]) -> dict[str, Tensor]:
         flat = tensor.detach().reshape(-1)
         few = flat[:: max(1, len(flat) // _LOOKED_AT)]
         kinds.setdefault((tensor.dtype, tensor.device), {})[name] = few
-    found = dict[str, Tensor]()
+    values = dict[str, Tensor]()
     for parts in kinds.values():  # one copy of all
         copied = torch.cat([*parts.values()]).double().split([len(few) for few in parts.values()])
-        found |= zip(parts, copied, strict=True)
-    return found
+        values |= zip(parts, copied, strict=True)
+    return values
 
 
 def _same(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> bool:

@@ -94,14 +94,15 @@ def quiet(module: LightningModule) -> Iterator[None]:
     for name in _LOGGING:
         object.__setattr__(module, name, _ignore)
     step = module.__dict__.get("training_step")
-    listeners, tapped_step = [], isinstance(step, _TappedStep)
-    if tapped_step:
-        listeners, step.listeners = step.listeners, []
+    tapped_step = step if isinstance(step, _TappedStep) else None
+    listeners = [] if tapped_step is None else tapped_step.listeners
+    if tapped_step is not None:
+        tapped_step.listeners = []
     try:
         yield
     finally:
-        if tapped_step:
-            step.listeners = listeners
+        if tapped_step is not None:
+            tapped_step.listeners = listeners
         for name in _LOGGING:
             object.__delattr__(module, name)
         module.__dict__.update(before)

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
-from inspect import signature
+from inspect import Signature, signature
 from typing import Any, Literal
 
 import torch
@@ -26,7 +26,7 @@ _BINARY = (F.binary_cross_entropy, F.binary_cross_entropy_with_logits)
 _OF_DIFFERENCES = (F.mse_loss, F.l1_loss, F.smooth_l1_loss, F.huber_loss)
 _DIVIDED_BY_WEIGHT = (F.mse_loss, F.l1_loss)
 LOSSES = frozenset((*_OVER_CLASSES, *_BINARY, *_OF_DIFFERENCES))
-_SIGNATURES = {loss: signature(loss) for loss in LOSSES}
+_SIGNATURES: dict[Callable[..., Any], Signature] = {loss: signature(loss) for loss in LOSSES}  # type: ignore[arg-type, misc]
 
 MAX_CLASSES = 128
 """With more classes, the log-probabilities of a sample are left out."""
@@ -70,12 +70,12 @@ class Dynamics:
 
 def joined(parts: Sequence[Dynamics | None]) -> Dynamics | None:
     """The samples of several batches, one after the other; None where a batch has none or they are over other classes."""
-    found = [part for part in parts if part is not None]
     if len(parts) == 1:
         return parts[0]
-    if len(found) < len(parts) or len({part.log_probabilities.shape[1] for part in found}) != 1:
+    given = [part for part in parts if part is not None]
+    if len(given) < len(parts) or len({part.log_probabilities.shape[1] for part in given}) != 1:
         return None
-    return Dynamics(**{name: torch.cat([part.columns()[name] for part in found]) for name in found[0].columns()})
+    return Dynamics(**{name: torch.cat([part.columns()[name] for part in given]) for name in given[0].columns()})
 
 
 @dataclass(frozen=True)
@@ -232,7 +232,7 @@ def _labels(classes: Tensor, labels: Tensor, counted: Tensor) -> _Labels | None:
         return None
     own = classes.gather(-1, labels[..., None])[..., 0]
     single, nothing = labels.numel() == rows, labels.new_full((rows,), -1)
-    kept = classes.reshape(rows, -1).half() if single and n <= MAX_CLASSES else classes.new_zeros(rows, 0).half()
+    logits = classes.reshape(rows, -1).half() if single and n <= MAX_CLASSES else classes.new_zeros(rows, 0).half()
     best, other = classes.scatter_(-1, labels[..., None], -torch.inf).max(-1)
     return _Labels(
         _rows(counted).float(),
@@ -240,7 +240,7 @@ def _labels(classes: Tensor, labels: Tensor, counted: Tensor) -> _Labels | None:
         _rows(torch.where(counted, own, 0)).float(),
         (torch.where(counted, labels, -1).view(rows) if single else nothing).cpu(),
         (torch.where(counted, other, -1).view(rows) if single else nothing).cpu(),
-        kept.cpu(),
+        logits.cpu(),
     )
 
 
@@ -282,8 +282,8 @@ def scalar_loss(value: Any, source: str) -> Tensor:
         ConfigurationError: it is not one number.
     """
     if not isinstance(value, Tensor) or value.numel() != 1:
-        found = f"a tensor of shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
+        what = f"a tensor of shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
         raise ConfigurationError(
-            f"{source} returned {found}; influence needs a scalar loss, or, of a training_step, a dict with one under 'loss'."
+            f"{source} returned {what}; influence needs a scalar loss, or, of a training_step, a dict with one under 'loss'."
         )
     return value.squeeze()

@@ -188,8 +188,8 @@ def query_gradients(
             rows, seen = list[Vectors](), 0
             for batch in bar:
                 n = batch_size(batch)
-                here = [i for i in range(n) if only is None or seen + i in only]
-                rows += _each_gradient(losses, batch, here, chosen, select) if here else ()
+                chosen_examples = [i for i in range(n) if only is None or seen + i in only]
+                rows += _each_gradient(losses, batch, chosen_examples, chosen, select) if chosen_examples else ()
                 seen += n
         else:
             rows = [_target_gradient(losses, bar, chosen, select, target, Traits())]
@@ -214,7 +214,7 @@ def mean_gradients(
     Raises:
         ConfigurationError: as of `query_gradients`.
     """
-    task, found = as_task(model), list[Vectors]()
+    task, gradients = as_task(model), list[Vectors]()
     with _asked(task):
         parameters = dict(task.module.named_parameters())
         chosen = {name: parameters[name] for name in names}
@@ -229,8 +229,8 @@ def mean_gradients(
                     batches = chain([first], batches)
                 losses = LossOfQueries(task, open=traits.open)
                 one = _target_gradient(losses, batches, chosen, select, "mean", traits)
-                found.append({name: gradient[None] for name, gradient in one.items()})
-    return found
+                gradients.append({name: gradient[None] for name, gradient in one.items()})
+    return gradients
 
 
 def count_queries(task: Task, queries: Queries | Iterable[Any]) -> int:
@@ -260,9 +260,9 @@ def query_curvature(
         columns = []
         with _asked(task), differentiable_attention():
             for graph in _gradient_graphs(LossOfQueries(task, query_loss), batches, parameters):
-                here = {k: directions[k].to(graph.parameters[k]) for k in names}
-                products = graph.hessian_product(here)
-                columns.append(torch.stack([(products[k] * here[k]).sum(1) for k in names]).sum(0))
+                placed = {k: directions[k].to(graph.parameters[k]) for k in names}
+                products = graph.hessian_product(placed)
+                columns.append(torch.stack([(products[k] * placed[k]).sum(1) for k in names]).sum(0))
         return asked_of(torch.stack(columns, 1), target)
 
     return along
@@ -281,8 +281,8 @@ def _gradient_graphs(
             for i in range(batch_size(batch)):
                 one = example(batch, i)
                 loss = losses.each(one).sum()
-                found = torch.autograd.grad(loss, list(leaves.values()), create_graph=True, materialize_grads=True)
-                yield GradientGraph(leaves, dict(zip(leaves, found, strict=True)))
+                gradients = torch.autograd.grad(loss, list(leaves.values()), create_graph=True, materialize_grads=True)
+                yield GradientGraph(leaves, dict(zip(leaves, gradients, strict=True)))
 
 
 def _each_gradient(
@@ -327,12 +327,12 @@ def _target_gradient(
             loss = n * mean
         else:
             each = losses.each(batch)
-            here = torch.ones(n) if weights is None else weights[seen : seen + n]
-            if len(here) != len(each):
+            own_weights = torch.ones(n) if weights is None else weights[seen : seen + n]
+            if len(own_weights) != len(each):
                 raise ConfigurationError(
                     f"target has {0 if weights is None else len(weights)} weights, but queries holds more examples."
                 )
-            loss = (here.to(each) * each).sum()
+            loss = (own_weights.to(each) * each).sum()
         for name, gradient in _gradient(loss, parameters).items():
             total[name] += gradient
         seen += n

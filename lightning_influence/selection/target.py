@@ -63,11 +63,11 @@ def target_gradients(
     """
     with random_state(None):  # a function, or a hook that prepares a batch, may draw random numbers
         if callable(queries):
-            found = [_of_function(module, queries, names, select, place) for place in places]
+            gradients = [_of_function(module, queries, names, select, place) for place in places]
         else:
-            found = mean_gradients(module, queries, names, select, places, Traits() if traits is None else traits)
-    finite = [bool(torch.stack([g.sum() for g in one.values()]).isfinite().all()) for one in found]
-    for place, one, sums_are in zip(places, found, finite, strict=True):
+            gradients = mean_gradients(module, queries, names, select, places, Traits() if traits is None else traits)
+    finite = [bool(torch.stack([g.sum() for g in one.values()]).isfinite().all()) for one in gradients]
+    for place, one, sums_are in zip(places, gradients, finite, strict=True):
         if not sums_are and not all(g.isfinite().all() for g in one.values()):  # a sum alone may overflow
             with parameters_at(module, place):
                 cause = _cause(module, queries if whole is None else whole)
@@ -75,7 +75,7 @@ def target_gradients(
                 f"the gradient of the target is not finite: {cause}. Every score would be NaN, and what is kept would be chosen at "
                 "random."
             )
-    return found
+    return gradients
 
 
 def _of_function(
@@ -90,8 +90,8 @@ def _of_function(
         chosen = [parameters[name] for name in names]
         with as_task(module).unchanged(), torch.enable_grad():
             loss = queries(module)
-            found = torch.autograd.grad(loss, chosen, allow_unused=True, materialize_grads=True)
-        return {k: select(k, g)[None] for k, g in zip(names, found, strict=True)}
+            gradients = torch.autograd.grad(loss, chosen, allow_unused=True, materialize_grads=True)
+        return {k: select(k, g)[None] for k, g in zip(names, gradients, strict=True)}
 
 
 def _cause(module: L.LightningModule, queries: Any) -> str:
@@ -169,6 +169,7 @@ class LiveTarget:
         self._reading: _Reading | None = None
         self._parts: Iterator[list[Any]] | None = None
         self._kept: list[Any] | None = None  # the batches of a small target, which its loader then gives once
+        self._part: _Part | None = None  # of the last step
         self._traits, self._looked_at = (
             Traits(),
             0,
@@ -189,9 +190,14 @@ class LiveTarget:
         batches = queries if self._kept is None else self._kept
         if self.every == 1 or self._reading is None or (step % self.every == 0 and step != self._reading.step):
             return self._read(module, batches, names, select, step)
-        part = self._next_part(batches)
-        places = [{}, self._reading.parameters]
-        now, then = target_gradients(module, part, names, select, places, self._traits, whole=batches)
+        if self._part is None or self._part.step != step:
+            part = self._next_part(batches)
+            places = [{}, self._reading.parameters]
+            now, then = target_gradients(module, part, names, select, places, self._traits, whole=batches)
+            self._part = _Part(step, part, then)
+        else:  # the same step with less in it
+            then = self._part.then
+            (now,) = target_gradients(module, self._part.batches, names, select, [{}], self._traits, whole=batches)
         return {k: self._reading.gradient[k].to(now[k]) + now[k] - then[k] for k in names}
 
     def _read(
@@ -247,6 +253,20 @@ class _Reading:
     parameters: dict[str, Tensor]
     n_examples: int
     taken: int = 0
+
+
+@dataclass(frozen=True)
+class _Part:
+    """The part of the target that tells how its gradient has moved at a step.
+
+    Attributes:
+        step: of the run.
+        then: its gradient where the whole target was last read.
+    """
+
+    step: int
+    batches: list[Any]
+    then: Vectors
 
 
 class _Seen:

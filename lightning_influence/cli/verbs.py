@@ -1,0 +1,243 @@
+"""The commands that train nothing: each reads what it was given, calls a verb of the library and prints what a person reads."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Literal
+
+from lightning import LightningDataModule, LightningModule
+
+from lightning_influence.cli.inputs import (
+    Ids,
+    check_writable,
+    groups_in,
+    ids_in,
+    labels_in,
+    queries_of,
+    tokenizer_of,
+    trained,
+)
+from lightning_influence.errors import ConfigurationError
+from lightning_influence.log.manifest import Manifest
+from lightning_influence.log.reader import StoreReader
+from lightning_influence.report import InfluenceReport
+from lightning_influence.report.comparison import compare as compare_reports
+from lightning_influence.scoring.attribution import attribute as attribute_run
+from lightning_influence.scoring.memory import MaxMemory
+from lightning_influence.trust.dynamics import suspects as suspects_of
+from lightning_influence.trust.dynamics import training_dynamics
+from lightning_influence.words import warn_renamed
+
+
+def inspect(log: Path) -> None:
+    """Say what a log holds. Example: lightning-influence inspect runs/influence.
+
+    Args:
+        log: directory written by InfluenceCallback.
+    """
+    reader = StoreReader(log)
+    size = sum(f.stat().st_size for f in log.rglob("*") if f.is_file())
+    manifest, keys = Manifest.of(reader), ("module", "optimizer", "record", "compression", "precision")
+    entries = {key: getattr(manifest, key) for key in keys} | {"ranks": reader.ranks}
+    entries["coverage"] = f"{manifest.coverage.recorded:,} of {manifest.coverage.trained:,} trained coordinates"
+    lines = "".join(f"\n  {key:12s} {value}" for key, value in entries.items())
+    lines += "".join(f"\n  it lacks {what}: {why}" for what, why in reader.missing.items())
+    print(printable(f"{log}: {len(reader)} optimizer steps, {size / 1e6:.1f} MB{lines}"))
+
+
+def attribute(
+    log: Path,
+    model: LightningModule | None = None,
+    data: LightningDataModule | None = None,
+    checkpoint: Path | None = None,
+    target: Literal["mean", "each"] | list[float] | None = None,
+    curvature: Literal["auto", "none", "fisher", "gauss_newton", "hessian"] = "auto",
+    response: Literal["finite", "tangent"] = "finite",
+    memory_window: int = 8,
+    counterfactual: Literal["drop", "zero"] = "drop",
+    optimizer_assumption: Literal["sgd"] | None = None,
+    query_loss: Callable | None = None,  # type: ignore[type-arg]
+    samples: Ids = None,
+    groups: Path | None = None,
+    verify: bool = True,
+    max_memory: MaxMemory = "auto",
+    progress: bool = True,
+    out: Path = Path("influence.safetensors"),
+) -> None:
+    """Score the training samples of a logged run against the validation data. Example: lightning-influence attribute runs/influence --config run.yaml --checkpoint last.ckpt --target mean.
+
+    Args:
+        log: directory written by InfluenceCallback.
+        model: the module that was trained.
+        data: its data; the queries are those of val_dataloader.
+        checkpoint: of the end of the run; by default its parameters are read from the log, where it can be replayed.
+        target: mean for the mean query loss, or weights of the queries; by default the loss of each query, a column of scores each.
+        curvature: what stands for the Hessian.
+        response: of the optimizer to a removal.
+        memory_window: steps for which the optimizer's memory of a removal is followed exactly.
+        counterfactual: drop for a batch of one sample fewer, zero for the same denominator.
+        optimizer_assumption: sgd for the SGD-influence baseline.
+        query_loss: import path of a function of model and batch that gives one loss per example.
+        samples: ids of the samples to score, or a file of them; all by default.
+        groups: file that says what leaves together: a label per sample, one per line, or JSON that maps names to sample ids.
+        verify: compare a few removals with running a step without the sample.
+        max_memory: bytes that may be held besides the model.
+        progress: show bars.
+        out: where the report is written.
+    """
+    check_writable("out", out)
+    if target == "each":
+        warn_renamed("--target null", "--target each", shown=True)
+        target = None
+    module, source = trained(model, data, checkpoint, log)
+    report = attribute_run(
+        log,
+        queries=queries_of(source),
+        model=module,
+        data=source,
+        target=target,
+        curvature=curvature,
+        response=response,
+        memory_window=memory_window,
+        counterfactual=counterfactual,
+        optimizer_assumption=optimizer_assumption,
+        query_loss=query_loss,
+        samples=ids_in(samples),
+        groups=groups_in(groups),
+        verify=verify,
+        max_memory=max_memory,
+        progress=progress,
+    )
+    report.save(out)
+    of_groups = "" if report.groups is None else f"\n\ngroups\n{report.groups.to_pandas().to_string(index=False)}"
+    print(f"{report}\n\nmost harmful\n{report.bottom(5).to_string(index=False)}{of_groups}\n\nwrote {out}")
+
+
+def report(
+    scores: Path,
+    out: Path = Path("influence.html"),
+    data: LightningDataModule | None = None,
+    log: Path | None = None,
+    show: Callable | None = None,  # type: ignore[type-arg]
+    tokenizer: str | None = None,
+    groups: Path | None = None,
+    classes: list[str] | None = None,
+    k: int = 8,
+    title: str = "Influence report",
+) -> None:
+    """Write the page of a report. Example: lightning-influence report influence.safetensors --out influence.html.
+
+    Args:
+        scores: file written by attribute.
+        out: the page.
+        data: shows the samples of its train_dataloader.
+        log: of the run; shows the samples' losses and labels in doubt.
+        show: import path of a function that makes a text, an image or a mapping of a sample.
+        tokenizer: name or directory of a Hugging Face tokenizer, which decodes token ids.
+        groups: file that says which group each sample is of, as of attribute.
+        classes: names of the labels.
+        k: samples in each list.
+        title: of the page.
+    """
+    check_writable("out", out)
+    page = InfluenceReport.load(scores).to_html(
+        out,
+        data=data,
+        dynamics=None if log is None else training_dynamics(log),
+        show=show,
+        tokenizer=None if tokenizer is None else tokenizer_of(tokenizer),
+        groups=labels_in(groups),
+        classes=classes,
+        k=k,
+        title=title,
+    )
+    print(f"wrote {page}")
+
+
+def suspects(
+    log: Path,
+    k: int = 20,
+    model: LightningModule | None = None,
+    data: LightningDataModule | None = None,
+    checkpoint: Path | None = None,
+    out: Path | None = None,
+) -> None:
+    """Say which samples of a logged run are likely mislabelled. Example: lightning-influence suspects runs/influence --out suspects.csv.
+
+    Args:
+        log: directory written by InfluenceCallback.
+        k: how many are shown.
+        model: the module that was trained; with its data, for a look at every sample at the end, which helps after few epochs.
+        data: its data.
+        checkpoint: of the end of the run; by default its parameters are read from the log, where it can be replayed.
+        out: where all of them are written, as CSV.
+    """
+    if k < 1:
+        raise ConfigurationError(f"--k {k}; give 1 or more.")
+    if out is not None:
+        check_writable("out", out)
+    module, source = (None, None) if model is None and data is None else trained(model, data, checkpoint, log)
+    table = suspects_of(log, model=module, data=source)
+    print(f"{len(table)} samples are likely mislabelled\n{table.head(k).to_string(index=False)}")
+    if out is not None:
+        table.to_csv(out, index=False)
+        print(f"wrote {out}")
+
+
+def select(
+    scores: Path,
+    keep: float = 0.8,
+    k: int | None = None,
+    by: Literal["harm", "suspicion"] = "harm",
+    out: Path = Path("kept.txt"),
+    left_out: Path | None = None,
+) -> None:
+    """Write the ids of the training samples that are worth keeping, one per line. Example: lightning-influence select influence.safetensors --keep 0.8.
+
+    Args:
+        scores: file written by attribute.
+        keep: fraction to keep.
+        k: how many to leave out, instead of a fraction.
+        by: what they are left out for.
+        out: where the ids are written.
+        left_out: where those of the others are written, as clean takes them.
+    """
+    if not 0 < keep <= 1:
+        raise ConfigurationError(f"--keep {keep}; a fraction lies above 0 and is at most 1.")
+    if k is not None and k < 1:
+        raise ConfigurationError(f"--k {k}; give 1 or more.")
+    for name, path in (("out", out), ("left_out", left_out)):
+        if path is not None:
+            check_writable(name, path)
+    scored = InfluenceReport.load(scores)
+    ids = scored.sample_ids.tolist()
+    gone = scored.select(len(ids) - round(keep * len(ids)) if k is None else k, by=by)
+    best = sorted(set(ids).difference(gone))
+    for path, chosen in ((out, best), (left_out, gone)):
+        if path is not None:
+            path.write_text("".join(f"{z}\n" for z in chosen))
+    print(f"wrote {len(best)} of {len(ids)} sample ids to {out}")
+
+
+def compare(first: Path, second: Path, k: int = 20, out: Path | None = None) -> None:
+    """Say which samples' scores differ most between two reports. Example: lightning-influence compare before.safetensors after.safetensors.
+
+    Args:
+        first: file written by attribute.
+        second: another, of samples of the same training data.
+        k: how many are shown.
+        out: where all of them are written, as CSV.
+    """
+    if out is not None:
+        check_writable("out", out)
+    table = compare_reports(InfluenceReport.load(first), InfluenceReport.load(second))
+    print(table.head(k).to_string(index=False))
+    if out is not None:
+        table.to_csv(out, index=False)
+        print(f"wrote {out}")
+
+
+def printable(text: str) -> str:
+    """What a file says, without the codes that would steer the terminal."""
+    return "".join(c if c.isprintable() or c in "\n\t" else ascii(c)[1:-1] for c in text)
