@@ -8,7 +8,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, ExitStack, nullcontext
-from dataclasses import asdict, replace
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -225,7 +225,7 @@ class LiveSteps:
     def noted(self, moment: Moment) -> dict[str, Any]:
         """What the present batch's moment and order are, as a log notes them."""
         assert self.drawn is not None
-        return asdict(moment) | ({} if torch.equal(self.ids, self.drawn) else {"drawn": self.drawn.tolist()})
+        return vars(moment) | ({} if torch.equal(self.ids, self.drawn) else {"drawn": self.drawn.tolist()})
 
     def recollated(self) -> dict[int, Any] | None:
         """The present batch collated anew without each of its samples, where only the collate function can leave one out."""
