@@ -12,7 +12,7 @@ from torch import Tensor
 
 from lightning_influence.core.scores import RowScores
 from lightning_influence.errors import ConfigurationError
-from lightning_influence.report.tables import score_table, write_csv
+from lightning_influence.report.tables import in_notebook, score_table, write_csv
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -84,6 +84,9 @@ class Groups:
 
     def __repr__(self) -> str:
         return f"Groups({len(self)} groups x {self.rows.n_queries} queries: {', '.join(self.names):.60})"
+
+    def _repr_html_(self) -> str:
+        return in_notebook(repr(self), self.to_pandas())
 
     # -- as named tensors -------------------------------------------------------------------------------
 
