@@ -230,6 +230,17 @@ class WeightNorm(Base):
 
 
 @kind
+class OldWeightNorm(Base):
+    """The weight is computed before the layer's forward, by a hook."""
+
+    refused = GRADIENTS
+
+    def build(self) -> None:
+        super().build()
+        self.body = nn.utils.weight_norm(self.body)
+
+
+@kind
 class SpectralNorm(Base):
     refused = GRADIENTS
 
@@ -544,6 +555,45 @@ class Windows(Base):
 
 
 @kind
+class SummedWindows(Windows):
+    """And their losses are summed."""
+
+    options: ClassVar[dict[str, Any]] = {"reduction": "sum"}
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        return F.cross_entropy(self(batch[0]), batch[1], reduction="sum")
+
+
+@kind
+class Nodes(Base):
+    """Graphs of several sizes, joined into one whose rows are nodes."""
+
+    refused = GRADIENTS
+
+    @staticmethod
+    def samples(n: int) -> Samples:
+        edges = torch.tensor([[0, 1], [1, 0]])
+        return [(torch.randn(2 + i % 3, 6, dtype=torch.float64), edges, y) for i, (_, y) in enumerate(points(n))]
+
+    @staticmethod
+    def collate(samples: Samples) -> Any:
+        sizes = torch.tensor([len(x) for x, *_ in samples])
+        starts = sizes.cumsum(0) - sizes
+        return {
+            "x": torch.cat([x for x, *_ in samples]),
+            "edges": torch.cat([edges + start for (_, edges, _), start in zip(samples, starts, strict=True)], 1),
+            "graph": torch.arange(len(samples)).repeat_interleave(sizes),
+            "y": torch.stack([y for *_, y in samples]),
+        }
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        x, (source, end) = self.body(batch["x"]), batch["edges"]
+        hidden = F.gelu(x.index_add(0, end, x[source]))
+        pooled = hidden.new_zeros(len(batch["y"]), 8).index_add(0, batch["graph"], hidden)
+        return F.cross_entropy(self.head(pooled), batch["y"])
+
+
+@kind
 class TwoRowsEach(Base):
     """The collate function makes two rows of every sample, one after the other."""
 
@@ -624,6 +674,30 @@ class PackedTags(Padded):
         packed = pack_padded_sequence(self.words(batch[0]), batch[2], batch_first=True, enforce_sorted=False)
         hidden, _ = pad_packed_sequence(self.body(packed)[0], batch_first=True)
         return F.cross_entropy(self.head(hidden).flatten(0, 1), batch[1].flatten())
+
+
+@kind
+class Boxes(Base):
+    """Targets of several lengths, as detectors have them; the last layers run sample by sample."""
+
+    refused = GRADIENTS
+
+    @staticmethod
+    def samples(n: int) -> Samples:
+        return [(x, {"boxes": torch.randn(1 + i % 3, 3), "label": y}) for i, (x, y) in enumerate(points(n))]
+
+    @staticmethod
+    def collate(samples: Samples) -> Any:
+        return tuple(zip(*samples, strict=True))
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        hidden, total = self.body(torch.stack(batch[0])), 0.0
+        for row, target in zip(hidden, batch[1], strict=True):
+            found = self.head(row)
+            total += F.cross_entropy(found, target["label"]) + F.l1_loss(
+                found.expand(target["boxes"].shape), target["boxes"]
+            )
+        return total / len(hidden)
 
 
 class Stream(IterableDataset[Any]):
@@ -851,6 +925,27 @@ class ByEpoch(Base):
     def training_step(self, batch: Any, batch_idx: int) -> Any:
         scale = 1.0 + self.current_epoch + 0.1 * self.global_step + 0.2 * batch_idx
         return F.cross_entropy(self(batch[0]), batch[1]) * (scale if self.training else 1.0)
+
+
+@kind
+class ByTrainer(Base):
+    """The step reads its trainer: the length of the run, the rate of its optimizer, its logger."""
+
+    def configure_optimizers(self) -> Any:
+        optimizer = super().configure_optimizers()
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: (step + 1) / 6)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        loss = super().training_step(batch, batch_idx)
+        if not self.training:
+            return loss
+        trainer, rate = self.trainer, self.optimizers().param_groups[0]["lr"]
+        self.log("rate", self.lr_schedulers().get_last_lr()[0])
+        if self.logger is not None:
+            self.logger.experiment.add_scalar("loss", loss, self.global_step)
+        done = trainer.global_step / trainer.estimated_stepping_batches + trainer.current_epoch / trainer.max_epochs
+        return loss * (1 + done + batch_idx / trainer.num_training_batches + 1e4 * rate)
 
 
 @kind

@@ -167,10 +167,20 @@ class LoggedSteps:
                     int(m["global_step"]),
                     tuple(map(str, m["in_eval"])),
                     dict(m.get("numbers", {})),
+                    tuple(map(float, m.get("rates", ()))),
+                    dict(m.get("trainer", {})),
                 )
                 for m in noted
             ]
         return [*moments] or [None] * len(record.micro_batch_numbers.unique())
+
+    def drawn(self, index: int) -> list[tuple[int, ...] | None]:
+        """The samples that each micro-batch was collated from, over all ranks; None where that is one for each of its rows."""
+        with decoding(f"step {index} of {self._log}"):
+            record = self._stored(index)
+            noted = [m for rank in range(self.reader.ranks) for m in self.reader.meta(index, rank)["micro_batches"]]
+            found = [tuple(map(int, m["drawn"])) if m.get("drawn") else None for m in noted]
+        return found or [None] * len(record.micro_batch_numbers.unique())
 
     def sample_ids(self, index: int) -> Tensor:
         """Samples ``(n,)`` that a step consumed."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import namedtuple
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -11,6 +12,13 @@ from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor
 
 from lightning_influence.errors import ConfigurationError
+
+
+@dataclass
+class OneExample:
+    """A batch that is one example whatever its rows are, such as a graph, whose rows are nodes."""
+
+    batch: Any
 
 
 def leaves(batch: Any) -> list[Tensor]:
@@ -32,6 +40,8 @@ def batch_size(batch: Any) -> int:
     Raises:
         ConfigurationError: the batch holds neither.
     """
+    if isinstance(batch, OneExample):
+        return 1
     for node in _lists(batch):
         if _holds_samples(node, batch):
             return len(node)
@@ -48,6 +58,8 @@ def some(batch: Any, samples: slice, n: int | None = None) -> Any:
     item a sample.
     """
     n = batch_size(batch) if n is None else n
+    if isinstance(batch, OneExample):
+        return batch
     return _chosen(batch, batch, n, list(range(n))[samples])
 
 

@@ -72,6 +72,8 @@ class RowOrder:
             if reproduced is not None and same_batch(reproduced, batch):
                 alone = [self._collated([s]) for s in samples]
                 owners = owners_of_rows(batch, alone)
+                if owners is None and batch_size(batch) != len(samples):
+                    self.recollates = True  # rows of several samples, such as the nodes of graphs
                 if looking and len(samples) > 1:
                     in_order = owners is None and batch_size(batch) == len(samples)
                     positions = list(range(len(samples))) if in_order else owners

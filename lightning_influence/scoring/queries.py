@@ -17,7 +17,7 @@ from tqdm.auto import tqdm
 from lightning_influence.core.curvature import GradientGraph, differentiable_attention
 from lightning_influence.core.trajectory import Vectors
 from lightning_influence.errors import ConfigurationError
-from lightning_influence.run.batches import batch_size, example, to_dtype
+from lightning_influence.run.batches import OneExample, batch_size, example, to_dtype
 from lightning_influence.run.data import TrainingData
 from lightning_influence.run.lightning_names import is_a
 from lightning_influence.run.parameters import parameters_at
@@ -61,7 +61,10 @@ class Queries:
     def prepared(self, task: Task) -> Iterator[Any]:
         """Each batch as the task's loss takes it."""
         for batch in self._batches:
-            yield task.prepared(batch, datamodule=self._datamodule, precision=self._precision)
+            alone = isinstance(batch, OneExample)
+            inside = batch.batch if isinstance(batch, OneExample) else batch
+            prepared = task.prepared(inside, datamodule=self._datamodule, precision=self._precision)
+            yield OneExample(prepared) if alone else prepared
 
     def held(self) -> Queries:
         """The same with its batches in memory, so that they can be read again and are the same each time."""
@@ -73,6 +76,19 @@ class Queries:
         other = copy.copy(self)
         other._batches = [to_dtype(batch, dtype) for batch in self._batches]
         return other
+
+
+class EachAlone:
+    """The samples of a map-style loader, in its order, each collated alone."""
+
+    def __init__(self, loader: DataLoader[Any]) -> None:
+        self.loader = loader
+
+    def __iter__(self) -> Iterator[OneExample]:
+        assert self.loader.batch_sampler is not None
+        alone = [[i] for batch in self.loader.batch_sampler for i in batch]
+        loader = DataLoader(self.loader.dataset, batch_sampler=alone, collate_fn=self.loader.collate_fn)
+        return map(OneExample, loader)
 
 
 def batches_of(source: Any) -> Iterable[Any]:
@@ -96,8 +112,7 @@ def batches_of(source: Any) -> Iterable[Any]:
             "them in turn."
         )
     if is_map_style(source) and relates_samples(source.dataset, source.collate_fn):  # each query is collated alone
-        alone = [[i] for batch in source.batch_sampler for i in batch]
-        return DataLoader(source.dataset, batch_sampler=alone, collate_fn=source.collate_fn)
+        return EachAlone(source)
     if isinstance(source, Dataset) and not isinstance(source, IterableDataset):
         return DataLoader(source, batch_size=_QUERIES_A_BATCH)
     if not isinstance(source, Iterable) and callable(source):
@@ -143,7 +158,7 @@ def query_losses(model: Any, queries: Queries | Iterable[Any], query_loss: Query
         model: a `LightningModule` or a `Task`.
     """
     task = as_task(model)
-    with _asked(task), torch.no_grad():
+    with asking(task), torch.no_grad():
         losses = LossOfQueries(task, query_loss)
         return torch.cat([losses.each(batch) for batch in _batches(task, queries)])
 
@@ -173,7 +188,7 @@ def query_gradients(
         ConfigurationError: no queries, a batch that the module cannot take, weights of another number.
     """
     task = as_task(model)
-    with _asked(task):
+    with asking(task):
         parameters = dict(task.module.named_parameters())
         chosen = {name: parameters[name] for name in names}
         batches = _batches(task, queries)
@@ -196,7 +211,7 @@ def query_gradients(
 
 def count_queries(task: Task, queries: Queries | Iterable[Any]) -> int:
     """The number of examples that there are in all batches."""
-    with _asked(task):
+    with asking(task):
         return sum(batch_size(batch) for batch in _batches(task, queries))
 
 
@@ -219,7 +234,7 @@ def query_curvature(
 
     def along(directions: Vectors) -> Tensor:
         columns = []
-        with _asked(task), differentiable_attention():
+        with asking(task), differentiable_attention():
             for graph in _gradient_graphs(LossOfQueries(task, query_loss), batches, parameters):
                 placed = {k: directions[k].to(graph.parameters[k]) for k in names}
                 products = graph.hessian_product(placed)
@@ -325,7 +340,7 @@ def _batches(task: Task, queries: Queries | Iterable[Any]) -> Iterator[Any]:
 
 
 @contextmanager
-def _asked(task: Task) -> Iterator[None]:
+def asking(task: Task) -> Iterator[None]:
     """Evaluation mode, gradients on, logging off; everything as it was afterwards."""
     with task.unchanged(), task.quiet(), torch.enable_grad():
         task.module.eval()
