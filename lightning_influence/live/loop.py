@@ -168,6 +168,9 @@ class LoopRecorder:
             self._optimizer.register_step_post_hook(lambda *_: self._after_step()),
         ]
 
+    def __repr__(self) -> str:
+        return f"LoopRecorder({self.n_steps} steps in {str(self._recorder.writer.log)!r}, record={self._ways.record!r})"
+
     @property
     def n_steps(self) -> int:
         """Optimizer steps that were recorded so far."""
