@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple
 
 import lightning as L
@@ -37,6 +38,7 @@ class Base(L.LightningModule):
         refused_later: whether they may be refused when the run comes to what could not be known before.
         options: of the callback.
         trainer_options: of the trainer.
+        needs_data: whether batches are not stored, because they are not made of tensors.
         batches: indices of the samples.
     """
 
@@ -44,6 +46,7 @@ class Base(L.LightningModule):
     refused_later: ClassVar[bool] = False
     options: ClassVar[dict[str, Any]] = {}
     trainer_options: ClassVar[dict[str, Any]] = {}
+    needs_data: ClassVar[bool] = False
     batches: ClassVar[list[list[int]]] = [list(range(start, start + BATCH)) for start in range(0, N, BATCH)]
     samples: Callable[[int], Samples] = staticmethod(points)
     collate: Callable[[Samples], Any] = staticmethod(default_collate)
@@ -517,6 +520,64 @@ class PythonLists(Base):
 
     def training_step(self, batch: Any, batch_idx: int) -> Any:
         return F.cross_entropy(self(batch["x"]), torch.tensor(batch["y"]))
+
+
+@kind
+class Arrays(Base):
+    """Arrays of NumPy and lists of lists beside tensors."""
+
+    @staticmethod
+    def collate(samples: Samples) -> Any:
+        x, y = default_collate(samples)
+        return {"x": x.numpy(), "y": y, "boxes": [[float(v) for v in row[:2]] for row in x], "mask": None}
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        x, boxes = torch.as_tensor(batch["x"]), torch.tensor(batch["boxes"], dtype=torch.float64)
+        return F.cross_entropy(self(x) + 0.1 * boxes[:, :1], batch["y"])
+
+
+@dataclass
+class Data:
+    """As libraries for graphs and boxes have them."""
+
+    x: Any
+    y: Tensor
+
+
+class Joined:
+    """An object that nobody else can take apart."""
+
+    def __init__(self, x: Tensor, y: Tensor) -> None:
+        self.content = {"x": x, "y": y}
+
+
+@kind
+class DataClasses(Base):
+    """A batch is a dataclass."""
+
+    needs_data = True
+
+    @staticmethod
+    def collate(samples: Samples) -> Any:
+        return Data(*default_collate(samples))
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        return F.cross_entropy(self(batch.x), batch.y)
+
+
+@kind
+class Objects(Base):
+    """A batch is an object of a class of its own."""
+
+    refused = GRADIENTS
+    needs_data = True
+
+    @staticmethod
+    def collate(samples: Samples) -> Any:
+        return Joined(*default_collate(samples))
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        return F.cross_entropy(self(batch.content["x"]), batch.content["y"])
 
 
 @kind

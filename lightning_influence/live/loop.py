@@ -107,7 +107,7 @@ def recording(
         task,
         optimizer,
         options,
-        SampleIds(sample_ids, random=record != "gradients"),
+        SampleIds(sample_ids, random=True),
         captures=record != "replay",
         rehearses=record != "gradients",
         watches=True,

@@ -182,6 +182,13 @@ class LoggedSteps:
             found = [tuple(map(int, m["drawn"])) if m.get("drawn") else None for m in noted]
         return found or [None] * len(record.micro_batch_numbers.unique())
 
+    @property
+    def rows_assumed(self) -> bool:
+        """Whether it was taken for granted, somewhere in the run, that rows are in the order in which their samples were drawn."""
+        with decoding(f"the last step of {self._log}"):
+            last = [self.reader.meta(len(self) - 1, rank)["micro_batches"] for rank in range(self.reader.ranks)]
+            return any(m.get("rows") == "assumed" for noted in last for m in noted)
+
     def sample_ids(self, index: int) -> Tensor:
         """Samples ``(n,)`` that a step consumed."""
         with decoding(f"step {index} of {self._log}"):

@@ -401,6 +401,7 @@ def _provenance(
         counterfactual=method.counterfactual,
         target=target if target is None or isinstance(target, str) else "weighted sum",
         steps=len(trajectory),
+        rows="assumed" if steps.rows_assumed else None,
         coverage=Coverage(
             kept / max(trained, 1),
             kept,

@@ -320,34 +320,35 @@ class _Retraining:
 
     def _backward(self, task: Task, micro_batch: RetrainedMicroBatch, gone: frozenset[int], number: int) -> None:
         drawn = micro_batch.drawn or micro_batch.sample_ids
-        remaining = tuple(z for z in drawn if z not in gone)
-        if not remaining:
+        left = sum(z not in gone for z in drawn)
+        if not left:
             for p in task.module.parameters():
                 if p.requires_grad and p.grad is None:
                     p.grad = torch.zeros_like(p)
             return
         factor = micro_batch.factor
-        if self.run.averaged and self.counterfactual == "zero" and len(remaining) < len(drawn):
+        if self.run.averaged and self.counterfactual == "zero" and left < len(drawn):
             factor = sum(w for z, w in zip(micro_batch.sample_ids, micro_batch.weights, strict=True) if z not in gone)
         moment = micro_batch.moment or Moment(number, in_eval=eval_modes(task.module))
         set_modes(task.module, moment.in_eval)
-        loss = task.loss(self._batch(task, micro_batch, moment, remaining), moment)
+        loss = task.loss(self._batch(task, drawn, gone, moment), moment)
         (loss / (1 / factor)).backward()  # Lightning divides by the number of micro-batches: bitwise the same
 
-    def _batch(self, task: Task, micro_batch: RetrainedMicroBatch, moment: Moment, remaining: tuple[int, ...]) -> Any:
+    def _batch(self, task: Task, drawn: tuple[int, ...], gone: frozenset[int], moment: Moment) -> Any:
         """The batch as the task takes it; the training step's random numbers are the same whatever making it draws."""
         with random_state(None):
-            whole = remaining == (micro_batch.drawn or micro_batch.sample_ids)
-            batch = self.run.prepare(task, self._collated(remaining, whole), moment)
+            batch = self.run.prepare(task, self._collated(drawn, gone), moment)
         return batch if self.run.dtype is None else to_dtype(batch, self.run.dtype)
 
-    def _collated(self, sample_ids: tuple[int, ...], whole: bool) -> Any:
-        """The collated batch; those that are whole are collated once, while they fit."""
-        if sample_ids in self._batches:
-            return self._batches[sample_ids]
-        batch = self.run.collate([self.run.dataset[z] for z in sample_ids])
+    def _collated(self, drawn: tuple[int, ...], gone: frozenset[int]) -> Any:
+        """The collated batch without those that are gone; a whole one is collated once, while they fit."""
+        whole = gone.isdisjoint(drawn)
+        if whole and drawn in self._batches:
+            return self._batches[drawn]
+        samples = [(z, self.run.dataset[z]) for z in drawn]  # all, so that the others come as they do with them
+        batch = self.run.collate([sample for z, sample in samples if z not in gone])
         if whole and self._batch_bytes <= _BATCH_BYTES:
-            self._batches[sample_ids] = batch
+            self._batches[drawn] = batch
             self._batch_bytes += sum(t.numel() * t.element_size() for t in leaves(batch))
         return batch
 
