@@ -233,11 +233,14 @@ class SelectionDataModule(L.LightningDataModule):
         self._leave()
 
     def _leave(self) -> None:
-        """Take the callback of selection away from the trainer."""
+        """Take the callback of selection away from the trainer; its own teardown would come after the datamodule's."""
         self._batches = None
-        if self.trainer is not None:
-            callbacks = self.trainer.callbacks  # type: ignore[attr-defined]
-            callbacks[:] = [c for c in callbacks if not isinstance(c, (StepSelection, RoundSelection))]
+        if self.trainer is None:
+            return
+        callbacks = self.trainer.callbacks  # type: ignore[attr-defined]
+        for callback in [c for c in callbacks if isinstance(c, (StepSelection, RoundSelection))]:
+            callbacks.remove(callback)
+            callback.leave(self.trainer)
 
     def train_dataloader(self) -> Any:
         loader = self.data.train_dataloader() if is_a(self.data, "LightningDataModule") else self.data

@@ -15,10 +15,11 @@ from lightning_influence.errors import ConfigurationError
 from lightning_influence.lightning.failures import tell_missing
 from lightning_influence.lightning.loggers import log_report
 from lightning_influence.report import InfluenceReport
-from lightning_influence.run.random_state import generator_as_it_was, random_state
+from lightning_influence.run.random_state import random_state
 from lightning_influence.run.ranks import Ranks
 from lightning_influence.run.sample_ids import is_map_style
 from lightning_influence.run.trainer import ranks_of
+from lightning_influence.run.unchanged import Apart
 from lightning_influence.scoring.attribution import attribute
 from lightning_influence.trust.dynamics import dynamics_of
 
@@ -56,7 +57,8 @@ def report_run(trainer: L.Trainer, module: L.LightningModule, log: Path) -> Infl
     To be called by every process, after the log is whole; the first one has the report. What cannot be made is told.
     """
     (loader,), _ = tree_flatten(trainer.val_dataloaders)
-    with random_state(None), generator_as_it_was(loader):  # a loader draws random numbers
+    training = trainer.train_dataloader
+    with random_state(None), Apart(loader)(), Apart(training)():  # another fit may follow
         queries = whole_validation(loader, ranks_of(trainer))
         if not trainer.is_global_zero:
             return None

@@ -13,6 +13,7 @@ from lightning_influence.errors import ConfigurationError
 from lightning_influence.run.batches import batch_size, leaves, some, without
 from lightning_influence.run.random_state import random_state
 from lightning_influence.run.task import Task
+from lightning_influence.run.unchanged import Apart
 
 _PADDING = (0.0, -1.0, -100.0)  # of floating-point tensors
 _LOOKED_AT = 3  # batches, before it is believed that rows stay in the order in which they were drawn, or samples
@@ -65,7 +66,7 @@ class RowOrder:
         if not self._left and not self.rearranged:
             return drawn
         looking, self._left = self._left > 0, max(0, self._left - 1)
-        with random_state(None), self._apart():
+        with random_state(None), self._apart(), Apart(self._dataset)(), Apart(self._collate)():
             samples = [self._dataset[z] for z in drawn.tolist()]
             reproduced = self._collated(samples)
             owners = None
@@ -91,7 +92,7 @@ class RowOrder:
     def less(self, drawn: Tensor) -> dict[int, Any]:
         """For each sample of a batch, the batch collated without it, where that holds any other."""
         ids = drawn.tolist()
-        with random_state(None), self._apart():
+        with random_state(None), self._apart(), Apart(self._dataset)(), Apart(self._collate)():
             rest = {z: [self._dataset[i] for i in ids if i != z] for z in dict.fromkeys(ids)}
             return {z: self._prepare(self._collate(samples)) for z, samples in rest.items() if samples}
 
@@ -123,7 +124,7 @@ def _longest(alone: Sequence[Any]) -> int | None:
 
 def relates_samples(dataset: Any, collate: Callable[[list[Any]], Any]) -> bool:
     """Whether a row of a small batch is another than the sample collated alone, as in a graph over the batch."""
-    with random_state(None):
+    with random_state(None), Apart(dataset)(), Apart(collate)():
         try:
             n = min(_LOOKED_AT, len(dataset))
             samples = [dataset[i] for i in range(n)]
