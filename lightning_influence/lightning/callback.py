@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
@@ -10,7 +9,6 @@ from dataclasses import replace
 from functools import wraps
 from pathlib import Path
 from typing import Any, Literal
-from uuid import uuid4
 
 import lightning as L
 import torch
@@ -22,16 +20,14 @@ from lightning_influence.errors import ConfigurationError, LogError, check_choic
 from lightning_influence.lightning.failures import tell_missing
 from lightning_influence.lightning.first_step import first_step_line
 from lightning_influence.lightning.live_run import LiveRun
-from lightning_influence.lightning.run_report import PAGE, SAVED, refuse_no_queries, report_run
-from lightning_influence.log.format import MANIFEST, refuse_undecodable
+from lightning_influence.lightning.run_log import RunLog
+from lightning_influence.lightning.run_report import RunReport, refuse_no_queries
+from lightning_influence.log.format import refuse_undecodable
 from lightning_influence.log.manifest import RECORDS, Manifest, Mask
-from lightning_influence.log.reader import StoreReader
 from lightning_influence.log.recorder import Compression, CompressionName, Recorder
 from lightning_influence.log.snapshots import ReplaySettings
-from lightning_influence.log.writer import StoreWriter
 from lightning_influence.report import InfluenceReport
 from lightning_influence.report.tables import in_notebook
-from lightning_influence.run.ranks import Ranks
 from lightning_influence.run.sample_ids import IdSource, SampleIds
 from lightning_influence.run.sample_weights import WeightSource
 from lightning_influence.run.trainer import clip_of, loss_scaler, ranks_of, steps_left
@@ -164,20 +160,16 @@ class InfluenceCallback(L.Callback):
         )
         self._records: str = record  # of "gradients", "replay" and "both", what this run is recorded as
         self._left_out: list[str] = []  # why something is not recorded
-        self.existing, self.on_error = existing, on_error
+        self.on_error = on_error
+        self._log = RunLog(self.dirpath, existing)
         self.writes_report = report
-        self._report: InfluenceReport | None = None
-        self._found = _identity(self.dirpath / SAVED)  # of an earlier run
+        self._report = RunReport(self.dirpath)
         self._recorder: Recorder | None = None
-        self._steps: int | None = None  # of the run that the trainer's present state comes from
-        self._run: str | None = None  # identifies a log even if it is moved; on the process that saves checkpoints
-        self._resume_at: int | None = None
         self._failure: Exception | None = (
             None  # inside the training or the optimizer's step, to be dealt with at the next hook
         )
         self._told = False  # of the first step
         self._manifest: Manifest | None = None
-        self._stopped: str | None = None  # why recording ended before the run did
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({str(self.dirpath)!r}, {', '.join(f'{k}={v!r}' for k, v in self._settings())})"
@@ -196,27 +188,19 @@ class InfluenceCallback(L.Callback):
 
     def state_dict(self) -> dict[str, Any]:
         if self._recorder is None:
-            return {"steps": self._steps, "run": self._run, "stopped": self._stopped}
+            return self._log.state_dict()
         try:
             self._recorder.writer.flush()  # a checkpoint never knows of more steps than the log
         except LogError as error:  # which must not cost the checkpoint
             self._failure = self._failure or error
         stopped = None if self._failure is None else str(self._failure)
-        return {"steps": self._recorder.writer.complete, "run": self._run, "stopped": stopped}
+        return self._log.state_dict() | {"steps": self._recorder.writer.complete, "stopped": stopped}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self._steps = self._resume_at = state_dict["steps"]
-        self._run, self._stopped = state_dict.get("run"), state_dict.get("stopped")
+        self._log.load_state_dict(state_dict)
 
     def on_load_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
-        states, run = checkpoint["callbacks"], _run_of(self.dirpath)
-        if self.state_key in states or run is None:
-            return
-        own = [state for state in states.values() if isinstance(state, dict) and state.get("run") == run]
-        if own:  # of a log that was moved, whose state lies under its former place
-            self.load_state_dict(own[0])
-        elif self.existing == "resume":
-            raise _not_its_log(self.dirpath)
+        self._log.look_for(self.state_key, checkpoint["callbacks"])
 
     # -- start and end of fit ---------------------------------------------------------------------------
 
@@ -228,7 +212,8 @@ class InfluenceCallback(L.Callback):
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if self.writes_report:
             refuse_no_queries(trainer)
-        self._records, self._left_out = self._begun_as(), []
+        self._records = self.record if self.record != "auto" else self._log.begun_as() or "both"
+        self._left_out = []
         collector = self._live.start(
             trainer, pl_module, captures=self._records != "replay", rehearses=self._records != "gradients"
         )
@@ -244,8 +229,9 @@ class InfluenceCallback(L.Callback):
             budget=self.compression.budget,
         )
         with ExitStack() as undo:
-            writer = self._writer(collector.ranks, manifest, undo)
-            self._manifest = replace(manifest, run=self._run)
+            writer = self._log.open(manifest, collector.ranks, undo)
+            self._failure = None
+            self._manifest = replace(manifest, run=self._log.run)
             self._recorder = Recorder(
                 collector,
                 writer,
@@ -256,15 +242,6 @@ class InfluenceCallback(L.Callback):
             )
             undo.pop_all()
         self._told = False
-
-    def _begun_as(self) -> str:
-        """What is recorded: of a log that goes on, what it began with."""
-        if self.record != "auto":
-            return self.record
-        goes_on = self._resume_at is not None or self.existing == "resume"
-        if goes_on and (self.dirpath / MANIFEST).exists():
-            return Manifest.of(StoreReader(self.dirpath)).record
-        return "both"
 
     def _leave_out(self, what: str, error: ConfigurationError) -> None:
         """One of the two ways of recording is not possible; the run is recorded in the other.
@@ -288,34 +265,6 @@ class InfluenceCallback(L.Callback):
         if self._told:
             rank_zero_info(f"Influence: {self.dirpath} goes on with {self._left_out[-1]}")
 
-    def _writer(self, ranks: Ranks, manifest: Manifest, undo: ExitStack) -> StoreWriter:
-        """The log, open for the steps that come; ``undo`` closes it."""
-        resume_at, self._resume_at = self._resume_at, None
-        existing = self.existing if resume_at is None else "resume"
-        if existing == "resume" and self._stopped is not None:
-            raise ConfigurationError(
-                f"recording to {self.dirpath} stopped during the run that goes on here ({self._stopped}), so the log cannot go on "
-                "from where the run is; record to another directory, or start the run from an earlier checkpoint."
-            )
-        self._stopped = self._failure = None
-        if existing == "resume":
-            _refuse_another_run(self.dirpath, manifest, ranks.size)
-        recorded = _run_of(self.dirpath) if existing == "resume" else None
-        if resume_at is not None and recorded not in (None, self._run):  # another run has overwritten the checkpoint's
-            raise _not_its_log(self.dirpath)
-        self._run = recorded or uuid4().hex
-        writer = undo.enter_context(StoreWriter(self.dirpath, rank=ranks.rank, ranks=ranks.size, existing=existing))
-        # without a checkpoint, up to where every process came
-        steps = min(ranks.gather(len(writer))) if resume_at is None else resume_at
-        if ranks.rank == 0:
-            writer.truncate(steps)
-        ranks.wait()  # first the one whose part says that the log is whole; and until all have seen what was there
-        if ranks.rank == 0:
-            writer.write_manifest(replace(manifest, run=self._run).to_json())
-        else:
-            writer.truncate(steps)
-        return writer
-
     def _replay_settings(self, trainer: L.Trainer) -> ReplaySettings:
         steps = trainer.estimated_stepping_batches
         known = steps >= 0 and math.isfinite(steps)  # -1 where neither the loader nor the trainer says when a run ends
@@ -327,7 +276,7 @@ class InfluenceCallback(L.Callback):
         whole = all(ranks_of(trainer).gather(self._is_complete(trainer)))
         self._close(trainer, finished=whole)
         if self.writes_report:
-            self._write_report(trainer, pl_module, whole)
+            self._report.write(trainer, pl_module, whole)
 
     def _is_complete(self, trainer: L.Trainer) -> bool:
         """Whether every step of this process is on disk."""
@@ -341,23 +290,10 @@ class InfluenceCallback(L.Callback):
             return False
         return True
 
-    def _write_report(self, trainer: L.Trainer, module: L.LightningModule, whole: bool) -> None:
-        part = self.dirpath / f"rank-{trainer.global_rank}"
-        ranks_of(trainer).wait()  # until the whole log is written
-        try:
-            if whole:
-                self._report = report_run(trainer, module, self.dirpath)
-            elif trainer.is_global_zero:
-                tell_missing(part, PAGE, "the log is not whole", "Training is not affected.")
-        except Exception as error:
-            tell_missing(part, PAGE, error, "Training is not affected; attribute(...) makes a report of the log.")
-
     @property
     def report(self) -> InfluenceReport | None:
         """The report of the last run, where ``report=True``; that of a run in processes of their own is read from its log."""
-        if self._report is None and self.writes_report and _identity(self.dirpath / SAVED) not in (None, self._found):
-            self._report = InfluenceReport.load(self.dirpath / SAVED)
-        return self._report
+        return self._report.read() if self.writes_report else None
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
         self._close(trainer, finished=False)
@@ -374,7 +310,7 @@ class InfluenceCallback(L.Callback):
             recorder.close(finished=finished)
         except Exception as error:
             tell_missing(recorder.writer.part, "its end", error, "Training is not affected.")
-        self._steps = recorder.writer.complete
+        self._log.steps = recorder.writer.complete
 
     # -- failures ---------------------------------------------------------------------------------------
 
@@ -415,10 +351,10 @@ class InfluenceCallback(L.Callback):
         self._live.stop(trainer, trains=True)
         with suppress(LogError):  # which is the error, or comes of it
             recorder.close(finished=False)
-        self._steps, self._stopped = recorder.writer.complete, str(error)
+        self._log.steps, self._log.stopped = recorder.writer.complete, str(error)
         tell_missing(
             recorder.writer.part,
-            f"the steps from {self._steps} on",
+            f"the steps from {self._log.steps} on",
             error,
             "Recording has stopped. Training goes on as it would without it, and the log can be read up to its last complete "
             "step; on_error='raise' ends the run instead.",
@@ -482,36 +418,5 @@ class InfluenceCallback(L.Callback):
         step, snapshot = self._recorder.bytes_written()
         every = self._recorder.replay.snapshot_every if self._recorder.replay is not None else 1
         share = self._recorder.n_coordinates / max(self._manifest.coverage.trained, 1)
-        told = first_step_line(self.dirpath, self._records, share, step, snapshot, left, left / every + 1)
-        rank_zero_info(" ".join([told, *(f"There are {why}" for why in self._left_out)]))
-
-
-def _run_of(log: Path) -> str | None:
-    """The identifier of the run whose log a directory holds; None where it holds none."""
-    return Manifest.of(StoreReader(log)).run if (log / MANIFEST).exists() else None
-
-
-def _not_its_log(log: Path) -> ConfigurationError:
-    return ConfigurationError(
-        f"the checkpoint is not of the run whose log is {log}, so the log cannot go on from it; give the directory of "
-        "the checkpoint's own log, or another directory."
-    )
-
-
-def _refuse_another_run(log: Path, manifest: Manifest, ranks: int) -> None:
-    """Refuse to continue a log with settings other than those it began with."""
-    if not (log / MANIFEST).exists():
-        return
-    reader = StoreReader(log)
-    recorded = Manifest.of(reader).to_json() | {"ranks": reader.ranks}
-    for key, value in json.loads(json.dumps(manifest.to_json() | {"ranks": ranks})).items():
-        if key != "versions" and recorded.get(key) != value:
-            raise ConfigurationError(
-                f"the log {log} was recorded with {key}={recorded.get(key)!r:.200} and cannot go on with {value!r:.200}; "
-                "resume with the settings it began with, or record to another directory."
-            )
-
-
-def _identity(path: Path) -> tuple[int, int] | None:
-    """By which a file is told from an earlier one of its name."""
-    return (path.stat().st_mtime_ns, path.stat().st_ino) if path.exists() else None
+        line = first_step_line(self.dirpath, self._records, share, step, snapshot, left, left / every + 1)
+        rank_zero_info(" ".join([line, *(f"There are {why}" for why in self._left_out)]))

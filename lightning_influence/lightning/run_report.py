@@ -26,6 +26,46 @@ from lightning_influence.trust.dynamics import dynamics_of
 SAVED, PAGE = "report.safetensors", "report.html"
 
 
+class RunReport:
+    """Written when a run ends, and read where it was written by another process.
+
+    Args:
+        log: of the run, in which the report lies.
+    """
+
+    def __init__(self, log: Path) -> None:
+        self._log = log
+        self._report: InfluenceReport | None = None
+        self._earlier = _identity(log / SAVED)  # the report of an earlier run
+
+    def write(self, trainer: L.Trainer, module: L.LightningModule, whole: bool) -> None:
+        """To be called by every process; what fails is told, and noted in the log.
+
+        Args:
+            whole: whether the log is.
+        """
+        part = self._log / f"rank-{trainer.global_rank}"
+        ranks_of(trainer).wait()  # until the whole log is written
+        try:
+            if whole:
+                self._report = report_run(trainer, module, self._log)
+            elif trainer.is_global_zero:
+                tell_missing(part, PAGE, "the log is not whole", "Training is not affected.")
+        except Exception as error:
+            tell_missing(part, PAGE, error, "Training is not affected; attribute(...) makes a report of the log.")
+
+    def read(self) -> InfluenceReport | None:
+        """The report of the last run; None where there is none."""
+        if self._report is None and _identity(self._log / SAVED) not in (None, self._earlier):
+            self._report = InfluenceReport.load(self._log / SAVED)
+        return self._report
+
+
+def _identity(path: Path) -> tuple[int, int] | None:
+    """By which a file is told from an earlier one of its name."""
+    return (path.stat().st_mtime_ns, path.stat().st_ino) if path.exists() else None
+
+
 def refuse_no_queries(trainer: L.Trainer) -> None:
     """What a report would miss at the end of the run is said at its start.
 

@@ -42,9 +42,9 @@ class Ranks:
         """What each process gives, in their order."""
         if self.size == 1:
             return [value]
-        found: list[Any] = [None] * self.size
-        dist.all_gather_object(found, value)
-        return found
+        gathered: list[Any] = [None] * self.size
+        dist.all_gather_object(gathered, value)
+        return gathered
 
     def wait(self) -> None:
         """Until all of them are here."""

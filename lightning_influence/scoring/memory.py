@@ -52,7 +52,7 @@ class Holding:
     in_files: bool = False
 
 
-def bytes_of(max_memory: MaxMemory, device: torch.device) -> int:
+def memory_in_bytes(max_memory: MaxMemory, device: torch.device) -> int:
     """The bytes that may be held on a device.
 
     Raises:

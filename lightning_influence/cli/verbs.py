@@ -1,27 +1,17 @@
-"""The command line ``lightning-influence``; arguments and configuration files are jsonargparse's.
-
-A model and its data are named as in a LightningCLI configuration, ``--model my.Model --data my.Data``, or in the file of
-one given with ``--config``. A file that leaves the classes to the script, as of ``LightningCLI(Model, Data)``, is read
-together with ``--model`` and ``--data``.
-"""
+"""The commands: each reads what it was given, calls a verb of the library and prints what a person reads."""
 
 from __future__ import annotations
 
-import argparse
 import copy
-import json
-import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
-import torch
 from lightning import LightningDataModule, LightningModule
 from lightning.pytorch.utilities.parsing import lightning_hasattr, lightning_setattr
-from yaml import YAMLError  # type: ignore[import-untyped]
 
-from lightning_influence import __version__
-from lightning_influence.errors import ConfigurationError, InfluenceError
+from lightning_influence.cli.inputs import check_writable, queries_of, require, trained
+from lightning_influence.errors import ConfigurationError
 from lightning_influence.lightning.tuning import tune_horizon
 from lightning_influence.log.manifest import Manifest
 from lightning_influence.log.reader import StoreReader
@@ -42,11 +32,11 @@ def inspect(log: Path) -> None:
     reader = StoreReader(log)
     size = sum(f.stat().st_size for f in log.rglob("*") if f.is_file())
     manifest, keys = Manifest.of(reader), ("module", "optimizer", "record", "compression", "precision")
-    told = {key: getattr(manifest, key) for key in keys} | {"ranks": reader.ranks}
-    told["coverage"] = f"{manifest.coverage.recorded:,} of {manifest.coverage.trained:,} trained coordinates"
-    lines = "".join(f"\n  {key:12s} {value}" for key, value in told.items())
+    entries = {key: getattr(manifest, key) for key in keys} | {"ranks": reader.ranks}
+    entries["coverage"] = f"{manifest.coverage.recorded:,} of {manifest.coverage.trained:,} trained coordinates"
+    lines = "".join(f"\n  {key:12s} {value}" for key, value in entries.items())
     lines += "".join(f"\n  it lacks {what}: {why}" for what, why in reader.missing.items())
-    print(_printable(f"{log}: {len(reader)} optimizer steps, {size / 1e6:.1f} MB{lines}"))
+    print(printable(f"{log}: {len(reader)} optimizer steps, {size / 1e6:.1f} MB{lines}"))
 
 
 def attribute(
@@ -77,14 +67,14 @@ def attribute(
         optimizer_assumption: sgd for the SGD-influence baseline.
         out: where the report is written.
     """
-    _writable("out", out)
+    check_writable("out", out)
     if target == "each":
         warn_renamed("--target null", "--target each", shown=True)
         target = None
-    module, source = _given(model, data, checkpoint)
+    module, source = trained(model, data, checkpoint)
     report = attribute_run(
         log,
-        queries=_queries(source),
+        queries=queries_of(source),
         model=module,
         data=source,
         target=target,
@@ -112,7 +102,7 @@ def report(
         data: shows the samples of its train_dataloader.
         log: of the run; shows the samples' losses and labels in doubt.
     """
-    _writable("out", out)
+    check_writable("out", out)
     dynamics = None if log is None else training_dynamics(log)
     print(f"wrote {InfluenceReport.load(scores).to_html(out, data=data, dynamics=dynamics)}")
 
@@ -147,13 +137,13 @@ def check(
         if value < least:
             raise ConfigurationError(f"--{name} {value}; give {least} or more.")
     if results is not None:
-        _writable("results", results)
-    module, source = _given(model, data, checkpoint)
-    found = check_faithfulness(
+        check_writable("results", results)
+    module, source = trained(model, data, checkpoint)
+    faithfulness = check_faithfulness(
         log,
         model=module,
         data=source,
-        queries=_queries(source),
+        queries=queries_of(source),
         target=target,
         counterfactual=counterfactual,
         removals=removals,
@@ -161,7 +151,7 @@ def check(
         workers=workers,
         results=results,
     )
-    print(found)
+    print(faithfulness)
 
 
 def suspects(log: Path, k: int = 20, out: Path | None = None) -> None:
@@ -175,11 +165,11 @@ def suspects(log: Path, k: int = 20, out: Path | None = None) -> None:
     if k < 1:
         raise ConfigurationError(f"--k {k}; give 1 or more.")
     if out is not None:
-        _writable("out", out)
-    found = suspects_of(log)
-    print(f"{len(found)} samples are likely mislabelled\n{found.head(k).to_string(index=False)}")
+        check_writable("out", out)
+    table = suspects_of(log)
+    print(f"{len(table)} samples are likely mislabelled\n{table.head(k).to_string(index=False)}")
     if out is not None:
-        found.to_csv(out, index=False)
+        table.to_csv(out, index=False)
         print(f"wrote {out}")
 
 
@@ -193,11 +183,11 @@ def select(scores: Path, keep: float = 0.8, out: Path = Path("kept.txt")) -> Non
     """
     if not 0 < keep <= 1:
         raise ConfigurationError(f"--keep {keep}; a fraction lies above 0 and is at most 1.")
-    _writable("out", out)
-    found = InfluenceReport.load(scores)
-    kept = found.top(round(keep * len(found.sample_ids))).sample_id.sort_values()
-    out.write_text("".join(f"{z}\n" for z in kept))
-    print(f"wrote {len(kept)} of {len(found.sample_ids)} sample ids to {out}")
+    check_writable("out", out)
+    scored = InfluenceReport.load(scores)
+    best = scored.top(round(keep * len(scored.sample_ids))).sample_id.sort_values()
+    out.write_text("".join(f"{z}\n" for z in best))
+    print(f"wrote {len(best)} of {len(scored.sample_ids)} sample ids to {out}")
 
 
 def tune(
@@ -229,16 +219,16 @@ def tune(
         attribute: the old word for attr_name.
     """
     attr_name = renamed("--attr_name", attr_name, "--attribute", attribute, shown=True) or "lr"
-    _writable("out", out)
-    _named(model=model, data=data)
+    check_writable("out", out)
+    require(model=model, data=data)
     assert model is not None and data is not None
-    batches = _queries(data)
+    batches = queries_of(data)
     if len(batches) < 2:
         raise ConfigurationError(
             f"val_dataloader has {len(batches)} batch; tune needs two or more: half of them are selection's queries, "
             "the other half compares the runs."
         )
-    found = tune_horizon(
+    tuning = tune_horizon(
         _with_rate(model, attr_name),
         data,
         batches[::2],
@@ -249,12 +239,15 @@ def tune(
         proxies=proxies,
         keep=keep,
     )
-    found.table.to_csv(out, index=False)
-    found.plot().savefig(out.with_suffix(".png"), dpi=150)
-    horizon, lr = found.best
+    tuning.table.to_csv(out, index=False)
+    tuning.plot().savefig(out.with_suffix(".png"), dpi=150)
+    horizon, lr = tuning.best
     print(
-        f"{found.table.to_string(index=False)}\n\nbest: --horizon {horizon} at learning rate {lr:g}\nwrote {out} and .png"
+        f"{tuning.table.to_string(index=False)}\n\nbest: --horizon {horizon} at learning rate {lr:g}\nwrote {out} and .png"
     )
+
+
+VERBS: tuple[Callable[..., None], ...] = (inspect, attribute, report, check, suspects, select, tune)
 
 
 def _with_rate(model: LightningModule, attr_name: str) -> Callable[[float], LightningModule]:
@@ -273,151 +266,6 @@ def _with_rate(model: LightningModule, attr_name: str) -> Callable[[float], Ligh
     return make
 
 
-def _queries(data: LightningDataModule) -> list[Any]:
-    data.prepare_data()
-    data.setup("fit")
-    return list(data.val_dataloader())
-
-
-def _named(**values: object) -> None:
-    missing = " and ".join(f"--{name}" for name, value in values.items() if value is None)
-    if missing:
-        raise ConfigurationError(f"{missing} missing; name them, or give a file with --config.")
-
-
-def _writable(name: str, path: Path) -> None:
-    """Said before the work rather than after it."""
-    if not path.absolute().parent.is_dir():
-        raise ConfigurationError(f"--{name} {path}: there is no directory {path.absolute().parent}; create it first.")
-    if path.is_dir():
-        raise ConfigurationError(f"--{name} {path} is a directory; give the path of a file.")
-
-
-def _given(
-    model: LightningModule | None, data: LightningDataModule | None, checkpoint: Path | None
-) -> tuple[LightningModule, LightningDataModule]:
-    """The module at its checkpoint, and its data."""
-    _named(model=model, data=data, checkpoint=checkpoint)
-    assert model is not None and data is not None and checkpoint is not None
-    try:
-        model.load_state_dict(_weights(checkpoint))
-    except (AttributeError, RuntimeError) as error:  # names that are no text, values that do not fit
-        raise InfluenceError(
-            f"{checkpoint} does not fit {type(model).__name__}; give the model the arguments it was trained with. {error}"
-        ) from error
-    return model, data
-
-
-def _weights(checkpoint: Path) -> Mapping[str, Any]:
-    """The state dict of a checkpoint; nothing that the file holds is run."""
-    wanted = "give what trainer.save_checkpoint wrote, or torch.save({'state_dict': model.state_dict()}, path)."
-    try:
-        saved = torch.load(checkpoint, map_location="cpu", weights_only=True)
-    except OSError as error:
-        raise InfluenceError(
-            f"{checkpoint} cannot be read ({error.strerror}); give the path of a checkpoint."
-        ) from error
-    except Exception as error:  # whatever a damaged file makes of the reader
-        _, _, refused = str(error).partition("Unsupported global: GLOBAL ")
-        why = f"holds a {refused.split()[0]}" if refused else "is damaged or something else"
-        raise InfluenceError(
-            f"{checkpoint} {why}, and of a checkpoint tensors and plain values alone are read; {wanted}"
-        ) from error
-    state = saved.get("state_dict") if isinstance(saved, Mapping) else None
-    if not isinstance(state, Mapping):
-        held = ", ".join(map(str, list(saved)[:5])) if isinstance(saved, Mapping) else type(saved).__name__
-        raise InfluenceError(f"{checkpoint} holds no 'state_dict' ({held or 'nothing'}); {wanted}")
-    return state
-
-
-def _printable(text: str) -> str:
+def printable(text: str) -> str:
     """What a file says, without the codes that would steer the terminal."""
     return "".join(c if c.isprintable() or c in "\n\t" else ascii(c)[1:-1] for c in text)
-
-
-def _own_part(content: Any, keys: set[str], classes: Mapping[str, str | None]) -> dict[str, Any]:
-    """What a command reads of a LightningCLI configuration, whose trainer, optimizer and so on are not its concern.
-
-    Args:
-        content: of the file.
-        keys: names of the command's arguments.
-        classes: of model and data where the command line names them.
-
-    Raises:
-        ConfigurationError: a model or data without a class, or nothing that the command reads.
-    """
-    if not isinstance(content, Mapping):
-        raise ConfigurationError(f"the configuration is a {type(content).__name__}; it has to map names to values.")
-    content = {**content, **(content.get("fit") or {})}  # as of one file for all of LightningCLI's subcommands
-    own = {key: value for key, value in content.items() if key in keys and value is not None}
-    if not own:
-        raise ConfigurationError(
-            f"the configuration has {', '.join(map(str, content)) or 'nothing'}, but no model or data."
-        )
-    for name in own.keys() & {"model", "data"}:
-        section = own[name]
-        if isinstance(section, Mapping) and not section.keys() & {"class_path", "init_args"}:
-            if classes.get(name) is None:
-                raise ConfigurationError(
-                    f"the configuration gives the arguments of {name} but no class, as LightningCLI(Model, Data) writes it; "
-                    f"name the class: --{name} my.{name.title()}"
-                )
-            own[name] = {"class_path": classes[name], "init_args": dict(section)}
-    return own
-
-
-def _parser(arguments: Sequence[str]) -> type[Any]:
-    """Jsonargparse's parser, except that of a configuration file it reads the command's own part."""
-    from jsonargparse import ArgumentParser, get_loader
-
-    # a file's init args belong to the class that the command line names, before or after it
-    scan = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    for name in ("model", "data"):
-        scan.add_argument(f"--{name}", f"--{name}.class_path", dest=name, nargs="?")
-    classes = vars(scan.parse_known_args(arguments)[0])
-
-    class Parser(ArgumentParser):
-        def parse_string(self, content: str, *rest: Any, **options: Any) -> Any:
-            keys = {action.dest for action in self._actions}
-            if "subcommand" not in keys:
-                try:
-                    loaded = get_loader("yaml")(content)
-                except YAMLError as error:
-                    raise ConfigurationError(f"the configuration is not YAML: {error}") from error
-                content = json.dumps(_own_part(loaded, keys, classes))
-            return super().parse_string(content, *rest, **options)
-
-    return Parser
-
-
-def main(arguments: list[str] | None = None) -> int:
-    """Run the command line.
-
-    Returns:
-        0, 2 where it was used wrongly, or 1 after another error that the message explains.
-    """
-    arguments = sys.argv[1:] if arguments is None else arguments
-    try:
-        from jsonargparse import auto_cli
-    except ImportError:
-        print('lightning-influence: jsonargparse missing; pip install "lightning-influence[cli]"', file=sys.stderr)
-        return 1
-    if (here := str(Path.cwd())) not in sys.path:  # as with python -m, so that the user's own modules are found
-        sys.path.insert(0, here)
-    commands: dict[str, Any] = {f.__name__: f for f in (inspect, attribute, report, check, suspects, select, tune)}
-    options: dict[str, Any] = {
-        "prog": "lightning-influence",
-        "description": __doc__,
-        "version": __version__,
-        "as_positional": True,
-    }
-    try:
-        auto_cli(commands, args=arguments, parser_class=_parser(arguments), **options)
-    except InfluenceError as error:
-        print(_printable(f"lightning-influence: {error}"), file=sys.stderr)
-        return 2 if isinstance(error, ConfigurationError) else 1
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())
