@@ -4,19 +4,30 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from lightning import LightningDataModule, LightningModule
 
 from lightning_influence.errors import ConfigurationError, InfluenceError
+from lightning_influence.run.data import TrainingData
+from lightning_influence.run.lightning_names import either
+
+if TYPE_CHECKING:
+    from lightning import LightningDataModule as LightningDataModule
+    from lightning import LightningModule as LightningModule
+else:  # a command takes those of both packages
+    LightningDataModule, LightningModule = either("LightningDataModule"), either("LightningModule")
 
 
-def queries_of(data: LightningDataModule) -> list[Any]:
-    """The batches of a datamodule's validation loader."""
+def prepared(data: LightningDataModule) -> TrainingData:
+    """The data of a datamodule, which is set up here and once."""
     data.prepare_data()
-    data.setup("fit")
-    return list(data.val_dataloader())
+    return TrainingData.of(data)
+
+
+def queries_of(data: TrainingData) -> list[Any]:
+    """The batches of a datamodule's validation loader."""
+    return list(data.datamodule.val_dataloader())
 
 
 def require(**values: object) -> None:
@@ -40,7 +51,7 @@ def check_writable(name: str, path: Path) -> None:
 
 def trained(
     model: LightningModule | None, data: LightningDataModule | None, checkpoint: Path | None
-) -> tuple[LightningModule, LightningDataModule]:
+) -> tuple[LightningModule, TrainingData]:
     """The module at its checkpoint, and its data."""
     require(model=model, data=data, checkpoint=checkpoint)
     assert model is not None and data is not None and checkpoint is not None
@@ -50,7 +61,7 @@ def trained(
         raise InfluenceError(
             f"{checkpoint} does not fit {type(model).__name__}; give the model the arguments it was trained with. {error}"
         ) from error
-    return model, data
+    return model, prepared(data)
 
 
 def _weights(checkpoint: Path) -> Mapping[str, Any]:

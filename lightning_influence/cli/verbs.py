@@ -7,10 +7,17 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Literal
 
-from lightning import LightningDataModule, LightningModule
 from lightning.pytorch.utilities.parsing import lightning_hasattr, lightning_setattr
 
-from lightning_influence.cli.inputs import check_writable, queries_of, require, trained
+from lightning_influence.cli.inputs import (
+    LightningDataModule,
+    LightningModule,
+    check_writable,
+    prepared,
+    queries_of,
+    require,
+    trained,
+)
 from lightning_influence.errors import ConfigurationError
 from lightning_influence.lightning.tuning import tune_horizon
 from lightning_influence.log.manifest import Manifest
@@ -222,7 +229,7 @@ def tune(
     check_writable("out", out)
     require(model=model, data=data)
     assert model is not None and data is not None
-    batches = queries_of(data)
+    batches = queries_of(prepared(data))
     if len(batches) < 2:
         raise ConfigurationError(
             f"val_dataloader has {len(batches)} batch; tune needs two or more: half of them are selection's queries, "
