@@ -7,12 +7,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import lightning as L
 import numpy as np
 import pytest
 import torch
 from modules import Classifier, digits, fit
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Sampler, Subset
+from torch.utils.data import DataLoader, Dataset, Sampler, Subset, random_split
 
 from lightning_influence import InfluenceCallback
 from lightning_influence.run.unchanged import Apart
@@ -94,6 +95,32 @@ def test_a_sampler_that_moves_itself_on_comes_to_its_end() -> None:
             break
         seen += len(batch[0])
     assert seen == 40
+
+
+@pytest.mark.parametrize("options", [{}, {"limit_train_batches": 3, "check_val_every_n_epoch": 5}], ids=str)
+def test_a_report_does_not_ask_for_the_validation_loader_before_the_run_does(
+    options: dict[str, Any], tmp_path: Path
+) -> None:
+    """It may be made with random numbers, and counted."""
+
+    class Data(L.LightningDataModule):
+        asked = 0
+
+        def train_dataloader(self) -> Any:
+            return DataLoader(digits(48), 8, shuffle=True)
+
+        def val_dataloader(self) -> Any:
+            self.asked += 1
+            return DataLoader(random_split(digits(20), [15, 5])[0], 5)
+
+    ends = []
+    for callbacks in ([], [InfluenceCallback(tmp_path, record="gradients", report=True)]):
+        data, module = Data(), Classifier()
+        torch.manual_seed(0)
+        fit(module, data, *callbacks, max_epochs=2, num_sanity_val_steps=0, **options)
+        ends.append([p.tolist() for p in module.parameters()])
+        assert data.asked == (1 if callbacks or not options else 0)
+    assert ends[0] == ends[1] and (tmp_path / "report.html").exists()
 
 
 @pytest.mark.parametrize("record", ["gradients", "both"])
