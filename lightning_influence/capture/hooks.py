@@ -253,12 +253,6 @@ class GradientCapture:
             finally:
                 self._rerunning = False
         for local, name in own.items():
-            if local not in shares:
-                raise UncoveredParameter(
-                    f"{name} is not a parameter that a {type(layer).__name__} is computed with: weight_norm, spectral_norm, pruning or "
-                    "the like makes one out of it, and per-sample gradients do not reach that far. Name it in exclude=, or use "
-                    "record='replay', which measures what a removal does."
-                )
             form = self._regrouped(shares[local], layer)
             self._forms[name] = add(self._forms[name], form) if name in self._forms else form
 

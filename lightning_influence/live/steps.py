@@ -268,13 +268,10 @@ class LiveSteps:
                 step, run again, gives another gradient.
         """
         samples = self.collector.after_backward(loss_scale, watch=self._watches)
-        self._to_verify &= self.collector.capture is not None  # it may just have been given up
         if samples is not None and (self._to_verify or self._rehearsals):
             with self.task.unchanged():  # a copy may share with the module what a hook closes over
                 self._refuse_memory()
-        if (
-            samples is not None and self._to_verify and self.collector.capture is not None
-        ):  # which may just have been given up
+        if samples is not None and self._to_verify:
             with self.task.unchanged():
                 self._verify(samples)
         if self._rehearsals and samples is not None and self.collector.first_of_step:
