@@ -6,7 +6,7 @@ SGD baseline (another update rule). Its cost is linear in the number of steps (d
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -84,6 +84,7 @@ def sweep(
     sets: RemovalSets = EVERY_SAMPLE,
     scored: range | None = None,
     window_in_files: bool = False,
+    passed: Callable[[], None] | None = None,
     progress: bool = True,
 ) -> RowScores:
     """Walk a trajectory backwards and score every sample of every step, or other sets of samples.
@@ -95,6 +96,7 @@ def sweep(
         sets: what is removed; a row is of one set and one step, and its sample id the set's number.
         scored: the steps to score; all by default. The walk ends at the first of them.
         window_in_files: keep the steps of the memory window in files, where there is no memory for them.
+        passed: called after each step.
         progress: show a bar where the walk takes longer than two seconds.
 
     Raises:
@@ -124,6 +126,8 @@ def sweep(
             blocks.append(block)
         if groups is not None:
             of_groups += groups.passed(index)
+        if passed is not None:
+            passed()
     return RowScores.joined([*blocks[::-1], *of_groups[::-1]], walk.n_queries)
 
 
