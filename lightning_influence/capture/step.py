@@ -146,6 +146,7 @@ class StepCollector:
 
     Attributes:
         compress: what is kept of a parameter's shares, as soon as they are there; None for everything.
+        settle: called once, when all processes have collected their first step, where they have to agree on what they give up.
 
     Raises:
         UnsupportedOptimizer: the optimizer's step is not a known function.
@@ -167,6 +168,7 @@ class StepCollector:
         self.module, self.optimizer, self.capture = module, optimizer, capture
         self.averaged, self.ranks, self.update_name = averaged, ranks or Ranks(), update_name(optimizer)
         self.compress: Callable[[str, Form], Form] | None = None
+        self.settle: Callable[[], None] | None = None
         self._otherwise = otherwise
         self._names = {id(p): name for name, p in module.named_parameters()}
         self._started: _Started | None = None
@@ -286,6 +288,9 @@ class StepCollector:
             self._refuse_uncollected(index)
             shares = self._of_step([part for _, part in micro_batches])
             self._refuse_other_sums(index, float(norm))
+        settle, self.settle = self.settle, None
+        if settle is not None:
+            settle()
         if self.capture is None:
             shares = {}
         refuse_unowned(self.module, self.optimizer)

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import inspect
+import logging
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
@@ -32,6 +34,18 @@ _QUIET: dict[str, Any] = {
     "enable_model_summary": False,
     "enable_progress_bar": False,
 }
+
+
+@contextmanager
+def _without_banners() -> Iterator[None]:
+    """Lightning says of every Trainer what hardware there is; of short runs nobody wants to read it."""
+    logger = logging.getLogger("lightning.pytorch")
+    level = logger.level
+    logger.setLevel(logging.WARNING)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
 
 
 @dataclass(frozen=True, repr=False)
@@ -167,7 +181,8 @@ class _ShortRuns(L.Callback):
         self._asked = lr
         own = self._settings.get("callbacks") or []
         own = own if isinstance(own, list) else [own]
-        trainer_of(module)(**{**self._settings, "callbacks": [*own, self, *callbacks]}).fit(module, data)
+        with _without_banners():
+            trainer_of(module)(**{**self._settings, "callbacks": [*own, self, *callbacks]}).fit(module, data)
         return module
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:

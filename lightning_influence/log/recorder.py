@@ -319,7 +319,7 @@ class Recorder:
         self._check_clip(record.clip, record.index)
         tensors, meta = pack_step(record, shares, state=self.ranks.rank == 0)
         tensors |= pack_dynamics(joined([m.dynamics for m in noted]))
-        replays = [m.replay for m in noted if m.replay is not None]
+        replays = [m.replay for m in noted if m.replay is not None and self.replay is not None]
         for number, replay in enumerate(replays):
             tensors |= numbered(replay, number)
         meta |= {"micro_batches": [entry for _, entry in replays]}

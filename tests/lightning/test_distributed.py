@@ -19,10 +19,10 @@ from torch.utils.data import DataLoader, DistributedSampler, IterableDataset, Sa
 
 from lightning_influence import InfluenceCallback, InfluenceReport, SelectionDataModule, attribute
 from lightning_influence.core.removal import gradient_change
-from lightning_influence.errors import ConfigurationError, LogCorrupted
+from lightning_influence.errors import ConfigurationError, LogCorrupted, LogError
 from lightning_influence.lightning.run_report import whole_validation
 from lightning_influence.log.format import FINAL
-from lightning_influence.log.steps import LoggedTrajectory
+from lightning_influence.log.steps import LoggedSteps, LoggedTrajectory
 from lightning_influence.selection.decisions import SelectionReport
 
 N, LOCAL, PROCESSES = 96, 8, 2
@@ -136,6 +136,57 @@ def test_a_failure_of_one_process_stops_no_other_and_the_log_says_so(tmp_path: P
     run = LoggedTrajectory(tmp_path)
     assert len(run) == 2 and FINAL not in run.reader.artifacts()
     assert set(run.reader.missing) == {"the steps from 2 on", "report.html"}
+
+
+class Centred(Classifier):
+    """Of one process, from a step on, samples see each other."""
+
+    def __init__(self, first: int) -> None:
+        super().__init__()
+        self.first, self.second = first, False
+
+    def on_fit_start(self) -> None:
+        self.second = self.global_rank == 1
+
+    def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
+        x, y = batch
+        centred = self.second and batch_idx >= self.first
+        return torch.nn.functional.cross_entropy(self.net(x - x.mean(0) if centred else x), y)
+
+
+class Hooked(Classifier):
+    """Of one process, per-sample gradients do not sum to the gradient from a step on."""
+
+    def __init__(self, rank: int, first: int) -> None:
+        super().__init__()
+        self.rank, self.first = rank, first
+
+    def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
+        loss: torch.Tensor = super().training_step(batch, batch_idx)
+        if self.global_rank == self.rank and batch_idx == self.first:
+            self.net[0].weight.register_hook(lambda g: 1.5 * g)  # type: ignore[union-attr]
+        return loss
+
+
+@pytest.mark.parametrize(
+    "make",
+    [partial(Centred, 0), partial(Hooked, 0, 0), partial(Hooked, 1, 0), partial(Hooked, 0, 2), partial(Hooked, 1, 2)],
+    ids=["sees the batch", "first step, first", "first step, second", "later, first", "later, second"],
+)
+def test_what_one_process_cannot_record_all_leave_out(make: Any, tmp_path: Path) -> None:
+    """At the first step they agree, later the log notes it; training ends where it ends without recording."""
+    recorded, plain = make(), make()
+    together(recorded, InfluenceCallback(tmp_path / "log"))
+    together(plain)
+    assert all(torch.equal(p, q) for p, q in zip(recorded.parameters(), plain.parameters(), strict=True))
+    steps = LoggedSteps(tmp_path / "log")
+    assert steps.manifest.record == "replay" and len(steps) == N // LOCAL // PROCESSES
+    with pytest.raises(LogError, match="no per-sample gradients"):
+        LoggedTrajectory(tmp_path / "log")
+    noted = set(steps.reader.missing)
+    assert noted == ({"per-sample gradients"} if getattr(recorded, "rank", 0) == 1 and recorded.first else set())
+    shares = [name for rank in range(PROCESSES) for name in steps.reader.names(0, rank) if name.startswith("share/")]
+    assert bool(shares) == bool(recorded.first), "of the first step nobody keeps any where one cannot"
 
 
 def test_a_log_of_more_processes_is_overwritten_whole(tmp_path: Path) -> None:

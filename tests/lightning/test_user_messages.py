@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader, IterableDataset
 
 from lightning_influence import InfluenceCallback, InfluenceReport, SelectionDataModule, attribute
 from lightning_influence.errors import ConfigurationError, LogError
-from lightning_influence.lightning.first_step import first_step_line
+from lightning_influence.live.first_step import first_step_line
 from lightning_influence.log import writer as store
 from lightning_influence.log.reader import StoreReader
 from lightning_influence.log.steps import LoggedTrajectory
