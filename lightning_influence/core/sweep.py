@@ -6,7 +6,7 @@ SGD baseline (another update rule). Its cost is linear in the number of steps (d
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -85,6 +85,7 @@ def sweep(
     scored: range | None = None,
     window_in_files: bool = False,
     moves: Vectors | None = None,
+    passed: Callable[[], None] | None = None,
     progress: bool = True,
 ) -> RowScores:
     """Walk a trajectory backwards and score every sample of every step, or other sets of samples.
@@ -98,6 +99,7 @@ def sweep(
         window_in_files: keep the steps of the memory window in files, where there is no memory for them.
         moves: filled, where given, with how far the removal of each group moves the parameters by itself, ``(n_groups, d)`` each,
             where the response is finite.
+        passed: called after each step.
         progress: show a bar where the walk takes longer than two seconds.
 
     Raises:
@@ -131,6 +133,8 @@ def sweep(
         whole = pieces.joined({piece: moves[piece] for piece in pieces.sizes if piece in moves})
         moves.clear()
         moves.update(whole)
+        if passed is not None:
+            passed()
     return RowScores.joined([*blocks[::-1], *of_groups[::-1]], walk.n_queries)
 
 

@@ -18,7 +18,7 @@ from lightning_influence.core.curvature import GradientGraph, differentiable_att
 from lightning_influence.core.trajectory import Vectors
 from lightning_influence.errors import ConfigurationError
 from lightning_influence.run.batches import OneExample, batch_size, example, some, to_dtype
-from lightning_influence.run.data import TrainingData
+from lightning_influence.run.data import TrainingData, set_up
 from lightning_influence.run.lightning_names import is_a
 from lightning_influence.run.parameters import parameters_at
 from lightning_influence.run.rows import relates_samples
@@ -50,7 +50,9 @@ class Queries:
     """
 
     def __init__(self, source: Any, *, data: Any = None, precision: str | None = None) -> None:
-        data = data.datamodule if isinstance(data, TrainingData) else data
+        if isinstance(data, TrainingData):
+            data = data.datamodule
+            source = source.val_dataloader() if source is data and data is not None else source  # it is set up
         self._datamodule = next((d for d in (source, data) if is_a(d, "LightningDataModule")), None)
         self._precision = precision
         self._batches = batches_of(source)
@@ -100,7 +102,7 @@ def batches_of(source: Any) -> Iterable[Any]:
         ConfigurationError: none of these forms.
     """
     if is_a(source, "LightningDataModule"):
-        source.setup("fit")
+        set_up(source)
         return batches_of(source.val_dataloader())
     if isinstance(source, (str, bytes, Path)):
         raise ConfigurationError(f"queries={str(source)!r:.80}; give a loader, a list of batches, or a datamodule.")
