@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Collection, Sequence
+from contextlib import ExitStack
 from fnmatch import fnmatchcase
 from functools import partial
 from typing import Any
@@ -70,6 +71,7 @@ class GradientCapture:
         self._hooks: list[Any] = []
         self._n: int | None = None
         self._shared: SharedRows | None = None
+        self._forward = ExitStack()  # in which shared rows are looked for
         self._rerunning = False
         self._forms: dict[str, Form] = {}
         # of a hook, told when the shares are taken rather than inside the training step
@@ -155,13 +157,15 @@ class GradientCapture:
         self._forget_shared()
         self._n, self._forms, self._failure = n_samples, {}, None
         if n_samples > 1:
-            self._shared = SharedRows(n_samples)
-            self._shared.__enter__()
+            self._shared = self._forward.enter_context(SharedRows(n_samples))
+
+    def end_forward(self) -> None:
+        """The loss is there, and nothing in the backward pass is to be looked at; may be left out, and costs time then."""
+        self._forward.close()
 
     def _forget_shared(self) -> None:
-        if self._shared is not None:
-            self._shared.__exit__(None, None, None)
-            self._shared = None
+        self._forward.close()
+        self._shared = None
 
     def take(self, scale: float = 1.0) -> dict[str, Form]:
         """The shares of the micro-batch whose backward has run, times ``scale``; zero where none came.
@@ -186,7 +190,8 @@ class GradientCapture:
         if self._n is None or self._rerunning or self._failure is not None or not torch.is_grad_enabled():
             return
         try:
-            self._watch(layer, args, kwargs, output)
+            with torch._C.DisableTorchFunction():  # modes that watch the module have nothing to see here
+                self._watch(layer, args, kwargs, output)
         except Exception as error:
             self._failure = _of_layer(layer, error)
 

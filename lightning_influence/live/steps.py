@@ -8,7 +8,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, ExitStack, nullcontext
-from dataclasses import asdict, replace
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -236,7 +236,7 @@ class LiveSteps:
         assert self.drawn is not None
         order = {} if torch.equal(self.ids, self.drawn) else {"drawn": self.drawn.tolist()}
         assumed = {"rows": "assumed"} if self._row_order is not None and self._row_order.assumed else {}
-        return asdict(moment) | order | assumed
+        return vars(moment) | order | assumed
 
     def recollated(self) -> dict[int, Any] | None:
         """The present batch collated anew without each of its samples, where only the collate function can leave one out."""

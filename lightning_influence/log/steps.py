@@ -158,7 +158,8 @@ class LoggedSteps:
         """What the training step of each micro-batch read besides its batch, over all ranks; None where nothing was noted."""
         with decoding(f"step {index} of {self._log}"):
             record = self._stored(index)
-            noted = [m for rank in range(self.reader.ranks) for m in self.reader.meta(index, rank)["micro_batches"]]
+            ranks = range(self.reader.ranks if self.manifest.record != "gradients" else 0)
+            noted = [m for rank in ranks for m in self.reader.meta(index, rank)["micro_batches"]]
             moments = [
                 Moment(
                     int(m["batch_idx"]),

@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
 _INTERVAL = re.compile(r"(-?\d+\.\d+) \[(-?\d+\.\d+), (-?\d+\.\d+)\]")
-_WHERE_THERE_IS = ("rows", "removals", "replay_drift", "stopped_paths", "hessian")
+_WHERE_THERE_ARE_SOME = ("rows", "removals", "replay_drift", "stopped_paths", "hessian", "queried")
 
 
 @dataclass(frozen=True)
@@ -132,6 +132,8 @@ class Provenance:
         stopped_paths: whether the curvature follows paths that the loss stops by ``detach`` or ``no_grad``: ``"none"`` where
             there are none that matter, ``"followed"`` or ``"not followed"``.
         hessian: ``"by differences"`` of gradients, where the training step could not be differentiated twice.
+        queried: what is wrong with the parameters at which queries were differentiated, where they are not those that the
+            run ended with.
     """
 
     module: str | None = None
@@ -153,6 +155,7 @@ class Provenance:
     replay_drift: Mapping[str, float] = field(default_factory=dict)
     stopped_paths: str | None = None
     hessian: str | None = None
+    queried: str | None = None
 
     @classmethod
     def from_json(cls, metadata: Mapping[str, Any]) -> Provenance:
@@ -160,7 +163,7 @@ class Provenance:
         versions = _mapping(metadata.get("versions"))
         texts = (
             *("module", "record", "compression", "precision", "optimizer", "optimizer_assumption"),
-            *("curvature", "response", "counterfactual", "target", "rows", "stopped_paths", "hessian"),
+            *("curvature", "response", "counterfactual", "target", "rows", "stopped_paths", "hessian", "queried"),
         )
         return cls(
             **{key: _text(metadata.get(key)) for key in texts},  # type: ignore[arg-type]
@@ -174,7 +177,7 @@ class Provenance:
 
     def to_json(self) -> dict[str, Any]:
         """As a report's metadata has it."""
-        made = {key: value for key, value in asdict(self).items() if value or key not in _WHERE_THERE_IS}
+        made = {key: value for key, value in asdict(self).items() if value or key not in _WHERE_THERE_ARE_SOME}
         if self.removals is not None and not self.removals.skipped:
             del made["removals"]["skipped"]
         return made

@@ -75,6 +75,8 @@ def _approximations(made: Provenance) -> Iterator[Trust]:
         yield Trust("Rows", "order assumed", "unknown", _ROWS)
     if made.removals is not None:
         yield _removals(made.removals)
+    if made.queried is not None:
+        yield Trust("Parameters", "of another time", "caution", f"{made.queried[:1].upper()}{made.queried[1:]}.")
 
 
 def _removals(removals: RemovalSummary) -> Trust:

@@ -9,7 +9,20 @@ from typing import Any
 from torch.utils.data import DataLoader, default_collate
 
 from lightning_influence.errors import ConfigurationError, LogError
-from lightning_influence.run.lightning_names import is_a
+from lightning_influence.run.lightning_names import is_a, overrides
+
+
+def set_up(datamodule: Any) -> None:
+    """Let a datamodule make its data, unless the fit that it was in has: a split without a seed would be another the second time."""
+    if not _is_set_up(datamodule):
+        datamodule.setup("fit")
+
+
+def _is_set_up(datamodule: Any) -> bool:
+    trainer: Any = getattr(datamodule, "trainer", None)
+    if trainer is None or trainer.datamodule is not datamodule or overrides(datamodule, "teardown"):
+        return False
+    return trainer.state.fn == "fit" and trainer.state.status != "interrupted"
 
 
 @dataclass(frozen=True)
@@ -28,7 +41,7 @@ class TrainingData:
 
     @classmethod
     def of(cls, data: Any) -> TrainingData:
-        """From a dataset, a loader or a datamodule, which is set up here and once.
+        """From a dataset, a loader or a datamodule, which is set up.
 
         Raises:
             LogError: something else without indices.
@@ -38,7 +51,7 @@ class TrainingData:
         datamodule = None
         if is_a(data, "LightningDataModule"):
             datamodule = data
-            data.setup("fit")
+            set_up(data)
             data = data.train_dataloader()
         if isinstance(data, DataLoader):
             return cls(data.dataset, data.collate_fn, datamodule)

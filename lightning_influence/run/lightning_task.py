@@ -91,8 +91,25 @@ def _datamodule_of(module: LightningModule) -> Any:
 
 
 @contextmanager
+def _unheard(module: LightningModule) -> Iterator[None]:
+    """Who listens to the training step hears nothing."""
+    step = module.__dict__.get("training_step")
+    listened = step if isinstance(step, _TappedStep) else None
+    listeners = [] if listened is None else listened.listeners
+    if listened is not None:
+        listened.listeners = []
+    try:
+        yield
+    finally:
+        if listened is not None:
+            listened.listeners = listeners
+
+
+@contextmanager
 def quiet(module: LightningModule) -> Iterator[None]:
-    """``self.log`` and ``self.log_dict`` do nothing, with or without a trainer attached, and loggers are dummies."""
+    """``self.log`` and ``self.log_dict`` do nothing, with or without a trainer attached, loggers are dummies, and
+    nobody is told the losses of the training step, since it is not the run's own.
+    """
     before = {name: module.__dict__[name] for name in _LOGGING if name in module.__dict__}
     for name in _LOGGING:
         object.__setattr__(module, name, _ignore)
@@ -101,7 +118,8 @@ def quiet(module: LightningModule) -> Iterator[None]:
         dummies = {"logger": real.logger and DummyLogger(), "loggers": [DummyLogger() for _ in real.loggers]}
         object.__setattr__(module, "_trainer", _Beside(real, dummies))
     try:
-        yield
+        with _unheard(module):
+            yield
     finally:
         object.__setattr__(module, "_trainer", real)
         for name in _LOGGING:
@@ -282,6 +300,8 @@ class _TappedStep:
         return self  # it is taken off the copy
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if not self.listeners:
+            return self._step(*args, **kwargs)
         with LossTap() as losses:
             output = self._step(*args, **kwargs)
         for tap in list(self.listeners):

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from functools import lru_cache, partial
-from types import FunctionType, MethodType, ModuleType
-from typing import Any
+from functools import lru_cache
 
 import numpy as np
 import torch
@@ -66,71 +64,3 @@ def random_state(state: Mapping[str, Tensor] | None) -> Iterator[None]:
         yield
     finally:
         write_random_state(before)
-
-
-@contextmanager
-def generator_as_it_was(loader: Any) -> Iterator[None]:
-    """A loader may be read without moving on the generator it was given, which it may share with another."""
-    generator = getattr(loader, "generator", None)
-    before = None if generator is None else generator.get_state()
-    try:
-        yield
-    finally:
-        if generator is not None:
-            generator.set_state(before)
-
-
-_LOOKED_THROUGH = 2000  # objects that a dataset may consist of
-
-
-@contextmanager
-def own_generators_as_they_were(*owners: Any) -> Iterator[None]:
-    """Generators that objects hold, such as a dataset or its transforms, are afterwards as they were, and so are the owners' attributes."""
-    attributes = [(vars(owner), dict(vars(owner))) for owner in owners if hasattr(owner, "__dict__")]
-    undo = [put_back for owner in owners for put_back in _generators_in(owner)]
-    try:
-        yield
-    finally:
-        for held, before in attributes:
-            held.update(before)
-        for put_back in undo:
-            put_back()
-
-
-def _generators_in(root: Any) -> Iterator[Callable[[], object]]:
-    """For every generator that is reachable from an object, what puts it back to its present state."""
-    seen, waiting = set[int](), [root]
-    while waiting and len(seen) < _LOOKED_THROUGH:
-        thing = waiting.pop()
-        if id(thing) in seen or isinstance(thing, _WITHOUT_GENERATORS):
-            continue
-        seen.add(id(thing))
-        if isinstance(thing, torch.Generator):
-            yield partial(thing.set_state, thing.get_state())
-        elif isinstance(thing, random.Random):
-            yield partial(thing.setstate, thing.getstate())
-        elif isinstance(thing, np.random.RandomState):
-            yield partial(thing.set_state, thing.get_state())
-        elif isinstance(thing, np.random.Generator):
-            yield partial(setattr, thing.bit_generator, "state", thing.bit_generator.state)
-        elif isinstance(thing, (list, tuple, dict)):
-            if len(thing) < _LOOKED_THROUGH:  # longer ones hold data
-                waiting += thing.values() if isinstance(thing, dict) else thing
-        elif isinstance(thing, MethodType):
-            waiting.append(thing.__self__)
-        elif isinstance(thing, partial):
-            waiting += [thing.func, thing.args, thing.keywords]
-        elif isinstance(thing, FunctionType):
-            waiting += [cell.cell_contents for cell in thing.__closure__ or () if _is_filled(cell)]
-        elif hasattr(thing, "__dict__"):
-            waiting.append(vars(thing))
-
-
-_WITHOUT_GENERATORS = (str, bytes, int, float, type(None), Tensor, np.ndarray, type, ModuleType)
-
-
-def _is_filled(cell: Any) -> bool:
-    try:
-        return cell.cell_contents is not None
-    except ValueError:  # an empty cell
-        return False

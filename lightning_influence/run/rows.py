@@ -11,8 +11,9 @@ from torch import Tensor
 
 from lightning_influence.errors import ConfigurationError
 from lightning_influence.run.batches import batch_size, leaves, objects, some, without
-from lightning_influence.run.random_state import own_generators_as_they_were, random_state
+from lightning_influence.run.random_state import random_state
 from lightning_influence.run.task import Task
+from lightning_influence.run.unchanged import Apart
 
 _PADDING = (0.0, -1.0, -100.0)  # of floating-point tensors
 _LOOKED_AT = 3  # batches, before it is believed that rows stay in the order in which they were drawn, or samples
@@ -108,7 +109,7 @@ class RowOrder:
     @contextmanager
     def _beside(self, fetched: Mapping[str, Tensor] | None) -> Iterator[None]:
         """Samples are fetched and collated anew, without a trace in the run."""
-        with random_state(fetched), own_generators_as_they_were(self._dataset, self._collate), self._apart():
+        with random_state(fetched), self._apart(), Apart(self._dataset)(), Apart(self._collate)():
             yield
 
     def _collated(self, samples: list[Any]) -> Any:
@@ -139,7 +140,7 @@ def _longest(alone: Sequence[Any]) -> int | None:
 
 def relates_samples(dataset: Any, collate: Callable[[list[Any]], Any]) -> bool:
     """Whether a row of a small batch is another than the sample collated alone, as in a graph over the batch."""
-    with random_state(None), own_generators_as_they_were(dataset, collate):
+    with random_state(None), Apart(dataset)(), Apart(collate)():
         try:
             n = min(_LOOKED_AT, len(dataset))
             samples = [dataset[i] for i in range(n)]

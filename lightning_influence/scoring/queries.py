@@ -17,14 +17,14 @@ from tqdm.auto import tqdm
 from lightning_influence.core.curvature import GradientGraph, differentiable_attention
 from lightning_influence.core.trajectory import Vectors
 from lightning_influence.errors import ConfigurationError
-from lightning_influence.run.batches import OneExample, batch_size, example, to_dtype
-from lightning_influence.run.data import TrainingData
+from lightning_influence.run.batches import OneExample, batch_size, example, some, to_dtype
+from lightning_influence.run.data import TrainingData, set_up
 from lightning_influence.run.lightning_names import is_a
 from lightning_influence.run.parameters import parameters_at
 from lightning_influence.run.rows import relates_samples
 from lightning_influence.run.sample_ids import is_map_style
 from lightning_influence.run.task import Task, as_task
-from lightning_influence.scoring.query_loss import LossOfQueries, QueryLoss, shape_of
+from lightning_influence.scoring.query_loss import LossOfQueries, QueryLoss, Traits, shape_of
 
 Target: TypeAlias = "Literal['mean'] | Sequence[float] | Tensor | None"
 """What is asked of the queries. None: the loss of each, a column per query. ``"mean"`` or weights ``(n_queries,)``: the mean or
@@ -32,6 +32,8 @@ weighted sum of their losses, one column at the cost of one query."""
 
 
 _QUERIES_A_BATCH = 32  # of a dataset that is collated here
+_NO_BATCH = "queries holds no batch; give a loader with at least one example."
+_LOOKED_AT = 8  # queries whose losses are held against that of their batch
 
 
 class Queries:
@@ -48,7 +50,9 @@ class Queries:
     """
 
     def __init__(self, source: Any, *, data: Any = None, precision: str | None = None) -> None:
-        data = data.datamodule if isinstance(data, TrainingData) else data
+        if isinstance(data, TrainingData):
+            data = data.datamodule
+            source = source.val_dataloader() if source is data and data is not None else source  # it is set up
         self._datamodule = next((d for d in (source, data) if is_a(d, "LightningDataModule")), None)
         self._precision = precision
         self._batches = batches_of(source)
@@ -98,7 +102,7 @@ def batches_of(source: Any) -> Iterable[Any]:
         ConfigurationError: none of these forms.
     """
     if is_a(source, "LightningDataModule"):
-        source.setup("fit")
+        set_up(source)
         return batches_of(source.val_dataloader())
     if isinstance(source, (str, bytes, Path)):
         raise ConfigurationError(f"queries={str(source)!r:.80}; give a loader, a list of batches, or a datamodule.")
@@ -194,7 +198,7 @@ def query_gradients(
         batches = _batches(task, queries)
         first = next(batches, None)
         if first is None:
-            raise ConfigurationError("queries holds no batch; give a loader with at least one example.")
+            raise ConfigurationError(_NO_BATCH)
         losses = LossOfQueries(task, query_loss).opened_where_needed(first, chosen)
         bar = tqdm(chain([first], batches), desc="query gradients", unit="batch", delay=2, disable=not progress)
         if target is None:
@@ -205,8 +209,45 @@ def query_gradients(
                 rows += _each_gradient(losses, batch, chosen_examples, chosen, select) if chosen_examples else ()
                 seen += n
         else:
-            rows = [_target_gradient(losses, bar, chosen, select, target)]
+            rows = [_target_gradient(losses, bar, chosen, select, target, Traits())]
     return {name: torch.stack([row[name] for row in rows]) for name in names}
+
+
+def mean_gradients(
+    model: Any,
+    queries: Iterable[Any],
+    names: Sequence[str],
+    select: Callable[[str, Tensor], Tensor],
+    places: Sequence[Mapping[str, Tensor]],
+    traits: Traits,
+) -> list[Vectors]:
+    """Gradients of the mean query loss, ``(1, d)`` each, at several places, for who asks again and again.
+
+    Args:
+        model, queries, names, select: as of `query_gradients`.
+        places: parameters, by name; those that are missing stay as they are.
+        traits: what is known of the loss, to which is added what is found out now.
+
+    Raises:
+        ConfigurationError: as of `query_gradients`.
+    """
+    task, gradients = as_task(model), list[Vectors]()
+    with asking(task):
+        parameters = dict(task.module.named_parameters())
+        chosen = {name: parameters[name] for name in names}
+        for place in places:
+            with parameters_at(task.module, place):
+                batches = _batches(task, queries)
+                if traits.open is None:
+                    first = next(batches, None)
+                    if first is None:
+                        raise ConfigurationError(_NO_BATCH)
+                    traits.open = LossOfQueries(task).opened_where_needed(first, chosen).open
+                    batches = chain([first], batches)
+                losses = LossOfQueries(task, open=traits.open)
+                one = _target_gradient(losses, batches, chosen, select, "mean", traits)
+                gradients.append({name: gradient[None] for name, gradient in one.items()})
+    return gradients
 
 
 def count_queries(task: Task, queries: Queries | Iterable[Any]) -> int:
@@ -284,19 +325,21 @@ def _target_gradient(
     parameters: Mapping[str, Tensor],
     select: Callable[[str, Tensor], Tensor],
     target: Target,
+    traits: Traits,
 ) -> Vectors:
     total = {name: torch.zeros_like(p) for name, p in parameters.items()}
     weights = None if isinstance(target, str) else torch.as_tensor(target, dtype=torch.float64)
     seen = 0
-    alike: bool | None = None  # whether the loss of a batch is the mean of its examples' own losses
     for batch in batches:
         n = batch_size(batch)
-        together = weights is None and losses.query_loss is None and alike is not False
+        together = weights is None and losses.query_loss is None and traits.is_mean is not False
         if together:
             mean, equal = losses.mean(batch)
-            if alike is None and n > 1:  # a single example says nothing
-                alike = _same_mean(mean, losses.each(batch).mean())
-            together = alike is not False and equal
+            if traits.is_mean is None and n > 1:  # a single example says nothing
+                few = some(batch, slice(_LOOKED_AT))
+                of_few = mean if n <= _LOOKED_AT else losses.mean(few)[0]
+                traits.is_mean = _same_mean(of_few, losses.each(few).mean())
+            together = traits.is_mean is not False and equal
         if together:
             loss = n * mean
         else:
@@ -311,7 +354,7 @@ def _target_gradient(
             total[name] += gradient
         seen += n
     if seen == 0:
-        raise ConfigurationError("queries holds no batch; give a loader with at least one example.")
+        raise ConfigurationError(_NO_BATCH)
     if weights is not None and seen != len(weights):
         raise ConfigurationError(f"target has {len(weights)} weights, but queries holds {seen} examples.")
     scale = 1 / seen if weights is None else 1.0

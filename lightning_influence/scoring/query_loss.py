@@ -24,6 +24,19 @@ _SAME = 1e-4  # relative difference of two gradients that say the same
 _BENT = 0.05  # relative, of the change of a loss that its gradient may miss
 
 
+@dataclass
+class Traits:
+    """What was found out of the loss of queries, so that who reads them again and again need not ask again.
+
+    Attributes:
+        open: as of `LossOfQueries`; None where it is not known.
+        is_mean: whether the loss of a batch is the mean of its examples' own losses; None where it is not known.
+    """
+
+    open: bool | None = None
+    is_mean: bool | None = None
+
+
 @dataclass(frozen=True)
 class LossOfQueries:
     """The loss of queries at a model's present parameters.
@@ -48,7 +61,7 @@ class LossOfQueries:
 
     def mean(self, batch: Any) -> tuple[Tensor, bool]:
         """The module's own loss of a batch, and whether its examples are known to count alike in it."""
-        with LossTap() as tap:
+        with LossTap(labels=False) as tap:
             loss = self.own_loss(batch)
         weights = tap.sample_weights(batch_size(batch))
         return loss, weights is not None and bool((weights == weights[0]).all())
