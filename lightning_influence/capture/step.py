@@ -203,6 +203,8 @@ class StepCollector:
         Raises:
             ConfigurationError: they were not.
         """
+        if self.capture is not None:
+            self.capture.end_forward()
         if self._micro_batches:
             return
         left = total_norm(p.grad for p in self.parameters())
@@ -399,9 +401,9 @@ class _Started:
 
 def total_norm(gradients: Iterable[Tensor | None]) -> Tensor:
     """Norm of all gradients together, in single precision at least."""
-    norms = [torch.linalg.vector_norm(g.detach(), dtype=_wide(g.dtype)) for g in gradients if g is not None]
+    by_dtype: dict[torch.dtype, list[Tensor]] = {}
+    for g in gradients:
+        if g is not None:
+            by_dtype.setdefault(torch.promote_types(g.dtype, torch.float32), []).append(g.detach())
+    norms = [norm for dtype, group in by_dtype.items() for norm in torch._foreach_norm(group, 2, dtype)]
     return torch.linalg.vector_norm(torch.stack(norms)) if norms else torch.zeros(())
-
-
-def _wide(dtype: torch.dtype) -> torch.dtype:
-    return torch.promote_types(dtype, torch.float32)

@@ -72,6 +72,8 @@ class SelectionDataModule(L.LightningDataModule):
         floor: least fraction of a batch that stays whatever the scores.
         refresh_target_every: inside the step, all queries are read once in this many optimizer steps; in between, a part of
             them at a time tells how the gradient of the target moves. A function is read at every step.
+        coordinates: inside the step, samples are scored on this fraction of the rows of every large parameter, on others at the
+            next steps; their scores are extrapolated to all of them.
         curvature: as of `attribute`, where ``"auto"`` is ``"hessian"``, since the steps to come can be run; ``horizon=0``
             needs none.
         response: as of `attribute`, but first order unless asked: a selection needs only the ranking inside a batch, and
@@ -108,6 +110,7 @@ class SelectionDataModule(L.LightningDataModule):
         rebatch: bool = False,
         floor: float = 0.1,
         refresh_target_every: int = 10,
+        coordinates: float = 0.25,
         curvature: Literal["auto", "none", "fisher", "gauss_newton", "hessian"] = "auto",
         response: Literal["finite", "tangent"] = "tangent",
         optimizer_assumption: Literal["sgd"] | None = None,
@@ -146,6 +149,7 @@ class SelectionDataModule(L.LightningDataModule):
             rebatch,
             floor,
             StepOptions(reduction, sample_weights, exclude, frozen_batch_norm, verify),
+            coordinates,
         )
         self.selector = Selector(settings, None if settings.every_step else LookAhead(self._query_batches, settings))
         for name in (*_LOADERS, *_BATCH_HOOKS):

@@ -86,7 +86,8 @@ class StepSelection(L.Callback):
         for policy in self.selector.settings.portions:
             left = step.weights > 0
             target = self._target_after(trainer, step)
-            rows = sweep(step, target, self.selector.settings.method, progress=False)
+            part = step.part(self.selector.settings.coordinates, trainer.global_step)
+            rows = sweep(part, part.extrapolated(target), self.selector.settings.method, progress=False)
             scores[left] = rows.of(step.full.sample_ids[left])[:, 0].to(scores)
             weights = self.selector.decide(policy, scores, step.full.sample_ids, step.full.micro_batch_numbers, left)
             step = step.weighted(weights)

@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
 _INTERVAL = re.compile(r"(-?\d+\.\d+) \[(-?\d+\.\d+), (-?\d+\.\d+)\]")
-_WHERE_THERE_ARE_SOME = ("removals", "replay_drift", "stopped_paths", "hessian", "queried")
+_WHERE_THERE_ARE_SOME = ("rows", "removals", "replay_drift", "stopped_paths", "hessian", "queried")
 
 
 @dataclass(frozen=True)
@@ -118,6 +118,7 @@ class Provenance:
         optimizer_assumption: of the scores, where it is another.
         curvature, response, memory_window, counterfactual, target: as of `attribute`.
         steps: of the run.
+        rows: ``"assumed"`` where samples did not come twice alike, so that which row is which could not be told by content.
         removals: of a replay.
         replay_drift: relative distance to the recorded snapshots on arrival, by step.
         stopped_paths: whether the curvature follows paths that the loss stops by ``detach`` or ``no_grad``: ``"none"`` where
@@ -141,6 +142,7 @@ class Provenance:
     target: str | None = None
     steps: int | None = None
     coverage: Coverage = Coverage()
+    rows: str | None = None
     removals: RemovalSummary | None = None
     replay_drift: Mapping[str, float] = field(default_factory=dict)
     stopped_paths: str | None = None
@@ -153,7 +155,7 @@ class Provenance:
         versions = _mapping(metadata.get("versions"))
         texts = (
             *("module", "record", "compression", "precision", "optimizer", "optimizer_assumption"),
-            *("curvature", "response", "counterfactual", "target", "stopped_paths", "hessian", "queried"),
+            *("curvature", "response", "counterfactual", "target", "rows", "stopped_paths", "hessian", "queried"),
         )
         return cls(
             **{key: _text(metadata.get(key)) for key in texts},  # type: ignore[arg-type]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -61,8 +61,11 @@ class TrainingData:
             )
         return cls(data, datamodule=datamodule)
 
-    def batch(self, sample_ids: Sequence[int]) -> Any:
+    def batch(self, sample_ids: Sequence[int], without: Collection[int] = ()) -> Any:
         """The collated batch of some samples.
+
+        Args:
+            without: samples that are left out once all have been fetched, so that the others come as they do with them.
 
         Raises:
             ConfigurationError: the data has fewer samples.
@@ -72,4 +75,5 @@ class TrainingData:
                 f"the training data has {len(self.dataset)} samples, and the log has sample {max(sample_ids)}; give the data "
                 "of the run."
             )
-        return self.collate([self.dataset[z] for z in sample_ids])
+        samples = [(z, self.dataset[z]) for z in sample_ids]
+        return self.collate([sample for z, sample in samples if z not in without])

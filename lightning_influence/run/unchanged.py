@@ -10,7 +10,7 @@ import sys
 import types
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from enum import Enum
 from functools import partial
 from pathlib import Path
@@ -33,6 +33,7 @@ _PLAIN = frozenset({bool, int, float, complex, str, bytes, type(None), torch.dty
 """Types of values that cannot change and hold nothing that can."""
 
 _CODE = (type, types.ModuleType, types.FunctionType, types.BuiltinFunctionType, types.MethodType, types.GeneratorType)
+_FUNCTIONS = (types.FunctionType, types.MethodType, partial)
 _CONTAINERS = (dict, list, deque, set, frozenset, tuple, bytearray)
 _SOURCES = (Dataset, Sampler)
 _NOT_THE_MODULE_S = (Dataset, DataLoader, Sampler, torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler, Enum)
@@ -217,6 +218,8 @@ class _Kept:
         elif isinstance(value, nn.Module):
             yield from self._note_module(value)
             yield from self._note_classes(value)
+        elif self._at_most is not None and isinstance(value, _FUNCTIONS):
+            yield from _closed_over(value)
         elif isinstance(value, _NAMESPACES) or self.is_the_user_s(value):
             yield from self._note_object(value)
             yield from self._note_classes(value)
@@ -311,6 +314,18 @@ class _CopyOnWrite(TorchDispatchMode):
                 for large in self.tensors.get(tensor.untyped_storage().data_ptr(), ()):
                     if id(large) not in self._copies:
                         self._copies[id(large)] = large.detach().clone()
+
+
+def _closed_over(function: Any) -> Iterator[Any]:
+    """What a function has besides its arguments."""
+    if isinstance(function, types.MethodType):
+        yield function.__self__
+    elif isinstance(function, partial):
+        yield from (function.func, function.args, function.keywords)
+    else:
+        for cell in function.__closure__ or ():
+            with suppress(ValueError):  # an empty one
+                yield cell.cell_contents
 
 
 def _not_plain(values: Any) -> Iterator[Any]:

@@ -27,10 +27,19 @@ from lightning_influence.report.groups import Groups
 from lightning_influence.report.provenance import Coverage, Provenance, RemovalSummary
 from lightning_influence.run.data import TrainingData
 from lightning_influence.run.task import Task, as_task
+from lightning_influence.scoring.bends import bends, straight_lines
 from lightning_influence.scoring.groups import GroupsOf, named_groups
 from lightning_influence.scoring.memory import Holding, MaxMemory, held_by_a_sweep, memory_in_bytes
 from lightning_influence.scoring.pace import Pace
-from lightning_influence.scoring.queries import Queries, Target, check_target, count_queries, query_gradients
+from lightning_influence.scoring.queries import (
+    Queries,
+    Target,
+    asked_of,
+    check_target,
+    count_queries,
+    query_gradients,
+    query_losses,
+)
 from lightning_influence.scoring.query_loss import QueryLoss
 
 
@@ -94,7 +103,8 @@ def attribute(
         samples: ids of the training samples to score; None for all. Where a replay has to measure removals by running
             steps without the sample, this bounds its cost.
         groups: a label per sample of the training dataset (its source, annotator, class; None for no group), or sample ids
-            by name, which may overlap. ``report.groups`` says what removing each group as a whole does.
+            by name, which may overlap. ``report.groups`` says what removing each group as a whole does, and whether the score
+            can be read as a size, for which the queries are looked at once a group.
         verify: compare the effect of a few removals at a replay's first step with running that step without them, and
             measure all removals where they differ. The report says what was verified.
         max_memory: bytes that may be held besides the model and one evaluation of a training step, or ``"auto"`` for half of
@@ -148,19 +158,38 @@ def attribute(
                 progress=progress,
             )
 
-        parts = [own[start : start + held.queries] for start in range(0, max(len(own), 1), held.queries)]
-        pace = _pace(trajectory, method, n_queries, len(parts), memory_in_bytes(max_memory, task.device))
-        options: dict[str, Any] = {"window_in_files": held.in_files, "passed": pace, "progress": progress}
-        every = _joined([_swept(trajectory, gradients(part), method, sets, **options) for part in parts])
+        exact = method.response == "finite" and method.curvature == "hessian" and optimizer_assumption is None
+        moves: Vectors | None = {} if named and exact and fabric is None else None
+        turns = [own[start : start + held.queries] for start in range(0, max(len(own), 1), held.queries)]
+        pace = _pace(trajectory, method, n_queries, len(turns), memory_in_bytes(max_memory, task.device))
+        options: dict[str, Any] = {
+            "window_in_files": held.in_files,
+            "moves": moves,
+            "passed": pace,
+            "progress": progress,
+        }
+        parts, lines = list[RowScores](), list[Tensor]()
+        for turn in turns:
+            of_queries = gradients(turn)
+            parts.append(_swept(trajectory, of_queries, method, sets, **options))
+            if moves is not None:
+                lines.append(straight_lines(of_queries, moves))
+        every = _joined(parts)
         rows, of_groups = sets.split(every if fabric is None else _gathered(every, fabric, n_queries))
         made = replace(_provenance(steps, trajectory, method, target), queried=queried)
     query_ids = list(range(rows.n_queries)) if target is None else ["mean" if isinstance(target, str) else "target"]
-    return InfluenceReport(
-        rows,
-        query_ids=query_ids,
-        metadata=made.to_json(),
-        groups=Groups(list(named), sizes, of_groups, query_ids) if named else None,
-    )
+    scored = Groups(list(named), sizes, of_groups, query_ids) if named else None
+    if scored is not None and moves is not None:
+        largest_first = scored.scores.norm(dim=1).argsort(descending=True).tolist()
+        found = bends(
+            task,
+            lambda: asked_of(query_losses(task, asked, query_loss), target),
+            moves,
+            torch.cat(lines, 1),
+            largest_first,
+        )
+        scored = replace(scored, bends=found)
+    return InfluenceReport(rows, query_ids=query_ids, metadata=made.to_json(), groups=scored)
 
 
 def consumed_by(trajectory: Trajectory, samples: Collection[int]) -> Tensor:
@@ -402,6 +431,7 @@ def _provenance(
         counterfactual=method.counterfactual,
         target=target if target is None or isinstance(target, str) else "weighted sum",
         steps=len(trajectory),
+        rows="assumed" if steps.rows_assumed else None,
         coverage=Coverage(
             kept / max(trained, 1),
             kept,
