@@ -11,13 +11,15 @@ from typing import Any
 import lightning as L
 import pandas as pd
 import pytest
+import pytorch_lightning as pl
 import torch
 from lightning.pytorch.cli import LightningCLI
 from modules import Classifier, digits, fit
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import DataLoader, TensorDataset, random_split
 
 from lightning_influence import InfluenceCallback, InfluenceReport, SelectionDataModule, tune_horizon
 from lightning_influence.cli import main
+from lightning_influence.errors import ConfigurationError
 from lightning_influence.log.writer import StoreWriter
 
 
@@ -67,6 +69,56 @@ def test_the_whole_way(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert len((run / "kept.txt").read_text().split()) == 20
     assert main(["check", str(run / "log"), *known, "--removals=5"]) == 0
     assert "ceiling" in capsys.readouterr().out
+
+
+class OtherDigits(pl.LightningDataModule):
+    """The same of the package's other name; what it splits off is another set each time that it is set up."""
+
+    set_up = 0
+
+    def setup(self, stage: str) -> None:
+        type(self).set_up += 1
+        self.train, self.val = random_split(digits(60), [40, 20])
+
+    def train_dataloader(self) -> Any:
+        return DataLoader(self.train, 8)
+
+    def val_dataloader(self) -> Any:
+        return DataLoader(self.val, 10)
+
+
+class OtherNet(pl.LightningModule):
+    def __init__(self, width: int = 8, lr: float = 1e-3) -> None:
+        super().__init__()
+        self.net, self.lr = torch.nn.Sequential(torch.nn.Linear(64, width), torch.nn.Linear(width, 10)), lr
+
+    def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
+        return torch.nn.functional.cross_entropy(self.net(batch[0]), batch[1])
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.AdamW(self.parameters(), lr=self.lr)
+
+
+def test_modules_of_the_package_s_other_name(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    options: dict[str, Any] = {"accelerator": "cpu", "logger": False, "enable_checkpointing": False}
+    callback: Any = InfluenceCallback(tmp_path / "log", record="replay")
+    trainer = pl.Trainer(max_epochs=1, callbacks=[callback], limit_val_batches=0, **options)
+    trainer.fit(OtherNet(), OtherDigits())
+    trainer.save_checkpoint(tmp_path / "last.ckpt")
+    for verb, more in {
+        "attribute": ["--target=mean", f"--out={tmp_path / 's.safetensors'}"],
+        "check": ["--removals=3"],
+    }.items():
+        OtherDigits.set_up = 0
+        given = ["--model=test_cli.OtherNet", "--data=test_cli.OtherDigits", f"--checkpoint={tmp_path / 'last.ckpt'}"]
+        assert main([verb, str(tmp_path / "log"), *given, *more]) == 0, capsys.readouterr().err
+        assert OtherDigits.set_up == 1
+    config = tmp_path / "run.yaml"
+    config.write_text(
+        "model: {class_path: test_cli.OtherNet, init_args: {width: 4}}\ndata: {class_path: test_cli.OtherDigits}\n"
+    )
+    sweep = ["--horizons=[0]", "--learning_rates=[0.001,0.01]", "--max_steps=2", f"--out={tmp_path / 't.csv'}"]
+    assert main(["tune", f"--config={config}", *sweep]) == 0, capsys.readouterr().err
 
 
 def test_groups_samples_and_a_loss_of_ones_own_are_named(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -362,6 +414,44 @@ data: {{class_path: test_cli.Digits}}
     )
     assert isinstance(told.datamodule, SelectionDataModule)
     assert told.datamodule.selection_report.kept == pytest.approx(0.5)
+
+
+@pytest.mark.parametrize(
+    ("make_model", "told"),
+    [
+        (lambda: Net(), r"called with a learning rate, make_model\(0.001\), and .*too many positional arguments"),
+        (lambda lr: Net(), "asked for a learning rate of 0.01, and the optimizer begins at 0.001"),
+        (lambda lr: torch.nn.Linear(2, 2), "make_model returned a Linear; it has to return a LightningModule"),
+    ],
+    ids=["no parameter", "ignores it", "no module"],
+)
+def test_what_make_model_has_to_take_and_to_give(make_model: Any, told: str) -> None:
+    data = Digits()
+    held_out = [digits(20).tensors]
+    with pytest.raises(ConfigurationError, match=told):
+        tune_horizon(
+            make_model, data.train_dataloader(), data.val_dataloader(), held_out,
+            horizons=(0,), learning_rates=(1e-3, 1e-2), max_steps=2, progress=False, trainer={"accelerator": "cpu"},
+        )  # fmt: skip
+
+
+def test_a_rate_that_is_scaled_and_callbacks_of_one_s_own_are_taken() -> None:
+    class Scaled(Net):
+        def configure_optimizers(self) -> Any:
+            return torch.optim.AdamW([{"params": [p], "lr": 0.1 * self.lr} for p in self.parameters()])
+
+    data, seen = Digits(), list[float]()
+
+    class Looks(L.Callback):
+        def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+            seen.append(trainer.optimizers[0].param_groups[0]["lr"])
+
+    tune_horizon(
+        lambda lr: Scaled(lr=lr), data.train_dataloader(), data.val_dataloader(), [digits(20).tensors],
+        horizons=(0,), learning_rates=(1e-3, 1e-2), max_steps=2, progress=False,
+        trainer={"accelerator": "cpu", "callbacks": Looks()},
+    )  # fmt: skip
+    assert seen == [pytest.approx(1e-4), pytest.approx(1e-3)]
 
 
 def test_horizon_and_learning_rate_are_tuned_together() -> None:

@@ -17,7 +17,7 @@ from lightning_influence.capture.generic import generic
 from lightning_influence.capture.rules import rule_for
 from lightning_influence.capture.shared_rows import SharedRows
 from lightning_influence.core.shares import Form, SparseRows, add, merged
-from lightning_influence.errors import ConfigurationError, UncoveredParameter
+from lightning_influence.errors import ConfigurationError, InfluenceError, UncoveredParameter
 
 _BATCH_NORMS = (nn.modules.batchnorm._BatchNorm,)
 _WHOLE = (nn.MultiheadAttention, nn.RNNBase)
@@ -74,9 +74,8 @@ class GradientCapture:
         self._forward = ExitStack()  # in which shared rows are looked for
         self._rerunning = False
         self._forms: dict[str, Form] = {}
-        self._failure: Exception | None = (
-            None  # of a hook, told when the shares are taken rather than inside the training step
-        )
+        # of a hook, told when the shares are taken rather than inside the training step
+        self._failure: Exception | None = None
 
     def _recorded_layers(self, module: nn.Module) -> dict[str, nn.Module]:
         layers: dict[str, nn.Module] = {}
@@ -172,8 +171,8 @@ class GradientCapture:
         """The shares of the micro-batch whose backward has run, times ``scale``; zero where none came.
 
         Raises:
-            ConfigurationError: rows of a layer that are not the samples'.
-            Exception: what else a hook raised.
+            ConfigurationError: rows of a layer that are not the samples', or a layer that its rule does not fit.
+            MemoryError, torch.OutOfMemoryError: there was too little for a hook.
         """
         failure, self._failure = self._failure, None
         if failure is not None:
@@ -194,7 +193,7 @@ class GradientCapture:
             with torch._C.DisableTorchFunction():  # modes that watch the module have nothing to see here
                 self._watch(layer, args, kwargs, output)
         except Exception as error:
-            self._failure = error
+            self._failure = _of_layer(layer, error)
 
     def _watch(self, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         """Collect the layer's shares when the gradients of its outputs come."""
@@ -230,7 +229,7 @@ class GradientCapture:
         try:
             self._add(layer, args, kwargs, position, shape, shared, gradient)
         except Exception as error:
-            self._failure = error
+            self._failure = _of_layer(layer, error)
 
     def _add(
         self,
@@ -257,6 +256,14 @@ class GradientCapture:
                 shares = generic(layer, list(own), wide_args, wide_kwargs, position, delta)
             finally:
                 self._rerunning = False
+        unknown = own.keys() - shares.keys()
+        if unknown:
+            raise ConfigurationError(
+                f"a {type(layer).__name__} computes its weight from {', '.join(sorted(unknown))} before its forward, as "
+                "torch.nn.utils.weight_norm and spectral_norm do, which its rule does not know. Use their successors in "
+                "torch.nn.utils.parametrizations, name the parameters in exclude=, or use record='replay', which measures what a "
+                "removal does."
+            )
         for local, name in own.items():
             form = self._regrouped(shares[local], layer)
             self._forms[name] = add(self._forms[name], form) if name in self._forms else form
@@ -274,6 +281,18 @@ class GradientCapture:
                 "measures what a removal does."
             )
         return merged(form, n)
+
+
+def _of_layer(layer: nn.Module, error: Exception) -> Exception:
+    """What a hook of a layer raised, as an error that says what can be done."""
+    if isinstance(error, (InfluenceError, MemoryError, torch.OutOfMemoryError)):
+        return error
+    told = ConfigurationError(
+        f"a {type(layer).__name__} is used in a way from which its per-sample gradients do not follow ({type(error).__name__}: "
+        f"{error}). Name its parameters in exclude=, or use record='replay', which measures what a removal does."
+    )
+    told.__cause__ = error
+    return told
 
 
 def refuse_batch_norm(module: nn.Module) -> None:

@@ -5,26 +5,37 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
-from lightning import LightningDataModule, LightningModule
 
 from lightning_influence.errors import ConfigurationError, InfluenceError
 from lightning_influence.log.format import FINAL, MANIFEST
 from lightning_influence.log.snapshots import snapshot_name
 from lightning_influence.log.steps import LoggedSteps
 from lightning_influence.replay.logged_plan import LoggedPlan
+from lightning_influence.run.data import TrainingData
+from lightning_influence.run.lightning_names import either
+
+if TYPE_CHECKING:
+    from lightning import LightningDataModule as LightningDataModule
+    from lightning import LightningModule as LightningModule
+else:  # a command takes those of both packages
+    LightningDataModule, LightningModule = either("LightningDataModule"), either("LightningModule")
 
 Ids: TypeAlias = "list[int] | Path | None"
 """Sample ids, or a file of them, one per line; what follows a comma in a line is passed over, and so is a heading."""
 
 
-def queries_of(data: LightningDataModule) -> list[Any]:
-    """The batches of a datamodule's validation loader."""
+def prepared(data: LightningDataModule) -> TrainingData:
+    """The data of a datamodule, which is set up here and once."""
     data.prepare_data()
-    data.setup("fit")
-    return list(data.val_dataloader())
+    return TrainingData.of(data)
+
+
+def queries_of(data: TrainingData) -> list[Any]:
+    """The batches of a datamodule's validation loader."""
+    return list(data.datamodule.val_dataloader())
 
 
 def require(**values: object) -> None:
@@ -123,7 +134,7 @@ def _read(option: str, path: Path) -> str:
 
 def trained(
     model: LightningModule | None, data: LightningDataModule | None, checkpoint: Path | None, log: Path
-) -> tuple[LightningModule, LightningDataModule]:
+) -> tuple[LightningModule, TrainingData]:
     """The module at its checkpoint, or without one at the end of a run that can be replayed, and its data."""
     require(model=model, data=data)
     assert model is not None and data is not None
@@ -135,7 +146,7 @@ def trained(
         raise InfluenceError(
             f"{source} does not fit {type(model).__name__}; give the model the arguments it was trained with. {error}"
         ) from error
-    return model, data
+    return model, prepared(data)
 
 
 def _end_of(log: Path, model: LightningModule) -> Mapping[str, Any]:

@@ -8,12 +8,23 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from lightning import LightningDataModule, LightningModule
 from lightning.pytorch.utilities.parsing import lightning_hasattr, lightning_setattr
 
-from lightning_influence.cli.inputs import Ids, check_writable, groups_in, ids_in, queries_of, require, trained
+from lightning_influence.cli.inputs import (
+    Ids,
+    LightningDataModule,
+    LightningModule,
+    check_writable,
+    groups_in,
+    ids_in,
+    prepared,
+    queries_of,
+    require,
+    trained,
+)
 from lightning_influence.errors import ConfigurationError
 from lightning_influence.lightning.tuning import tune_horizon
+from lightning_influence.report.tables import write_csv
 from lightning_influence.scoring.memory import MaxMemory
 from lightning_influence.trust.cleaning import clean as clean_run
 from lightning_influence.trust.error_proxy import error_proxy
@@ -150,7 +161,7 @@ def proxy(
     )
     print(f"{predicted}\n\nsize of the predicted error by horizon\n{predicted.curve().to_string()}")
     if out is not None:
-        predicted.to_pandas().to_csv(out, index=False)
+        write_csv(predicted.to_pandas(), out)
         print(f"wrote {out}")
 
 
@@ -245,7 +256,7 @@ def tune(
     check_writable("out", out)
     require(model=model, data=data)
     assert model is not None and data is not None
-    batches = queries_of(data)
+    batches = queries_of(prepared(data))
     if len(batches) < 2:
         raise ConfigurationError(
             f"val_dataloader has {len(batches)} batch; tune needs two or more: half of them are selection's queries, "
@@ -264,7 +275,7 @@ def tune(
         progress=progress,
         **{"keep": keep, **(selection or {})},
     )
-    tuning.table.to_csv(out, index=False)
+    write_csv(tuning.table, out)
     tuning.plot().savefig(out.with_suffix(".png"), dpi=150)
     horizon, lr = tuning.best
     print(

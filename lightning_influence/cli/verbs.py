@@ -6,10 +6,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Literal
 
-from lightning import LightningDataModule, LightningModule
-
 from lightning_influence.cli.inputs import (
     Ids,
+    LightningDataModule,
+    LightningModule,
     check_writable,
     groups_in,
     ids_in,
@@ -23,6 +23,7 @@ from lightning_influence.log.manifest import Manifest
 from lightning_influence.log.reader import StoreReader
 from lightning_influence.report import InfluenceReport
 from lightning_influence.report.comparison import compare as compare_reports
+from lightning_influence.report.tables import write_csv
 from lightning_influence.scoring.attribution import attribute as attribute_run
 from lightning_influence.scoring.memory import MaxMemory
 from lightning_influence.trust.dynamics import suspects as suspects_of
@@ -181,7 +182,7 @@ def suspects(
     table = suspects_of(log, model=module, data=source)
     print(f"{len(table)} samples are likely mislabelled\n{table.head(k).to_string(index=False)}")
     if out is not None:
-        table.to_csv(out, index=False)
+        write_csv(table, out)
         print(f"wrote {out}")
 
 
@@ -234,7 +235,7 @@ def compare(first: Path, second: Path, k: int = 20, out: Path | None = None) -> 
     table = compare_reports(InfluenceReport.load(first), InfluenceReport.load(second))
     print(table.head(k).to_string(index=False))
     if out is not None:
-        table.to_csv(out, index=False)
+        write_csv(table, out)
         print(f"wrote {out}")
 
 

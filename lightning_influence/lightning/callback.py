@@ -146,7 +146,7 @@ class InfluenceCallback(L.Callback):
             budget = BUDGET
         self.compression = Compression(compression, mask_size, seed, budget)
         self.options = StepOptions(reduction, sample_weights, exclude, frozen_batch_norm, verify)
-        self.sample_ids = SampleIds(sample_ids, random=record != "gradients")
+        self.sample_ids = SampleIds(sample_ids, random=True)
         self._live = LiveRun(
             self.options,
             self.sample_ids,

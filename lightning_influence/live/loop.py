@@ -107,7 +107,7 @@ def recording(
         task,
         optimizer,
         options,
-        SampleIds(sample_ids, random=record != "gradients"),
+        SampleIds(sample_ids, random=True),
         captures=record != "replay",
         rehearses=record != "gradients",
         watches=True,
@@ -167,6 +167,9 @@ class LoopRecorder:
             self._optimizer.register_step_pre_hook(lambda *_: self._before_step(Clip())),
             self._optimizer.register_step_post_hook(lambda *_: self._after_step()),
         ]
+
+    def __repr__(self) -> str:
+        return f"LoopRecorder({self.n_steps} steps in {str(self._recorder.writer.log)!r}, record={self._ways.record!r})"
 
     @property
     def n_steps(self) -> int:

@@ -17,8 +17,8 @@ from tqdm.auto import tqdm
 from lightning_influence.core.curvature import GradientGraph, differentiable_attention
 from lightning_influence.core.trajectory import Vectors
 from lightning_influence.errors import ConfigurationError
-from lightning_influence.run.batches import batch_size, example, some, to_dtype
-from lightning_influence.run.data import TrainingData
+from lightning_influence.run.batches import OneExample, batch_size, example, some, to_dtype
+from lightning_influence.run.data import TrainingData, set_up
 from lightning_influence.run.lightning_names import is_a
 from lightning_influence.run.parameters import parameters_at
 from lightning_influence.run.rows import relates_samples
@@ -50,7 +50,9 @@ class Queries:
     """
 
     def __init__(self, source: Any, *, data: Any = None, precision: str | None = None) -> None:
-        data = data.datamodule if isinstance(data, TrainingData) else data
+        if isinstance(data, TrainingData):
+            data = data.datamodule
+            source = source.val_dataloader() if source is data and data is not None else source  # it is set up
         self._datamodule = next((d for d in (source, data) if is_a(d, "LightningDataModule")), None)
         self._precision = precision
         self._batches = batches_of(source)
@@ -63,7 +65,10 @@ class Queries:
     def prepared(self, task: Task) -> Iterator[Any]:
         """Each batch as the task's loss takes it."""
         for batch in self._batches:
-            yield task.prepared(batch, datamodule=self._datamodule, precision=self._precision)
+            alone = isinstance(batch, OneExample)
+            inside = batch.batch if isinstance(batch, OneExample) else batch
+            prepared = task.prepared(inside, datamodule=self._datamodule, precision=self._precision)
+            yield OneExample(prepared) if alone else prepared
 
     def held(self) -> Queries:
         """The same with its batches in memory, so that they can be read again and are the same each time."""
@@ -77,6 +82,19 @@ class Queries:
         return other
 
 
+class EachAlone:
+    """The samples of a map-style loader, in its order, each collated alone."""
+
+    def __init__(self, loader: DataLoader[Any]) -> None:
+        self.loader = loader
+
+    def __iter__(self) -> Iterator[OneExample]:
+        assert self.loader.batch_sampler is not None
+        alone = [[i] for batch in self.loader.batch_sampler for i in batch]
+        loader = DataLoader(self.loader.dataset, batch_sampler=alone, collate_fn=self.loader.collate_fn)
+        return map(OneExample, loader)
+
+
 def batches_of(source: Any) -> Iterable[Any]:
     """The batches of queries in any of the forms that `Queries` takes, as they are before the module prepares them.
 
@@ -84,7 +102,7 @@ def batches_of(source: Any) -> Iterable[Any]:
         ConfigurationError: none of these forms.
     """
     if is_a(source, "LightningDataModule"):
-        source.setup("fit")
+        set_up(source)
         return batches_of(source.val_dataloader())
     if isinstance(source, (str, bytes, Path)):
         raise ConfigurationError(f"queries={str(source)!r:.80}; give a loader, a list of batches, or a datamodule.")
@@ -98,8 +116,7 @@ def batches_of(source: Any) -> Iterable[Any]:
             "them in turn."
         )
     if is_map_style(source) and relates_samples(source.dataset, source.collate_fn):  # each query is collated alone
-        alone = [[i] for batch in source.batch_sampler for i in batch]
-        return DataLoader(source.dataset, batch_sampler=alone, collate_fn=source.collate_fn)
+        return EachAlone(source)
     if isinstance(source, Dataset) and not isinstance(source, IterableDataset):
         return DataLoader(source, batch_size=_QUERIES_A_BATCH)
     if not isinstance(source, Iterable) and callable(source):
@@ -145,7 +162,7 @@ def query_losses(model: Any, queries: Queries | Iterable[Any], query_loss: Query
         model: a `LightningModule` or a `Task`.
     """
     task = as_task(model)
-    with _asked(task), torch.no_grad():
+    with asking(task), torch.no_grad():
         losses = LossOfQueries(task, query_loss)
         return torch.cat([losses.each(batch) for batch in _batches(task, queries)])
 
@@ -175,7 +192,7 @@ def query_gradients(
         ConfigurationError: no queries, a batch that the module cannot take, weights of another number.
     """
     task = as_task(model)
-    with _asked(task):
+    with asking(task):
         parameters = dict(task.module.named_parameters())
         chosen = {name: parameters[name] for name in names}
         batches = _batches(task, queries)
@@ -215,7 +232,7 @@ def mean_gradients(
         ConfigurationError: as of `query_gradients`.
     """
     task, gradients = as_task(model), list[Vectors]()
-    with _asked(task):
+    with asking(task):
         parameters = dict(task.module.named_parameters())
         chosen = {name: parameters[name] for name in names}
         for place in places:
@@ -235,7 +252,7 @@ def mean_gradients(
 
 def count_queries(task: Task, queries: Queries | Iterable[Any]) -> int:
     """The number of examples that there are in all batches."""
-    with _asked(task):
+    with asking(task):
         return sum(batch_size(batch) for batch in _batches(task, queries))
 
 
@@ -258,7 +275,7 @@ def query_curvature(
 
     def along(directions: Vectors) -> Tensor:
         columns = []
-        with _asked(task), differentiable_attention():
+        with asking(task), differentiable_attention():
             for graph in _gradient_graphs(LossOfQueries(task, query_loss), batches, parameters):
                 placed = {k: directions[k].to(graph.parameters[k]) for k in names}
                 products = graph.hessian_product(placed)
@@ -366,7 +383,7 @@ def _batches(task: Task, queries: Queries | Iterable[Any]) -> Iterator[Any]:
 
 
 @contextmanager
-def _asked(task: Task) -> Iterator[None]:
+def asking(task: Task) -> Iterator[None]:
     """Evaluation mode, gradients on, logging off; everything as it was afterwards."""
     with task.unchanged(), task.quiet(), torch.enable_grad():
         task.module.eval()

@@ -163,7 +163,7 @@ class Selector:
         checked = self.removals or getattr(self.scorer, "removals", None)
         self.report.removals = None if checked is None else RemovalSummary.from_json(checked.to_metadata())
         every = trainer.log_every_n_steps if self.inside_the_step else 1  # type: ignore[attr-defined]
-        if trainer.global_step % every == 0:
+        if every and trainer.global_step % every == 0:  # 0 of a trainer that logs nothing
             means = {
                 "selection/kept": float(weights.mean()),
                 "selection/score": float(scores[scores.isfinite()].mean()),

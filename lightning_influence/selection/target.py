@@ -19,8 +19,9 @@ from lightning_influence.core.trajectory import Vectors
 from lightning_influence.errors import ConfigurationError, InfluenceError
 from lightning_influence.run.batches import batch_size, leaves, some
 from lightning_influence.run.parameters import parameters_at
-from lightning_influence.run.random_state import generator_as_it_was, random_state
+from lightning_influence.run.random_state import random_state
 from lightning_influence.run.task import as_task
+from lightning_influence.run.unchanged import Apart
 from lightning_influence.scoring.queries import mean_gradients, query_losses
 from lightning_influence.scoring.query_loss import Traits
 
@@ -127,9 +128,7 @@ def is_loss_of_module(queries: Any) -> bool:
 
 
 class Joined:
-    """The batches of loaders, one loader after the other, read without moving on the loaders' own generators, which they
-    may share with the training loader.
-    """
+    """The batches of loaders, one loader after the other, read without a trace in what they may share with the training loader."""
 
     def __init__(self, loaders: Sequence[Any]) -> None:
         self.loaders = loaders
@@ -137,8 +136,9 @@ class Joined:
     def __iter__(self) -> Iterator[Any]:
         for loader in self.loaders:
             batches: Iterator[Any] | None = None
+            apart = Apart(loader)
             while True:
-                with generator_as_it_was(loader):
+                with apart():
                     batches = iter(loader) if batches is None else batches
                     try:
                         batch = next(batches)

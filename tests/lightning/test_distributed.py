@@ -63,6 +63,10 @@ def scored(log: Path, module: L.LightningModule, **options: Any) -> InfluenceRep
     return attribute(log, queries=DataLoader(QUERIES, 6), model=module, progress=False, **options)
 
 
+def plain_adamw(module: L.LightningModule) -> Any:
+    return torch.optim.AdamW(module.parameters(), lr=1e-3)
+
+
 def aligned(report: InfluenceReport) -> torch.Tensor:
     return report.scores[report.sample_ids.argsort()]
 
@@ -241,6 +245,16 @@ def test_report_of_two_processes(tmp_path: Path) -> None:
     assert callback.report is not None and torch.equal(callback.report.scores, report.scores)
     assert sorted(report.sample_ids.tolist()) == list(range(N))
     assert (tmp_path / "report.html").exists()
+
+
+def test_the_report_is_there_after_processes_of_their_own(tmp_path: Path) -> None:
+    """What they hold does not come back: the report is that of the log."""
+    callback, module = InfluenceCallback(tmp_path, report=True, record="gradients"), Classifier(plain_adamw)
+    val = DataLoader(QUERIES, 6)
+    fit(module, DataLoader(TRAIN, LOCAL), callback, val=val, strategy="ddp_spawn", devices=PROCESSES)
+    assert callback.report is not None and len(callback.report.sample_ids) == N
+    expected = attribute(tmp_path, queries=val, model=module, target="mean", progress=False)
+    torch.testing.assert_close(callback.report.scores, expected.scores, rtol=1e-4, atol=1e-9)
 
 
 @pytest.mark.parametrize("val", [DataLoader(QUERIES, 2), DataLoader(QUERIES, 2, sampler=[5, 0, 3, 1, 2])])

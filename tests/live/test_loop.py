@@ -441,6 +441,7 @@ def test_by_default_what_is_possible_is_recorded(
             goes_on(task.module)
     assert all(torch.equal(p, q) for p, q in zip(task.module.parameters(), plain.module.parameters(), strict=True))
     assert LoggedSteps(tmp_path).manifest.record == kept
+    assert repr(recorder) == f"LoopRecorder(4 steps in {str(tmp_path)!r}, record={kept!r})"
     assert sum(f"go to {tmp_path}" in line for line in caplog.messages) == 1
     assert sum("There are no" in line or "goes on with no" in line for line in caplog.messages) == bool(reason)
     assert any(reason in line for line in caplog.messages)
