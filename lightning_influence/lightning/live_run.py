@@ -16,7 +16,7 @@ from lightning_influence.live.steps import LiveSteps
 from lightning_influence.run.lightning_names import overrides
 from lightning_influence.run.lightning_task import LightningTask, tapped
 from lightning_influence.run.moment import Moment
-from lightning_influence.run.refusals import left_out, refuse_thawing
+from lightning_influence.run.refusals import left_out, recommending, refuse_thawing
 from lightning_influence.run.sample_ids import SampleIds
 from lightning_influence.run.trainer import loss_scaler, moment_of, numbers_of, only_optimizer, ranks_of
 
@@ -117,7 +117,7 @@ class LiveRun:
 
     def _may_capture(self, trainer: L.Trainer, module: L.LightningModule) -> bool:
         """Whether per-sample gradients can be collected throughout the run."""
-        with left_out("gradients", self._give_up):
+        with left_out("gradients", self._give_up), recommending(self._otherwise):
             refuse_thawing(trainer, module, self.options.exclude)
             return True
         return False
