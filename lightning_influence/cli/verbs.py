@@ -11,6 +11,7 @@ from lightning import LightningDataModule, LightningModule
 from lightning.pytorch.utilities.parsing import lightning_hasattr, lightning_setattr
 
 from lightning_influence.cli.inputs import check_writable, queries_of, require, trained
+from lightning_influence.cli.processes import launched
 from lightning_influence.errors import ConfigurationError
 from lightning_influence.lightning.tuning import tune_horizon
 from lightning_influence.log.manifest import Manifest
@@ -54,6 +55,9 @@ def attribute(
 ) -> None:
     """Score the training samples of a logged run against the validation data. Example: lightning-influence attribute runs/influence --config run.yaml --checkpoint last.ckpt --target mean.
 
+    Under torchrun (torchrun --nproc-per-node 2 -m lightning_influence attribute ...) the processes share the work, and the first
+    of them writes the report.
+
     Args:
         log: directory written by InfluenceCallback.
         model: the module that was trained.
@@ -72,10 +76,11 @@ def attribute(
         warn_renamed("--target null", "--target each", shown=True)
         target = None
     module, source = trained(model, data, checkpoint)
+    fabric = launched()
     report = attribute_run(
         log,
         queries=queries_of(source),
-        model=module,
+        model=module if fabric is None else module.to(fabric.device),
         data=source,
         target=target,
         curvature=curvature,
@@ -83,7 +88,10 @@ def attribute(
         memory_window=memory_window,
         counterfactual=counterfactual,
         optimizer_assumption=optimizer_assumption,
+        fabric=fabric,
     )
+    if fabric is not None and fabric.global_rank > 0:
+        return
     report.save(out)
     print(f"{report}\n\nmost harmful\n{report.bottom(5).to_string(index=False)}\n\nwrote {out}")
 

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -26,25 +26,13 @@ from lightning_influence.report import InfluenceReport
 from lightning_influence.report.groups import Groups
 from lightning_influence.report.provenance import Coverage, Provenance, RemovalSummary
 from lightning_influence.run.data import TrainingData
+from lightning_influence.run.random_state import random_state
 from lightning_influence.run.task import Task, as_task
 from lightning_influence.scoring.groups import GroupsOf, named_groups
 from lightning_influence.scoring.memory import Holding, MaxMemory, bytes_of, held_by_a_sweep
+from lightning_influence.scoring.processes import Deal, Fabric, Run
 from lightning_influence.scoring.queries import Queries, Target, check_target, count_queries, query_gradients
 from lightning_influence.scoring.query_loss import QueryLoss
-
-
-class Fabric(Protocol):
-    """The processes of a launched `lightning.Fabric`, as far as they are asked."""
-
-    world_size: int
-    global_rank: int
-    device: torch.device
-
-    def all_gather(self, data: Tensor) -> Any:
-        """The tensors of all processes, stacked."""
-
-
-_COLUMNS = ("scores", "tangent", "interaction")  # of rows: one a query
 
 
 def attribute(
@@ -98,9 +86,10 @@ def attribute(
         max_memory: bytes that may be held besides the model and one evaluation of a training step, or ``"auto"`` for half of
             what is free. By it queries go through the run in turns, and a replay keeps fewer states and evaluations, which takes
             longer. A memory window for which it is too little lies in temporary files, and where the disk has no room either it
-            is shorter, with a warning; the report says what was used.
-        fabric: a launched `lightning.Fabric`, over whose processes the queries are spread; each process gets the
-            whole report.
+            is shorter, with a warning; the report says what was used. It is meant for each process where there are several;
+            ``"auto"`` divides what is free by their number where they compute on the processor.
+        fabric: a launched `lightning.Fabric`, over whose processes the work is spread: the queries as far as they go, and where
+            there are more processes, each step of a replay and the removals that are scored. Each process gets the whole report.
 
     Raises:
         LogError: not a log, an empty one, or one of another model.
@@ -110,8 +99,13 @@ def attribute(
     check_target(target)
     task, data, steps = as_task(model), TrainingData.of(data), LoggedSteps.of(log)
     named = {} if groups is None else named_groups(groups)
-    sets = RemovalSets(samples, list(named.values()))
-    replay = {"counterfactual": counterfactual, "sets": sets, "verify": verify}
+    asked = Queries.of(queries, data=data, precision=steps.manifest.precision)
+    with random_state(None):
+        asked = asked.held()
+        n_queries = 1 if target is not None else count_queries(task, asked)
+    deal = Deal.of(fabric, n_queries, RemovalSets(samples, list(named.values())), steps)
+    progress = progress and deal.everyone.rank == 0
+    replay = {"counterfactual": counterfactual, "sets": deal.sets, "verify": verify, "ranks": deal.replay}
     with open_trajectory(steps, task, curvature, data, progress=progress, **replay) as trajectory:
         method = Method(
             curvature=resolved(curvature, trajectory),
@@ -120,15 +114,14 @@ def attribute(
             counterfactual=counterfactual,
             optimizer_assumption=optimizer_assumption,
         )
-        asked = Queries.of(queries, data=data, precision=steps.manifest.precision).held()
-        n_queries = 1 if target is not None else count_queries(task, asked)
-        own = _own_part(n_queries, fabric)
-        held = held_by_a_sweep(
-            trajectory,
-            method,
-            dict(task.module.named_parameters()),
-            max(len(own), 1),
-            bytes_of(max_memory, task.device),
+        held = deal.holding(
+            lambda: held_by_a_sweep(
+                trajectory,
+                method,
+                dict(task.module.named_parameters()),
+                max(len(deal.queries), 1),
+                bytes_of(max_memory, task.device, deal.everyone.size),
+            )
         )
         sizes = _sizes(consumed_by(trajectory, samples or ()), named)
         method = _within(held, method, trajectory)
@@ -145,14 +138,15 @@ def attribute(
                 progress=progress,
             )
 
+        own = deal.queries
         parts = [own[start : start + held.queries] for start in range(0, max(len(own), 1), held.queries)]
-        every = _joined(
+        every = RowScores.beside(
             [
-                _swept(trajectory, gradients(part), method, sets, in_files=held.in_files, progress=progress)
+                _swept(trajectory, gradients(part), method, deal.sets, in_files=held.in_files, progress=progress)
                 for part in parts
             ]
         )
-        rows, of_groups = sets.split(every if fabric is None else _gathered(every, fabric, n_queries))
+        rows, of_groups = deal.sets.split(deal.gathered(every, steps, len(named)))
         made = _provenance(steps, trajectory, method, target)
     query_ids = list(range(rows.n_queries)) if target is None else ["mean" if isinstance(target, str) else "target"]
     return InfluenceReport(
@@ -163,7 +157,7 @@ def attribute(
     )
 
 
-def consumed_by(trajectory: Trajectory, samples: Collection[int]) -> Tensor:
+def consumed_by(trajectory: Run, samples: Collection[int]) -> Tensor:
     """Ids of the samples that a run consumed, ascending.
 
     Raises:
@@ -193,20 +187,11 @@ def _sizes(used: Tensor, named: Mapping[str, list[int]]) -> list[int]:
     return sizes
 
 
-def _own_part(n_queries: int, fabric: Fabric | None) -> range:
-    """The queries of this process."""
-    if fabric is None:
-        return range(n_queries)
-    if n_queries < fabric.world_size:
-        raise ConfigurationError(f"{n_queries} queries cannot be spread over {fabric.world_size} processes; use fewer.")
-    own = torch.arange(n_queries).tensor_split(fabric.world_size)[fabric.global_rank]
-    return range(int(own[0]), int(own[-1]) + 1)
-
-
 def _within(held: Holding, method: Method, trajectory: Trajectory) -> Method:
     """The method that there is memory for; what a replay may hold is told to it."""
     if isinstance(trajectory, ReplayTrajectory):
         trajectory.states.memory = held.replay
+        trajectory.prepare()
     if held.memory_window < method.memory_window:
         warnings.warn(
             f"max_memory allows a memory window of {held.memory_window} steps instead of {method.memory_window}: scores of the "
@@ -228,26 +213,6 @@ def _swept(
         trajectory.states.clear()
         trajectory.states.walks = False
         return sweep(trajectory, gradients, method, **options)
-
-
-def _joined(parts: Sequence[RowScores]) -> RowScores:
-    """The same rows for the queries of all parts."""
-    return replace(parts[0], **{name: torch.cat([getattr(p, name) for p in parts], 1) for name in _COLUMNS})
-
-
-def _gathered(rows: RowScores, fabric: Fabric, n_queries: int) -> RowScores:
-    """The columns of all processes, which hold ``n_queries`` in parts of nearly the same size."""
-    widest = -(-n_queries // fabric.world_size)
-    sizes = [len(part) for part in torch.arange(n_queries).tensor_split(fabric.world_size)]
-
-    def gather(columns: Tensor) -> Tensor:
-        padded = torch.nn.functional.pad(columns, (0, widest - columns.shape[1])).to(fabric.device)
-        gathered = fabric.all_gather(padded)
-        assert isinstance(gathered, Tensor)
-        every = gathered.cpu().reshape(fabric.world_size, *padded.shape)
-        return torch.cat([part[:, :size] for part, size in zip(every, sizes, strict=True)], 1)
-
-    return replace(rows, **{name: gather(getattr(rows, name)) for name in _COLUMNS})
 
 
 @contextmanager
