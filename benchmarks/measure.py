@@ -20,7 +20,7 @@ from lightning_influence import InfluenceCallback, attribute
 from lightning_influence.report import InfluenceReport
 from lightning_influence.run.batches import to_dtype
 from lightning_influence.scoring.queries import query_losses
-from lightning_influence.trust.agreement import compare
+from lightning_influence.trust.agreement import agreement_of
 from lightning_influence.trust.retraining import Removal, Run, leave_one_out, recorded_run
 
 ESTIMATORS: dict[str, dict[str, Any]] = {
@@ -90,7 +90,7 @@ def picked(n: int, of: int, seed: int = 1) -> list[int]:
 
 def agreement_row(found: Tensor, truth: Tensor) -> dict[str, Any]:
     """Agreement per query and of the mean target."""
-    each, mean = compare(found, truth), compare(found.mean(1, keepdim=True), truth.mean(1, keepdim=True))
+    each, mean = agreement_of(found, truth), agreement_of(found.mean(1, keepdim=True), truth.mean(1, keepdim=True))
     return {
         "Spearman": each.spearman.value,
         "low": each.spearman.low,

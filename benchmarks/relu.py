@@ -23,7 +23,7 @@ from workloads import WORKLOADS, Images, mnist
 from lightning_influence import InfluenceCallback, attribute
 from lightning_influence.errors import InfluenceError
 from lightning_influence.scoring.queries import query_losses
-from lightning_influence.trust.agreement import compare
+from lightning_influence.trust.agreement import agreement_of
 from lightning_influence.trust.retraining import Run, leave_one_out, moved_initialisation, recorded_run
 
 WORKLOAD = WORKLOADS["mlp"]
@@ -129,7 +129,7 @@ def one(lr: float, seed: int, removals: int) -> dict[str, float]:
             return leave_one_out(of, removed, losses, progress=False)
 
         def spearman(found: Tensor, truth: Tensor) -> float:
-            return compare(found, truth, resamples=1).spearman.value
+            return agreement_of(found, truth, resamples=1).spearman.value
 
         truth = effects(run)
         found = {

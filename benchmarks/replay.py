@@ -3,6 +3,7 @@
 python benchmarks/replay.py [network ...]        # cost and fidelity of each estimator, one target
 python benchmarks/replay.py mlp --growth         # with the number of steps, samples, queries and snapshots
 python benchmarks/replay.py gpt2 --memory        # run forward and walked back, within less and less memory
+python benchmarks/replay.py gpt2 --processes     # two processes of one thread beside one
 """
 
 from __future__ import annotations
@@ -10,14 +11,17 @@ from __future__ import annotations
 import argparse
 import resource
 import tempfile
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
+import torch
+from lightning import Fabric
 from measure import ESTIMATORS, agreement_row, picked, quiet, scores, show, timed, trained, true_effects
 from torch.utils.data import DataLoader
-from workloads import WORKLOADS, Workload
+from workloads import WORKLOADS, Trained, Workload
 
 from lightning_influence.core.sweep import Method, sweep
 from lightning_influence.scoring.attribution import open_trajectory
@@ -119,17 +123,49 @@ def memory(workload: Workload) -> None:
     print(pd.DataFrame(rows).to_string(index=False, float_format=lambda v: f"{v:.3g}"), flush=True)
 
 
+def processes(workload: Workload) -> None:
+    """Seconds of one process and of two that share its replay, in turn, the better of three times each."""
+    with tempfile.TemporaryDirectory() as folder:
+        module = trained(workload, Path(folder), **SETTINGS)
+        Fabric(accelerator="cpu", devices=2, strategy="ddp_fork").launch(_side_by_side, workload, Path(folder), module)
+
+
+def _side_by_side(fabric: Any, workload: Workload, log: Path, module: Trained) -> None:
+    torch.set_num_threads(1)
+    rows: list[dict[str, Any]] = []
+    found: dict[str, Any] = {}
+    for turn in ("one", "two") * 3:
+        fabric.barrier()
+        if turn == "one" and fabric.global_rank > 0:
+            continue
+        seconds, processor = time.perf_counter(), time.process_time()
+        found[turn] = scores(workload, log, module, target="mean", fabric=fabric if turn == "two" else None).scores
+        rows.append(
+            {"processes": turn, "s": time.perf_counter() - seconds, "own CPU s": time.process_time() - processor}
+        )
+    if fabric.global_rank == 0:
+        best = pd.DataFrame(rows).groupby("processes").min()
+        error = float((found["two"] - found["one"]).abs().max() / found["one"].abs().max())
+        print(
+            f"{workload.name}, the largest difference of two scores {error:.1e} of the largest score\n{best.round(2)}",
+            flush=True,
+        )
+
+
 def main() -> None:
     quiet()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("networks", nargs="*", default=list(WORKLOADS), metavar="network", help=", ".join(WORKLOADS))
     parser.add_argument("--growth", action="store_true")
     parser.add_argument("--memory", action="store_true")
+    parser.add_argument("--processes", action="store_true")
     parser.add_argument("--removals", type=int, default=20)
     args = parser.parse_args()
     for name in args.networks:
         if args.memory:
             memory(WORKLOADS[name])
+        elif args.processes:
+            processes(WORKLOADS[name])
         elif args.growth:
             growth(WORKLOADS[name])
         else:

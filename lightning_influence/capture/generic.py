@@ -55,11 +55,11 @@ def generic(
 
     def one(items: list[Tensor], values: dict[str, Tensor]) -> Tensor:
         queue = iter(items)
-        here = [next(queue)[None] if b else leaf for leaf, b in zip(leaves, batched, strict=True)]
-        here = [leaf.transpose(0, 1) if state else leaf for leaf, state in zip(here, states, strict=True)]
-        own_args, own_kwargs = pytree.tree_unflatten(here, structure)
-        found = pytree.tree_leaves(functional_call(layer, values, own_args, own_kwargs))
-        tensor: Tensor = [t for t in found if isinstance(t, Tensor)][position]
+        inputs = [next(queue)[None] if b else leaf for leaf, b in zip(leaves, batched, strict=True)]
+        inputs = [leaf.transpose(0, 1) if state else leaf for leaf, state in zip(inputs, states, strict=True)]
+        own_args, own_kwargs = pytree.tree_unflatten(inputs, structure)
+        outputs = pytree.tree_leaves(functional_call(layer, values, own_args, own_kwargs))
+        tensor: Tensor = [t for t in outputs if isinstance(t, Tensor)][position]
         return tensor[0]
 
     inputs = [leaf for leaf, b in zip(leaves, batched, strict=True) if b]
@@ -72,7 +72,7 @@ def generic(
                 outputs = torch.stack([one([x[i] for x in inputs], own[i]) for i in range(len(delta))])
             else:
                 outputs = vmap(one)(inputs, copies)
-            found = torch.autograd.grad(
+            gradients = torch.autograd.grad(
                 outputs, list(copies.values()), delta, allow_unused=True, materialize_grads=True
             )
     except RuntimeError as error:
@@ -80,7 +80,7 @@ def generic(
             f"{type(layer).__name__} has no rule of its own and cannot be run one sample at a time: {error}. Switch off its "
             "dropout, freeze its parameters, name them in exclude=, or use record='replay'."
         ) from error
-    return {name: Dense(rows.flatten(1)) for name, rows in zip(copies, found, strict=True)}
+    return {name: Dense(rows.flatten(1)) for name, rows in zip(copies, gradients, strict=True)}
 
 
 def _as_it_is(tensor: Tensor) -> Tensor:

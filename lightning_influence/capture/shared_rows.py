@@ -48,10 +48,10 @@ class SharedRows(TorchFunctionMode):
         What came through something else than an addition (a term of the loss that no sample brings or takes with it, say)
         is shared equally.
         """
-        found = self._gradients.pop(id(rows), [])
-        each = torch.stack(found).sum(0) if found else total.new_zeros(self._n, *total.shape[1:])
+        contributions = self._gradients.pop(id(rows), [])
+        each = torch.stack(contributions).sum(0) if contributions else total.new_zeros(self._n, *total.shape[1:])
         rest = total - each.sum(0, keepdim=True)
-        if found and rest.norm() <= 1e-4 * each.norm():  # rounding
+        if contributions and rest.norm() <= 1e-4 * each.norm():  # rounding
             return each
         return each + rest / self._n
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_influence.core.shares import Block, Form
+from lightning_influence.core.shares import CoordinateBlock, Form
 
 _TOLERANCE = 0.02  # relative; half-precision backward passes round at 2^-8
 _TOLERANCE_HALF = 0.1  # of gradients that are themselves in half precision, which are summed in it
@@ -34,7 +34,7 @@ class SumCheck:
 
     def __init__(self, parameters: Mapping[str, Tensor]) -> None:
         self._parameters = parameters
-        self._blocks = {name: Block.of(p) for name, p in parameters.items()}
+        self._blocks = {name: CoordinateBlock.of(p) for name, p in parameters.items()}
         self._sums: Tensor | None = None
         self._local: dict[str, Tensor] | None = None  # gradients of this process alone
 
@@ -76,16 +76,16 @@ class SumCheck:
         self.forget()
         if sums is None:
             return None
-        found = (
+        on_blocks = (
             {k: block.select(gradients[k].detach()) for k, block in self._blocks.items() if k in gradients}
             if local is None
             else {k: g * scale for k, g in local.items()}
         )
-        return first_disagreement(self._blocks, sums, found, norm)
+        return first_disagreement(self._blocks, sums, on_blocks, norm)
 
 
 def first_disagreement(
-    blocks: Mapping[str, Block], sums: Tensor, gradients: Mapping[str, Tensor], norm: float
+    blocks: Mapping[str, CoordinateBlock], sums: Tensor, gradients: Mapping[str, Tensor], norm: float
 ) -> NotTheSum | None:
     """The first parameter of whose gradient, on its block, the sum of shares is another.
 
@@ -111,6 +111,6 @@ def first_disagreement(
     return None
 
 
-def block_sums(blocks: Mapping[str, Block], shares: Mapping[str, Form]) -> Tensor:
+def block_sums(blocks: Mapping[str, CoordinateBlock], shares: Mapping[str, Form]) -> Tensor:
     """Sums of shares on the blocks, one after the other."""
     return torch.cat([shares[name].sum_at(block).flatten() for name, block in blocks.items()])

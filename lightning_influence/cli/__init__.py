@@ -29,8 +29,8 @@ def main(arguments: list[str] | None = None) -> int:
     except ImportError:
         print('lightning-influence: jsonargparse missing; pip install "lightning-influence[cli]"', file=sys.stderr)
         return 1
-    if (here := str(Path.cwd())) not in sys.path:  # as with python -m, so that the user's own modules are found
-        sys.path.insert(0, here)
+    if (directory := str(Path.cwd())) not in sys.path:  # as with python -m, so that the user's own modules are found
+        sys.path.insert(0, directory)
     commands: dict[str, Any] = {verb.__name__: verb for verb in VERBS}
     options: dict[str, Any] = {
         "prog": "lightning-influence",

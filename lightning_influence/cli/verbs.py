@@ -33,9 +33,9 @@ def inspect(log: Path) -> None:
     reader = StoreReader(log)
     size = sum(f.stat().st_size for f in log.rglob("*") if f.is_file())
     manifest, keys = Manifest.of(reader), ("module", "optimizer", "record", "compression", "precision")
-    told = {key: getattr(manifest, key) for key in keys} | {"ranks": reader.ranks}
-    told["coverage"] = f"{manifest.coverage.recorded:,} of {manifest.coverage.trained:,} trained coordinates"
-    lines = "".join(f"\n  {key:12s} {value}" for key, value in told.items())
+    entries = {key: getattr(manifest, key) for key in keys} | {"ranks": reader.ranks}
+    entries["coverage"] = f"{manifest.coverage.recorded:,} of {manifest.coverage.trained:,} trained coordinates"
+    lines = "".join(f"\n  {key:12s} {value}" for key, value in entries.items())
     lines += "".join(f"\n  it lacks {what}: {why}" for what, why in reader.missing.items())
     print(printable(f"{log}: {len(reader)} optimizer steps, {size / 1e6:.1f} MB{lines}"))
 
@@ -147,7 +147,7 @@ def check(
     if results is not None:
         check_writable("results", results)
     module, source = trained(model, data, checkpoint)
-    found = check_faithfulness(
+    faithfulness = check_faithfulness(
         log,
         model=module,
         data=source,
@@ -159,7 +159,7 @@ def check(
         workers=workers,
         results=results,
     )
-    print(found)
+    print(faithfulness)
 
 
 def suspects(log: Path, k: int = 20, out: Path | None = None) -> None:
@@ -174,10 +174,10 @@ def suspects(log: Path, k: int = 20, out: Path | None = None) -> None:
         raise ConfigurationError(f"--k {k}; give 1 or more.")
     if out is not None:
         check_writable("out", out)
-    found = suspects_of(log)
-    print(f"{len(found)} samples are likely mislabelled\n{found.head(k).to_string(index=False)}")
+    table = suspects_of(log)
+    print(f"{len(table)} samples are likely mislabelled\n{table.head(k).to_string(index=False)}")
     if out is not None:
-        found.to_csv(out, index=False)
+        table.to_csv(out, index=False)
         print(f"wrote {out}")
 
 
@@ -192,10 +192,10 @@ def select(scores: Path, keep: float = 0.8, out: Path = Path("kept.txt")) -> Non
     if not 0 < keep <= 1:
         raise ConfigurationError(f"--keep {keep}; a fraction lies above 0 and is at most 1.")
     check_writable("out", out)
-    found = InfluenceReport.load(scores)
-    kept = found.top(round(keep * len(found.sample_ids))).sample_id.sort_values()
-    out.write_text("".join(f"{z}\n" for z in kept))
-    print(f"wrote {len(kept)} of {len(found.sample_ids)} sample ids to {out}")
+    scored = InfluenceReport.load(scores)
+    best = scored.top(round(keep * len(scored.sample_ids))).sample_id.sort_values()
+    out.write_text("".join(f"{z}\n" for z in best))
+    print(f"wrote {len(best)} of {len(scored.sample_ids)} sample ids to {out}")
 
 
 def tune(
@@ -236,7 +236,7 @@ def tune(
             f"val_dataloader has {len(batches)} batch; tune needs two or more: half of them are selection's queries, "
             "the other half compares the runs."
         )
-    found = tune_horizon(
+    tuning = tune_horizon(
         _with_rate(model, attr_name),
         data,
         batches[::2],
@@ -247,11 +247,11 @@ def tune(
         proxies=proxies,
         keep=keep,
     )
-    found.table.to_csv(out, index=False)
-    found.plot().savefig(out.with_suffix(".png"), dpi=150)
-    horizon, lr = found.best
+    tuning.table.to_csv(out, index=False)
+    tuning.plot().savefig(out.with_suffix(".png"), dpi=150)
+    horizon, lr = tuning.best
     print(
-        f"{found.table.to_string(index=False)}\n\nbest: --horizon {horizon} at learning rate {lr:g}\nwrote {out} and .png"
+        f"{tuning.table.to_string(index=False)}\n\nbest: --horizon {horizon} at learning rate {lr:g}\nwrote {out} and .png"
     )
 
 

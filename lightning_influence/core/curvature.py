@@ -55,14 +55,14 @@ class GradientGraph:
             at_once: vectors that are carried through the network together.
         """
         leaves = [*self.parameters.values(), *self.stopped.values()]
-        bent = {name: g for name, g in self.gradients.items() if g.requires_grad}  # the others are constant
+        varying = {name: g for name, g in self.gradients.items() if g.requires_grad}  # the others are constant
         n = len(next(iter(vectors.values())))
         try:
-            rows = [self._pulled(leaves, bent, vectors, chunk) for chunk in torch.arange(n).split(at_once)]
+            rows = [self._pulled(leaves, varying, vectors, chunk) for chunk in torch.arange(n).split(at_once)]
         except RuntimeError:
             # some second derivatives (of group normalisation, for one) cannot be vectorised over the vectors
             try:
-                rows = [self._pulled(leaves, bent, vectors, chunk) for chunk in torch.arange(n).split(1)]
+                rows = [self._pulled(leaves, varying, vectors, chunk) for chunk in torch.arange(n).split(1)]
             except RuntimeError as error:
                 raise CurvatureUnavailable(
                     f"the training step cannot be differentiated twice ({error}); use curvature='none', 'gauss_newton' where "
@@ -75,14 +75,14 @@ class GradientGraph:
         return {name: products[name] for name in vectors}
 
     def _pulled(
-        self, leaves: list[Tensor], bent: dict[str, Tensor], vectors: Vectors, chunk: Tensor
+        self, leaves: list[Tensor], varying: dict[str, Tensor], vectors: Vectors, chunk: Tensor
     ) -> Sequence[Tensor]:
-        if not bent:
+        if not varying:
             return [leaf.new_zeros(len(chunk), leaf.numel()) for leaf in leaves]
-        directions = [vectors[name][chunk].view(-1, *g.shape) for name, g in bent.items()]
+        directions = [vectors[name][chunk].view(-1, *g.shape) for name, g in varying.items()]
         single = len(chunk) == 1
         return torch.autograd.grad(
-            list(bent.values()),
+            list(varying.values()),
             leaves,
             [d[0] if single else d for d in directions],
             retain_graph=True,
@@ -169,8 +169,8 @@ def gauss_newton_product(loss: Loss, parameters: dict[str, Tensor], vectors: Vec
 
     def product(direction: dict[str, Tensor]) -> dict[str, Tensor]:
         logits, moved = jvp(outputs, (parameters,), (direction,))  # type: ignore[misc]  # v -> J v
-        (bent,) = vjp(grad(of_outputs), logits)[1](moved)  # -> H_out J v; H_out is symmetric
-        return vjp(outputs, parameters)[1](bent)[0]  # -> J^T H_out J v
+        (cotangent,) = vjp(grad(of_outputs), logits)[1](moved)  # -> H_out J v; H_out is symmetric
+        return vjp(outputs, parameters)[1](cotangent)[0]  # -> J^T H_out J v
 
     return _for_each(product, parameters, vectors, at_once)
 

@@ -71,15 +71,15 @@ def fused_response(
     try:
         with torch.no_grad():
             if len(weights[0]) == 1:
-                found: Tensor = _compiled(_contracted)(*arguments, [w[0] for w in weights])[None]
+                response: Tensor = _compiled(_contracted)(*arguments, [w[0] for w in weights])[None]
             else:
                 moves = _compiled(_moves)(*arguments)
-                found = torch.stack([w @ m.T for w, m in zip(weights, moves, strict=True)]).sum(0)
+                response = torch.stack([w @ m.T for w, m in zip(weights, moves, strict=True)]).sum(0)
     except Exception as error:
         _Compiler.failed = True
         _log.warning("finite responses are evaluated by separate kernels, since compiling them failed: %.300r", error)
         return None
-    return found
+    return response
 
 
 def _filled(tensors: list[Tensor], count: int) -> list[Tensor]:
@@ -95,13 +95,13 @@ def _moves(
     change: Tensor,
 ) -> list[Tensor]:
     """What a change ``(n, d)`` of the first gradient adds to every step, and to the moments after the last."""
-    found = []
+    deltas = []
     gradient = gradients[0] + change
     for following, constants in zip([*gradients[1:], None], numbers, strict=True):
         delta, moments = formula(moments, gradient, constants)
-        found.append(delta)
+        deltas.append(delta)
         gradient = gradient if following is None else following
-    return [new - old for new, old in zip([*found, *moments], bases, strict=True)]
+    return [new - old for new, old in zip([*deltas, *moments], bases, strict=True)]
 
 
 def _contracted(

@@ -126,8 +126,8 @@ class JointResponse:
 
 def _spread(starts: Sequence[int], n: int) -> list[int]:
     """Those of some steps that lie about the square root of their number apart, the first among them."""
-    found: list[int] = []
+    positions: list[int] = []
     for start in starts:
-        if start < n and (not found or start - found[-1] >= math.isqrt(n)):
-            found.append(start)
-    return found
+        if start < n and (not positions or start - positions[-1] >= math.isqrt(n)):
+            positions.append(start)
+    return positions

@@ -62,10 +62,10 @@ class Pieces:
 
     def joined(self, vectors: Mapping[str, Tensor]) -> Vectors:
         """Vectors of whole parameters from those of all their pieces."""
-        found: dict[str, list[Tensor]] = {}
+        whole: dict[str, list[Tensor]] = {}
         for piece, vector in vectors.items():
-            found.setdefault(self._of[piece].parameter, []).append(vector)
-        return {k: parts[0] if len(parts) == 1 else torch.cat(parts, -1) for k, parts in found.items()}
+            whole.setdefault(self._of[piece].parameter, []).append(vector)
+        return {k: parts[0] if len(parts) == 1 else torch.cat(parts, -1) for k, parts in whole.items()}
 
     def record(self, index: int) -> StepRecord:
         whole = self._whole.record(index)

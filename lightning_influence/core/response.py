@@ -51,9 +51,9 @@ def finite_response(
         tensor([[0.2000, 0.0000]])
     """
     if fuse is not None and later is None:
-        found = fused_response(window, after, closing, change, fuse)
-        if found is not None:
-            return found
+        compiled = fused_response(window, after, closing, change, fuse)
+        if compiled is not None:
+            return compiled
     sign = -1.0 if window[0].hyper["maximize"] else 1.0
     changes = [sign * change, *(None if c is None else sign * c for c in (later or [None] * len(window))[1:])]
     response = torch.zeros(after[0].shape[0], change.shape[0], dtype=change.dtype, device=change.device)

@@ -57,9 +57,9 @@ class RowScores:
     def __len__(self) -> int:
         return len(self.sample_ids)
 
-    def where(self, kept: Tensor) -> RowScores:
-        """Some of the rows, ``kept`` ``(n_rows,)`` bool."""
-        return RowScores(*(getattr(self, field.name)[kept] for field in fields(self)))
+    def where(self, rows: Tensor) -> RowScores:
+        """The rows for which ``rows`` ``(n_rows,)`` is true."""
+        return RowScores(*(getattr(self, field.name)[rows] for field in fields(self)))
 
     def __repr__(self) -> str:
         return f"RowScores({len(self)} rows x {self.n_queries} queries, {self.n_steps} steps)"

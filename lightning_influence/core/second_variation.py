@@ -212,19 +212,19 @@ class _Variation:
         tangent, step, memory, curvature, finite = parts
         for index in range(start, len(self.trajectory)):
             record = self.trajectory.record(index)
-            here = torch.tensor([t == index for _, t in self.pairs])
-            removed = self._removed(record, here)
-            forced = {k: _rows(zero[k], here, removed.raw[k]) for k in record.gradients}
-            bent, third = self._gradient_variation(index, record, full)
+            at_this_step = torch.tensor([t == index for _, t in self.pairs])
+            removed = self._removed(record, at_this_step)
+            forced = {k: _rows(zero[k], at_this_step, removed.raw[k]) for k in record.gradients}
+            variation, third = self._gradient_variation(index, record, full)
             after = passed[index]
-            full, forcing = self._advance(record, full, {k: b + forced[k] for k, b in bent.items()})
+            full, forcing = self._advance(record, full, {k: b + forced[k] for k, b in variation.items()})
             bare, bare_forcing = self._advance(record, bare, forced, hold=True)
             own = self._contract(after, bare_forcing)
-            tangent[here] = self._slope(after, forced)[here]
-            consumed = {k: _rows(zero[k], here, removed.consumed.get(k)) for k in record.gradients}
+            tangent[at_this_step] = self._slope(after, forced)[at_this_step]
+            consumed = {k: _rows(zero[k], at_this_step, removed.consumed.get(k)) for k in record.gradients}
             finite += self._finite(record, shifts, consumed, after)
-            step[here] = own[here]
-            memory[~here] += own[~here]
+            step[at_this_step] = own[at_this_step]
+            memory[~at_this_step] += own[~at_this_step]
             curvature += self._contract(after, forcing) - own + self._slope(after, third)
             advanced()
         if query_curvature is not None:
@@ -232,9 +232,9 @@ class _Variation:
         samples, steps = torch.tensor(self.pairs).T
         return ErrorProxy(samples, steps, tangent, step / 2, memory / 2, curvature / 2, finite - tangent)
 
-    def _removed(self, record: StepRecord, here: Tensor) -> _Removed:
+    def _removed(self, record: StepRecord, at_this_step: Tensor) -> _Removed:
         """What the removals of the pairs of a step do to its gradient, before and after clipping."""
-        if not here.any():
+        if not at_this_step.any():
             return _Removed(dict.fromkeys(record.gradients), {})
         removed, shares = gradient_change(record, self.method.counterfactual), self.trajectory.shares(record.index)
         ids = removed.sample_ids.tolist()
@@ -288,13 +288,13 @@ class _Variation:
         hessian, zero = self.method.hessian, {k: torch.zeros_like(d) for k, d in directions.items()}
         shares: Mapping[str, Shares] = self.trajectory.shares(index) if hessian.of_shares else {}
         products = sum_inner(shares, directions) if shares else torch.zeros(len(self.pairs), 0)
-        bent = zero | hessian.product(self.trajectory, record, shares, directions, products)
+        variation = zero | hessian.product(self.trajectory, record, shares, directions, products)
         if not hessian.third_derivative:
-            return bent, zero
-        return bent, self.trajectory.third_derivative(index, directions)  # type: ignore[attr-defined]
+            return variation, zero
+        return variation, self.trajectory.third_derivative(index, directions)  # type: ignore[attr-defined]
 
     def _advance(
-        self, record: StepRecord, state: Mapping[str, _Tangent], bent: Vectors, *, hold: bool = False
+        self, record: StepRecord, state: Mapping[str, _Tangent], variation: Vectors, *, hold: bool = False
     ) -> tuple[dict[str, _Tangent], dict[str, tuple[Tensor, ...]]]:
         """One step of the first variation, and what it forces of (parameter, *moments) at second order.
 
@@ -302,7 +302,7 @@ class _Variation:
             bent: first variation of the gradient before clipping.
             hold: let the parameter's own variation stay zero.
         """
-        consumed, consumed_twice = _clip_variations(record, bent, self.scales)
+        consumed, consumed_twice = _clip_variations(record, variation, self.scales)
         new, forcing = dict(state), {}
         for k, gradient in record.gradients.items():
             clipped = apply_clip(record.clip, gradient, norm_coefficient(record.clip, record.clip.raw_norm))
@@ -356,18 +356,18 @@ def _curve(
     return tuple(part.detach() for part in first), tuple(second)
 
 
-def _clip_variations(record: StepRecord, bent: Vectors, scales: Mapping[str, float]) -> tuple[Vectors, Vectors]:
+def _clip_variations(record: StepRecord, variation: Vectors, scales: Mapping[str, float]) -> tuple[Vectors, Vectors]:
     """First and second variation of the consumed gradient from the first of the one before clipping; ``scales``
     extrapolates the norm over masked parameters, as `clipping.clip_adjoint` does.
     """
     if record.clip.rule == "none":
-        return bent, {k: torch.zeros_like(b) for k, b in bent.items()}
+        return variation, {k: torch.zeros_like(b) for k, b in variation.items()}
     names = list(record.gradients)
     raw = {k: record.gradients[k].double() for k in names}
-    size = (len(next(iter(bent.values()))), 1)
+    size = (len(next(iter(variation.values()))), 1)
 
     def along(eps: Tensor) -> tuple[Tensor, ...]:
-        moved = {k: raw[k] + eps * bent[k] for k in names}
+        moved = {k: raw[k] + eps * variation[k] for k in names}
         squares = {k: g.square().sum(-1, keepdim=True).expand(size) - raw[k].square().sum() for k, g in moved.items()}
         changed = torch.stack([scales[k] * square for k, square in squares.items()]).sum(0)
         norm = torch.sqrt(record.clip.raw_norm**2 + changed)

@@ -2,7 +2,7 @@
 
 Forms (all are `trajectory.Shares`): `Dense` rows, `Outer` products of layer inputs and output gradients,
 sparse `SparseRows` of an embedding, `Sum` over several uses of a parameter, `Stack` over micro-batches.
-`sum_at` of each is the sum of all its shares on a `Block` of coordinates.
+`sum_at` of each is the sum of all its shares on a `CoordinateBlock` of coordinates.
 `Coordinates` says which coordinates of a parameter a log holds; `choose_coordinates` chooses it
 (docs/method.md, "Where a trajectory comes from").
 """
@@ -25,14 +25,14 @@ _FEW = (4, 8)  # rows and columns of a block
 
 
 @dataclass(frozen=True)
-class Block:
+class CoordinateBlock:
     """A few coordinates of a parameter, seen as a matrix ``shape`` of its first dimension and all others together.
 
     Example:
-        >>> Block((3, 2), slice(0, 3, 2), slice(1, 2)).select(torch.tensor([[1, 2], [3, 4], [5, 6]]))
+        >>> CoordinateBlock((3, 2), slice(0, 3, 2), slice(1, 2)).select(torch.tensor([[1, 2], [3, 4], [5, 6]]))
         tensor([[2],
                 [6]])
-        >>> block = Block.of(torch.zeros(100, 8, 8))
+        >>> block = CoordinateBlock.of(torch.zeros(100, 8, 8))
         >>> block.size, block.columns
         (32, slice(3, 59, 7))
     """
@@ -42,7 +42,7 @@ class Block:
     columns: slice
 
     @classmethod
-    def of(cls, parameter: Tensor) -> Block:
+    def of(cls, parameter: Tensor) -> CoordinateBlock:
         """A few rows times a few columns, spread evenly."""
         rows = parameter.shape[0] if parameter.dim() else 1
         columns = parameter.numel() // max(rows, 1)
@@ -106,7 +106,7 @@ class Dense:
     def at(self, coordinates: Tensor) -> Dense:
         return Dense(self.values[:, coordinates])
 
-    def sum_at(self, block: Block) -> Tensor:
+    def sum_at(self, block: CoordinateBlock) -> Tensor:
         return self.values.unflatten(1, block.shape)[:, block.rows, block.columns].sum(0)
 
 
@@ -183,7 +183,7 @@ class Outer:
         parts = zip(rows.split(size), columns.split(size), strict=True)
         return Dense(torch.cat([(self.left[..., r] * self.right[..., c]).sum(1) for r, c in parts], 1))
 
-    def sum_at(self, block: Block) -> Tensor:
+    def sum_at(self, block: CoordinateBlock) -> Tensor:
         left, right = self.left[..., block.rows].flatten(0, 1), self.right[..., block.columns].flatten(0, 1)
         return left.T @ right.to(left)
 
@@ -237,12 +237,12 @@ class SparseRows:
         unique_rows, row_of = rows.unique(return_inverse=True)
         position[unique_rows] = torch.arange(len(unique_rows), device=rows.device)
         where = position[self.rows]
-        kept = self.values * (where >= 0)[..., None]
-        table = kept.new_zeros(self.n_samples, len(unique_rows), self.values.shape[2])
-        table.scatter_add_(1, where.clamp(min=0)[..., None].expand_as(kept), kept)
+        present = self.values * (where >= 0)[..., None]
+        table = present.new_zeros(self.n_samples, len(unique_rows), self.values.shape[2])
+        table.scatter_add_(1, where.clamp(min=0)[..., None].expand_as(present), present)
         return Dense(table[:, row_of, columns])
 
-    def sum_at(self, block: Block) -> Tensor:
+    def sum_at(self, block: CoordinateBlock) -> Tensor:
         values = self.values[..., block.columns].flatten(0, 1)
         wanted = torch.arange(self.n_rows, device=self.rows.device)[block.rows]
         return (self.rows.flatten() == wanted[:, None]).to(values) @ values
@@ -283,7 +283,7 @@ class Sum:
     def at(self, coordinates: Tensor) -> Dense:
         return Dense(torch.stack([part.at(coordinates).values for part in self.parts]).sum(0))
 
-    def sum_at(self, block: Block) -> Tensor:
+    def sum_at(self, block: CoordinateBlock) -> Tensor:
         return torch.stack([part.sum_at(block) for part in self.parts]).sum(0)
 
 
@@ -319,9 +319,9 @@ class Stack:
         start, stop, _ = samples.indices(self.n_samples)
         blocks, offset = [], 0
         for part in self.parts:
-            here = slice(max(start - offset, 0), max(min(stop - offset, part.n_samples), 0))
-            if here.start < here.stop:
-                blocks.append(part.dense(here))
+            own = slice(max(start - offset, 0), max(min(stop - offset, part.n_samples), 0))
+            if own.start < own.stop:
+                blocks.append(part.dense(own))
             offset += part.n_samples
         return torch.cat(blocks) if blocks else self.parts[0].dense(slice(0, 0))
 
@@ -331,7 +331,7 @@ class Stack:
     def at(self, coordinates: Tensor) -> Dense:
         return Dense(torch.cat([part.at(coordinates).values for part in self.parts]))
 
-    def sum_at(self, block: Block) -> Tensor:
+    def sum_at(self, block: CoordinateBlock) -> Tensor:
         return torch.stack([part.sum_at(block) for part in self.parts]).sum(0)
 
 

@@ -209,8 +209,8 @@ class _Walk:
         ):  # one of torch's that watches the module (`run.unchanged`) has nothing to see here
             products, rows = self._pass(record, shares, score=score, last=last)
         if not last:
-            bent = self.method.hessian.product(self.trajectory, record, shares, self.gradient, products)
-            for k, b in bent.items():
+            curved = self.method.hessian.product(self.trajectory, record, shares, self.gradient, products)
+            for k, b in curved.items():
                 self.adjoints[k].parameter.add_(b)  # a tensor that `_pull` has made
         return rows
 
@@ -259,8 +259,8 @@ class _Walk:
     def _first_order(self, record: StepRecord, products: Tensor) -> RowScores:
         """Tangent scores of the groups of which a step holds something."""
         removed = gradient_change(record, self.method.counterfactual, self.groups)
-        found = removed.inner(products).T.cpu()
-        return RowScores(removed.sample_ids, torch.full_like(removed.sample_ids, record.index), found, found)
+        scores = removed.inner(products).T.cpu()
+        return RowScores(removed.sample_ids, torch.full_like(removed.sample_ids, record.index), scores, scores)
 
     def recorded(self, record: StepRecord) -> dict[str, ParameterStep]:
         """The step as the optimizer took it, or is assumed to have, by parameter."""

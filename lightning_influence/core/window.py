@@ -171,12 +171,12 @@ def _in_a_file(tensors: Vectors) -> Vectors:
         total[t.dtype] += t.numel()
     files = {dtype: _mapped(size, dtype) for dtype, size in total.items()}
     starts = dict.fromkeys(total, 0)
-    found = Vectors()
+    mapped = Vectors()
     for k, t in tensors.items():
         start = starts[t.dtype]
         starts[t.dtype] = stop = start + t.numel()
-        found[k] = files[t.dtype][start:stop].view(t.shape).copy_(t)
-    return found
+        mapped[k] = files[t.dtype][start:stop].view(t.shape).copy_(t)
+    return mapped
 
 
 def _mapped(size: int, dtype: torch.dtype) -> Tensor:

@@ -418,5 +418,5 @@ class InfluenceCallback(L.Callback):
         step, snapshot = self._recorder.bytes_written()
         every = self._recorder.replay.snapshot_every if self._recorder.replay is not None else 1
         share = self._recorder.n_coordinates / max(self._manifest.coverage.trained, 1)
-        told = first_step_line(self.dirpath, self._records, share, step, snapshot, left, left / every + 1)
-        rank_zero_info(" ".join([told, *(f"There are {why}" for why in self._left_out)]))
+        line = first_step_line(self.dirpath, self._records, share, step, snapshot, left, left / every + 1)
+        rank_zero_info(" ".join([line, *(f"There are {why}" for why in self._left_out)]))

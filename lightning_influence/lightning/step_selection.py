@@ -103,8 +103,8 @@ class StepSelection(L.Callback):
             for k, gradient in consumed_gradients(record).items()
         }
         with parameters_at(module, moved):
-            found = self.live_target.gradient(module, self.queries(), step.select, trainer.global_step)
-        return {k: found[k] for k in step.sizes}  # without what is excluded
+            target = self.live_target.gradient(module, self.queries(), step.select, trainer.global_step)
+        return {k: target[k] for k in step.sizes}  # without what is excluded
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
         self._live.stop(trainer)

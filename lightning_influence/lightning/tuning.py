@@ -138,5 +138,5 @@ def _errors(
         steps = LoggedSteps(log)
         pairs = [(int(z), t) for h in horizons for t in [len(steps) - 1 - h] for z in steps.record(t).sample_ids[:n]]
         asked = data if queries is None else queries
-        found = error_proxy(steps, queries=asked, model=module, target="mean", pairs=pairs, progress=False)
-    return dict(found.curve()[1.0])
+        predicted = error_proxy(steps, queries=asked, model=module, target="mean", pairs=pairs, progress=False)
+    return dict(predicted.curve()[1.0])

@@ -107,7 +107,7 @@ def recording(
         rehearses=record != "gradients",
         watches=True,
     )
-    kept = Compression(compression, mask_size, seed)
+    settings = Compression(compression, mask_size, seed)
     manifest = Manifest.of_run(
         task.module,
         optimizer,
@@ -123,7 +123,7 @@ def recording(
         undo.callback(steps.close)
         writer = undo.enter_context(StoreWriter(log, existing=existing))
         writer.write_manifest(replace(manifest, run=uuid4().hex).to_json())
-        recorder = LoopRecorder(steps, Recorder(steps.collector, writer, compression=kept, replay=replays))
+        recorder = LoopRecorder(steps, Recorder(steps.collector, writer, compression=settings, replay=replays))
         finished = False
         try:
             yield recorder

@@ -19,9 +19,9 @@ def note_missing(part: Path, what: str, why: str) -> None:
         OSError: it cannot be written.
     """
     path = own_path(part / MISSING)
-    told = read_missing(part) | {what: why[: _MOST // 64]}
+    missing = read_missing(part) | {what: why[: _MOST // 64]}
     path.unlink(missing_ok=True)
-    path.write_text(json.dumps(told, indent=2), encoding="utf-8", errors="backslashreplace")
+    path.write_text(json.dumps(missing, indent=2), encoding="utf-8", errors="backslashreplace")
 
 
 def read_missing(part: Path) -> dict[str, str]:
@@ -37,9 +37,9 @@ def read_missing(part: Path) -> dict[str, str]:
     with open(path, "rb") as file:
         data = file.read(_MOST + 1)
     try:
-        told = json.loads(data)
-        if len(data) > _MOST or not all(isinstance(why, str) for why in told.values()):
+        missing = json.loads(data)
+        if len(data) > _MOST or not all(isinstance(why, str) for why in missing.values()):
             raise ValueError("it does not say what is missing")
     except (ValueError, AttributeError, RecursionError) as error:
         raise LogCorrupted(f"{path} is not what was written ({error}); it can be removed.") from error
-    return dict(told)
+    return dict(missing)

@@ -101,13 +101,13 @@ class StoreReader:
 
     def _count_ranks(self) -> int:
         """The number of ranks according to the manifest; the directories of all of them exist, and no other."""
-        ranks, found = self.manifest["ranks"], rank_names(self._root)
-        if ranks != len(found) or found != names_of(len(found)):
+        ranks, names = self.manifest["ranks"], rank_names(self._root)
+        if ranks != len(names) or names != names_of(len(names)):
             raise LogCorrupted(
-                f"{self._root} holds {', '.join(sorted(found)) or 'no ranks'}, but its manifest says ranks={ranks!r:.20}, counted "
+                f"{self._root} holds {', '.join(sorted(names)) or 'no ranks'}, but its manifest says ranks={ranks!r:.20}, counted "
                 "from rank-0. Restore a missing directory from a copy, and move any other elsewhere."
             )
-        return len(found)
+        return len(names)
 
     def _refuse_short_ranks(self) -> None:
         """A run that was killed leaves ranks of different lengths; one that ended leaves them whole."""

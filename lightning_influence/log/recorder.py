@@ -181,7 +181,7 @@ class Recorder:
     @property
     def n_coordinates(self) -> int:
         """Coordinates on which per-sample gradients are kept, as the first step decided."""
-        return sum(kept.size for kept in (self.keeps or {}).values())
+        return sum(coordinates.size for coordinates in (self.keeps or {}).values())
 
     def bytes_written(self) -> tuple[float, int]:
         """Of an average step, and of a snapshot (0 where there is none), as the first ones turned out.
@@ -257,11 +257,13 @@ class Recorder:
         """Decide at the first step what is kept."""
         parameters = capture.parameters
         shapes = {name: tuple(parameters[name].shape) for name in shares}
-        told = self.compression
-        if told.kind == "auto" and told.budget is not None:
-            keeps = within_budget(shares, shapes, told.budget, seed=told.seed)
+        compression = self.compression
+        if compression.kind == "auto" and compression.budget is not None:
+            keeps = within_budget(shares, shapes, compression.budget, seed=compression.seed)
         else:
-            keeps = choose_coordinates(shares, shapes, compression=told.kind, mask_size=told.mask_size, seed=told.seed)
+            keeps = choose_coordinates(
+                shares, shapes, compression=compression.kind, mask_size=compression.mask_size, seed=compression.seed
+            )
         self.keeps = self.ranks.first(keeps)  # the sizes of the first batch may differ between the processes
         if self.ranks.rank == 0:
             self.writer.save(LAYOUT, *pack_layout(self.keeps, self.collector.update_name))
@@ -276,7 +278,7 @@ class Recorder:
         """A copy of a step's record on the kept coordinates, with the moments that are not yet in the block of steps."""
         if record.index % MOMENTS_EVERY == 0:
             self._with_moments = set()
-        kept = replace(
+        settings = replace(
             record,
             gradients={k: self._kept(k, g) for k, g in record.gradients.items()},
             moments={
@@ -286,10 +288,10 @@ class Recorder:
             },
             parameters={k: self._kept(k, p) for k, p in (record.parameters or {}).items()},
         )
-        self._with_moments |= kept.moments.keys()
+        self._with_moments |= settings.moments.keys()
         if not self.begun:
-            self._moment_bytes = sum(m.nbytes for moments in kept.moments.values() for m in moments)
-        return kept
+            self._moment_bytes = sum(m.nbytes for moments in settings.moments.values() for m in moments)
+        return settings
 
     def _kept(self, name: str, values: Tensor) -> Tensor:
         assert self.keeps is not None
@@ -320,7 +322,7 @@ class Recorder:
         replays = [m.replay for m in noted if m.replay is not None]
         for number, replay in enumerate(replays):
             tensors |= numbered(replay, number)
-        meta |= {"micro_batches": [told for _, told in replays]}
+        meta |= {"micro_batches": [entry for _, entry in replays]}
         self.writer.append(record.index, tensors, meta if self.verified is None else meta | {"removals": self.verified})
 
     def _check_clip(self, clip: Clip, index: int) -> None:

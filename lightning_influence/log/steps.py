@@ -180,32 +180,32 @@ class LoggedSteps:
         """Ids and training dynamics of the step's samples; None where some of them have none."""
         with decoding(f"step {index} of {self._log}"):
             parts = [self._dynamics(index, rank) for rank in range(self.reader.ranks)]
-            found = joined(parts)
-            return None if found is None else (self._samples(index)[0], found)
+            dynamics = joined(parts)
+            return None if dynamics is None else (self._samples(index)[0], dynamics)
 
     def _dynamics(self, index: int, rank: int) -> Dynamics | None:
         prefix, stored = "dynamics/", self.reader.names(index, rank)
         names = [name for name in stored if name.startswith(prefix)]
         if not names:
             return None
-        found = Dynamics(**{name.removeprefix(prefix): self.reader.tensor(index, name, rank) for name in names})
-        _check_dynamics(found, len(self.reader.tensor(index, "sample_ids", rank)))
-        return found
+        dynamics = Dynamics(**{name.removeprefix(prefix): self.reader.tensor(index, name, rank) for name in names})
+        _check_dynamics(dynamics, len(self.reader.tensor(index, "sample_ids", rank)))
+        return dynamics
 
     def _with_moments(self, steps: range) -> dict[int, StepRecord]:
         """Consecutive records, their moments read where they are stored and followed from there."""
         apply = UPDATES[self.manifest.update].apply
-        found, now = {}, dict[str, Moments]()
+        records, now = {}, dict[str, Moments]()
         for index in steps:
             record, stored = self._stored(index), set(self.reader.names(index))
             _check_record(record)
             now |= {k: m for k in record.gradients if (m := self._moments(index, k, stored)) is not None}
-            found[index] = replace(record, moments={k: now[k] for k in record.gradients})
-            _check_moments(found[index])
+            records[index] = replace(record, moments={k: now[k] for k in record.gradients})
+            _check_moments(records[index])
             for k, gradient in consumed_gradients(record).items():
                 effective = effective_gradient(gradient, (record.parameters or {}).get(k), record.hyper[k])
                 now[k] = apply(now[k], effective, record.hyper[k])[1]
-        return found
+        return records
 
     def _stored(self, index: int) -> StepRecord:
         meta = self.reader.meta(index)

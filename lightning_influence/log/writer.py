@@ -351,11 +351,11 @@ class StoreWriter:
         if self._manifest_written and not (self._root / MANIFEST).exists():
             return MANIFEST
         try:
-            found = os.lstat(self._dir / INDEX)
+            on_disk = os.lstat(self._dir / INDEX)
         except OSError:
             return INDEX
-        kept = os.path.samestat(found, os.fstat(self._index.fileno())) and found.st_size >= self._written
-        return None if kept else INDEX
+        ours = os.path.samestat(on_disk, os.fstat(self._index.fileno())) and on_disk.st_size >= self._written
+        return None if ours else INDEX
 
 
 def _replace(path: Path, parts: Sequence[bytes | memoryview]) -> None:

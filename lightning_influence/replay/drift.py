@@ -20,13 +20,13 @@ _HOOKS = ("on_after_backward", "on_before_optimizer_step", "configure_gradient_c
 
 def difference(passes: Passes, plan: Plan, planned: PlannedStep, state: State) -> str:
     """What differs, found at a step whose gradient is another than in the run, as sentences."""
-    found = [
+    differences = [
         *_not_repeatable(passes, planned, state),
         *_other_numbers(passes.module, planned),
         *_changes_of_gradients(passes.module),
         *_other_versions(plan),
     ]
-    return " ".join(found) if found else _nothing_found(passes.module)
+    return " ".join(differences) if differences else _nothing_found(passes.module)
 
 
 def difference_on_arrival(
@@ -35,16 +35,16 @@ def difference_on_arrival(
     """What differs in the state after some steps, found at the last of them."""
     missed = {k: _distance(arrived.parameters[k], p) for k, p in expected.parameters.items()}
     most = max(missed, key=missed.__getitem__)
-    told = f"Most of it is in {most}."
+    where = f"Most of it is in {most}."
     buffers = [
         k for k, b in expected.buffers.items() if k in arrived.buffers and _distance(arrived.buffers[k], b) > _SAME
     ]
     if buffers:
         return (
-            f"{told} The buffer {buffers[0]} is another than in the run: a hook or a callback writes to it. Write it inside "
+            f"{where} The buffer {buffers[0]} is another than in the run: a hook or a callback writes to it. Write it inside "
             "training_step."
         )
-    return f"{told} {difference(passes, plan, planned, before)}"
+    return f"{where} {difference(passes, plan, planned, before)}"
 
 
 def _not_repeatable(passes: Passes, planned: PlannedStep, state: State) -> Iterator[str]:
@@ -59,9 +59,9 @@ def _not_repeatable(passes: Passes, planned: PlannedStep, state: State) -> Itera
 
 
 def _other_numbers(module: nn.Module, planned: PlannedStep) -> Iterator[str]:
-    here = numbers_of(module)
+    present = numbers_of(module)
     for key in planned.micro_batches[0].moment.numbers:
-        if key not in here:
+        if key not in present:
             yield (
                 f"The run recorded {key.strip(':').replace(':', '.')}, a number that the module given does not have. Give a module "
                 "made as that of the run was."
@@ -94,11 +94,11 @@ def _other_versions(plan: Plan) -> Iterator[str]:
 
 def _nothing_found(module: nn.Module) -> str:
     """Parameters, buffers, optimizer state, batches and random states are those of the run; what is left are attributes."""
-    kept = sorted({name for m in module.modules() for name in _unrecorded(m)})
-    told = f", such as its attributes {', '.join(kept)[:200]}" if kept else ""
+    attributes = sorted({name for m in module.modules() for name in _unrecorded(m)})
+    examples = f", such as its attributes {', '.join(attributes)[:200]}" if attributes else ""
     return (
         "Parameters, buffers, batch and random state are those of the run, and the step gives the same when it is replayed twice. So "
-        f"training_step reads something else that was not recorded{told}, or its code has changed since. Keep what changes while "
+        f"training_step reads something else that was not recorded{examples}, or its code has changed since. Keep what changes while "
         "training in a buffer (register_buffer) that training_step itself writes."
     )
 

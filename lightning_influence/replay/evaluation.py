@@ -276,8 +276,8 @@ class StepEvaluator:
             return "none"
         # <u, J v> for u = J v, by a difference of gradients and by the product with the transpose
         expected = sum(float(m.double().square().sum()) for m in moved.values())
-        found = sum(float((whole[k] * direction[k].flatten()).sum()) for k in whole)
-        return "followed" if abs(found - expected) <= _BENT * expected else "not followed"
+        slope = sum(float((whole[k] * direction[k].flatten()).sum()) for k in whole)
+        return "followed" if abs(slope - expected) <= _BENT * expected else "not followed"
 
 
 def _is_stepped(name: str, planned: PlannedStep) -> bool:

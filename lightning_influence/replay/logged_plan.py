@@ -72,27 +72,27 @@ class LoggedPlan:
         record = self._steps.record(index)
         with decoding(f"step {index}"):
             recorded = [
-                (rank, number, told)
+                (rank, number, entry)
                 for rank in range(self._reader.ranks)
-                for number, told in enumerate(self._reader.meta(index, rank)["micro_batches"])
+                for number, entry in enumerate(self._reader.meta(index, rank)["micro_batches"])
             ]
             positions = [record.micro_batch_numbers == position for position in range(len(recorded))]
-            expect(all(bool(here.any()) for here in positions), "a micro-batch without samples")
-            expect(sum(int(here.sum()) for here in positions) == len(record.sample_ids), "samples of no micro-batch")
-            weights = [record.loss_weights[here] for here in positions]
+            expect(all(bool(own.any()) for own in positions), "a micro-batch without samples")
+            expect(sum(int(own.sum()) for own in positions) == len(record.sample_ids), "samples of no micro-batch")
+            weights = [record.loss_weights[own] for own in positions]
             factors = [float(w.sum() if record.averaged else w[0]) for w in weights]
         micro_batches = []
         moments = self._steps.moments_of(index)
-        for (rank, number, told), moment, here, factor in zip(recorded, moments, positions, factors, strict=True):
+        for (rank, number, entry), moment, own, factor in zip(recorded, moments, positions, factors, strict=True):
             assert moment is not None
             read = _Read(self._reader, index, rank)
-            ids = told.get("drawn") or record.sample_ids[here].tolist()
-            batch = self._batch(read, number, told, ids)
-            less = self._less(read, number, told, ids)
+            ids = entry.get("drawn") or record.sample_ids[own].tolist()
+            batch = self._batch(read, number, entry, ids)
+            less = self._less(read, number, entry, ids)
             random = read.generators(f"random/{number}/")
             with decoding(f"the random state of step {index}"):
                 _try_random_state(random)
-            micro_batches.append(PlannedMicroBatch(batch, moment, factor, int(here.sum()), random, less))
+            micro_batches.append(PlannedMicroBatch(batch, moment, factor, int(own.sum()), random, less))
         return PlannedStep(
             micro_batches,
             record.sample_ids,
@@ -105,7 +105,7 @@ class LoggedPlan:
 
     def snapshot(self, index: int) -> State:
         artifact, device = snapshot_name(index), self._task.device
-        found: dict[str, dict[str, Tensor]] = {"parameter": {}, "buffer": {}}
+        tensors: dict[str, dict[str, Tensor]] = {"parameter": {}, "buffer": {}}
         moments: dict[str, dict[int, Tensor]] = {}
         with decoding(f"the snapshot before step {index}"):
             for name in self._reader.artifact_names(artifact):
@@ -115,15 +115,15 @@ class LoggedPlan:
                     order, parameter = rest.split("/", 1)
                     moments.setdefault(parameter, {})[int(order)] = tensor
                 else:
-                    found[kind][rest] = tensor
-        late = {k: start for k, start in self._first_in.items() if k not in found["parameter"]}
+                    tensors[kind][rest] = tensor
+        late = {k: start for k, start in self._first_in.items() if k not in tensors["parameter"]}
         for k, start in late.items():
-            found["parameter"][k] = self._reader.artifact(snapshot_name(start), f"parameter/{k}").to(device)
+            tensors["parameter"][k] = self._reader.artifact(snapshot_name(start), f"parameter/{k}").to(device)
             moments[k] = {
-                i: torch.zeros_like(found["parameter"][k]) for i in range(len(UPDATES[self.optimizer].moments))
+                i: torch.zeros_like(tensors["parameter"][k]) for i in range(len(UPDATES[self.optimizer].moments))
             }
-        ordered = {k: tuple(moments.get(k, {})[i] for i in sorted(moments.get(k, {}))) for k in found["parameter"]}
-        state = State(found["parameter"], ordered, found["buffer"])
+        ordered = {k: tuple(moments.get(k, {})[i] for i in sorted(moments.get(k, {}))) for k in tensors["parameter"]}
+        state = State(tensors["parameter"], ordered, tensors["buffer"])
         with decoding(f"the snapshot before step {index}"):
             self._check(state)
         return state
@@ -149,14 +149,14 @@ class LoggedPlan:
         with decoding(f"the snapshot before step {index}"):
             held = [n.removeprefix(kind) for n in self._reader.artifact_names(artifact) if n.startswith(kind)]
             starts = {k: artifact if k in held else snapshot_name(start) for k, start in self._first_in.items()}
-            found = {k: self._reader.artifact(a, kind + k).to(self._task.device) for k, a in starts.items()}
-            self._check_parameters(found)
-            return found
+            parameters = {k: self._reader.artifact(a, kind + k).to(self._task.device) for k, a in starts.items()}
+            self._check_parameters(parameters)
+            return parameters
 
-    def _batch(self, read: _Read, number: int, told: dict[str, Any], ids: list[int]) -> Any:
-        if "structure" in told:
+    def _batch(self, read: _Read, number: int, entry: dict[str, Any], ids: list[int]) -> Any:
+        if "structure" in entry:
             with decoding(f"a batch of step {read.index}"):
-                batch = unpack_batch(told["structure"], lambda key: read.tensor(f"batch/{number}/{key}"))
+                batch = unpack_batch(entry["structure"], lambda key: read.tensor(f"batch/{number}/{key}"))
             return self._task.to_device(batch)
         if self._data.dataset is None:
             raise ConfigurationError(
@@ -164,8 +164,8 @@ class LoggedPlan:
                 "with InfluenceCallback(store_batches=True)."
             )
         batch = self._collated(read, number, ids)
-        recorded, found = read.tensor(f"fingerprint/{number}"), fingerprint(batch)
-        if recorded.shape != found.shape or not torch.allclose(found, recorded, rtol=_SAME, atol=_SAME):
+        recorded, computed = read.tensor(f"fingerprint/{number}"), fingerprint(batch)
+        if recorded.shape != computed.shape or not torch.allclose(computed, recorded, rtol=_SAME, atol=_SAME):
             raise ReplayDrift(
                 f"step {read.index}: data gives another batch for samples {ids[:4]}... than the run saw. Give the same "
                 "data, transforms and collate function; augmentation in loader workers cannot be repeated, so record that "
@@ -174,24 +174,24 @@ class LoggedPlan:
         return batch
 
     def _less(
-        self, read: _Read, number: int, told: dict[str, Any], ids: list[int]
+        self, read: _Read, number: int, entry: dict[str, Any], ids: list[int]
     ) -> Callable[[frozenset[int]], Any] | None:
         """The batch without some samples, where it is not the batch without their rows."""
-        if told.get("recollated"):
+        if entry.get("recollated"):
             return lambda gone: self._collated(read, number, [i for i in ids if i not in gone])
-        structures = told.get("less")
+        structures = entry.get("less")
         if not structures:
             return None
 
         def stored(gone: frozenset[int]) -> Any:
-            here = gone.intersection(ids)
-            if len(here) > 1:
+            own = gone.intersection(ids)
+            if len(own) > 1:
                 raise ConfigurationError(
                     f"step {read.index} relates its samples (a graph), and of its batch the log holds what is left without one "
-                    f"sample, not without the {len(here)} that a group has in it. Record with "
+                    f"sample, not without the {len(own)} that a group has in it. Record with "
                     "InfluenceCallback(store_batches=False), so that batches are collated from the data, or leave groups out."
                 )
-            (z,) = here
+            (z,) = own
             with decoding(f"a batch of step {read.index}"):
                 batch = unpack_batch(structures[str(z)], lambda key: read.tensor(f"less/{number}/{z}/{key}"))
             return self._task.to_device(batch)

@@ -175,8 +175,8 @@ class MeasuredRemovals:
         changes = {k: g.new_zeros(len(sets), g.numel()) for k, g in gradients.items()}
         for row, gone in enumerate(map(self._sets.members, sets.tolist())):
             for number, (part, micro_batch) in enumerate(zip(parts, planned.micro_batches, strict=True)):
-                here = planned.sample_ids[planned.micro_batch_numbers == number]
-                own = torch.isin(here, torch.tensor(sorted(gone))).nonzero()[:, 0]
+                in_micro_batch = planned.sample_ids[planned.micro_batch_numbers == number]
+                own = torch.isin(in_micro_batch, torch.tensor(sorted(gone))).nonzero()[:, 0]
                 if len(own) == 0:
                     continue
                 drawn = noted[number]
@@ -195,9 +195,9 @@ class MeasuredRemovals:
     ) -> Vectors:
         """Gradients of a micro-batch without a sample; with random numbers of its own, if they cannot be kept."""
         if random is not None:
-            found = self._passes.run(leaves, part.buffers, less, drawing=random).gradients
+            gradients = self._passes.run(leaves, part.buffers, less, drawing=random).gradients
             if random.lost is None:
-                return found
+                return gradients
         return self._passes.run(leaves, part.buffers, less).gradients
 
     def _without(

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from lightning_influence.capture.sums import block_sums, first_disagreement
-from lightning_influence.core.shares import Block, Form
+from lightning_influence.core.shares import CoordinateBlock, Form
 from lightning_influence.core.trajectory import Vectors
 
 _TOLERANCE = 1e-3  # relative to the change that a removal makes
@@ -94,10 +94,10 @@ class RemovalCheck:
 
 def not_the_sum(shares: Mapping[str, Form], gradients: Vectors) -> str | None:
     """The first parameter of whose gradient the shares are not additive parts, seen on a small block of coordinates."""
-    blocks = {k: Block.of(gradients[k]) for k in shares}
+    blocks = {k: CoordinateBlock.of(gradients[k]) for k in shares}
     expected = {k: block.select(gradients[k]) for k, block in blocks.items()}
-    found = first_disagreement(blocks, block_sums(blocks, shares), expected, _norm(gradients))
-    return None if found is None else found.parameter
+    disagreement = first_disagreement(blocks, block_sums(blocks, shares), expected, _norm(gradients))
+    return None if disagreement is None else disagreement.parameter
 
 
 def _norm(tensors: Vectors) -> float:

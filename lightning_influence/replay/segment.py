@@ -88,8 +88,11 @@ class Segment:
             nearest, state = max((i, s) for i, s in [*self._held.items(), self._last] if i <= index)
             self._last = nearest, state
             for i in range(nearest, index):
-                here = i - self.start
-                self._last = i + 1, state_after(self._update, self._records[here], self._last[1], self._buffers[here])
+                offset = i - self.start
+                self._last = (
+                    i + 1,
+                    state_after(self._update, self._records[offset], self._last[1], self._buffers[offset]),
+                )
                 if (i + 1 - self.start) % self._every == 0:
                     self._held[i + 1] = self._last[1]
         return self._last[1]

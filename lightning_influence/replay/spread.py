@@ -71,11 +71,11 @@ class Spread:
             packed = {k: pack(form) for k, form in forms.items()}
             tensors |= {f"{number}/{k}/{key}": t for k, (parts, _) in packed.items() for key, t in parts.items()}
             metas.append({k: meta for k, (_, meta) in packed.items()})
-        found: list[dict[str, Form]] = []
+        of_all: list[dict[str, Form]] = []
         for held, told in zip(self.ranks.gather_tensors(tensors), self.ranks.gather(metas), strict=True):
             for number, forms_of in enumerate(told):
-                found.append({k: _unpacked(meta, held, f"{number}/{k}/") for k, meta in forms_of.items()})
-        return found
+                of_all.append({k: _unpacked(meta, held, f"{number}/{k}/") for k, meta in forms_of.items()})
+        return of_all
 
 
 def _unpacked(meta: Mapping[str, Any], tensors: Mapping[str, Tensor], prefix: str) -> Form:
@@ -86,12 +86,12 @@ def _of_rows(planned: PlannedStep, rows: Tensor) -> PlannedStep:
     """Some samples of a step, by position, as a step of its own whose loss is their part of the whole step's."""
     micro_batches = list[PlannedMicroBatch]()
     for number, micro_batch in enumerate(planned.micro_batches):
-        here = (planned.micro_batch_numbers == number).nonzero()[:, 0]
-        kept = torch.isin(here, rows)
+        positions = (planned.micro_batch_numbers == number).nonzero()[:, 0]
+        kept = torch.isin(positions, rows)
         if bool(kept.all()):
             micro_batches.append(micro_batch)
         elif bool(kept.any()):
-            weights = planned.loss_weights[here]
+            weights = planned.loss_weights[positions]
             factor = float(weights[kept].sum() / weights.sum()) if planned.averaged else 1.0
             micro_batches.append(
                 replace(

@@ -124,14 +124,14 @@ class States:
     def evaluation(self, index: int) -> Evaluation:
         """The evaluation of a step; made again where it was not kept."""
         self._visit(index)
-        found = self._segment.evaluations.get(index) if self._segment is not None else None
-        if found is None and self._now is not None and self._now[0] == index:
-            found = self._now[1]
-        if found is None or (found.graph is None and self._evaluator.exact):
+        evaluation = self._segment.evaluations.get(index) if self._segment is not None else None
+        if evaluation is None and self._now is not None and self._now[0] == index:
+            evaluation = self._now[1]
+        if evaluation is None or (evaluation.graph is None and self._evaluator.exact):
             self._now = None
-            found = self._evaluate(index, self.state(index))
-            self._now = index, found
-        return found
+            evaluation = self._evaluate(index, self.state(index))
+            self._now = index, evaluation
+        return evaluation
 
     # -- parts ------------------------------------------------------------------------------------------------
 
@@ -237,20 +237,20 @@ class States:
 
     def _run(self, start: int, stop: int, state: State) -> Segment:
         steps = range(start, stop)
-        held, kept = self._held_of(start, len(steps)) if len(steps) > 1 else (1, 0)
+        held, saved = self._held_of(start, len(steps)) if len(steps) > 1 else (1, 0)
         segment = Segment(self._update, start, state, every=held)
         for index in tqdm(steps, desc="replay", unit="step", delay=2, leave=False, disable=not self._progress):
-            planned, here = self._plan.step(index), segment.state(index)
-            if len(segment.evaluations) < kept or index + 1 == stop:
-                evaluation = self._evaluate(index, here)
+            planned, before = self._plan.step(index), segment.state(index)
+            if len(segment.evaluations) < saved or index + 1 == stop:
+                evaluation = self._evaluate(index, before)
                 gradients, buffers = evaluation.gradients, evaluation.buffers
-                if len(segment.evaluations) < kept:
+                if len(segment.evaluations) < saved:
                     segment.evaluations[index] = evaluation
                 else:
                     self._now = index, evaluation
             else:
-                gradients, buffers = self._gradients(index, here)
-            segment.append(self._outline(index, planned, here, gradients), buffers)
+                gradients, buffers = self._gradients(index, before)
+            segment.append(self._outline(index, planned, before, gradients), buffers)
         if stop in self._plan.snapshots:
             first = self._between(start)[0]
             begun = state.parameters if first == start else self._plan.parameters(first)
@@ -271,10 +271,10 @@ class States:
         self.drift[stop] = distance(arrived.parameters, expected) / max(distance(begun, expected), 1e-30)
         if not self.drift[stop] <= _TOLERANCE:  # also where it is not a number
             last, before = self._plan.step(stop - 1), segment.state(stop - 1)
-            passes, there = self._evaluator.passes, self._plan.snapshot(stop)
+            passes, recorded = self._evaluator.passes, self._plan.snapshot(stop)
             raise ReplayDrift(
                 f"steps {start} to {stop - 1}: the replay misses the snapshot before step {stop} by {self.drift[stop]:.2g} of "
-                f"the way it went. {difference_on_arrival(passes, self._plan, last, before, arrived, there)}"
+                f"the way it went. {difference_on_arrival(passes, self._plan, last, before, arrived, recorded)}"
             )
 
     # -- backward ---------------------------------------------------------------------------------------------

@@ -48,13 +48,13 @@ def token_products(loss: Loss, parameters: dict[str, Tensor], vectors: Vectors) 
         with TokenLosses() as tokens:
             value = loss(leaves)
         gradients = torch.autograd.grad(value, list(leaves.values()), create_graph=True, materialize_grads=True)
-        found = []
+        of_tokens = []
         for i in range(len(next(iter(vectors.values())))):
             pairs = zip(leaves, gradients, strict=True)
             whole = torch.stack([(vectors[k][i].to(g) * g.flatten()).sum() for k, g in pairs]).sum()
             (each,) = torch.autograd.grad(whole, tokens.dials, retain_graph=True, materialize_grads=True)
-            found.append((each.detach(), whole.detach()))
-    products, total = (torch.stack(part) for part in zip(*found, strict=True))
+            of_tokens.append((each.detach(), whole.detach()))
+    products, total = (torch.stack(part) for part in zip(*of_tokens, strict=True))
     rest = (total - products.sum(1)).abs()
     if bool((rest > _REST * products.abs().sum(1) + 1e-30).any()):
         raise ConfigurationError(

@@ -189,8 +189,8 @@ class ReplayTrajectory:
         return self.plan.sample_ids(index)
 
     def shares(self, index: int) -> Mapping[str, Shares]:
-        kept = self.states.record(index).gradients
-        return {k: form for k, form in self.states.evaluation(index).shares.items() if k in kept}
+        gradients = self.states.record(index).gradients
+        return {k: form for k, form in self.states.evaluation(index).shares.items() if k in gradients}
 
     def select(self, name: str, values: Tensor) -> Tensor:
         return values.flatten(values.dim() - self._trained[name].dim())
@@ -203,11 +203,15 @@ class ReplayTrajectory:
         self._evaluator.exact = True
         graph = self.states.evaluation(index).graph
         assert graph is not None
-        here = {k: v.to(graph.parameters[k]) for k, v in vectors.items()}
-        if self._forward is not False and self.stopped_paths == "none" and len(next(iter(here.values()))) >= _MANY:
-            products = self._forwards(index, graph, here)
+        directions = {k: v.to(graph.parameters[k]) for k, v in vectors.items()}
+        if (
+            self._forward is not False
+            and self.stopped_paths == "none"
+            and len(next(iter(directions.values()))) >= _MANY
+        ):
+            products = self._forwards(index, graph, directions)
         else:
-            products = self._backwards(index, graph, here)
+            products = self._backwards(index, graph, directions)
         return {k: products[k].to(v) for k, v in vectors.items()}
 
     def _backwards(self, index: int, graph: GradientGraph, vectors: Vectors) -> Vectors:
@@ -276,26 +280,26 @@ class ReplayTrajectory:
         Args:
             like: tensors of the same shapes, where a process may find fewer than others.
         """
-        found = self._ranks.agreed(work)
+        vectors = self._ranks.agreed(work)
         if self._ranks.size == 1 or not self.states.evaluation(index).spread:
-            return found
-        return self._evaluator.spread.sum(found, like or found)
+            return vectors
+        return self._evaluator.spread.sum(vectors, like or vectors)
 
     def _product(self, product: Callable[..., Vectors], index: int, vectors: Vectors) -> Vectors:
         state = self.states.state(index)
         parameters = {k: state.parameters[k] for k in vectors}
-        here = {k: v.to(parameters[k]) for k, v in vectors.items()}
+        directions = {k: v.to(parameters[k]) for k, v in vectors.items()}
         part, at_once = self._part(index), self._at_once
 
-        def found() -> Vectors:
-            total = {k: torch.zeros_like(v) for k, v in here.items()}
+        def of_part() -> Vectors:
+            total = {k: torch.zeros_like(v) for k, v in directions.items()}
             for micro_batch in part.micro_batches:
                 loss = self._passes.loss_at(micro_batch, state)
-                for k, one in product(loss, parameters, here, at_once=at_once).items():
+                for k, one in product(loss, parameters, directions, at_once=at_once).items():
                     total[k] += one
             return total
 
-        total = self._summed(index, found)
+        total = self._summed(index, of_part)
         return {k: total[k].to(vectors[k]) for k in vectors}
 
 

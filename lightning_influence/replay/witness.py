@@ -138,7 +138,7 @@ def rehearse(
         with ReplayTrajectory(
             twin, plan, frozen_batch_norm=frozen_batch_norm, autocast=autocast, exact=False, progress=False
         ) as run:
-            found = run.gradient(0)
+            replayed = run.gradient(0)
             half = run.half
     except InfluenceError:
         raise
@@ -147,7 +147,9 @@ def rehearse(
             f"the training step cannot be run again, as a replay would ({type(error).__name__}: {error}). Record with "
             "record='gradients', or make the step depend on its batch and the module alone."
         ) from error
-    missed = {k: float((found[k] - g).double().norm()) if k in found else float(g.norm()) for k, g in expected.items()}
+    missed = {
+        k: float((replayed[k] - g).double().norm()) if k in replayed else float(g.norm()) for k, g in expected.items()
+    }
     size = sum(float(g.double().square().sum()) for g in expected.values()) ** 0.5
     narrow = any(g.dtype in (torch.float16, torch.bfloat16) for g in expected.values())
     distance = sum(m**2 for m in missed.values()) ** 0.5

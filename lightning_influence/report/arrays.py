@@ -24,7 +24,7 @@ class _Losses(Protocol):
     def losses(self) -> Tensor: ...
 
 
-class Dynamics(Protocol):
+class PageDynamics(Protocol):
     """Training dynamics as the page reads them (`trust.dynamics.TrainingDynamics`)."""
 
     @property
@@ -42,7 +42,7 @@ def arrays(
     *,
     labels: Mapping[int, str],
     groups: tuple[Sequence[str], Tensor] | None = None,
-    dynamics: Dynamics | None = None,
+    dynamics: PageDynamics | None = None,
 ) -> dict[str, Any]:
     """What JSON holds of a report for the page.
 
@@ -64,7 +64,7 @@ def arrays(
     names = sorted(set(labels.values()))
     number = {name: i for i, name in enumerate(names)}
     codes = torch.tensor([number.get(labels.get(z, ""), -1) for z in ids[order].tolist()], dtype=torch.int32)
-    found = {
+    tensors = {
         "queries": [str(q) for q in report.query_ids],
         "m": len(first),
         "ids": packed(ids[order]),
@@ -76,10 +76,10 @@ def arrays(
         "rows": {"starts": packed(starts), "steps": packed(steps), "scores": packed(scores.float())},
         "dynamics": None if dynamics is None else _dynamics(dynamics, visits, ids, first),
     }
-    return found
+    return tensors
 
 
-def _dynamics(dynamics: Dynamics, visits: Tensor, ids: Tensor, first: Tensor) -> dict[str, Any]:
+def _dynamics(dynamics: PageDynamics, visits: Tensor, ids: Tensor, first: Tensor) -> dict[str, Any]:
     """Losses at the visits of some samples, and what their labels are suspected of."""
     starts, (losses,) = _listed(visits, first, len(ids), dynamics.visits.losses)
     table = dynamics.suspects(len(dynamics.sample_ids)).set_index("sample_id").reindex(ids[first].numpy())

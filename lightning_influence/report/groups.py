@@ -93,10 +93,14 @@ class Groups:
         return tensors, {"names": list(self.names), "sizes": list(self.sizes)}
 
     @classmethod
-    def unpacked(cls, tensors: Mapping[str, Tensor], told: Mapping[str, Any], query_ids: Sequence[int | str]) -> Groups:
+    def unpacked(
+        cls, tensors: Mapping[str, Tensor], metadata: Mapping[str, Any], query_ids: Sequence[int | str]
+    ) -> Groups:
         """The inverse of `packed`."""
         rows = RowScores(*(tensors[_PREFIX + field.name] for field in fields(RowScores)))
-        return cls([str(name) for name in told["names"]], [int(size) for size in told["sizes"]], rows, query_ids)
+        return cls(
+            [str(name) for name in metadata["names"]], [int(size) for size in metadata["sizes"]], rows, query_ids
+        )
 
 
 TENSORS = tuple(_PREFIX + field.name for field in fields(RowScores))

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from lightning_influence.core.scores import mean_score
 from lightning_influence.errors import ConfigurationError
-from lightning_influence.report.arrays import Dynamics, arrays
+from lightning_influence.report.arrays import PageDynamics, arrays
 from lightning_influence.report.groups import Groups
 from lightning_influence.report.numbers import short, signed
 from lightning_influence.report.rendering import (
@@ -113,7 +113,7 @@ def page(
     queries: Any = None,
     groups: Sequence[Any] | Mapping[int, Any] | Tensor | None = None,
     classes: Sequence[str] | None = None,
-    dynamics: Dynamics | None = None,
+    dynamics: PageDynamics | None = None,
     tokens: TokenScores | None = None,
     k: int = 8,
     title: str = "Influence report",
@@ -206,8 +206,8 @@ def _view(
     largest = max(float(top.score.abs().max()), float(bottom.score.abs().max())) or 1.0
 
     def cards(table: Any, sign: int) -> list[_Card]:
-        found = ((int(r.sample_id), float(r.score)) for r in table.itertuples() if sign * r.score > 0)
-        return [_Card(z, s, abs(s) / largest, samples.content(z), samples.label(z)) for z, s in found]
+        scored = ((int(r.sample_id), float(r.score)) for r in table.itertuples() if sign * r.score > 0)
+        return [_Card(z, s, abs(s) / largest, samples.content(z), samples.label(z)) for z, s in scored]
 
     label = "" if asked is None or query is None else asked.label(number)
     return {
@@ -218,13 +218,13 @@ def _view(
     }
 
 
-def _in_doubt(found: Any, samples: _Samples, said: Callable[[Any], Sequence[str]]) -> list[_Card]:
+def _in_doubt(suspects: Any, samples: _Samples, said: Callable[[Any], Sequence[str]]) -> list[_Card]:
     """The samples of a table of suspects.
 
     Args:
         said: note and words of a row.
     """
-    largest = float(found.suspicion.max()) if len(found) else 1.0
+    largest = float(suspects.suspicion.max()) if len(suspects) else 1.0
     return [
         _Card(
             z := int(row.sample_id),
@@ -234,7 +234,7 @@ def _in_doubt(found: Any, samples: _Samples, said: Callable[[Any], Sequence[str]
             samples.label(z),
             *said(row),
         )
-        for row in found.itertuples()
+        for row in suspects.itertuples()
     ]
 
 
@@ -242,16 +242,16 @@ def _suspects(report: Scores, samples: _Samples, k: int) -> list[_Card]:
     return _in_doubt(report.suspects().head(k), samples, lambda row: [f"harms {row.harmed:.0%} of the queries"])
 
 
-def _mislabelled(report: Scores, dynamics: Dynamics, samples: _Samples, k: int) -> list[_Card]:
+def _mislabelled(report: Scores, dynamics: PageDynamics, samples: _Samples, k: int) -> list[_Card]:
     """Samples of the report for which the network found another label the more likely one."""
-    found = dynamics.suspects()
-    found = found[found.sample_id.isin(report.sample_ids.numpy())].head(k)
+    suspects = dynamics.suspects()
+    suspects = suspects[suspects.sample_id.isin(report.sample_ids.numpy())].head(k)
 
     def said(row: Any) -> list[str]:
         rather = f"rather {samples.named(str(row.suggested))}" if row.suggested >= 0 else "doubtful"
         return [f"loss {row.loss:.3g}", rather]
 
-    return _in_doubt(found, samples, said)
+    return _in_doubt(suspects, samples, said)
 
 
 def _texts(report: Scores, tokens: TokenScores, tokenizer: Any) -> list[dict[str, Any]]:
@@ -264,11 +264,11 @@ def _texts(report: Scores, tokens: TokenScores, tokenizer: Any) -> list[dict[str
         table = tokens.of(sample_id)
         largest = float(table.score.abs().max()) or 1.0
         spelt = [f"{z} " if tokenizer is None else str(tokenizer.decode([z])) for z in table.token.tolist()]
-        told = [
+        cells = [
             {"text": text, "score": score, "share": abs(score) / largest}
             for text, score in zip(spelt, table.score.tolist(), strict=True)
         ]
-        texts.append({"sample_id": sample_id, "score": float(table.score.sum()), "tokens": told})
+        texts.append({"sample_id": sample_id, "score": float(table.score.sum()), "tokens": cells})
     return texts
 
 

@@ -73,8 +73,8 @@ class Plots:
                 sample = samples[row.sample_id]
                 place.imshow(_picture(row.sample_id, render(sample)), cmap="gray")
                 label = label_of(sample)
-                told = f"sample {row.sample_id}" + (f", label {label}" if label else "")
-                place.set_title(f"{told}\n{row.score:+.2g}", fontsize=7, color=colour)
+                title = f"sample {row.sample_id}" + (f", label {label}" if label else "")
+                place.set_title(f"{title}\n{row.score:+.2g}", fontsize=7, color=colour)
         return figure
 
     @staticmethod

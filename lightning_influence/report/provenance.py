@@ -31,8 +31,8 @@ class Estimate:
     def from_json(cls, entry: Any) -> Estimate | None:
         """From its three numbers or, as reports had it before version 2, the first interval of a text."""
         if isinstance(entry, str):
-            found = _INTERVAL.search(entry)
-            return None if found is None else cls(*map(float, found.groups()))
+            match = _INTERVAL.search(entry)
+            return None if match is None else cls(*map(float, match.groups()))
         numbers = [_number(_mapping(entry).get(f.name)) for f in fields(cls)]
         return None if None in numbers else cls(*numbers)  # type: ignore[arg-type]
 

@@ -12,7 +12,7 @@ from lightning_influence.report.scores import Scores
 from lightning_influence.report.tables import made
 
 if TYPE_CHECKING:
-    from lightning_influence.report.arrays import Dynamics
+    from lightning_influence.report.arrays import PageDynamics
     from lightning_influence.report.plots import Plots
     from lightning_influence.report.rendering import Render
     from lightning_influence.report.tokens import TokenScores
@@ -38,7 +38,7 @@ class InfluenceReport(Scores):
         queries: Any = None,
         groups: Sequence[Any] | Mapping[int, Any] | Tensor | None = None,
         classes: Sequence[str] | None = None,
-        dynamics: Dynamics | None = None,
+        dynamics: PageDynamics | None = None,
         tokens: TokenScores | None = None,
         k: int = 8,
         title: str = "Influence report",

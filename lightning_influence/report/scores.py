@@ -258,8 +258,8 @@ def _validate(rows: RowScores) -> None:
     if wrong.any():
         row = int(wrong.any(1).nonzero()[0])
         seen = rows.scores[row][wrong[row]][0]
-        told = f"is {float(seen):.3g}" if seen.isfinite() else "is not finite"
+        why = f"is {float(seen):.3g}" if seen.isfinite() else "is not finite"
         raise InfluenceError(
-            f"the score of sample {int(rows.sample_ids[row])} at step {int(rows.steps[row])} {told}; the query "
+            f"the score of sample {int(rows.sample_ids[row])} at step {int(rows.steps[row])} {why}; the query "
             "loss or the model's parameters are not finite, or they overflowed on the way."
         )

@@ -46,9 +46,9 @@ def write_csv(table: pd.DataFrame, path: str | Path) -> None:
     safe.to_csv(made(path), index=False, errors="backslashreplace")
 
 
-def in_notebook(told: str, table: pd.DataFrame) -> str:
+def in_notebook(text: str, table: pd.DataFrame) -> str:
     """A line above a table, for the output of a notebook's cell."""
-    return f"<div>{html.escape(told)}</div>{table.to_html(index=False, max_rows=20, float_format='{:.4g}'.format)}"
+    return f"<div>{html.escape(text)}</div>{table.to_html(index=False, max_rows=20, float_format='{:.4g}'.format)}"
 
 
 def _quoted(cell: Any) -> Any:

@@ -47,11 +47,11 @@ class TokenScores:
         """
         import pandas as pd
 
-        found = (self.sample_ids == sample_id).nonzero()[:, 0].tolist()
-        if not found:
+        positions = (self.sample_ids == sample_id).nonzero()[:, 0].tolist()
+        if not positions:
             shown = ", ".join(map(str, self.sample_ids[:10].tolist()))
             raise ConfigurationError(f"sample_id={sample_id!r} has no token scores here; these samples have: {shown}.")
-        i = found[0]
+        i = positions[0]
         columns = {"position": self.positions[i], "token": self.tokens[i], "score": mean_score(self.scores[i])}
         return pd.DataFrame({name: column.numpy() for name, column in columns.items()})
 

@@ -72,12 +72,12 @@ def _approximations(made: Provenance) -> Iterator[Trust]:
 
 
 def _removals(removals: RemovalSummary) -> Trust:
-    told = f"{str(removals)[0].upper()}{str(removals)[1:]}."
+    text = f"{str(removals)[0].upper()}{str(removals)[1:]}."
     if removals.by == "rerun":
-        return Trust("Removals", "measured", "solid", told)
+        return Trust("Removals", "measured", "solid", text)
     if removals.verified:
-        return Trust("Removals", "verified", _level_of(removals.largest_error, 0.01), told)
-    return Trust("Removals", "not verified", "unknown", told)
+        return Trust("Removals", "verified", _level_of(removals.largest_error, 0.01), text)
+    return Trust("Removals", "not verified", "unknown", text)
 
 
 def _errors(errors: dict[str, float], made: Provenance) -> Iterator[Trust]:
@@ -86,23 +86,23 @@ def _errors(errors: dict[str, float], made: Provenance) -> Iterator[Trust]:
         assumed = f"{made.optimizer_assumption.upper()} assumed"
         yield Trust("Optimizer", assumed, "caution", "The run used another: these scores are a baseline.")
     elif "config" in errors:
-        told = f"Followed as it trained. Scores that assume plain SGD differ from these by {percent(errors['config'])}."
-        yield Trust("Optimizer", made.optimizer or "followed", "solid", told)
+        text = f"Followed as it trained. Scores that assume plain SGD differ from these by {percent(errors['config'])}."
+        yield Trust("Optimizer", made.optimizer or "followed", "solid", text)
     for name, size in errors.items():
         if name != "config" or made.optimizer_assumption is not None:
-            told = _ERRORS.get(name, "Of the scores.")
-            yield Trust(f"{name} error".capitalize(), percent(size), _level_of(size, 0.1), told)
+            text = _ERRORS.get(name, "Of the scores.")
+            yield Trust(f"{name} error".capitalize(), percent(size), _level_of(size, 0.1), text)
 
 
 def _retraining(measured: Measured) -> Iterator[Trust]:
     """What cannot be reproduced cannot be predicted: agreement is trusted no further than the ceiling."""
     ceiling = measured.ceiling
     if ceiling is None:
-        told = "check_faithfulness retrains, and says what scores can reach."
-        yield Trust("Ceiling", "not measured", "unknown", told)
+        text = "check_faithfulness retrains, and says what scores can reach."
+        yield Trust("Ceiling", "not measured", "unknown", text)
     else:
-        told = "Agreement of retraining with itself, from a slightly moved initialisation."
-        yield Trust("Ceiling", str(ceiling), _level_of_agreement(ceiling), told)
+        text = "Agreement of retraining with itself, from a slightly moved initialisation."
+        yield Trust("Ceiling", str(ceiling), _level_of_agreement(ceiling), text)
     if measured.conclusion is not None:
         levels = [_level_of_agreement(e) for e in (measured.agreement, ceiling or measured.agreement)]
         yield Trust("Measured", "against retraining", max(levels, key=_LEVELS.index), measured.conclusion)

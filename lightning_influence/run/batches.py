@@ -15,9 +15,9 @@ from lightning_influence.errors import ConfigurationError
 
 def leaves(batch: Any) -> list[Tensor]:
     """The tensors of a batch, in the order of its structure."""
-    found: list[Tensor] = []
-    apply_to_collection(batch, Tensor, found.append)
-    return found
+    tensors: list[Tensor] = []
+    apply_to_collection(batch, Tensor, tensors.append)
+    return tensors
 
 
 def copied(batch: Any) -> Any:
@@ -58,14 +58,14 @@ def without(batch: Any, rows: Tensor, n: int | None = None) -> Any:
     return _chosen(batch, batch, n, [i for i in range(n) if i not in leave])
 
 
-def _chosen(node: Any, batch: Any, n: int, kept: list[int]) -> Any:
+def _chosen(node: Any, batch: Any, n: int, rows: list[int]) -> Any:
     def chosen(inner: Any) -> Any:
         if isinstance(inner, Tensor):
             has_samples = inner.dim() > 0 and inner.shape[0] == n
-            return inner[torch.tensor(kept, device=inner.device)] if has_samples else inner
+            return inner[torch.tensor(rows, device=inner.device)] if has_samples else inner
         if len(inner) == n and (_is_plain(inner) or (inner is not batch and _holds_samples(inner, batch))):
-            return type(inner)([inner[i] for i in kept])
-        values = [_chosen(value, batch, n, kept) for value in inner]
+            return type(inner)([inner[i] for i in rows])
+        values = [_chosen(value, batch, n, rows) for value in inner]
         return type(inner)(*values) if hasattr(inner, "_fields") else type(inner)(values)
 
     return apply_to_collection(node, (Tensor, list, tuple), chosen)
@@ -73,17 +73,17 @@ def _chosen(node: Any, batch: Any, n: int, kept: list[int]) -> Any:
 
 def _lists(batch: Any) -> list[Any]:
     """The lists and tuples inside a batch."""
-    found: list[Any] = []
+    lists: list[Any] = []
 
     def look(node: Any) -> Any:
         if node is not batch:
-            found.append(node)
+            lists.append(node)
         for value in node:
             apply_to_collection(value, (list, tuple), look)
         return node
 
     apply_to_collection(batch, (list, tuple), look)
-    return found
+    return lists
 
 
 def _holds_samples(node: Any, batch: Any) -> bool:
@@ -118,12 +118,12 @@ def to_device(batch: Any, device: torch.device) -> Any:
 
 def fingerprint(batch: Any) -> Tensor:
     """Two float64 numbers a tensor, ``(n_tensors, 2)``, that tell one batch from another up to rounding."""
-    found = []
+    parts = []
     for leaf in leaves(batch):
         values = leaf.detach().flatten().double()
         ramp = torch.arange(1, len(values) + 1, dtype=torch.float64, device=values.device)
-        found.append(torch.stack([values.abs().sum(), (values * ramp.cos()).sum()]))
-    return torch.stack(found).cpu() if found else torch.zeros(0, 2, dtype=torch.float64)
+        parts.append(torch.stack([values.abs().sum(), (values * ramp.cos()).sum()]))
+    return torch.stack(parts).cpu() if parts else torch.zeros(0, 2, dtype=torch.float64)
 
 
 def pack_batch(batch: Any) -> tuple[dict[str, Tensor], Any]:

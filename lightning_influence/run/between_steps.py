@@ -41,9 +41,9 @@ class BetweenSteps:
         if not self._left:
             return
         now = _looked_at([*self._module.named_parameters(), *self._module.named_buffers()])
-        here = {k: now[k] for k in self._left if k in now}
-        if not _same(here, {k: self._left[k] for k in here}):
-            changed = next(k for k in here if not _same({k: here[k]}, {k: self._left[k]}))
+        present = {k: now[k] for k in self._left if k in now}
+        if not _same(present, {k: self._left[k] for k in present}):
+            changed = next(k for k in present if not _same({k: present[k]}, {k: self._left[k]}))
             raise ConfigurationError(
                 f"{changed} has changed since the last step, outside training_step and the optimizer's step: a hook or a callback "
                 "sets it (an average of the weights that the loss looks at, weights that are clamped, a schedule kept in a "
@@ -53,13 +53,13 @@ class BetweenSteps:
 
 
 def _looked_at(named: Iterable[tuple[str, Tensor]]) -> dict[str, Tensor]:
-    found = {}
+    values = {}
     for name, tensor in named:
         flat = tensor.detach().reshape(-1)
-        found[name] = flat[:: max(1, len(flat) // _LOOKED_AT)].double()  # a copy, unless it is double
-        if found[name].dtype == tensor.dtype:
-            found[name] = found[name].clone()
-    return found
+        values[name] = flat[:: max(1, len(flat) // _LOOKED_AT)].double()  # a copy, unless it is double
+        if values[name].dtype == tensor.dtype:
+            values[name] = values[name].clone()
+    return values
 
 
 def _same(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> bool:

@@ -69,10 +69,10 @@ class Dynamics:
 
 def joined(parts: Sequence[Dynamics | None]) -> Dynamics | None:
     """The samples of several batches, one after the other; None where a batch has none or they are over other classes."""
-    found = [part for part in parts if part is not None]
-    if len(found) < len(parts) or len({part.log_probabilities.shape[1] for part in found}) != 1:
+    given = [part for part in parts if part is not None]
+    if len(given) < len(parts) or len({part.log_probabilities.shape[1] for part in given}) != 1:
         return None
-    return Dynamics(**{name: torch.cat([part.columns()[name] for part in found]) for name in found[0].columns()})
+    return Dynamics(**{name: torch.cat([part.columns()[name] for part in given]) for name in given[0].columns()})
 
 
 @dataclass(frozen=True)
@@ -218,7 +218,7 @@ def _labels(classes: Tensor, labels: Tensor, counted: Tensor) -> _Labels | None:
         return None
     own = classes.gather(-1, labels[..., None])[..., 0]
     single, nothing = labels.numel() == rows, labels.new_full((rows,), -1)
-    kept = classes.reshape(rows, -1).half() if single and n <= MAX_CLASSES else classes.new_zeros(rows, 0).half()
+    logits = classes.reshape(rows, -1).half() if single and n <= MAX_CLASSES else classes.new_zeros(rows, 0).half()
     best, other = classes.scatter_(-1, labels[..., None], -torch.inf).max(-1)
     return _Labels(
         _rows(counted).float(),
@@ -226,7 +226,7 @@ def _labels(classes: Tensor, labels: Tensor, counted: Tensor) -> _Labels | None:
         _rows(torch.where(counted, own, 0)).float(),
         (torch.where(counted, labels, -1).view(rows) if single else nothing).cpu(),
         (torch.where(counted, other, -1).view(rows) if single else nothing).cpu(),
-        kept.cpu(),
+        logits.cpu(),
     )
 
 
@@ -268,8 +268,8 @@ def scalar_loss(value: Any, source: str) -> Tensor:
         ConfigurationError: it is not one number.
     """
     if not isinstance(value, Tensor) or value.numel() != 1:
-        found = f"a tensor of shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
+        what = f"a tensor of shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
         raise ConfigurationError(
-            f"{source} returned {found}; influence needs a scalar loss, or, of a training_step, a dict with one under 'loss'."
+            f"{source} returned {what}; influence needs a scalar loss, or, of a training_step, a dict with one under 'loss'."
         )
     return value.squeeze()

@@ -61,9 +61,9 @@ def numbers_at(module: nn.Module, numbers: Mapping[str, float]) -> Iterator[None
 def _set_numbers(module: nn.Module, numbers: Mapping[str, float]) -> None:
     for path, m in _own_modules(module):
         for name, holder, value in list(_numbers_in(m)):
-            there = numbers.get(f"{path}:{name}", value)
-            if there != value or type(there) is not type(value):
-                holder[name.rpartition("/")[2]] = there
+            recorded = numbers.get(f"{path}:{name}", value)
+            if recorded != value or type(recorded) is not type(value):
+                holder[name.rpartition("/")[2]] = recorded
 
 
 def _own_modules(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:

@@ -49,9 +49,9 @@ class Ranks:
         """What each process gives, in their order."""
         if self.size == 1:
             return [value]
-        found: list[Any] = [None] * self.size
-        dist.all_gather_object(found, value, group=self.group)
-        return found
+        gathered: list[Any] = [None] * self.size
+        dist.all_gather_object(gathered, value, group=self.group)
+        return gathered
 
     def gather_tensors(self, tensors: Mapping[str, Tensor]) -> list[dict[str, Tensor]]:
         """The tensors of each process, in their order; names and shapes may differ from process to process."""
@@ -59,7 +59,7 @@ class Ranks:
             return [dict(tensors)]
         home = next((t.device for t in tensors.values()), self.device)
         told = self.gather({name: (t.shape, t.dtype) for name, t in tensors.items()})
-        found: list[dict[str, Tensor]] = [{} for _ in told]
+        gathered: list[dict[str, Tensor]] = [{} for _ in told]
         for dtype in sorted({dtype for one in told for _, dtype in one.values()}, key=str):
             shapes = [{name: shape for name, (shape, of) in one.items() if of == dtype} for one in told]
             sizes = [sum(shape.numel() for shape in one.values()) for one in shapes]
@@ -68,9 +68,9 @@ class Ranks:
                 place.copy_(tensors[name])
             parts = [torch.empty_like(flat) for _ in told]
             dist.all_gather(parts, flat, group=self.group)
-            for one, part, named in zip(found, parts, shapes, strict=True):
+            for one, part, named in zip(gathered, parts, shapes, strict=True):
                 one |= _split(part.to(home), named)
-        return found
+        return gathered
 
     def agreed(self, work: Callable[[], _T]) -> _T:
         """What ``work`` gives, where every process can do it; where one cannot, none goes on.
@@ -82,7 +82,7 @@ class Ranks:
             return work()
         failed: Exception | None = None
         try:
-            found = work()
+            result = work()
         except Exception as error:
             failed = error
         kind = type(failed) if isinstance(failed, InfluenceError) else RuntimeError
@@ -92,7 +92,7 @@ class Ranks:
         for rank, reason in enumerate(reasons):
             if reason is not None:
                 raise reason[0](f"process {rank} of {self.size} failed: {reason[1]}")
-        return found
+        return result
 
     def wait(self) -> None:
         """Until all of them are here."""

@@ -43,7 +43,7 @@ def sample_weights(batch: Any, n_samples: int, source: WeightSource = None) -> T
 def _default(batch: Any, n_samples: int) -> Tensor:
     labels = batch.get("labels") if isinstance(batch, Mapping) else None
     if isinstance(labels, Tensor) and labels.dim() == 2 and not labels.is_floating_point():
-        kept = labels != IGNORED_LABEL
-        if not kept.all():
-            return kept[:, 1:].sum(1)
+        counted = labels != IGNORED_LABEL
+        if not counted.all():
+            return counted[:, 1:].sum(1)
     return torch.ones(n_samples)

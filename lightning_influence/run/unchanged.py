@@ -54,15 +54,15 @@ def unchanged(module: nn.Module, datamodule: Any = None) -> Iterator[None]:
     Args:
         datamodule: whose hooks prepare batches; its attributes are put back, too, but not what they are like inside.
     """
-    kept = _Kept(own=_packages_of(module))
+    snapshot = _Kept(own=_packages_of(module))
     for value in (module, *module.parameters(), *module.buffers()):  # a scripted module's are not among its attributes
-        kept.look(value)
-    kept.note_attributes(datamodule)
+        snapshot.look(value)
+    snapshot.note_attributes(datamodule)
     try:
-        with kept.large if kept.large.tensors else nullcontext():
+        with snapshot.large if snapshot.large.tensors else nullcontext():
             yield
     finally:
-        kept.put_back()
+        snapshot.put_back()
 
 
 def _packages_of(module: nn.Module) -> frozenset[str]:

@@ -29,7 +29,7 @@ from lightning_influence.run.data import TrainingData
 from lightning_influence.run.random_state import random_state
 from lightning_influence.run.task import Task, as_task
 from lightning_influence.scoring.groups import GroupsOf, named_groups
-from lightning_influence.scoring.memory import Holding, MaxMemory, bytes_of, held_by_a_sweep
+from lightning_influence.scoring.memory import Holding, MaxMemory, held_by_a_sweep, memory_in_bytes
 from lightning_influence.scoring.processes import Deal, Fabric, Run
 from lightning_influence.scoring.queries import Queries, Target, check_target, count_queries, query_gradients
 from lightning_influence.scoring.query_loss import QueryLoss
@@ -120,7 +120,7 @@ def attribute(
                 method,
                 dict(task.module.named_parameters()),
                 max(len(deal.queries), 1),
-                bytes_of(max_memory, task.device, deal.everyone.size),
+                memory_in_bytes(max_memory, task.device, deal.everyone.size),
             )
         )
         sizes = _sizes(consumed_by(trajectory, samples or ()), named)
@@ -296,10 +296,10 @@ def _check_model(steps: LoggedSteps, task: Task) -> None:
         )
     for name, shape in steps.manifest.shapes.items():
         if name not in parameters or list(parameters[name].shape) != shape:
-            found = "no such parameter" if name not in parameters else f"shape {list(parameters[name].shape)}"
+            seen = "no such parameter" if name not in parameters else f"shape {list(parameters[name].shape)}"
             raise LogError(
                 f"this is the log of another model: it records {name} of shape {shape}, and the {type(task.module).__name__} given "
-                f"has {found}. Give the module that was trained with this log."
+                f"has {seen}. Give the module that was trained with this log."
             )
     for what, why in steps.reader.missing.items():
         warnings.warn(f"the log lacks {what}: {why}", stacklevel=5)
@@ -357,8 +357,8 @@ def _provenance(
         ),
     )
     if not isinstance(trajectory, ReplayTrajectory):  # what the run itself verified while it was recorded
-        told = steps.reader.meta(len(trajectory) - 1).get("removals")
-        return replace(made, removals=RemovalSummary.from_json(told))
+        verified = steps.reader.meta(len(trajectory) - 1).get("removals")
+        return replace(made, removals=RemovalSummary.from_json(verified))
     removals = RemovalSummary.from_json(trajectory.removals.to_metadata())
     return replace(
         made,

@@ -26,18 +26,18 @@ def named_groups(groups: GroupsOf) -> dict[str, list[int]]:
         >>> named_groups({"odd": [3, 1], "small": range(2)})
         {'odd': [1, 3], 'small': [0, 1]}
     """
-    found: dict[Any, list[int]] = {}
+    members: dict[Any, list[int]] = {}
     if isinstance(groups, Mapping):
         for name, ids in groups.items():
-            found[name] = _ids(name, ids)
+            members[name] = _ids(name, ids)
     else:
         labels = groups.tolist() if isinstance(groups, Tensor) else list(groups)
         for sample, label in enumerate(labels):
             if label is not None:
-                found.setdefault(label, []).append(sample)
-    named = {str(name): ids for name, ids in found.items()}
-    if len(named) < len(found):
-        raise ConfigurationError(f"groups has several groups of one name among {list(found)[:8]}; name them apart.")
+                members.setdefault(label, []).append(sample)
+    named = {str(name): ids for name, ids in members.items()}
+    if len(named) < len(members):
+        raise ConfigurationError(f"groups has several groups of one name among {list(members)[:8]}; name them apart.")
     if not named:
         raise ConfigurationError("groups names no group; give a label per training sample, or sample ids by name.")
     return named

@@ -52,7 +52,7 @@ class Holding:
     in_files: bool = False
 
 
-def bytes_of(max_memory: MaxMemory, device: torch.device, processes: int = 1) -> int:
+def memory_in_bytes(max_memory: MaxMemory, device: torch.device, processes: int = 1) -> int:
     """The bytes that a process may hold on a device.
 
     Args:

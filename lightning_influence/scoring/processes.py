@@ -77,13 +77,13 @@ class Deal:
         replay = Ranks(rank, together, fabric.device, of_torch)
         return cls(queries, _dealt(sets, run, replay), everyone, replay)
 
-    def holding(self, found: Callable[[], Holding]) -> Holding:
+    def holding(self, own: Callable[[], Holding]) -> Holding:
         """What all processes that share a replay can hold.
 
         Args:
-            found: says what this one can.
+            own: says what this one can.
         """
-        every = self.replay.gather(self.replay.agreed(found))
+        every = self.replay.gather(self.replay.agreed(own))
         names = ("memory_window", "queries", "replay", "pairs")
         return Holding(**{k: min(getattr(h, k) for h in every) for k in names}, in_files=any(h.in_files for h in every))
 
@@ -96,8 +96,8 @@ class Deal:
         if self.everyone.size == 1:
             return rows
         if self.replay.size > 1:
-            found = enumerate(_of_all(rows, self.replay))
-            numbered = [_renumbered(own, rank, self.replay.size, groups) for rank, own in found]
+            of_ranks = enumerate(_of_all(rows, self.replay))
+            numbered = [_renumbered(own, rank, self.replay.size, groups) for rank, own in of_ranks]
             rows = _in_order(RowScores.joined(numbered, rows.n_queries), run)
         return RowScores.beside(_of_all(rows, self.everyone)[:: self.replay.size])
 
@@ -126,7 +126,7 @@ def _dealt(sets: RemovalSets, run: Run, ranks: Ranks) -> RemovalSets:
 def _of_all(rows: RowScores, ranks: Ranks) -> list[RowScores]:
     """The rows of each process."""
     own = {field.name: getattr(rows, field.name) for field in fields(rows)}
-    return [RowScores(**found) for found in ranks.gather_tensors(own)]
+    return [RowScores(**columns) for columns in ranks.gather_tensors(own)]
 
 
 def _renumbered(rows: RowScores, rank: int, size: int, groups: int) -> RowScores:

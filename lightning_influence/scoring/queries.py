@@ -186,8 +186,8 @@ def query_gradients(
             rows, seen = list[Vectors](), 0
             for batch in bar:
                 n = batch_size(batch)
-                here = [i for i in range(n) if only is None or seen + i in only]
-                rows += _each_gradient(losses, batch, here, chosen, select) if here else ()
+                chosen_examples = [i for i in range(n) if only is None or seen + i in only]
+                rows += _each_gradient(losses, batch, chosen_examples, chosen, select) if chosen_examples else ()
                 seen += n
         else:
             rows = [_target_gradient(losses, bar, chosen, select, target)]
@@ -221,9 +221,9 @@ def query_curvature(
         columns = []
         with _asked(task), differentiable_attention():
             for graph in _gradient_graphs(LossOfQueries(task, query_loss), batches, parameters):
-                here = {k: directions[k].to(graph.parameters[k]) for k in names}
-                products = graph.hessian_product(here)
-                columns.append(torch.stack([(products[k] * here[k]).sum(1) for k in names]).sum(0))
+                placed = {k: directions[k].to(graph.parameters[k]) for k in names}
+                products = graph.hessian_product(placed)
+                columns.append(torch.stack([(products[k] * placed[k]).sum(1) for k in names]).sum(0))
         return asked_of(torch.stack(columns, 1), target)
 
     return along
@@ -242,8 +242,8 @@ def _gradient_graphs(
             for i in range(batch_size(batch)):
                 one = example(batch, i)
                 loss = losses.each(one).sum()
-                found = torch.autograd.grad(loss, list(leaves.values()), create_graph=True, materialize_grads=True)
-                yield GradientGraph(leaves, dict(zip(leaves, found, strict=True)))
+                gradients = torch.autograd.grad(loss, list(leaves.values()), create_graph=True, materialize_grads=True)
+                yield GradientGraph(leaves, dict(zip(leaves, gradients, strict=True)))
 
 
 def _each_gradient(
@@ -286,12 +286,12 @@ def _target_gradient(
             loss = n * mean
         else:
             each = losses.each(batch)
-            here = torch.ones(n) if weights is None else weights[seen : seen + n]
-            if len(here) != len(each):
+            own_weights = torch.ones(n) if weights is None else weights[seen : seen + n]
+            if len(own_weights) != len(each):
                 raise ConfigurationError(
                     f"target has {0 if weights is None else len(weights)} weights, but queries holds more examples."
                 )
-            loss = (here.to(each) * each).sum()
+            loss = (own_weights.to(each) * each).sum()
         for name, gradient in _gradient(loss, parameters).items():
             total[name] += gradient
         seen += n

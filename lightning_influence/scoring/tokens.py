@@ -88,18 +88,20 @@ def token_scores(
             if t not in held:
                 continue
             products = trajectory.token_products(t, vectors)
-            for z, (found, targets, counted) in _of_step(trajectory.plan.step(t), products, sets, counterfactual):
+            for z, (products_of_tokens, targets, counted) in _of_step(
+                trajectory.plan.step(t), products, sets, counterfactual
+            ):
                 if z in labels and len(labels[z]) != len(targets):
                     raise ConfigurationError(
                         f"sample {z} has {len(targets)} labels at step {t} and {len(labels[z])} at a later one; scores of tokens "
                         "need texts that are the same at every visit, with the same padding."
                     )
-                scores[z], labels[z] = scores[z] + found if z in scores else found, targets
+                scores[z], labels[z] = scores[z] + products_of_tokens if z in scores else products_of_tokens, targets
                 weights[z] = weights[z] + counted
-    kept = [weights[z].nonzero()[:, 0] for z in asked.tolist()]
-    chosen = list(zip(asked.tolist(), kept, strict=True))
+    positions = [weights[z].nonzero()[:, 0] for z in asked.tolist()]
+    chosen = list(zip(asked.tolist(), positions, strict=True))
     return TokenScores(
-        asked, [labels[z][where] for z, where in chosen], kept, [scores[z].T[where].cpu() for z, where in chosen]
+        asked, [labels[z][where] for z, where in chosen], positions, [scores[z].T[where].cpu() for z, where in chosen]
     )
 
 

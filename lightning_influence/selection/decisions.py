@@ -204,9 +204,9 @@ class SelectionReport:
         return size
 
     def __repr__(self) -> str:
-        kept = f"; mean weight {self.kept:.3g}" if len(self) else ""
+        weight = f"; mean weight {self.kept:.3g}" if len(self) else ""
         how = "" if self.removals is None else f"; {self.removals}"
-        return f"SelectionReport({len(self)} decisions on {self.n_samples} samples{kept}{how})"
+        return f"SelectionReport({len(self)} decisions on {self.n_samples} samples{weight}{how})"
 
     def _repr_html_(self) -> str:
         return in_notebook(repr(self), self.to_pandas())

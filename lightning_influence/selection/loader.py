@@ -144,15 +144,15 @@ class SelectingLoader:
     def _decide(self, epoch: _Epoch) -> None:
         """One selection round."""
         length = self._round(len(epoch.drawn))
-        kept = self._select(epoch.drawn, length)
+        batches = self._select(epoch.drawn, length)
         epoch.drawn = epoch.drawn[length:]
         if self.settings.rebatch:
-            epoch.waiting += [z for batch in kept for z in batch]
+            epoch.waiting += [z for batch in batches for z in batch]
             size = epoch.size
-            kept = [epoch.waiting[i : i + size] for i in range(0, len(epoch.waiting) - size + 1, size)]
-            epoch.waiting = epoch.waiting[len(kept) * size :]
+            batches = [epoch.waiting[i : i + size] for i in range(0, len(epoch.waiting) - size + 1, size)]
+            epoch.waiting = epoch.waiting[len(batches) * size :]
             epoch.drawn = epoch.drawn or (epoch.further.pop(0) if self.ranks.size > 1 else self._own(self._draw()))
-        epoch.kept = kept
+        epoch.kept = batches
 
     def _most_passes(self, size: int) -> int:
         """Passes that fill the epoch even if every batch keeps no more than its floor."""
@@ -185,8 +185,8 @@ class SelectingLoader:
         left = torch.ones(len(sample_ids), dtype=torch.bool)
         scores = torch.zeros(len(sample_ids))
         for policy in self.settings.portions:
-            kept = [sample_ids[left & (batches == i)].tolist() for i in range(length)]
-            scores[left] = self._scores([*kept, *ahead[length:]], length).to(scores)
+            batches_kept = [sample_ids[left & (batches == i)].tolist() for i in range(length)]
+            scores[left] = self._scores([*batches_kept, *ahead[length:]], length).to(scores)
             left = self.selector.decide(policy, scores, sample_ids, batches, left) > 0
         self.selector.note(self.trainer, sample_ids, scores, left.float())
         return [sample_ids[left & (batches == i)].tolist() for i in range(length)]

@@ -121,8 +121,8 @@ class Rollout:
         module, samples = self._trainer.lightning_module, []
         task = as_task(module)
         for number, micro_batch in enumerate(step.micro_batches):
-            here = step.micro_batch_numbers == number
-            own = Samples(step.sample_ids[here], step.loss_weights[here])
+            in_micro_batch = step.micro_batch_numbers == number
+            own = Samples(step.sample_ids[in_micro_batch], step.loss_weights[in_micro_batch])
             set_modes(module, micro_batch.moment.in_eval)
             with random_state(None), self._trainer.precision_plugin.forward_context(), LossTap() as losses:
                 assert micro_batch.random is not None
@@ -183,7 +183,7 @@ def look_ahead(
     if not options.frozen_batch_norm:
         refuse_batch_norm(module)
     plan = Rollout(trainer, candidates, options)
-    found = []
+    scores = []
     with ReplayTrajectory(
         module,
         plan,
@@ -201,10 +201,10 @@ def look_ahead(
             run.place(stop)
             _refuse_not_finite(run, range(start, stop))
             gradients = target_gradient(module, queries, list(run.sizes), run.select)
-            window = Window(run, start, stop)
+            window = TrajectorySlice(run, start, stop)
             rows = sweep(window, gradients, method, scored=range(1), progress=False)
-            found.append(rows.of(torch.cat([c.sample_ids for c in candidates[start]]))[:, 0])
-    return found
+            scores.append(rows.of(torch.cat([c.sample_ids for c in candidates[start]]))[:, 0])
+    return scores
 
 
 def _refuse_not_finite(run: Trajectory, steps: range) -> None:
@@ -218,7 +218,7 @@ def _refuse_not_finite(run: Trajectory, steps: range) -> None:
             )
 
 
-class Window:
+class TrajectorySlice:
     """Some consecutive steps of a trajectory, as a trajectory of their own."""
 
     def __init__(self, trajectory: Trajectory, start: int, stop: int) -> None:
@@ -251,15 +251,15 @@ def _hypers(
     """Hyperparameters of the steps to come, the first batch of which has the index ``first``: schedulers are moved ahead as
     Lightning would, but not beyond the end of the run, which some refuse, and back.
     """
-    found, left = list[dict[str, Hyper]](), steps_left(trainer)
+    hypers, left = list[dict[str, Hyper]](), steps_left(trainer)
     with schedules_as_they_were(trainer) as schedules:
         for ahead, parts in enumerate(steps):
             now = read_hypers(only_optimizer(trainer), trained)
-            found.append({k: {**hyper, "step": hyper["step"] + ahead} for k, hyper in now.items()})
+            hypers.append({k: {**hyper, "step": hyper["step"] + ahead} for k, hyper in now.items()})
             first += len(parts)
             if ahead + 1 < min(len(steps), left):
                 schedules.step(first - 1)
-    return found
+    return hypers
 
 
 def _random_states() -> Iterator[dict[str, Tensor]]:
@@ -275,9 +275,9 @@ def _random_states() -> Iterator[dict[str, Tensor]]:
 
 def _check_batch(candidates: Candidates) -> None:
     """Refuse a batch that does not hold the samples that were drawn for it."""
-    drawn, found = len(candidates.sample_ids), batch_size(candidates.batch)
-    if found != drawn:
+    drawn, rows = len(candidates.sample_ids), batch_size(candidates.batch)
+    if rows != drawn:
         raise ConfigurationError(
-            f"a batch of {found} samples came where {drawn} were drawn; selection needs a collate function that keeps every "
+            f"a batch of {rows} samples came where {drawn} were drawn; selection needs a collate function that keeps every "
             "sample."
         )

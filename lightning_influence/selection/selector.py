@@ -157,8 +157,8 @@ class Selector:
     def note(self, trainer: L.Trainer, sample_ids: Tensor, scores: Tensor, weights: Tensor) -> None:
         """Keep a decision, and log it through the trainer's loggers."""
         self.report.add(trainer.global_step, sample_ids, scores, weights)
-        found = self.removals or getattr(self.scorer, "removals", None)
-        self.report.removals = None if found is None else RemovalSummary.from_json(found.to_metadata())
+        checked = self.removals or getattr(self.scorer, "removals", None)
+        self.report.removals = None if checked is None else RemovalSummary.from_json(checked.to_metadata())
         every = trainer.log_every_n_steps if self.inside_the_step else 1  # type: ignore[attr-defined]
         if trainer.global_step % every == 0:
             means = {

@@ -66,8 +66,8 @@ def _gradient(
     chosen = [parameters[name] for name in names]
     with as_task(module).unchanged(), torch.enable_grad():
         loss = queries(module)
-        found = torch.autograd.grad(loss, chosen, allow_unused=True, materialize_grads=True)
-    return {k: select(k, g)[None] for k, g in zip(names, found, strict=True)}
+        gradients = torch.autograd.grad(loss, chosen, allow_unused=True, materialize_grads=True)
+    return {k: select(k, g)[None] for k, g in zip(names, gradients, strict=True)}
 
 
 def _cause(module: L.LightningModule, queries: Any) -> str:

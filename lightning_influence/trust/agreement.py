@@ -46,8 +46,8 @@ class Agreement:
         return pd.DataFrame({name: values.numpy() for name, values in self.per_query.items()})
 
     def __str__(self) -> str:
-        told = ", ".join(f"{name.replace('_', ' ')} {getattr(self, name)}" for name in STATISTICS)
-        return f"{told} over {self.n_removals} removals"
+        statistics = ", ".join(f"{name.replace('_', ' ')} {getattr(self, name)}" for name in STATISTICS)
+        return f"{statistics} over {self.n_removals} removals"
 
     def __repr__(self) -> str:
         return f"Agreement({self})"
@@ -56,7 +56,7 @@ class Agreement:
         return in_notebook(repr(self), self.to_pandas())
 
 
-def compare(
+def agreement_of(
     scores: Tensor, truth: Tensor, *, resamples: int = 1000, confidence: float = 0.95, seed: int = 0
 ) -> Agreement:
     """Agreement of predicted with measured effects, both ``(n_removals, n_queries)``.
@@ -108,10 +108,10 @@ def _pearson(a: Tensor, b: Tensor) -> Tensor:
     from torchmetrics.functional import pearson_corrcoef
 
     varies = (a != a[0]).any(0) & (b != b[0]).any(0)
-    found = a.new_zeros(a.shape[1])
+    correlations = a.new_zeros(a.shape[1])
     if varies.any():
-        found[varies] = pearson_corrcoef(_standard(a[:, varies]), _standard(b[:, varies]))
-    return found.clamp(-1, 1)
+        correlations[varies] = pearson_corrcoef(_standard(a[:, varies]), _standard(b[:, varies]))
+    return correlations.clamp(-1, 1)
 
 
 def _standard(values: Tensor) -> Tensor:
@@ -125,14 +125,14 @@ def _intervals(
     n, q = scores.shape
     rng = np.random.default_rng(seed)
     at_once = max(1, _CHUNK // (n * q))
-    found: dict[str, list[Tensor]] = {name: [] for name in STATISTICS}
+    samples: dict[str, list[Tensor]] = {name: [] for name in STATISTICS}
     for start in range(0, resamples, at_once):
         drawn = torch.from_numpy(rng.integers(n, size=(n, min(at_once, resamples - start))))
         columns = _statistics(scores[drawn].flatten(1), truth[drawn].flatten(1))
         for name, values in columns.items():
-            found[name].append(values.view(-1, q).mean(1))
+            samples[name].append(values.view(-1, q).mean(1))
     tails = torch.tensor([(1 - confidence) / 2, (1 + confidence) / 2], dtype=torch.float64)
-    quantiles = {name: torch.quantile(torch.cat(values), tails).tolist() for name, values in found.items()}
+    quantiles = {name: torch.quantile(torch.cat(values), tails).tolist() for name, values in samples.items()}
     return {name: (low, high) for name, (low, high) in quantiles.items()}
 
 

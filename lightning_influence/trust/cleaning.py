@@ -62,8 +62,8 @@ class Cleaning:
 
     def __repr__(self) -> str:
         row = self.to_pandas().iloc[0].to_dict()
-        told = ", ".join(f"{name} {value:.4g}" for name, value in row.items() if name != "removed")
-        return f"Cleaning({len(self.removed)} samples removed; {told})"
+        numbers = ", ".join(f"{name} {value:.4g}" for name, value in row.items() if name != "removed")
+        return f"Cleaning({len(self.removed)} samples removed; {numbers})"
 
     def _repr_html_(self) -> str:
         return in_notebook(repr(self), self.to_pandas())
@@ -136,5 +136,5 @@ def _accuracy(task: Task, queries: Any) -> float | None:
         return torch.zeros(n)
 
     query_losses(task, queries, look)
-    found = [part for part in right if part is not None]
-    return float(torch.cat(found).float().mean()) if found and len(found) == len(right) else None
+    known = [part for part in right if part is not None]
+    return float(torch.cat(known).float().mean()) if known and len(known) == len(right) else None

@@ -83,11 +83,11 @@ def training_dynamics(log: str | Path) -> TrainingDynamics:
 def dynamics_of(log: str | Path) -> TrainingDynamics | None:
     """The same; None where the log has none."""
     steps = LoggedSteps(log)
-    found = [step for step in map(steps.dynamics, range(len(steps))) if step is not None]
-    visits = joined([dynamics for _, dynamics in found])
-    if not found or visits is None:
+    recorded = [step for step in map(steps.dynamics, range(len(steps))) if step is not None]
+    visits = joined([dynamics for _, dynamics in recorded])
+    if not recorded or visits is None:
         return None
-    ids = torch.cat([ids for ids, _ in found])
+    ids = torch.cat([ids for ids, _ in recorded])
     return TrainingDynamics.of(ids, visit_numbers(ids), visits)
 
 
@@ -110,10 +110,10 @@ class TrainingDynamics:
     @classmethod
     def of(cls, ids: Tensor, numbers: Tensor, visits: Dynamics) -> TrainingDynamics:
         """From the sample ids ``(v,)`` of the visits; those without a label that counts are left out."""
-        told = ~visits.margins.isnan()
-        sample_ids, owner = torch.unique(ids[told], return_inverse=True)
-        columns = {name: column[told] for name, column in visits.columns().items()}
-        return cls(sample_ids, owner, numbers[told], Dynamics(**columns))
+        visited = ~visits.margins.isnan()
+        sample_ids, owner = torch.unique(ids[visited], return_inverse=True)
+        columns = {name: column[visited] for name, column in visits.columns().items()}
+        return cls(sample_ids, owner, numbers[visited], Dynamics(**columns))
 
     def followed_by(self, last: Sequence[Dynamics]) -> TrainingDynamics:
         """With one more visit of every sample, in batches in the order of `sample_ids`."""
@@ -274,8 +274,8 @@ def contradiction(log_probabilities: Tensor, labels: Tensor) -> tuple[Tensor, Te
     for _ in range(_CONFUSION_PASSES):
         confused = confusion(labels, (log_probabilities + confused[labels]).argmax(1), log_probabilities.shape[1])
     odds = log_probabilities + confused[labels] - log_probabilities.gather(1, labels[:, None])
-    found = odds.scatter(1, labels[:, None], -torch.inf).max(1)
-    return found.values, found.indices
+    strongest = odds.scatter(1, labels[:, None], -torch.inf).max(1)
+    return strongest.values, strongest.indices
 
 
 def confusion(labels: Tensor, classes: Tensor, n_classes: int) -> Tensor:
@@ -309,7 +309,7 @@ def evaluated(model: Any, data: Any, sample_ids: Tensor) -> list[Dynamics]:
     Raises:
         ConfigurationError: the training step has no single loss over classes.
     """
-    task, found = as_task(model), list[Dynamics]()
+    task, parts = as_task(model), list[Dynamics]()
 
     def look(_: Any, batch: Any) -> Tensor:
         n = batch_size(batch)
@@ -321,11 +321,11 @@ def evaluated(model: Any, data: Any, sample_ids: Tensor) -> list[Dynamics]:
                 f"{task.step_name} calls no single functional loss over classes in evaluation mode; "
                 "leave model and data out."
             )
-        found.append(dynamics)
+        parts.append(dynamics)
         return dynamics.losses
 
     query_losses(task, _batches(data, sample_ids), look)
-    return found
+    return parts
 
 
 def _batches(data: Any, sample_ids: Tensor) -> Iterator[Any]:

@@ -19,7 +19,7 @@ from lightning_influence.replay.trajectory import ReplayTrajectory
 from lightning_influence.report.tables import in_notebook
 from lightning_influence.run.task import as_task
 from lightning_influence.scoring.attribution import open_trajectory, resolved
-from lightning_influence.scoring.memory import MaxMemory, bytes_of, held_by_a_proxy
+from lightning_influence.scoring.memory import MaxMemory, held_by_a_proxy, memory_in_bytes
 from lightning_influence.scoring.queries import (
     Queries,
     Target,
@@ -157,10 +157,10 @@ def error_proxy(
             raise ConfigurationError("pairs is empty; give at least one (sample id, step).")
         count = 1 if target is not None else count_queries(task, queries)
         parameters = dict(task.module.named_parameters())
-        held = held_by_a_proxy(run, parameters, max(count, 1), len(chosen), bytes_of(max_memory, task.device))
+        held = held_by_a_proxy(run, parameters, max(count, 1), len(chosen), memory_in_bytes(max_memory, task.device))
         if isinstance(run, ReplayTrajectory):
             run.states.memory = held.replay
-        bent = query_curvature(model, queries, names, target=target, query_loss=query_loss) if exact else None
+        of_queries = query_curvature(model, queries, names, target=target, query_loss=query_loss) if exact else None
         parts = dict[float, list[ErrorProxy]]()
         for only in (range(i, min(i + held.queries, count)) for i in range(0, max(count, 1), held.queries)):
             gradients = query_gradients(
@@ -174,7 +174,7 @@ def error_proxy(
                     chosen,
                     curvature=used,
                     counterfactual=counterfactual,
-                    query_curvature=None if bent is None else _columns(bent, only),
+                    query_curvature=None if of_queries is None else _columns(of_queries, only),
                     at_once=held.pairs,
                     progress=progress,
                 )
@@ -195,9 +195,9 @@ def _proxy(run: LoggedTrajectory | ReplayTrajectory, factor: float, *args: Any, 
         return second_variation(seen, *args, **options)
 
 
-def _columns(bent: QueryCurvature, only: range) -> QueryCurvature:
+def _columns(curvature: QueryCurvature, only: range) -> QueryCurvature:
     """The curvature of some queries."""
-    return lambda directions: bent(directions)[:, only.start : only.stop]
+    return lambda directions: curvature(directions)[:, only.start : only.stop]
 
 
 def _drawn(run: Trajectory, n: int, seed: int) -> list[tuple[int, int]]:
@@ -205,10 +205,10 @@ def _drawn(run: Trajectory, n: int, seed: int) -> list[tuple[int, int]]:
     if n < 1:
         raise ConfigurationError(f"pairs={n}; give at least 1, or a list of (sample id, step).")
     generator = torch.Generator().manual_seed(seed)
-    found = set[tuple[int, int]]()
+    pairs = set[tuple[int, int]]()
     for step in torch.randint(len(run), (100 * n,), generator=generator).tolist():
         ids = run.sample_ids(step)
-        found.add((int(ids[torch.randint(len(ids), (1,), generator=generator)]), step))
-        if len(found) == n:
+        pairs.add((int(ids[torch.randint(len(ids), (1,), generator=generator)]), step))
+        if len(pairs) == n:
             break
-    return sorted(found, key=lambda pair: (pair[1], pair[0]))
+    return sorted(pairs, key=lambda pair: (pair[1], pair[0]))

@@ -24,7 +24,7 @@ from lightning_influence.scoring.attribution import attribute
 from lightning_influence.scoring.groups import GroupsOf, named_groups
 from lightning_influence.scoring.queries import Queries, Target, asked_of, check_target, query_losses
 from lightning_influence.scoring.query_loss import QueryLoss
-from lightning_influence.trust.agreement import Agreement, compare
+from lightning_influence.trust.agreement import Agreement, agreement_of
 from lightning_influence.trust.own_run import own_run
 from lightning_influence.trust.results import Results
 from lightning_influence.trust.retraining import Removal, Run, each_effect, moved_initialisation, retrain
@@ -79,8 +79,11 @@ class Faithfulness:
                 lds = self.subsets[name].spearman
                 row |= {"lds": lds.value, "lds_low": lds.low, "lds_high": lds.high}
             if name in self.groups:
-                found = self.groups[name]
-                row |= {"groups_spearman": found.spearman.value, "groups_relative_error": found.relative_error.value}
+                agreements = self.groups[name]
+                row |= {
+                    "groups_spearman": agreements.spearman.value,
+                    "groups_relative_error": agreements.relative_error.value,
+                }
             rows.append(row)
         return pd.DataFrame(rows)
 
@@ -93,31 +96,33 @@ class Faithfulness:
     def conclusion(self) -> str:
         """What may and may not be concluded, in words."""
         best = self.best
-        found, told = self.single[best], []
-        spearman = found.spearman
+        agreement, sentences = self.single[best], []
+        spearman = agreement.spearman
         if spearman.low > 0.9:
-            told.append(
+            sentences.append(
                 f"Scores of '{best}' rank removals as retraining does ({spearman}); their order can be relied on."
             )
         elif spearman.low > 0.5:
-            told.append(
+            sentences.append(
                 f"Scores of '{best}' rank removals roughly as retraining does ({spearman}); rely on extremes only."
             )
         else:
-            told.append(f"Scores of '{best}' do not reliably rank removals ({spearman}); do not act on single scores.")
-        if found.relative_error.value < 0.2:
-            told.append("Their size can be read as a change of the loss.")
+            sentences.append(
+                f"Scores of '{best}' do not reliably rank removals ({spearman}); do not act on single scores."
+            )
+        if agreement.relative_error.value < 0.2:
+            sentences.append("Their size can be read as a change of the loss.")
         else:
-            told.append(
-                f"Their size is off by {found.relative_error.value:.0%} and should not be read as a change of the loss."
+            sentences.append(
+                f"Their size is off by {agreement.relative_error.value:.0%} and should not be read as a change of the loss."
             )
         ceiling = self.single.get(CEILING)
         if ceiling is not None and ceiling.spearman.value < 0.9:
-            told.append(
+            sentences.append(
                 f"The effect itself is reproducible only to {ceiling.spearman} from a slightly moved initialisation: what "
                 "agrees better knows this one run, not the samples, and single removals mean little in it."
             )
-        return " ".join(told)
+        return " ".join(sentences)
 
     @property
     def trust(self) -> dict[str, Any]:
@@ -127,11 +132,11 @@ class Faithfulness:
 
     def __repr__(self) -> str:
         singles, n_queries = next(iter(self.single.values())).n_removals, self.truth.shape[1]
-        told = "; ".join(f"spearman of {name!r} {agreement.spearman}" for name, agreement in self.single.items())
+        lines = "; ".join(f"spearman of {name!r} {agreement.spearman}" for name, agreement in self.single.items())
         of_groups = next(iter(self.groups.values())).n_removals if self.groups else 0
         subsets = len(self.removals) - singles - of_groups
         groups = f" and {of_groups} groups" if of_groups else ""
-        return f"Faithfulness({singles} removals and {subsets} subsets{groups}, {n_queries} queries; {told})"
+        return f"Faithfulness({singles} removals and {subsets} subsets{groups}, {n_queries} queries; {lines})"
 
     def _repr_html_(self) -> str:
         return in_notebook(self.conclusion, self.to_pandas())
@@ -218,8 +223,8 @@ def check_faithfulness(
         "target": asked_for,
         "dtype": str(dtype),
     }
-    kept = None if results is None else Results(Path(results), subject)
-    effects = _Effects(run, asked, losses, counterfactual, workers, progress, kept)
+    finished = None if results is None else Results(Path(results), subject)
+    effects = _Effects(run, asked, losses, counterfactual, workers, progress, finished)
     truth = effects.measure("retraining")
     scores = {name: _predicted(report, asked) for name, report in reports.items()}
     measured = dict(scores)
@@ -228,7 +233,9 @@ def check_faithfulness(
         measured[CEILING] = replace(effects, run=moved).measure(CEILING)
     n, m = len(asked) - subsets - len(named), len(asked) - len(named)
     single, of_subsets, of_groups = (
-        {name: compare(found[part], truth[part]) for name, found in measured.items()} if part.start < part.stop else {}
+        {name: agreement_of(scored[part], truth[part]) for name, scored in measured.items()}
+        if part.start < part.stop
+        else {}
         for part in (slice(0, n), slice(n, m), slice(m, len(asked)))
     )
     return Faithfulness(
@@ -315,16 +322,16 @@ def _levels(
     module: nn.Module,
 ) -> dict[str, float]:
     """Sizes of the three levels of error, relative to the scores, as far as the estimators asked for show them."""
-    found = {}
+    levels = {}
     settings = ("response", "curvature")
     for assumed in (r for r in reports.values() if r.metadata["optimizer_assumption"]):
         for matched in (r for r in reports.values() if not r.metadata["optimizer_assumption"]):
             if all(assumed.metadata[k] == matched.metadata[k] for k in settings):
-                found["config"] = float((assumed.scores - matched.scores).norm() / matched.scores.norm())
+                levels["config"] = float((assumed.scores - matched.scores).norm() / matched.scores.norm())
     for report in reports.values():
         if report.metadata["response"] == "finite" and not report.metadata["optimizer_assumption"]:
-            found["algorithm"] = float(report.nonlinearity.norm() / report.scores.norm())
+            levels["algorithm"] = float(report.nonlinearity.norm() / report.scores.norm())
     twin = copy.deepcopy(module)
     ended = losses(twin.to(torch.float64) if baseline.dtype == torch.float64 else twin)
-    found["system"] = float((baseline - ended).abs().max() / ended.abs().max())
-    return found
+    levels["system"] = float((baseline - ended).abs().max() / ended.abs().max())
+    return levels

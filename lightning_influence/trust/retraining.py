@@ -117,10 +117,10 @@ def _recorded_step(trajectory: LoggedSteps, index: int) -> RetrainedStep:
     record = trajectory.record(index)
     micro_batches = []
     for number, moment in zip(record.micro_batch_numbers.unique(), trajectory.moments_of(index), strict=True):
-        here = record.micro_batch_numbers == number
-        weights = record.loss_weights[here]
+        own = record.micro_batch_numbers == number
+        weights = record.loss_weights[own]
         factor = float(weights.sum()) if record.averaged else float(weights[0])
-        ids = tuple(record.sample_ids[here].tolist())
+        ids = tuple(record.sample_ids[own].tolist())
         micro_batches.append(RetrainedMicroBatch(ids, tuple(weights.tolist()), factor, moment))
     return RetrainedStep(tuple(micro_batches), record.clip, record.hyper)
 
@@ -156,11 +156,11 @@ def leave_one_out(
 
     Args and errors as of `each_effect`.
     """
-    found: dict[int, Tensor] = {}
+    losses: dict[int, Tensor] = {}
     each = each_effect(run, removals, query_losses, counterfactual=counterfactual, workers=workers)
     for number, effect in tqdm(each, "retraining", len(removals), unit="run", delay=2, disable=not progress):
-        found[number] = effect
-    return torch.stack([found[number] for number in range(len(removals))])
+        losses[number] = effect
+    return torch.stack([losses[number] for number in range(len(removals))])
 
 
 def each_effect(
@@ -302,30 +302,30 @@ class _Retraining:
         return module
 
     def _backward(self, task: Task, micro_batch: RetrainedMicroBatch, gone: frozenset[int], number: int) -> None:
-        kept = tuple(z for z in micro_batch.sample_ids if z not in gone)
-        if not kept:
+        remaining = tuple(z for z in micro_batch.sample_ids if z not in gone)
+        if not remaining:
             for p in task.module.parameters():
                 if p.requires_grad and p.grad is None:
                     p.grad = torch.zeros_like(p)
             return
         factor = micro_batch.factor
-        if self.run.averaged and self.counterfactual == "zero" and len(kept) < len(micro_batch.sample_ids):
+        if self.run.averaged and self.counterfactual == "zero" and len(remaining) < len(micro_batch.sample_ids):
             factor = sum(w for z, w in zip(micro_batch.sample_ids, micro_batch.weights, strict=True) if z not in gone)
         moment = micro_batch.moment or Moment(number, in_eval=eval_modes(task.module))
         set_modes(task.module, moment.in_eval)
-        loss = task.loss(self._batch(task, micro_batch, moment, kept), moment)
+        loss = task.loss(self._batch(task, micro_batch, moment, remaining), moment)
         (loss / (1 / factor)).backward()  # Lightning divides by the number of micro-batches: bitwise the same
 
-    def _batch(self, task: Task, micro_batch: RetrainedMicroBatch, moment: Moment, kept: tuple[int, ...]) -> Any:
+    def _batch(self, task: Task, micro_batch: RetrainedMicroBatch, moment: Moment, remaining: tuple[int, ...]) -> Any:
         """The collated batch; those that are whole are collated once, while they fit."""
-        if kept in self._batches:
-            return self._batches[kept]
-        batch = self.run.collate([self.run.dataset[z] for z in kept])
+        if remaining in self._batches:
+            return self._batches[remaining]
+        batch = self.run.collate([self.run.dataset[z] for z in remaining])
         batch = self.run.prepare(task, batch, moment)
         if self.run.dtype is not None:
             batch = to_dtype(batch, self.run.dtype)
-        if len(kept) == len(micro_batch.sample_ids) and self._batch_bytes <= _BATCH_BYTES:
-            self._batches[kept] = batch
+        if len(remaining) == len(micro_batch.sample_ids) and self._batch_bytes <= _BATCH_BYTES:
+            self._batches[remaining] = batch
             self._batch_bytes += sum(t.numel() * t.element_size() for t in leaves(batch))
         return batch
 

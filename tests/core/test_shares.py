@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lightning_influence.core.shares import (
-    Block,
+    CoordinateBlock,
     Dense,
     Form,
     Outer,
@@ -72,7 +72,7 @@ def test_contractions(kind: str, n: int, t: int, q: int, seed: int, data: st.Dat
     start = data.draw(st.integers(0, len(dense) - 1))
     part = slice(start, data.draw(st.integers(start + 1, len(dense) + 2)))
     torch.testing.assert_close(form.dense(part), dense[part])
-    block = Block.of(torch.empty(ROWS, COLUMNS))
+    block = CoordinateBlock.of(torch.empty(ROWS, COLUMNS))
     total = block.select(dense.sum(0))
     torch.testing.assert_close(form.sum_at(block), total)
     assert block.size == total.numel() == 12

@@ -16,15 +16,15 @@ from lightning_influence import InfluenceCallback, SelectionDataModule
 from lightning_influence.core.second_variation import ErrorProxy
 from lightning_influence.lightning.tuning import Tuning
 from lightning_influence.selection.decisions import SelectionReport
-from lightning_influence.trust.agreement import compare
+from lightning_influence.trust.agreement import agreement_of
 from lightning_influence.trust.error_proxy import PredictedErrors
 from lightning_influence.trust.faithfulness import CEILING, Faithfulness
 
 
 def faithfulness() -> Faithfulness:
     truth = torch.randn(8, 2, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    single = {"finite": compare(truth[:5] * 1.01, truth[:5]), CEILING: compare(truth[:5].flip(0), truth[:5])}
-    subsets = {"finite": compare(truth[5:] * 0.9, truth[5:])}
+    single = {"finite": agreement_of(truth[:5] * 1.01, truth[:5]), CEILING: agreement_of(truth[:5].flip(0), truth[:5])}
+    subsets = {"finite": agreement_of(truth[5:] * 0.9, truth[5:])}
     removals = [1, 2, 3, 4, 5, *(frozenset([z, z + 1]) for z in (1, 2, 3))]
     return Faithfulness(single, subsets, truth, {"finite": truth}, removals, {"config": 0.9})
 
