@@ -24,24 +24,23 @@ from lightning_influence.trust.faithfulness import check_faithfulness
 from lightning_influence.words import renamed, warn_renamed
 
 
-def inspect(log: Path) -> None:
+def inspect(log: str) -> None:
     """Say what a log holds. Example: lightning-influence inspect runs/influence.
 
     Args:
-        log: directory written by InfluenceCallback.
+        log: directory written by InfluenceCallback, or a URL of one.
     """
     reader = StoreReader(log)
-    size = sum(f.stat().st_size for f in log.rglob("*") if f.is_file())
     manifest, keys = Manifest.of(reader), ("module", "optimizer", "record", "compression", "precision")
     entries = {key: getattr(manifest, key) for key in keys} | {"ranks": reader.ranks}
     entries["coverage"] = f"{manifest.coverage.recorded:,} of {manifest.coverage.trained:,} trained coordinates"
     lines = "".join(f"\n  {key:12s} {value}" for key, value in entries.items())
     lines += "".join(f"\n  it lacks {what}: {why}" for what, why in reader.missing.items())
-    print(printable(f"{log}: {len(reader)} optimizer steps, {size / 1e6:.1f} MB{lines}"))
+    print(printable(f"{log}: {len(reader)} optimizer steps, {reader.nbytes / 1e6:.1f} MB{lines}"))
 
 
 def attribute(
-    log: Path,
+    log: str,
     model: LightningModule | None = None,
     data: LightningDataModule | None = None,
     checkpoint: Path | None = None,
@@ -59,7 +58,7 @@ def attribute(
     of them writes the report.
 
     Args:
-        log: directory written by InfluenceCallback.
+        log: directory written by InfluenceCallback, or a URL of one.
         model: the module that was trained.
         data: its data; the queries are those of val_dataloader.
         checkpoint: of the end of the run.
@@ -100,7 +99,7 @@ def report(
     scores: Path,
     out: Path = Path("influence.html"),
     data: LightningDataModule | None = None,
-    log: Path | None = None,
+    log: str | None = None,
 ) -> None:
     """Write the page of a report. Example: lightning-influence report influence.safetensors --out influence.html.
 
@@ -116,7 +115,7 @@ def report(
 
 
 def check(
-    log: Path,
+    log: str,
     model: LightningModule | None = None,
     data: LightningDataModule | None = None,
     checkpoint: Path | None = None,
@@ -130,7 +129,7 @@ def check(
     """Retrain without some samples, and say how far the scores of a run can be trusted. Example: lightning-influence check runs/influence --config run.yaml --checkpoint last.ckpt --removals 50.
 
     Args:
-        log: directory written by InfluenceCallback with record="replay".
+        log: directory written by InfluenceCallback, or a URL of one with record="replay".
         model: the module that was trained.
         data: its data; the queries are those of val_dataloader.
         checkpoint: of the end of the run.
@@ -162,11 +161,11 @@ def check(
     print(faithfulness)
 
 
-def suspects(log: Path, k: int = 20, out: Path | None = None) -> None:
+def suspects(log: str, k: int = 20, out: Path | None = None) -> None:
     """Say which samples of a logged run are likely mislabelled. Example: lightning-influence suspects runs/influence --out suspects.csv.
 
     Args:
-        log: directory written by InfluenceCallback.
+        log: directory written by InfluenceCallback, or a URL of one.
         k: how many are shown.
         out: where all of them are written, as CSV.
     """

@@ -28,13 +28,13 @@ from lightning_influence.log.format import (
     index_line,
     names_of,
     own_path,
-    rank_names,
     read_index,
     refuse_undecodable,
     step_name,
     told_as_log_error,
 )
 from lightning_influence.log.missing import MISSING
+from lightning_influence.log.place import Place
 from lightning_influence.log.reader import StoreReader
 from lightning_influence.log.shard import serialise
 
@@ -125,7 +125,7 @@ class StoreWriter:
     def _clear(self) -> None:
         if self._rank == 0:
             (self._root / MANIFEST).unlink(missing_ok=True)
-            for name in rank_names(self._root) - names_of(self._ranks):  # of a run on more processes
+            for name in Place(self._root).rank_names() - names_of(self._ranks):  # of a run on more processes
                 _remove(self._root / name)
         for path in self._dir.iterdir():
             if path.name != _LOCK:
@@ -133,12 +133,12 @@ class StoreWriter:
 
     def _clear_unbegun(self) -> None:
         """Remove the parts of more processes of a run that could not begin."""
-        for name in rank_names(self._root) - names_of(self._ranks):
+        for name in Place(self._root).rank_names() - names_of(self._ranks):
             if {path.name for path in (self._root / name).iterdir()} <= {_LOCK, INDEX, MISSING}:
                 _remove(self._root / name)
 
     def _refuse_other_ranks(self) -> None:
-        others = rank_names(self._root) - names_of(self._ranks)
+        others = Place(self._root).rank_names() - names_of(self._ranks)
         if others and self._rank == 0:  # which has removed those that are overwritten; the others do not wait for it
             raise LogError(
                 f"{self._root} holds {', '.join(sorted(others))}, which a log of {self._ranks} processes does not; "

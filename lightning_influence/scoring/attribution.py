@@ -60,7 +60,8 @@ def attribute(
     A positive score means that without the sample the query loss would be higher: the sample helps.
 
     Args:
-        log: directory written by `InfluenceCallback` or `recording`, or its steps where they are open already.
+        log: directory written by `InfluenceCallback` or `recording`, a URL of one (``"s3://bucket/run"``, whatever fsspec knows), or its
+            steps where they are open already.
         queries: held-out data whose losses are predicted: a loader, a list of batches, a datamodule (its validation loader),
             a dataset, or a method without arguments that gives one of them.
         model: the `LightningModule` with the parameters at the end of the logged run, or a `FunctionTask` where a loop of
