@@ -13,6 +13,7 @@ import resource
 import tempfile
 import time
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,12 +22,13 @@ import torch
 from lightning import Fabric
 from measure import ESTIMATORS, agreement_row, picked, quiet, scores, show, timed, trained, true_effects
 from torch.utils.data import DataLoader
-from workloads import WORKLOADS, Workload
+from workloads import WORKLOADS, Workload, gpt2
 
 from lightning_influence.core.sweep import Method, sweep
 from lightning_influence.scoring.attribution import open_trajectory
 from lightning_influence.scoring.queries import query_gradients
 
+LARGER: dict[str, Any] = {"gpt2": {"build": partial(gpt2, 4, 256)}}
 SETTINGS: dict[str, Any] = {"lr": 1e-4, "betas": (0.9, 0.999)}
 
 
@@ -124,39 +126,37 @@ def memory(workload: Workload) -> None:
 
 
 def processes(workload: Workload) -> None:
-    """Seconds of one process and of two that share its replay, 32 steps, in turn, the better of two times each."""
-    workload = replace(workload, n_train=32 * workload.batch)
+    """Seconds of one process and of two that share its replay, one after the other; eight steps."""
     with tempfile.TemporaryDirectory() as folder:
-        torch.save(trained(workload, Path(folder), **SETTINGS).state_dict(), Path(folder) / "trained.pt")
+        module = trained(workload, Path(folder), **SETTINGS)
+        torch.save(module.state_dict(), Path(folder) / "trained.pt")
         Fabric(accelerator="cpu", devices=2, strategy="ddp_spawn").launch(
-            _side_by_side, workload.name, workload.n_train, Path(folder)
+            partial(_side_by_side, workload=workload, log=Path(folder))
         )
 
 
-def _side_by_side(fabric: Any, name: str, n_train: int, log: Path) -> None:
+def _side_by_side(fabric: Any, workload: Workload, log: Path) -> None:
     quiet()
     torch.set_num_threads(1)
-    workload = replace(WORKLOADS[name], n_train=n_train)
     module = workload.make(**SETTINGS)
     module.load_state_dict(torch.load(log / "trained.pt"))
     rows: list[dict[str, Any]] = []
-    found: dict[str, Any] = {}
-    for turn in ("one", "two") * 2:
-        fabric.barrier()
-        if turn == "one" and fabric.global_rank > 0:
-            continue
-        seconds, processor = time.perf_counter(), time.process_time()
-        found[turn] = scores(workload, log, module, target="mean", fabric=fabric if turn == "two" else None).scores
-        rows.append(
-            {"processes": turn, "s": time.perf_counter() - seconds, "own CPU s": time.process_time() - processor}
-        )
+    columns: dict[int, torch.Tensor] = {}
+    for response in ("tangent", "finite"):
+        for count in (1, 2):
+            fabric.barrier()
+            if count == 1 and fabric.global_rank > 0:
+                continue
+            seconds, processor = time.perf_counter(), time.process_time()
+            shared = fabric if count == 2 else None
+            report = scores(workload, log, module, target="mean", response=response, fabric=shared)
+            row = {"response": response, "processes": count, "s": time.perf_counter() - seconds}
+            rows.append(row | {"CPU s of the first": time.process_time() - processor})
+            columns[count] = report.scores
+        if fabric.global_rank == 0:
+            rows[-1]["difference"] = float((columns[2] - columns[1]).abs().max() / columns[1].abs().max())
     if fabric.global_rank == 0:
-        best = pd.DataFrame(rows).groupby("processes").min()
-        error = float((found["two"] - found["one"]).abs().max() / found["one"].abs().max())
-        print(
-            f"{workload.name}, the largest difference of two scores {error:.1e} of the largest score\n{best.round(2)}",
-            flush=True,
-        )
+        print(pd.DataFrame(rows).to_string(index=False, float_format=lambda v: f"{v:.3g}"), flush=True)
 
 
 def main() -> None:
@@ -172,7 +172,7 @@ def main() -> None:
         if args.memory:
             memory(WORKLOADS[name])
         elif args.processes:
-            processes(WORKLOADS[name])
+            processes(replace(WORKLOADS[name], n_train=8 * WORKLOADS[name].batch, **LARGER.get(name, {})))
         elif args.growth:
             growth(WORKLOADS[name])
         else:

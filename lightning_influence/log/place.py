@@ -7,6 +7,7 @@ is uploaded from it once it is closed.
 from __future__ import annotations
 
 import os
+import shutil
 import tempfile
 from pathlib import Path
 from typing import TypeAlias
@@ -17,6 +18,8 @@ from lightning_influence.errors import LogError
 
 Log: TypeAlias = "str | Path"
 """A directory, or a URL such as ``s3://bucket/run``."""
+
+_WITHOUT_DIRECTORIES = ("s3", "s3a", "gs", "gcs", "abfs", "abfss", "az", "adl")  # object stores, which make none
 
 KEPT = 32  # shards of a remote log that are kept here at a time
 
@@ -50,9 +53,27 @@ class Place:
         """
         return self.root / name
 
+    def names(self, directory: str) -> set[str]:
+        """Of the files in a directory of the log."""
+        return {path.name for path in (self.root / directory).iterdir()}
+
     def told(self, path: Path) -> str:
         """What a file is called in a message."""
         return str(path)
+
+    def store(self, name: str) -> None:
+        """A file of the log has been written on this machine; it is where it belongs when this returns."""
+
+    def release(self, name: str) -> None:
+        """A file that has been stored is no longer needed on this machine."""
+
+    def remove(self, name: str) -> None:
+        """Remove a file or a directory, where it is there."""
+        path = self.root / name
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)
 
 
 class RemotePlace(Place):
@@ -78,9 +99,15 @@ class RemotePlace(Place):
         return bool(self._files.isdir(self._base))
 
     def rank_names(self) -> set[str]:
+        return {name for name in self.names("") if name.startswith("rank-")}
+
+    def names(self, directory: str) -> set[str]:
         self._files.invalidate_cache()
-        names = (entry["name"].rstrip("/").rpartition("/")[2] for entry in self._files.ls(self._base, detail=True))
-        return {name for name in names if name.startswith("rank-")}
+        try:
+            held = self._files.ls(self._remote(directory), detail=False)
+        except FileNotFoundError:
+            return set()
+        return {path.rstrip("/").rpartition("/")[2] for path in held}
 
     def file(self, name: str) -> Path:
         path = self.root / name
@@ -91,11 +118,28 @@ class RemotePlace(Place):
     def told(self, path: Path) -> str:
         return f"{self._url}/{path.relative_to(self.root).as_posix()}"
 
+    def store(self, name: str) -> None:
+        if self._files.protocol[0] not in _WITHOUT_DIRECTORIES:
+            self._files.makedirs(self._remote(name).rpartition("/")[0], exist_ok=True)
+        self._files.put_file(str(self.root / name), self._remote(name))
+
+    def release(self, name: str) -> None:
+        (self.root / name).unlink(missing_ok=True)
+
+    def remove(self, name: str) -> None:
+        super().remove(name)
+        self._files.invalidate_cache()
+        if self._files.exists(self._remote(name)):
+            self._files.rm(self._remote(name), recursive=True)
+
+    def _remote(self, name: str) -> str:
+        return f"{self._base}/{name}".rstrip("/")
+
     def _fetch(self, name: str, path: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         part = path.with_name(f".{path.name}.part")
         try:
-            self._files.get_file(f"{self._base}/{name}", str(part))
+            self._files.get_file(self._remote(name), str(part))
         except FileNotFoundError:
             part.unlink(missing_ok=True)
             return

@@ -6,14 +6,16 @@ from pathlib import Path
 from typing import Any
 
 import fsspec
+import fsspec.implementations.memory
 import pytest
 import torch
 from modules import Classifier, fit, loader, split_digits
 
 from lightning_influence import InfluenceCallback, attribute
-from lightning_influence.errors import LogCorrupted, LogError
+from lightning_influence.errors import ConfigurationError, LogCorrupted, LogError
 from lightning_influence.log import place
 from lightning_influence.log.reader import StoreReader
+from lightning_influence.log.writer import StoreWriter
 from lightning_influence.trust.dynamics import training_dynamics
 
 STEPS = 12
@@ -103,3 +105,116 @@ def test_errors_name_the_url(url: str, tmp_path: Path) -> None:
 def test_a_protocol_that_nobody_knows_is_told() -> None:
     with pytest.raises(LogError, match="the log nowhere://run cannot be opened: Protocol not known: nowhere"):
         StoreReader("nowhere://run")
+
+
+# -- writing -----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(params=["memory", "file"])
+def target(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    """A URL at which there is nothing yet."""
+    return f"{request.param}://{tmp_path}/new"
+
+
+def trained(log: Any, **options: Any) -> Classifier:
+    module = Classifier()
+    fit(module, loader(split_digits(8 * STEPS, 4)[0], 8), InfluenceCallback(log, snapshot_every=4, **options))
+    return module
+
+
+def content(url: str) -> dict[str, bytes]:
+    files, base = fsspec.core.url_to_fs(url)
+    return {path.removeprefix(f"{base}/"): files.cat_file(path) for path in files.find(base)}
+
+
+def test_a_log_is_written_to_a_url(run: tuple[Path, Any, Any], target: str) -> None:
+    module = trained(target, record="both")
+    assert all(torch.equal(p, q) for p, q in zip(module.parameters(), run[1].parameters(), strict=True))
+    near = {str(p.relative_to(run[0])): p.read_bytes() for p in run[0].rglob("*") if p.is_file()}
+    far = content(target)
+    assert far.keys() == near.keys() - {"rank-0/lock"}
+    assert all(far[name] == near[name] for name in far if "snapshot" in name)  # steps hold random states, too
+    expected = attribute(run[0], queries=run[2], model=run[1], target="mean", progress=False)
+    found = attribute(target, queries=run[2], model=module, target="mean", progress=False)
+    assert torch.equal(found.rows.scores, expected.rows.scores)
+
+
+def test_what_is_uploaded_is_not_kept_here(target: str) -> None:
+    with StoreWriter(target) as writer:
+        writer.write_manifest({})
+        for step in range(5):
+            writer.append(step, {"x": torch.ones(100)}, {})
+        writer.flush()
+        assert not list(writer.place.root.rglob("*.safetensors"))
+        assert len(StoreReader(target)) == 5
+
+
+def test_a_log_at_a_url_is_refused_overwritten_or_gone_on_with(target: str) -> None:
+    trained(target, record="gradients")
+    with pytest.raises(LogError, match=f"{target} already holds a log of {STEPS} steps"):
+        trained(target, record="gradients")
+    trained(target, record="gradients", existing="resume")
+    assert len(StoreReader(target)) == 2 * STEPS
+    trained(target, record="replay", existing="overwrite")
+    reader = StoreReader(target)
+    assert len(reader) == STEPS
+    assert reader.tensor(0, "sample_ids").shape == (8,)
+
+
+class Refuses(fsspec.implementations.memory.MemoryFileSystem):
+    """Takes some files, and then no more."""
+
+    protocol = "refuses"
+    left = 0
+
+    def put_file(self, *args: Any, **options: Any) -> None:
+        Refuses.left -= 1
+        if Refuses.left < 0:
+            raise OSError("no room")
+        super().put_file(*args, **options)
+
+
+def eight_steps(url: str) -> None:
+    with StoreWriter(url) as writer:
+        writer.write_manifest({})
+        for step in range(8):
+            writer.append(step, {"x": torch.full((3,), float(step))}, {})
+        writer.flush()
+
+
+@pytest.mark.parametrize("taken", range(3, 12))
+def test_an_upload_that_ends_anywhere_leaves_whole_steps(taken: int, tmp_path: Path) -> None:
+    """An index, a manifest, then a shard and an index for each step: whatever comes last, what the index tells is there."""
+    fsspec.register_implementation("refuses", Refuses, clobber=True)
+    Refuses.left = taken
+    url = f"refuses://{tmp_path}/log"
+    with pytest.raises(LogError, match="could not be written: no room"):
+        eight_steps(url)
+    reader = StoreReader(url)
+    assert len(reader) == (taken - 2) // 2
+    for step in range(len(reader)):
+        assert torch.equal(reader.tensor(step, "x"), torch.full((3,), float(step)))
+
+
+def test_recording_that_stops_is_noted_at_the_url(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fsspec.register_implementation("refuses", Refuses, clobber=True)
+    Refuses.left = 9
+    url = f"refuses://{tmp_path}/run"
+    real = Refuses.put_file
+
+    def put_file(self: Any, here: str, there: str, **options: Any) -> None:
+        if there.endswith("missing.json"):
+            Refuses.left = 1
+        real(self, here, there, **options)
+
+    monkeypatch.setattr(Refuses, "put_file", put_file)
+    with pytest.warns(UserWarning, match="lacks the steps from"):
+        trained(url, record="gradients")
+    reader = StoreReader(url)
+    assert 0 < len(reader) < STEPS
+    assert any("no room" in why for why in reader.missing.values())
+
+
+def test_a_report_at_a_url_is_refused() -> None:
+    with pytest.raises(ConfigurationError, match="report=True writes the report into the log's directory"):
+        InfluenceCallback("memory://run", report=True)
