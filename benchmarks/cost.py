@@ -154,13 +154,13 @@ def readme(repeats: int) -> list[Any]:
 def factored(repeats: int) -> list[Any]:
     variants = {"tangent + Fisher": {"response": "tangent"}}
     work, what = small_text(64), "64 queries, factored log, GPT-2 2 x 64"
-    return attributed(what, work, variants, repeats, compression="factored")
+    return attributed(what, work, variants, repeats, record="gradients", compression="factored")
 
 
 def large_factored(repeats: int) -> list[Any]:
     variants = {"tangent + Fisher": {"response": "tangent"}}
     work, what = large_text(6, 64), "64 queries, factored log, GPT-2 shape 4 x 256"
-    return attributed(what, work, variants, repeats, compression="factored")
+    return attributed(what, work, variants, repeats, record="gradients", compression="factored")
 
 
 def many16(repeats: int) -> list[Any]:
@@ -197,25 +197,27 @@ def recording(repeats: int) -> list[Any]:
     def recorded(**options: Any) -> Callable[[Path], dict[str, Any]]:
         return lambda log: {"callbacks": [InfluenceCallback(log, **options)]}
 
-    plain = {"plain": lambda _: {}}
-    replay, masks = recorded(record="replay"), recorded(compression="mask", mask_size=512)
-    small = live("recording, MLP 784-256-256-10", image_work(150), {**plain, "replay": replay}, repeats)
-    variants = {**plain, "replay": replay, "masks of 512": masks, "factored": recorded(compression="factored")}
+    variants = {"plain": lambda _: {}, "replay": recorded(record="replay"), "auto, the default": recorded()}
+    small = live("recording, MLP 784-256-256-10", image_work(150), variants, repeats)
+    variants |= {
+        "masks of 512": recorded(record="gradients", compression="mask", mask_size=512),
+        "factored": recorded(record="gradients", compression="factored"),
+    }
     return small + live("recording, GPT-2 shape 4 x 256", large_text(16), variants, repeats)
 
 
 def selection(repeats: int) -> list[Any]:
+    def selecting(work: Work, **options: Any) -> Callable[[Path], dict[str, Any]]:
+        def data(_: Path) -> dict[str, Any]:
+            wanted, loader = DataLoader(work.queries, len(work.queries)), DataLoader(work.train, work.batch)
+            return {"data": SelectionDataModule(loader, wanted, every=1, **options)}
+
+        return data
+
     rows = []
     for what, work in (("MLP 784-256-256-10, target 200", image_work(60)), ("GPT-2 shape, target 8", large_text(16))):
-
-        def selecting(_: Path, work: Work = work) -> dict[str, Any]:
-            wanted = DataLoader(work.queries, len(work.queries))
-            loader = DataLoader(work.train, work.batch)
-            return {"data": SelectionDataModule(loader, wanted, online_selection=True, every=1, keep=0.8)}
-
-        rows += live(
-            f"selection inside the step, {what}", work, {"plain": lambda _: {}, "selecting": selecting}, repeats
-        )
+        variants = {"plain": lambda _: {}, "selecting": selecting(work), "rescored in 4": selecting(work, rescore=4)}
+        rows += live(f"selection inside the step, {what}", work, variants, repeats)
     return rows
 
 
@@ -231,7 +233,7 @@ def _row(send: Any, name: str, repeats: int) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("rows", nargs="*", default=list(ROWS), metavar="row", help=", ".join(ROWS))
-    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--repeats", type=int, default=2)
     args = parser.parse_args()
     table = []
     context = multiprocessing.get_context("spawn")

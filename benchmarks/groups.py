@@ -44,7 +44,8 @@ def study(name: str, lr: float, n: int, size: float, window: int) -> list[dict[s
         "sum of single scores": sums_over(alone.scores, alone.sample_ids, chosen),
         "joint response": report.groups.scores,
     }
-    run = {"network": name, "lr": lr}
+    known = [bend for bend in report.groups.bends or () if bend is not None]
+    run = {"network": name, "lr": lr, "bend": sum(known) / max(len(known), 1)}
     rows = [{**run, "prediction": told, **agreement_row(values, truth)} for told, values in found.items()]
     print({what: round(s, 1) for what, s in seconds.items()}, flush=True)
     return rows

@@ -2,7 +2,7 @@
 
 python benchmarks/mislabels.py                       # the table: CNN, all settings, five seeds
 python benchmarks/mislabels.py --net mlp
-python benchmarks/mislabels.py --influence --seeds 2 # also the suspects of a report with 100 held-out queries
+python benchmarks/mislabels.py --influence --seeds 2 # whether influence on 100 held-out images adds anything to the suspects
 
 Needs `pip install cleanlab`. Seeds from 100 on were used to choose the constants of the ranking.
 """
@@ -117,6 +117,10 @@ def out_of_fold(kind: str, seed: int, data: TensorDataset, epochs: int) -> Tenso
     return found
 
 
+def ranks(values: Tensor) -> Tensor:
+    return values.argsort().argsort().double() / len(values)
+
+
 def by_sample(table: pd.DataFrame, column: str) -> Tensor:
     return torch.tensor(table.sort_values("sample_id")[column].to_numpy().copy())
 
@@ -134,7 +138,13 @@ def one(kind: str, seed: int, noise: str, epochs: int, n: int, influence: bool) 
         if influence:
             queries = DataLoader(clean, 100)
             report = attribute(log, queries=queries, model=module, response="tangent", data=data, progress=False)
-            found["suspects of a report"] = by_sample(report.suspects(n), "suspicion")
+            harm = by_sample(report.suspects(n), "suspicion")
+            found["suspects of a report"] = harm
+            for weight in (0.1, 0.3, 1.0):  # of ranks, since the two have no unit in common
+                found[f"suspects(log), and {weight:g} times their harm"] = ranks(
+                    found["suspects(log)"]
+                ) + weight * ranks(harm)
+            return {name: float(average_precision_score(bad, values)) for name, values in found.items()}
     labels = data.tensors[1]
     found["AUM"] = -by_sample(table, "margin")
     found["loss, mean over the epochs"] = by_sample(table, "loss")

@@ -29,7 +29,7 @@ def main(argv: list[str] | None = None) -> InfluenceReport:
     optimizer = torch.optim.AdamW(module.parameters(), lr=1e-2)
     task = FunctionTask(module, lambda m, batch: nn.functional.cross_entropy(m(batch[0]), batch[1]))
     loader = DataLoader(train, batch_size=16, shuffle=True)
-    with recording(out / "log", task, optimizer, record="replay", existing="overwrite") as recorder:
+    with recording(out / "log", task, optimizer, existing="overwrite") as recorder:
         for _ in range(5):
             for batch in recorder.batches(loader):
                 optimizer.zero_grad()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple
 
 import lightning as L
@@ -37,6 +38,7 @@ class Base(L.LightningModule):
         refused_later: whether they may be refused when the run comes to what could not be known before.
         options: of the callback.
         trainer_options: of the trainer.
+        needs_data: whether batches are not stored, because they are not made of tensors.
         batches: indices of the samples.
     """
 
@@ -44,6 +46,7 @@ class Base(L.LightningModule):
     refused_later: ClassVar[bool] = False
     options: ClassVar[dict[str, Any]] = {}
     trainer_options: ClassVar[dict[str, Any]] = {}
+    needs_data: ClassVar[bool] = False
     batches: ClassVar[list[list[int]]] = [list(range(start, start + BATCH)) for start in range(0, N, BATCH)]
     samples: Callable[[int], Samples] = staticmethod(points)
     collate: Callable[[Samples], Any] = staticmethod(default_collate)
@@ -227,6 +230,17 @@ class WeightNorm(Base):
     def build(self) -> None:
         super().build()
         self.body = weight_norm(self.body)
+
+
+@kind
+class OldWeightNorm(Base):
+    """The weight is computed before the layer's forward, by a hook."""
+
+    refused = GRADIENTS
+
+    def build(self) -> None:
+        super().build()
+        self.body = nn.utils.weight_norm(self.body)
 
 
 @kind
@@ -509,6 +523,64 @@ class PythonLists(Base):
 
 
 @kind
+class Arrays(Base):
+    """Arrays of NumPy and lists of lists beside tensors."""
+
+    @staticmethod
+    def collate(samples: Samples) -> Any:
+        x, y = default_collate(samples)
+        return {"x": x.numpy(), "y": y, "boxes": [[float(v) for v in row[:2]] for row in x], "mask": None}
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        x, boxes = torch.as_tensor(batch["x"]), torch.tensor(batch["boxes"], dtype=torch.float64)
+        return F.cross_entropy(self(x) + 0.1 * boxes[:, :1], batch["y"])
+
+
+@dataclass
+class Data:
+    """As libraries for graphs and boxes have them."""
+
+    x: Any
+    y: Tensor
+
+
+class Joined:
+    """An object that nobody else can take apart."""
+
+    def __init__(self, x: Tensor, y: Tensor) -> None:
+        self.content = {"x": x, "y": y}
+
+
+@kind
+class DataClasses(Base):
+    """A batch is a dataclass."""
+
+    needs_data = True
+
+    @staticmethod
+    def collate(samples: Samples) -> Any:
+        return Data(*default_collate(samples))
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        return F.cross_entropy(self(batch.x), batch.y)
+
+
+@kind
+class Objects(Base):
+    """A batch is an object of a class of its own."""
+
+    refused = GRADIENTS
+    needs_data = True
+
+    @staticmethod
+    def collate(samples: Samples) -> Any:
+        return Joined(*default_collate(samples))
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        return F.cross_entropy(self(batch.content["x"]), batch.content["y"])
+
+
+@kind
 class Ragged(Base):
     """A batch is a list of tensors, one a sample."""
 
@@ -541,6 +613,45 @@ class Windows(Base):
     def collate(samples: Samples) -> Any:
         x, y = default_collate(samples)
         return torch.cat([x, -x]), torch.cat([y, y])
+
+
+@kind
+class SummedWindows(Windows):
+    """And their losses are summed."""
+
+    options: ClassVar[dict[str, Any]] = {"reduction": "sum"}
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        return F.cross_entropy(self(batch[0]), batch[1], reduction="sum")
+
+
+@kind
+class Nodes(Base):
+    """Graphs of several sizes, joined into one whose rows are nodes."""
+
+    refused = GRADIENTS
+
+    @staticmethod
+    def samples(n: int) -> Samples:
+        edges = torch.tensor([[0, 1], [1, 0]])
+        return [(torch.randn(2 + i % 3, 6, dtype=torch.float64), edges, y) for i, (_, y) in enumerate(points(n))]
+
+    @staticmethod
+    def collate(samples: Samples) -> Any:
+        sizes = torch.tensor([len(x) for x, *_ in samples])
+        starts = sizes.cumsum(0) - sizes
+        return {
+            "x": torch.cat([x for x, *_ in samples]),
+            "edges": torch.cat([edges + start for (_, edges, _), start in zip(samples, starts, strict=True)], 1),
+            "graph": torch.arange(len(samples)).repeat_interleave(sizes),
+            "y": torch.stack([y for *_, y in samples]),
+        }
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        x, (source, end) = self.body(batch["x"]), batch["edges"]
+        hidden = F.gelu(x.index_add(0, end, x[source]))
+        pooled = hidden.new_zeros(len(batch["y"]), 8).index_add(0, batch["graph"], hidden)
+        return F.cross_entropy(self.head(pooled), batch["y"])
 
 
 @kind
@@ -624,6 +735,30 @@ class PackedTags(Padded):
         packed = pack_padded_sequence(self.words(batch[0]), batch[2], batch_first=True, enforce_sorted=False)
         hidden, _ = pad_packed_sequence(self.body(packed)[0], batch_first=True)
         return F.cross_entropy(self.head(hidden).flatten(0, 1), batch[1].flatten())
+
+
+@kind
+class Boxes(Base):
+    """Targets of several lengths, as detectors have them; the last layers run sample by sample."""
+
+    refused = GRADIENTS
+
+    @staticmethod
+    def samples(n: int) -> Samples:
+        return [(x, {"boxes": torch.randn(1 + i % 3, 3), "label": y}) for i, (x, y) in enumerate(points(n))]
+
+    @staticmethod
+    def collate(samples: Samples) -> Any:
+        return tuple(zip(*samples, strict=True))
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        hidden, total = self.body(torch.stack(batch[0])), 0.0
+        for row, target in zip(hidden, batch[1], strict=True):
+            found = self.head(row)
+            total += F.cross_entropy(found, target["label"]) + F.l1_loss(
+                found.expand(target["boxes"].shape), target["boxes"]
+            )
+        return total / len(hidden)
 
 
 class Stream(IterableDataset[Any]):
@@ -851,6 +986,27 @@ class ByEpoch(Base):
     def training_step(self, batch: Any, batch_idx: int) -> Any:
         scale = 1.0 + self.current_epoch + 0.1 * self.global_step + 0.2 * batch_idx
         return F.cross_entropy(self(batch[0]), batch[1]) * (scale if self.training else 1.0)
+
+
+@kind
+class ByTrainer(Base):
+    """The step reads its trainer: the length of the run, the rate of its optimizer, its logger."""
+
+    def configure_optimizers(self) -> Any:
+        optimizer = super().configure_optimizers()
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: (step + 1) / 6)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        loss = super().training_step(batch, batch_idx)
+        if not self.training:
+            return loss
+        trainer, rate = self.trainer, self.optimizers().param_groups[0]["lr"]
+        self.log("rate", self.lr_schedulers().get_last_lr()[0])
+        if self.logger is not None:
+            self.logger.experiment.add_scalar("loss", loss, self.global_step)
+        done = trainer.global_step / trainer.estimated_stepping_batches + trainer.current_epoch / trainer.max_epochs
+        return loss * (1 + done + batch_idx / trainer.num_training_batches + 1e4 * rate)
 
 
 @kind

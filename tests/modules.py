@@ -98,6 +98,17 @@ def loader(data: TensorDataset, batch_size: int = 16, seed: int = 0, **options: 
     return DataLoader(data, batch_size, shuffle=True, generator=generator, **options)
 
 
+def hooks_of(module: torch.nn.Module) -> int:
+    """Hooks of any kind on a module, its layers and parameters."""
+    kinds = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+    on_layers = sum(len(getattr(layer, kind)) for layer in module.modules() for kind in kinds)
+    on_parameters = sum(
+        len(p._backward_hooks or ()) + len(getattr(p, "_post_accumulate_grad_hooks", None) or ())
+        for p in module.parameters()
+    )
+    return on_layers + on_parameters
+
+
 def forged(log: Path, where: Path, forge: Callable[[str, dict[str, Any], dict[str, Any]], object]) -> Path:
     """The log written anew, so that its checksums agree, with what ``forge`` makes of the content."""
     reader = StoreReader(log)

@@ -11,13 +11,15 @@ from typing import Any
 import lightning as L
 import pandas as pd
 import pytest
+import pytorch_lightning as pl
 import torch
 from lightning.pytorch.cli import LightningCLI
 from modules import Classifier, digits, fit
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import DataLoader, TensorDataset, random_split
 
 from lightning_influence import InfluenceCallback, InfluenceReport, SelectionDataModule, tune_horizon
 from lightning_influence.cli import main
+from lightning_influence.errors import ConfigurationError
 from lightning_influence.log.writer import StoreWriter
 
 
@@ -85,11 +87,142 @@ def test_processes_of_torchrun_share_the_work(run: Path) -> None:
     torch.testing.assert_close(two.scores, alone.scores, rtol=1e-3, atol=1e-4 * float(alone.scores.abs().max()))
 
 
+class OtherDigits(pl.LightningDataModule):
+    """The same of the package's other name; what it splits off is another set each time that it is set up."""
+
+    set_up = 0
+
+    def setup(self, stage: str) -> None:
+        type(self).set_up += 1
+        self.train, self.val = random_split(digits(60), [40, 20])
+
+    def train_dataloader(self) -> Any:
+        return DataLoader(self.train, 8)
+
+    def val_dataloader(self) -> Any:
+        return DataLoader(self.val, 10)
+
+
+class OtherNet(pl.LightningModule):
+    def __init__(self, width: int = 8, lr: float = 1e-3) -> None:
+        super().__init__()
+        self.net, self.lr = torch.nn.Sequential(torch.nn.Linear(64, width), torch.nn.Linear(width, 10)), lr
+
+    def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
+        return torch.nn.functional.cross_entropy(self.net(batch[0]), batch[1])
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.AdamW(self.parameters(), lr=self.lr)
+
+
+def test_modules_of_the_package_s_other_name(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    options: dict[str, Any] = {"accelerator": "cpu", "logger": False, "enable_checkpointing": False}
+    callback: Any = InfluenceCallback(tmp_path / "log", record="replay")
+    trainer = pl.Trainer(max_epochs=1, callbacks=[callback], limit_val_batches=0, **options)
+    trainer.fit(OtherNet(), OtherDigits())
+    trainer.save_checkpoint(tmp_path / "last.ckpt")
+    for verb, more in {
+        "attribute": ["--target=mean", f"--out={tmp_path / 's.safetensors'}"],
+        "check": ["--removals=3"],
+    }.items():
+        OtherDigits.set_up = 0
+        given = ["--model=test_cli.OtherNet", "--data=test_cli.OtherDigits", f"--checkpoint={tmp_path / 'last.ckpt'}"]
+        assert main([verb, str(tmp_path / "log"), *given, *more]) == 0, capsys.readouterr().err
+        assert OtherDigits.set_up == 1
+    config = tmp_path / "run.yaml"
+    config.write_text(
+        "model: {class_path: test_cli.OtherNet, init_args: {width: 4}}\ndata: {class_path: test_cli.OtherDigits}\n"
+    )
+    sweep = ["--horizons=[0]", "--learning_rates=[0.001,0.01]", "--max_steps=2", f"--out={tmp_path / 't.csv'}"]
+    assert main(["tune", f"--config={config}", *sweep]) == 0, capsys.readouterr().err
+
+
+def test_groups_samples_and_a_loss_of_ones_own_are_named(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The run's end is in its log, so that no checkpoint is needed; ids and groups come in files."""
+    log, known = str(run / "log"), f"--config={run / 'run.yaml'}"
+    (run / "ids.csv").write_text("sample_id,score\n3,0.1\n7,0.2\n")
+    (run / "labels.txt").write_text(
+        "".join("even\n" if z % 2 == 0 else ("\n" if z % 3 else "third\n") for z in range(40))
+    )
+    (run / "groups.json").write_text('{"first": [0, 1, 2], "second": [2, 3]}')
+    out = ["--target=mean", "--progress=false", f"--out={run / 's.safetensors'}"]
+    assert main(["attribute", log, known, f"--samples={run / 'ids.csv'}", f"--groups={run / 'labels.txt'}", *out]) == 0
+    assert "even" in capsys.readouterr().out
+    found = InfluenceReport.load(run / "s.safetensors")
+    assert found.sample_ids.tolist() == [3, 7]
+    assert found.groups is not None and found.groups.sizes == [20, 7] and found.groups.names == ["even", "third"]
+    own = [
+        "--query_loss=test_cli.squares",
+        f"--groups={run / 'groups.json'}",
+        "--samples=[3]",
+        "--max_memory=1000000000",
+    ]
+    assert main(["attribute", log, known, *own, *out]) == 0
+    other = InfluenceReport.load(run / "s.safetensors")
+    assert other.groups is not None and other.groups.names == ["first", "second"]
+    assert not torch.allclose(other.scores[0], found.scores[0], rtol=0.1)
+    page = ["report", str(run / "s.safetensors"), "--data=test_cli.Digits", "--title=Mine", "--show=test_cli.shown"]
+    assert main([*page, f"--groups={run / 'labels.txt'}", f"--out={run / 'r.html'}"]) == 0
+    assert "Mine" in (run / "r.html").read_text() and "the sum is" in (run / "r.html").read_text()
+    assert main(["compare", str(run / "s.safetensors"), str(run / "s.safetensors"), f"--out={run / 'c.csv'}"]) == 0
+    assert pd.read_csv(run / "c.csv").change.tolist() == [0.0]
+    for option, text, told in (
+        ("samples", "a\nb\n", "holds 'b'"),
+        ("groups", "{", "is not JSON"),
+        ("samples", "", "no id"),
+    ):
+        (run / "wrong").write_text(text)
+        assert main(["attribute", log, known, f"--{option}={run / 'wrong'}"]) == 2
+        assert told in capsys.readouterr().err
+
+
+def squares(model: Any, batch: Any) -> torch.Tensor:
+    return model.net(batch[0]).square().mean(1)
+
+
+def shown(sample: Any) -> str:
+    return f"the sum is {float(sample[0].sum()):.3f}"
+
+
+def test_errors_are_predicted(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    given = ["proxy", str(run / "log"), f"--config={run / 'run.yaml'}", "--target=mean", "--pairs=[[3,0],[30,3]]"]
+    assert main([*given, "--lr_factors=[1,2]", "--progress=false", f"--out={run / 'proxy.csv'}"]) == 0
+    assert "error / score" in capsys.readouterr().out
+    table = pd.read_csv(run / "proxy.csv")
+    assert len(table) == 4 and set(table.sample_id) == {3, 30} and set(table.lr_factor) == {1.0, 2.0}
+
+
+def test_a_run_is_cleaned(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """From its configuration alone, which names the callback and with it the log; and nothing is said that was not asked for."""
+    config = run / "whole.yaml"
+    callback = f"{{class_path: lightning_influence.InfluenceCallback, init_args: {{log: {run / 'log'}}}}}"
+    config.write_text(f"trainer:\n  callbacks: [{callback}]\n{(run / 'run.yaml').read_text()}")
+    capsys.readouterr()
+    asked = ["clean", f"--config={config}", "--progress=false"]
+    assert main([*asked, "--dry_run=true", "--k=4", f"--out={run / 'gone.txt'}"]) == 0
+    dry = capsys.readouterr()
+    assert "predicted_change" in dry.out and "loss_after" not in dry.out
+    gone = [int(z) for z in (run / "gone.txt").read_text().split()]
+    assert len(gone) == 4
+    assert main([*asked, f"--samples={run / 'gone.txt'}"]) == 0
+    told = capsys.readouterr()
+    table, left_out = told.out.rstrip().rsplit("\n", 1)
+    names, values = (line.split() for line in table.splitlines())
+    row = dict(zip(names, map(float, values), strict=True))
+    assert row["change"] == pytest.approx(row["loss_after"] - row["loss_before"], abs=1e-5)
+    assert row["removed"] == 4 and left_out == "left out: " + " ".join(map(str, gone))
+    assert not any(word in told.out + told.err for word in ("GPU", "TPU", "Tip"))
+    assert main(["clean", f"--config={run / 'run.yaml'}"]) == 2
+    assert "--log missing" in capsys.readouterr().err
+
+
 def test_horizon_and_rate_are_tuned(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = run / "tuning.csv"
     sweep = ["--horizons=[0,2]", "--learning_rates=[0.0001,0.01]", "--max_steps=5", "--keep=0.5", "--proxies=2"]
     assert main(["tune", f"--config={run / 'run.yaml'}", *sweep, f"--out={out}"]) == 0
-    assert "at learning rate 0.01" in capsys.readouterr().out, "five steps at 1e-4 learn nothing"
+    told = capsys.readouterr()
+    assert "at learning rate 0.01" in told.out, "five steps at 1e-4 learn nothing"
+    assert not any(word in told.out + told.err for word in ("GPU", "TPU", "Tip", "max_steps"))
     table = pd.read_csv(out).set_index(["horizon", "lr"])
     assert len(table) == 4
     assert (run / "tuning.png").exists()
@@ -297,6 +430,44 @@ data: {{class_path: test_cli.Digits}}
     )
     assert isinstance(told.datamodule, SelectionDataModule)
     assert told.datamodule.selection_report.kept == pytest.approx(0.5)
+
+
+@pytest.mark.parametrize(
+    ("make_model", "told"),
+    [
+        (lambda: Net(), r"called with a learning rate, make_model\(0.001\), and .*too many positional arguments"),
+        (lambda lr: Net(), "asked for a learning rate of 0.01, and the optimizer begins at 0.001"),
+        (lambda lr: torch.nn.Linear(2, 2), "make_model returned a Linear; it has to return a LightningModule"),
+    ],
+    ids=["no parameter", "ignores it", "no module"],
+)
+def test_what_make_model_has_to_take_and_to_give(make_model: Any, told: str) -> None:
+    data = Digits()
+    held_out = [digits(20).tensors]
+    with pytest.raises(ConfigurationError, match=told):
+        tune_horizon(
+            make_model, data.train_dataloader(), data.val_dataloader(), held_out,
+            horizons=(0,), learning_rates=(1e-3, 1e-2), max_steps=2, progress=False, trainer={"accelerator": "cpu"},
+        )  # fmt: skip
+
+
+def test_a_rate_that_is_scaled_and_callbacks_of_one_s_own_are_taken() -> None:
+    class Scaled(Net):
+        def configure_optimizers(self) -> Any:
+            return torch.optim.AdamW([{"params": [p], "lr": 0.1 * self.lr} for p in self.parameters()])
+
+    data, seen = Digits(), list[float]()
+
+    class Looks(L.Callback):
+        def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+            seen.append(trainer.optimizers[0].param_groups[0]["lr"])
+
+    tune_horizon(
+        lambda lr: Scaled(lr=lr), data.train_dataloader(), data.val_dataloader(), [digits(20).tensors],
+        horizons=(0,), learning_rates=(1e-3, 1e-2), max_steps=2, progress=False,
+        trainer={"accelerator": "cpu", "callbacks": Looks()},
+    )  # fmt: skip
+    assert seen == [pytest.approx(1e-4), pytest.approx(1e-3)]
 
 
 def test_horizon_and_learning_rate_are_tuned_together() -> None:

@@ -63,7 +63,8 @@ def test_a_kind_is_right_or_refused(kind: type[Base], tmp_path: Path) -> None:
         for p, q in zip(plain.parameters(), module.parameters(), strict=True):
             assert torch.equal(p, q), "the run ends where it ends without the callback"
         queries = DataLoader(samples(kind)[N:], QUERIES, collate_fn=kind.collate)  # type: ignore[arg-type]
-        report = attribute(tmp_path / record, queries=queries, model=module, progress=False)
+        data = kind.loader(samples(kind)[:N], None) if kind.needs_data else None
+        report = attribute(tmp_path / record, queries=queries, model=module, data=data, progress=False)
         known = dict(zip(report.sample_ids.tolist(), report.scores.double().mean(1), strict=True))
         scores = torch.stack([known.get(z, torch.zeros((), dtype=torch.float64)) for z in range(N)])
         error = (scores - truth).norm() / truth.norm()

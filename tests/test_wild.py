@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import kinds
 import lightning as L
@@ -246,6 +246,57 @@ def test_removals_are_verified_with_the_random_numbers_of_every_other_sample(tmp
     trained(Dropped, callbacks=[InfluenceCallback(tmp_path / "dropped", record="gradients")])
     with pytest.raises(InfluenceError, match=r"miss the effect of a removal by .* of its size \(most at"):
         trained(DroppedContrastive, callbacks=[InfluenceCallback(tmp_path / "contrastive", record="gradients")])
+
+
+class MixedUp(Base):
+    """Every sample is mixed with a partner that is drawn from the batch.
+
+    Attributes:
+        drawn: the partners of each step of the whole run.
+        gone: position in its batch of the sample that has left, for a run without it, by step.
+    """
+
+    drawn: ClassVar[list[list[int]]] = []
+    gone: ClassVar[dict[int, int]] = {}
+
+    def partners(self, n: int) -> Tensor:
+        order = torch.randperm(n)
+        if not self.gone:
+            self.drawn.append(order.tolist())
+        elif self.global_step in self.gone:  # whose partner has left takes the partner of that one
+            z, whole = self.gone[self.global_step], self.drawn[self.global_step]
+            kept = [i for i in range(n + 1) if i != z]
+            return torch.tensor([kept.index(whole[i] if whole[i] != z else whole[z]) for i in kept])
+        else:
+            return torch.tensor(self.drawn[self.global_step])
+        return order
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        x, y = batch
+        if not self.training:
+            return super().training_step(batch, batch_idx)
+        other = self.partners(len(x))
+        mixed = self(0.7 * x + 0.3 * x[other])
+        return 0.7 * F.cross_entropy(mixed, y) + 0.3 * F.cross_entropy(mixed, y[other])
+
+
+def test_the_partners_of_all_other_samples_stay(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As the truth keeps them, which draws no numbers of its own."""
+    with pytest.raises(InfluenceError, match="Samples see each other"):
+        trained(MixedUp, callbacks=[InfluenceCallback(tmp_path / "gradients", record="gradients")])
+    monkeypatch.setattr(MixedUp, "drawn", [])
+    plain = trained(MixedUp)
+    before, drawn = losses(plain).mean(), list(MixedUp.drawn)
+    module = trained(MixedUp, callbacks=[InfluenceCallback(tmp_path / "log", record="replay")])
+    report = attribute(tmp_path / "log", queries=DataLoader(data()[1], QUERIES), model=module, progress=False)
+    assert report.metadata["removals"]["by"] == "rerun"
+    monkeypatch.setattr(MixedUp, "drawn", drawn)
+    truth = []
+    for z in range(N):
+        monkeypatch.setattr(MixedUp, "gone", {z // BATCH: z % BATCH})
+        truth.append(losses(trained(MixedUp, z)).mean() - before)
+    expected = torch.stack(truth)
+    assert (report.scores.double().mean(1) - expected).norm() <= 0.03 * expected.norm()
 
 
 def test_a_report_says_how_removals_were_found(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Collection, Sequence
+from contextlib import ExitStack
 from fnmatch import fnmatchcase
 from functools import partial
 from typing import Any
@@ -16,7 +17,7 @@ from lightning_influence.capture.generic import generic
 from lightning_influence.capture.rules import rule_for
 from lightning_influence.capture.shared_rows import SharedRows
 from lightning_influence.core.shares import Form, SparseRows, add, merged
-from lightning_influence.errors import ConfigurationError, UncoveredParameter
+from lightning_influence.errors import ConfigurationError, InfluenceError, UncoveredParameter
 
 _BATCH_NORMS = (nn.modules.batchnorm._BatchNorm,)
 _WHOLE = (nn.MultiheadAttention, nn.RNNBase)
@@ -70,11 +71,11 @@ class GradientCapture:
         self._hooks: list[Any] = []
         self._n: int | None = None
         self._shared: SharedRows | None = None
+        self._forward = ExitStack()  # in which shared rows are looked for
         self._rerunning = False
         self._forms: dict[str, Form] = {}
-        self._failure: Exception | None = (
-            None  # of a hook, told when the shares are taken rather than inside the training step
-        )
+        # of a hook, told when the shares are taken rather than inside the training step
+        self._failure: Exception | None = None
 
     def _recorded_layers(self, module: nn.Module) -> dict[str, nn.Module]:
         layers: dict[str, nn.Module] = {}
@@ -156,20 +157,22 @@ class GradientCapture:
         self._forget_shared()
         self._n, self._forms, self._failure = n_samples, {}, None
         if n_samples > 1:
-            self._shared = SharedRows(n_samples)
-            self._shared.__enter__()
+            self._shared = self._forward.enter_context(SharedRows(n_samples))
+
+    def end_forward(self) -> None:
+        """The loss is there, and nothing in the backward pass is to be looked at; may be left out, and costs time then."""
+        self._forward.close()
 
     def _forget_shared(self) -> None:
-        if self._shared is not None:
-            self._shared.__exit__(None, None, None)
-            self._shared = None
+        self._forward.close()
+        self._shared = None
 
     def take(self, scale: float = 1.0) -> dict[str, Form]:
         """The shares of the micro-batch whose backward has run, times ``scale``; zero where none came.
 
         Raises:
-            ConfigurationError: rows of a layer that are not the samples'.
-            Exception: what else a hook raised.
+            ConfigurationError: rows of a layer that are not the samples', or a layer that its rule does not fit.
+            MemoryError, torch.OutOfMemoryError: there was too little for a hook.
         """
         failure, self._failure = self._failure, None
         if failure is not None:
@@ -187,9 +190,10 @@ class GradientCapture:
         if self._n is None or self._rerunning or self._failure is not None or not torch.is_grad_enabled():
             return
         try:
-            self._watch(layer, args, kwargs, output)
+            with torch._C.DisableTorchFunction():  # modes that watch the module have nothing to see here
+                self._watch(layer, args, kwargs, output)
         except Exception as error:
-            self._failure = error
+            self._failure = _of_layer(layer, error)
 
     def _watch(self, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         """Collect the layer's shares when the gradients of its outputs come."""
@@ -225,7 +229,7 @@ class GradientCapture:
         try:
             self._add(layer, args, kwargs, position, shape, shared, gradient)
         except Exception as error:
-            self._failure = error
+            self._failure = _of_layer(layer, error)
 
     def _add(
         self,
@@ -252,6 +256,14 @@ class GradientCapture:
                 shares = generic(layer, list(own), wide_args, wide_kwargs, position, delta)
             finally:
                 self._rerunning = False
+        unknown = own.keys() - shares.keys()
+        if unknown:
+            raise ConfigurationError(
+                f"a {type(layer).__name__} computes its weight from {', '.join(sorted(unknown))} before its forward, as "
+                "torch.nn.utils.weight_norm and spectral_norm do, which its rule does not know. Use their successors in "
+                "torch.nn.utils.parametrizations, name the parameters in exclude=, or use record='replay', which measures what a "
+                "removal does."
+            )
         for local, name in own.items():
             form = self._regrouped(shares[local], layer)
             self._forms[name] = add(self._forms[name], form) if name in self._forms else form
@@ -269,6 +281,18 @@ class GradientCapture:
                 "measures what a removal does."
             )
         return merged(form, n)
+
+
+def _of_layer(layer: nn.Module, error: Exception) -> Exception:
+    """What a hook of a layer raised, as an error that says what can be done."""
+    if isinstance(error, (InfluenceError, MemoryError, torch.OutOfMemoryError)):
+        return error
+    told = ConfigurationError(
+        f"a {type(layer).__name__} is used in a way from which its per-sample gradients do not follow ({type(error).__name__}: "
+        f"{error}). Name its parameters in exclude=, or use record='replay', which measures what a removal does."
+    )
+    told.__cause__ = error
+    return told
 
 
 def refuse_batch_norm(module: nn.Module) -> None:

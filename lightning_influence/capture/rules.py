@@ -13,6 +13,7 @@ from typing import TypeAlias
 from torch import Tensor, nn
 
 from lightning_influence.core.shares import Form
+from lightning_influence.errors import ConfigurationError
 
 Rule: TypeAlias = Callable[[nn.Module, Tensor, Tensor], dict[str, Form]]
 
@@ -45,7 +46,17 @@ def rule_for(layer: nn.Module) -> Rule | None:
 
 
 def tokens(values: Tensor, keep: int = 1) -> Tensor:
-    """``(n, ..., *features)`` as ``(n, t, *features)`` with the last ``keep`` dimensions as features."""
+    """``(n, ..., *features)`` as ``(n, t, *features)`` with the last ``keep`` dimensions as features.
+
+    Raises:
+        ConfigurationError: there is no dimension of the samples.
+    """
+    if values.dim() <= keep:
+        raise ConfigurationError(
+            f"a layer is given a tensor of shape {tuple(values.shape)}, which has no dimension of the samples: the training step "
+            "calls it sample by sample. Give it all samples at once, name its parameters in exclude=, or use record='replay', "
+            "which measures what a removal does."
+        )
     if values.dim() == keep + 1:
         return values[:, None]
     return values.flatten(1, values.dim() - keep - 1)

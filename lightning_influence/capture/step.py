@@ -146,6 +146,7 @@ class StepCollector:
 
     Attributes:
         compress: what is kept of a parameter's shares, as soon as they are there; None for everything.
+        settle: called once, when all processes have collected their first step, where they have to agree on what they give up.
 
     Raises:
         UnsupportedOptimizer: the optimizer's step is not a known function.
@@ -167,6 +168,7 @@ class StepCollector:
         self.module, self.optimizer, self.capture = module, optimizer, capture
         self.averaged, self.ranks, self.update_name = averaged, ranks or Ranks(), update_name(optimizer)
         self.compress: Callable[[str, Form], Form] | None = None
+        self.settle: Callable[[], None] | None = None
         self._otherwise = otherwise
         self._names = {id(p): name for name, p in module.named_parameters()}
         self._started: _Started | None = None
@@ -201,6 +203,8 @@ class StepCollector:
         Raises:
             ConfigurationError: they were not.
         """
+        if self.capture is not None:
+            self.capture.end_forward()
         if self._micro_batches:
             return
         left = total_norm(p.grad for p in self.parameters())
@@ -286,6 +290,9 @@ class StepCollector:
             self._refuse_uncollected(index)
             shares = self._of_step([part for _, part in micro_batches])
             self._refuse_other_sums(index, float(norm))
+        settle, self.settle = self.settle, None
+        if settle is not None:
+            settle()
         if self.capture is None:
             shares = {}
         refuse_unowned(self.module, self.optimizer)
@@ -394,9 +401,9 @@ class _Started:
 
 def total_norm(gradients: Iterable[Tensor | None]) -> Tensor:
     """Norm of all gradients together, in single precision at least."""
-    norms = [torch.linalg.vector_norm(g.detach(), dtype=_wide(g.dtype)) for g in gradients if g is not None]
+    by_dtype: dict[torch.dtype, list[Tensor]] = {}
+    for g in gradients:
+        if g is not None:
+            by_dtype.setdefault(torch.promote_types(g.dtype, torch.float32), []).append(g.detach())
+    norms = [norm for dtype, group in by_dtype.items() for norm in torch._foreach_norm(group, 2, dtype)]
     return torch.linalg.vector_norm(torch.stack(norms)) if norms else torch.zeros(())
-
-
-def _wide(dtype: torch.dtype) -> torch.dtype:
-    return torch.promote_types(dtype, torch.float32)

@@ -8,13 +8,19 @@ together with ``--model`` and ``--data``.
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from lightning_influence import __version__
 from lightning_influence.cli.configuration import parser_class
-from lightning_influence.cli.verbs import VERBS, printable
+from lightning_influence.cli.trials import check, clean, proxy, tune
+from lightning_influence.cli.verbs import attribute, compare, inspect, printable, report, select, suspects
 from lightning_influence.errors import ConfigurationError, InfluenceError
+
+VERBS: tuple[Callable[..., None], ...] = (
+    inspect, attribute, report, check, proxy, suspects, select, clean, compare, tune,
+)  # fmt: skip
 
 
 def main(arguments: list[str] | None = None) -> int:

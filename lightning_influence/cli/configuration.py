@@ -27,6 +27,8 @@ def _own_part(content: Any, keys: set[str], classes: Mapping[str, str | None]) -
         raise ConfigurationError(f"the configuration is a {type(content).__name__}; it has to map names to values.")
     content = {**content, **(content.get("fit") or {})}  # as of one file for all of LightningCLI's subcommands
     own = {key: value for key, value in content.items() if key in keys and value is not None}
+    if "log" in keys and (log := _recorded_to(content)) is not None:
+        own.setdefault("log", log)
     if not own:
         raise ConfigurationError(
             f"the configuration has {', '.join(map(str, content)) or 'nothing'}, but no model or data."
@@ -43,6 +45,16 @@ def _own_part(content: Any, keys: set[str], classes: Mapping[str, str | None]) -
     return own
 
 
+def _recorded_to(content: Mapping[str, Any]) -> str | None:
+    """The directory of the log that a configuration's `InfluenceCallback` writes; None where it has none."""
+    callbacks = (content.get("trainer") or {}).get("callbacks") or []
+    for callback in callbacks if isinstance(callbacks, list) else [callbacks]:
+        if isinstance(callback, Mapping) and str(callback.get("class_path", "")).endswith("InfluenceCallback"):
+            options = callback.get("init_args") or {}
+            return options.get("log") or options.get("dirpath")
+    return None
+
+
 def parser_class(arguments: Sequence[str]) -> type[Any]:
     """Jsonargparse's parser, except that of a configuration file it reads the command's own part."""
     from jsonargparse import ArgumentParser, get_loader
@@ -55,8 +67,8 @@ def parser_class(arguments: Sequence[str]) -> type[Any]:
 
     class Parser(ArgumentParser):
         def parse_string(self, content: str, *rest: Any, **options: Any) -> Any:
-            keys = {action.dest for action in self._actions}
-            if "subcommand" not in keys:
+            if not any(action.dest == "subcommand" for action in self._actions):
+                keys = {action.dest for action in self._actions if action.option_strings}
                 try:
                     loaded = get_loader("yaml")(content)
                 except YAMLError as error:

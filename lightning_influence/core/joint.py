@@ -36,6 +36,8 @@ class JointResponse:
         groups: sets of which the groups are removed.
         counterfactual: as of `removal.gradient_change`.
         recorded: the steps of a record, by parameter.
+        moves: filled, where given, with the sum of these changes of the update, ``(n_groups, d)`` each: how far the removal of a
+            group moves the parameters by itself.
         progress: show a bar where the walk forward takes longer than two seconds.
     """
 
@@ -46,8 +48,12 @@ class JointResponse:
         counterfactual: str,
         recorded: Callable[[StepRecord], dict[str, ParameterStep]],
         *,
+        moves: Vectors | None = None,
         progress: bool = True,
     ) -> None:
+        self._moves = moves
+        if moves is not None:
+            moves.clear()  # of a walk that went astray
         self._trajectory, self._groups, self._recorded = trajectory, groups, recorded
         self._counterfactual, self._scales = counterfactual, extrapolation(trajectory.sizes)
         self._n = len(groups.groups)
@@ -107,13 +113,17 @@ class JointResponse:
                 gradient = step.gradient.repeat(b - a, 1)
                 sets = slice(*torch.searchsorted(held, torch.tensor([a, b])).tolist())
                 if sets.start < sets.stop:
-                    change = consumed.change(record.gradients[name], shares[name], sets, totals)
-                    gradient[held[sets] - a] += sign * change.to(gradient)
+                    removal = consumed.change(record.gradients[name], shares[name], sets, totals)
+                    gradient[held[sets] - a] += sign * removal.to(gradient)
                 before = self._before(moments.get(name), step, slice(a, b))
                 delta, after = step.update.apply(before, gradient, step.hyper)
                 parts.append(tuple(m.cpu() for m in after))
                 if adjoints is not None and response is not None:
-                    response[:, a:b] += (adjoints[name].to(delta) @ (delta - step.taken[0]).T).to(response)
+                    change = delta - step.taken[0]
+                    response[:, a:b] += (adjoints[name].to(delta) @ change.T).to(response)
+                    if self._moves is not None:
+                        moved = self._moves.setdefault(name, torch.zeros(self._n, change.shape[1]))
+                        moved[a:b] += change.to(moved)
             new[name] = tuple(torch.cat(column) for column in zip(*parts, strict=True))
         return new
 

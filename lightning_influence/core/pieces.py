@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from lightning_influence.core.shares import Dense, Outer, SparseRows, Stack, Sum
-from lightning_influence.core.trajectory import Shares, StepRecord, Trajectory, Vectors
+from lightning_influence.core.trajectory import Shares, StepRecord, Trajectory, Vectors, extrapolation
 
 _COORDINATES = 2**17
 """Of a piece: what a processor's cache holds while a step is computed, and few enough pieces for a model of billions."""
@@ -97,6 +97,30 @@ class Pieces:
     def third_derivative(self, index: int, vectors: Vectors) -> Vectors:
         """As of `second_variation.SmoothTrajectory`, of a trajectory that is one."""
         return self.cut(self._whole.third_derivative(index, self.joined(vectors)))  # type: ignore[attr-defined]
+
+
+class Part(Pieces):
+    """A trajectory of which one range of each parameter's coordinates is looked at, for all of them.
+
+    Args:
+        trajectory: of whole parameters.
+        ranges: by parameter; one that is missing is looked at as a whole.
+    """
+
+    def __init__(self, trajectory: Trajectory, ranges: Mapping[str, slice]) -> None:
+        self._whole, self.optimizer = trajectory, trajectory.optimizer
+        self.pieces, self._of, self.sizes = {}, {}, {}
+        for name, (kept, total) in trajectory.sizes.items():
+            coordinates = ranges.get(name, slice(0, kept))
+            size = coordinates.stop - coordinates.start
+            piece = name if size == kept else f"{name}[{coordinates.start}:{coordinates.stop}]"
+            self.pieces[name], self._of[piece] = [piece], Piece(name, coordinates)
+            self.sizes[piece] = size, total
+
+    def extrapolated(self, vectors: Mapping[str, Tensor]) -> Vectors:
+        """Pieces of vectors, scaled so that an inner product with them stands for one over all coordinates."""
+        scales = extrapolation(self.sizes)
+        return {piece: vector * scales[piece] for piece, vector in self.cut(vectors).items()}
 
 
 class _PieceShares(Mapping[str, Shares]):

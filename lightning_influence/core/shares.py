@@ -2,7 +2,8 @@
 
 Forms (all are `trajectory.Shares`): `Dense` rows, `Outer` products of layer inputs and output gradients,
 sparse `SparseRows` of an embedding, `Sum` over several uses of a parameter, `Stack` over micro-batches.
-`sum_at` of each is the sum of all its shares on a `CoordinateBlock` of coordinates.
+`sum_at` of each is the sum of all its shares on a `CoordinateBlock` of coordinates, `weighted` the same with each share times a weight
+of its sample, ``(n,)``.
 `Coordinates` says which coordinates of a parameter a log holds; `choose_coordinates` chooses it
 (docs/method.md, "Where a trajectory comes from").
 """
@@ -103,6 +104,9 @@ class Dense:
     def scaled(self, factor: float) -> Dense:
         return Dense(self.values * factor)
 
+    def weighted(self, weights: Tensor) -> Dense:
+        return Dense(self.values * weights[:, None].to(self.values))
+
     def at(self, coordinates: Tensor) -> Dense:
         return Dense(self.values[:, coordinates])
 
@@ -171,6 +175,9 @@ class Outer:
     def scaled(self, factor: float) -> Outer:
         return Outer(self.left * factor, self.right)
 
+    def weighted(self, weights: Tensor) -> Outer:
+        return Outer(self.left * weights[:, None, None].to(self.left), self.right)
+
     def at(self, coordinates: Tensor) -> Dense:
         rows, columns = coordinates // self.right.shape[2], coordinates % self.right.shape[2]
         unique_rows, row_of = rows.unique(return_inverse=True)
@@ -231,6 +238,9 @@ class SparseRows:
     def scaled(self, factor: float) -> SparseRows:
         return SparseRows(self.rows, self.values * factor, self.n_rows)
 
+    def weighted(self, weights: Tensor) -> SparseRows:
+        return SparseRows(self.rows, self.values * weights[:, None, None].to(self.values), self.n_rows)
+
     def at(self, coordinates: Tensor) -> Dense:
         rows, columns = coordinates // self.values.shape[2], coordinates % self.values.shape[2]
         position = torch.full((self.n_rows,), -1, dtype=torch.int64, device=rows.device)
@@ -280,6 +290,9 @@ class Sum:
     def scaled(self, factor: float) -> Sum:
         return Sum([part.scaled(factor) for part in self.parts])
 
+    def weighted(self, weights: Tensor) -> Sum:
+        return Sum([part.weighted(weights) for part in self.parts])
+
     def at(self, coordinates: Tensor) -> Dense:
         return Dense(torch.stack([part.at(coordinates).values for part in self.parts]).sum(0))
 
@@ -327,6 +340,10 @@ class Stack:
 
     def scaled(self, factor: float) -> Stack:
         return Stack([part.scaled(factor) for part in self.parts])
+
+    def weighted(self, weights: Tensor) -> Stack:
+        parts = zip(self.parts, weights.split([part.n_samples for part in self.parts]), strict=True)
+        return Stack([part.weighted(own) for part, own in parts])
 
     def at(self, coordinates: Tensor) -> Dense:
         return Dense(torch.cat([part.at(coordinates).values for part in self.parts]))

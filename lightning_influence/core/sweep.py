@@ -6,7 +6,7 @@ SGD baseline (another update rule). Its cost is linear in the number of steps (d
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -84,6 +84,8 @@ def sweep(
     sets: RemovalSets = EVERY_SAMPLE,
     scored: range | None = None,
     window_in_files: bool = False,
+    moves: Vectors | None = None,
+    passed: Callable[[], None] | None = None,
     progress: bool = True,
 ) -> RowScores:
     """Walk a trajectory backwards and score every sample of every step, or other sets of samples.
@@ -95,6 +97,9 @@ def sweep(
         sets: what is removed; a row is of one set and one step, and its sample id the set's number.
         scored: the steps to score; all by default. The walk ends at the first of them.
         window_in_files: keep the steps of the memory window in files, where there is no memory for them.
+        moves: filled, where given, with how far the removal of each group moves the parameters by itself, ``(n_groups, d)`` each,
+            where the response is finite.
+        passed: called after each step.
         progress: show a bar where the walk takes longer than two seconds.
 
     Raises:
@@ -107,7 +112,7 @@ def sweep(
     length = window_length(pieces, method)
     window = Window(_update(pieces, method), length, in_files=window_in_files)
     walk = _Walk(pieces, method, pieces.cut(queries), window, sets, scored=len(scored))
-    groups = _Groups(walk, progress=progress) if sets.groups else None
+    groups = _Groups(walk, moves, progress=progress) if sets.groups else None
     blocks, of_groups = [], list[RowScores]()
     last = min(scored, default=len(trajectory))
     for index in tqdm(
@@ -124,6 +129,12 @@ def sweep(
             blocks.append(block)
         if groups is not None:
             of_groups += groups.passed(index)
+    if moves is not None:
+        whole = pieces.joined({piece: moves[piece] for piece in pieces.sizes if piece in moves})
+        moves.clear()
+        moves.update(whole)
+        if passed is not None:
+            passed()
     return RowScores.joined([*blocks[::-1], *of_groups[::-1]], walk.n_queries)
 
 
@@ -357,12 +368,12 @@ class _Walk:
 class _Groups:
     """The rows of groups, as the walk passes their steps."""
 
-    def __init__(self, walk: _Walk, *, progress: bool) -> None:
+    def __init__(self, walk: _Walk, moves: Vectors | None, *, progress: bool) -> None:
         self._walk, method = walk, walk.method
         self._joint = None
         if method.response == "finite":
             self._joint = JointResponse(
-                walk.trajectory, walk.groups, method.counterfactual, walk.recorded, progress=progress
+                walk.trajectory, walk.groups, method.counterfactual, walk.recorded, moves=moves, progress=progress
             )
         self._after: list[Vectors] = []  # adjoints of the parameters after each step, newest first, as the tangents
         self._tangents: list[RowScores] = []

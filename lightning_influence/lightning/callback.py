@@ -18,10 +18,10 @@ from lightning_influence.capture.step import StepOptions
 from lightning_influence.core.coordinates import COMPRESSIONS
 from lightning_influence.errors import ConfigurationError, LogError, check_choice
 from lightning_influence.lightning.failures import tell_missing
-from lightning_influence.lightning.first_step import first_step_line
 from lightning_influence.lightning.live_run import LiveRun
 from lightning_influence.lightning.run_log import RunLog
 from lightning_influence.lightning.run_report import RunReport, refuse_no_queries
+from lightning_influence.live.ways import BUDGET, Ways
 from lightning_influence.log.format import refuse_undecodable
 from lightning_influence.log.manifest import RECORDS, Manifest, Mask
 from lightning_influence.log.place import is_remote
@@ -33,9 +33,6 @@ from lightning_influence.run.sample_ids import IdSource, SampleIds
 from lightning_influence.run.sample_weights import WeightSource
 from lightning_influence.run.trainer import clip_of, loss_scaler, ranks_of, steps_left
 from lightning_influence.words import renamed
-
-_WAYS = {"replay": "snapshots for replay", "gradients": "per-sample gradients"}
-_BUDGET = 2**16  # bytes of a sample's gradients at a step that are recorded unasked
 
 
 def _while_recording(hook: Callable[..., None]) -> Callable[..., None]:
@@ -156,10 +153,10 @@ class InfluenceCallback(L.Callback):
             raise ConfigurationError(f"snapshot_every={snapshot_every}; it counts steps and is at least 1")
         self.record, self.snapshot_every, self.store_batches = record, snapshot_every, store_batches
         if budget is None and record == "auto":
-            budget = _BUDGET
+            budget = BUDGET
         self.compression = Compression(compression, mask_size, seed, budget)
         self.options = StepOptions(reduction, sample_weights, exclude, frozen_batch_norm, verify)
-        self.sample_ids = SampleIds(sample_ids, random=record != "gradients")
+        self.sample_ids = SampleIds(sample_ids, random=True)
         self._live = LiveRun(
             self.options,
             self.sample_ids,
@@ -168,8 +165,7 @@ class InfluenceCallback(L.Callback):
             guard=self._inside,
             give_up=self._leave_out if record == "auto" else None,
         )
-        self._records: str = record  # of "gradients", "replay" and "both", what this run is recorded as
-        self._left_out: list[str] = []  # why something is not recorded
+        self._ways = Ways(record)
         self.on_error = on_error
         self._log = RunLog(self.dirpath, existing)
         self.writes_report = report
@@ -178,8 +174,6 @@ class InfluenceCallback(L.Callback):
         self._failure: Exception | None = (
             None  # inside the training or the optimizer's step, to be dealt with at the next hook
         )
-        self._told = False  # of the first step
-        self._manifest: Manifest | None = None
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({str(self.dirpath)!r}, {', '.join(f'{k}={v!r}' for k, v in self._settings())})"
@@ -222,17 +216,15 @@ class InfluenceCallback(L.Callback):
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if self.writes_report:
             refuse_no_queries(trainer)
-        self._records = self.record if self.record != "auto" else self._log.begun_as() or "both"
-        self._left_out = []
-        collector = self._live.start(
-            trainer, pl_module, captures=self._records != "replay", rehearses=self._records != "gradients"
-        )
+        self._ways = Ways(self.record, self._log.begun_as(), rank_zero_info)
+        asked = self._ways.record
+        collector = self._live.start(trainer, pl_module, captures=asked != "replay", rehearses=asked != "gradients")
         manifest = Manifest.of_run(
             pl_module,
             collector.optimizer,
             collector.capture,
             self.options,
-            record=self._records,
+            record=self._ways.record,
             compression=self.compression.kind,
             mask=Mask(self.compression.mask_size, self.compression.seed),
             precision=str(trainer.precision),
@@ -241,39 +233,20 @@ class InfluenceCallback(L.Callback):
         with ExitStack() as undo:
             writer = self._log.open(manifest, collector.ranks, undo)
             self._failure = None
-            self._manifest = replace(manifest, run=self._log.run)
             self._recorder = Recorder(
                 collector,
                 writer,
                 compression=self.compression,
-                replay=None if self._records == "gradients" else self._replay_settings(trainer),
+                replay=None if self._ways.record == "gradients" else self._replay_settings(trainer),
                 guard=self._inside,
                 give_up=self._leave_out if self.record == "auto" else None,
             )
             undo.pop_all()
-        self._told = False
+        self._ways.begin(self._live.steps, self._recorder, replace(manifest, run=self._log.run))
 
     def _leave_out(self, what: str, error: ConfigurationError) -> None:
-        """One of the two ways of recording is not possible; the run is recorded in the other.
-
-        Raises:
-            ConfigurationError: it is not recorded in the other, or on other processes it may be possible.
-        """
-        if self._records != "both" or (self._recorder is not None and self._recorder.ranks.size > 1):
-            raise error
-        self._records = "replay" if what == "gradients" else "gradients"
-        self._left_out.append(f"no {_WAYS[what]}, because {str(error).rstrip('.')}.")
-        if self._recorder is None:
-            return
-        if what == "replay":
-            self._live.steps.rehearse_no_more()
-            self._recorder.replay = None
-        manifest = self._manifest
-        assert manifest is not None
-        self._manifest = manifest.without_gradients() if what == "gradients" else replace(manifest, record="gradients")
-        self._recorder.writer.write_manifest(self._manifest.to_json())
-        if self._told:
-            rank_zero_info(f"Influence: {self.dirpath} goes on with {self._left_out[-1]}")
+        """As of `Ways.give_up`."""
+        self._ways.give_up(what, error)
 
     def _replay_settings(self, trainer: L.Trainer) -> ReplaySettings:
         steps = trainer.estimated_stepping_batches
@@ -389,7 +362,7 @@ class InfluenceCallback(L.Callback):
         assert self._recorder is not None
         moment = self._live.start_batch(trainer, pl_module, batch, batch_idx)
         steps = self._live.steps
-        less = None if self._records == "gradients" else steps.recollated()
+        less = None if self._ways.record == "gradients" else steps.recollated()
         self._recorder.begin(batch, steps.noted(moment), self.sample_ids.fetched, less)
 
     @_while_recording
@@ -422,12 +395,6 @@ class InfluenceCallback(L.Callback):
 
     @_while_recording
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: Any) -> None:
-        assert self._recorder is not None and self._manifest is not None
-        if self._told or not self._recorder.begun:
-            return
-        self._told, left = True, steps_left(trainer) + 1
-        step, snapshot = self._recorder.bytes_written()
-        every = self._recorder.replay.snapshot_every if self._recorder.replay is not None else 1
-        share = self._recorder.n_coordinates / max(self._manifest.coverage.trained, 1)
-        line = first_step_line(self.dirpath, self._records, share, step, snapshot, left, left / every + 1)
-        rank_zero_info(" ".join([line, *(f"There are {why}" for why in self._left_out)]))
+        line = self._ways.first_step(self.dirpath, steps_left(trainer) + 1)
+        if line is not None:
+            rank_zero_info(line)

@@ -72,6 +72,8 @@ class SelectionDataModule(L.LightningDataModule):
         floor: least fraction of a batch that stays whatever the scores.
         refresh_target_every: inside the step, all queries are read once in this many optimizer steps; in between, a part of
             them at a time tells how the gradient of the target moves. A function is read at every step.
+        coordinates: inside the step, samples are scored on this fraction of the rows of every large parameter, on others at the
+            next steps; their scores are extrapolated to all of them.
         curvature: as of `attribute`, where ``"auto"`` is ``"hessian"``, since the steps to come can be run; ``horizon=0``
             needs none.
         response: as of `attribute`, but first order unless asked: a selection needs only the ranking inside a batch, and
@@ -108,6 +110,7 @@ class SelectionDataModule(L.LightningDataModule):
         rebatch: bool = False,
         floor: float = 0.1,
         refresh_target_every: int = 10,
+        coordinates: float = 0.25,
         curvature: Literal["auto", "none", "fisher", "gauss_newton", "hessian"] = "auto",
         response: Literal["finite", "tangent"] = "tangent",
         optimizer_assumption: Literal["sgd"] | None = None,
@@ -146,6 +149,7 @@ class SelectionDataModule(L.LightningDataModule):
             rebatch,
             floor,
             StepOptions(reduction, sample_weights, exclude, frozen_batch_norm, verify),
+            coordinates,
         )
         self.selector = Selector(settings, None if settings.every_step else LookAhead(self._query_batches, settings))
         for name in (*_LOADERS, *_BATCH_HOOKS):
@@ -194,6 +198,11 @@ class SelectionDataModule(L.LightningDataModule):
         data = self.__dict__.get("data")
         return is_a(data, "LightningDataModule") and not name.startswith("__") and hasattr(data, name)
 
+    @property
+    def _selects(self) -> bool:
+        """Whether a run asks; outside of one this is the wrapped datamodule."""
+        return self.online_selection and self.trainer is not None and self.trainer.state.status == "running"
+
     def prepare_data(self) -> None:
         if is_a(self.data, "LightningDataModule"):
             self.data.prepare_data()
@@ -201,8 +210,9 @@ class SelectionDataModule(L.LightningDataModule):
     def setup(self, stage: str) -> None:
         if is_a(self.data, "LightningDataModule"):
             self.data.setup(stage)
-        if stage != "fit" or not self.online_selection or self.trainer is None:
+        if stage != "fit" or not self._selects:
             return
+        assert self.trainer is not None
         ranks = ranks_of(self.trainer)
         callbacks: list[Any] = self.trainer.callbacks  # type: ignore[attr-defined]
         self.selector.report.go_to(_decisions_of(self.trainer) / f"rank-{ranks.rank}.bin")
@@ -233,15 +243,18 @@ class SelectionDataModule(L.LightningDataModule):
         self._leave()
 
     def _leave(self) -> None:
-        """Take the callback of selection away from the trainer."""
+        """Take the callback of selection away from the trainer; its own teardown would come after the datamodule's."""
         self._batches = None
-        if self.trainer is not None:
-            callbacks = self.trainer.callbacks  # type: ignore[attr-defined]
-            callbacks[:] = [c for c in callbacks if not isinstance(c, (StepSelection, RoundSelection))]
+        if self.trainer is None:
+            return
+        callbacks = self.trainer.callbacks  # type: ignore[attr-defined]
+        for callback in [c for c in callbacks if isinstance(c, (StepSelection, RoundSelection))]:
+            callbacks.remove(callback)
+            callback.leave(self.trainer)
 
     def train_dataloader(self) -> Any:
         loader = self.data.train_dataloader() if is_a(self.data, "LightningDataModule") else self.data
-        if not self.online_selection:
+        if not self._selects:
             return loader
         if not is_map_style(loader):
             raise ConfigurationError(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import traceback
 import warnings
 
-from lightning_influence.log.missing import MISSING, note_missing
+from lightning_influence.log.missing import tell_place
 from lightning_influence.log.place import Place
 
 
@@ -21,8 +21,7 @@ def tell_missing(place: Place, rank: int, what: str, why: BaseException | str, c
     """
     reason = why if isinstance(why, str) else f"{type(why).__name__}: {why}"
     try:
-        note_missing(place.root / f"rank-{rank}", what, reason)
-        place.store(f"rank-{rank}/{MISSING}")
+        tell_place(place, rank, what, reason)
     except Exception as error:
         consequence += f" The log could not note that {what} is missing ({error})."
     shown = "" if isinstance(why, str) else "\n" + "".join(traceback.format_exception(why))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, ExitStack, nullcontext
+from dataclasses import replace
 from typing import Any
 
 import lightning as L
@@ -17,7 +18,7 @@ from lightning_influence.run.lightning_task import LightningTask, tapped
 from lightning_influence.run.moment import Moment
 from lightning_influence.run.refusals import left_out, refuse_thawing
 from lightning_influence.run.sample_ids import SampleIds
-from lightning_influence.run.trainer import loss_scaler, moment_of, only_optimizer, ranks_of
+from lightning_influence.run.trainer import loss_scaler, moment_of, numbers_of, only_optimizer, ranks_of
 
 
 class LiveRun:
@@ -107,6 +108,7 @@ class LiveRun:
             guard=self._guard,
             give_up=self._give_up,
         )
+        self._numbers = numbers_of(trainer)
         self.steps.attach(trainer.train_dataloader)
         self._undo.enter_context(tapped(module, self.steps.read_loss))
         return self.steps.collector
@@ -154,7 +156,7 @@ class LiveRun:
         Returns:
             What the training step reads besides its batch.
         """
-        moment = moment_of(trainer, module, batch_idx)
+        moment = replace(moment_of(trainer, module, batch_idx), trainer=self._numbers)
         self.steps.start_batch(batch, moment, trainer.accumulate_grad_batches)
         return moment
 

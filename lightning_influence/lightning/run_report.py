@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
+from lightning.fabric.utilities.data import sized_len
 from lightning.pytorch.utilities import rank_zero_info
 from torch.utils._pytree import tree_flatten
 from torch.utils.data import DataLoader, DistributedSampler
@@ -16,10 +17,12 @@ from lightning_influence.lightning.failures import tell_missing
 from lightning_influence.lightning.loggers import log_report
 from lightning_influence.log.place import Place
 from lightning_influence.report import InfluenceReport
-from lightning_influence.run.random_state import generator_as_it_was, random_state
+from lightning_influence.run.random_state import random_state
 from lightning_influence.run.ranks import Ranks
 from lightning_influence.run.sample_ids import is_map_style
+from lightning_influence.run.task import as_task
 from lightning_influence.run.trainer import ranks_of
+from lightning_influence.run.unchanged import Apart
 from lightning_influence.scoring.attribution import attribute
 from lightning_influence.trust.dynamics import dynamics_of
 
@@ -77,15 +80,17 @@ def refuse_no_queries(trainer: L.Trainer) -> None:
             "report=True scores against the validation loss; give fit a validation loader and the module a validation_step, "
             f"and keep limit_val_batches={trainer.limit_val_batches} above 0."
         )
-    validation = trainer.fit_loop.epoch_loop.val_loop
-    validation.setup_data()  # which does nothing where a validation has already run
-    loaders, _ = tree_flatten(trainer.val_dataloaders)
+    made = trainer.val_dataloaders
+    if made is None:  # the run will ask for them later, and draw the random numbers then that they are made with
+        with random_state(None), as_task(trainer.lightning_module).unchanged():
+            made = trainer.fit_loop.epoch_loop.val_loop._data_source.dataloader()
+    loaders, _ = tree_flatten(getattr(made, "iterables", made))
     if len(loaders) > 1:
         raise ConfigurationError(
             f"report=True scores against one validation loader, and this run has {len(loaders)}; join their datasets "
             "(torch.utils.data.ConcatDataset), or call attribute(...) with each of them after the run."
         )
-    if not any(validation.max_batches):
+    if any(sized_len(loader) == 0 for loader in loaders):
         raise ConfigurationError(
             "report=True scores against the validation loss; the validation loader has no batch, give it at least one."
         )
@@ -96,8 +101,12 @@ def report_run(trainer: L.Trainer, module: L.LightningModule, log: Path) -> Infl
 
     To be called by every process, after the log is whole; the first one has the report. What cannot be made is told.
     """
+    if trainer.val_dataloaders is None:  # of a run that ended before a validation
+        with random_state(None):
+            trainer.fit_loop.epoch_loop.val_loop.setup_data()
     (loader,), _ = tree_flatten(trainer.val_dataloaders)
-    with random_state(None), generator_as_it_was(loader):  # a loader draws random numbers
+    training = trainer.train_dataloader
+    with random_state(None), Apart(loader)(), Apart(training)():  # another fit may follow
         queries = whole_validation(loader, ranks_of(trainer))
         if not trainer.is_global_zero:
             return None

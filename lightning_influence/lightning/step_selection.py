@@ -1,4 +1,4 @@
-"""The callbacks of selection; `SelectionDataModule` adds one of them to the trainer.
+"""The callbacks of selection; `SelectionDataModule` adds one of them to the trainer, and takes it away at the end.
 
 Immediate scores (horizon 0) need no roll-out: samples leave the gradient that the backward pass has already produced. The
 shares of the step's gradient come from the training backward, and the whole target is read only every so often
@@ -86,7 +86,8 @@ class StepSelection(L.Callback):
         for policy in self.selector.settings.portions:
             left = step.weights > 0
             target = self._target_after(trainer, step)
-            rows = sweep(step, target, self.selector.settings.method, progress=False)
+            part = step.part(self.selector.settings.coordinates, trainer.global_step)
+            rows = sweep(part, part.extrapolated(target), self.selector.settings.method, progress=False)
             scores[left] = rows.of(step.full.sample_ids[left])[:, 0].to(scores)
             weights = self.selector.decide(policy, scores, step.full.sample_ids, step.full.micro_batch_numbers, left)
             step = step.weighted(weights)
@@ -106,10 +107,8 @@ class StepSelection(L.Callback):
             target = self.live_target.gradient(module, self.queries(), step.select, trainer.global_step)
         return {k: target[k] for k in step.sizes}  # without what is excluded
 
-    def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
-        self._live.stop(trainer)
-
-    def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+    def leave(self, trainer: L.Trainer) -> None:
+        """Nothing of this is left in the run, or in the module."""
         self._live.stop(trainer)
 
 
@@ -130,8 +129,6 @@ class RoundSelection(L.Callback):
         for handle in freeze_batch_norm(pl_module):
             self._undo.callback(handle.remove)
 
-    def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
-        self._undo.close()
-
-    def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+    def leave(self, trainer: L.Trainer) -> None:
+        """Nothing of this is left in the module."""
         self._undo.close()

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import inspect
+import logging
+import math
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
@@ -15,6 +19,7 @@ from lightning_influence.lightning.callback import InfluenceCallback
 from lightning_influence.lightning.datamodule import SelectionDataModule
 from lightning_influence.log.steps import LoggedSteps
 from lightning_influence.report.tables import in_notebook
+from lightning_influence.run.lightning_names import is_a, trainer_of
 from lightning_influence.scoring.queries import Queries, query_losses
 from lightning_influence.trust.error_proxy import error_proxy
 from lightning_influence.words import renamed
@@ -29,6 +34,18 @@ _QUIET: dict[str, Any] = {
     "enable_model_summary": False,
     "enable_progress_bar": False,
 }
+
+
+@contextmanager
+def _without_banners() -> Iterator[None]:
+    """Lightning says of every Trainer what hardware there is; of short runs nobody wants to read it."""
+    logger = logging.getLogger("lightning.pytorch")
+    level = logger.level
+    logger.setLevel(logging.WARNING)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
 
 
 @dataclass(frozen=True, repr=False)
@@ -97,7 +114,8 @@ def tune_horizon(
         selection: further arguments of `SelectionDataModule`; ``every=1`` unless given.
 
     Raises:
-        ConfigurationError: nothing to compare by or on, runs shorter than a horizon, or numbers below zero.
+        ConfigurationError: nothing to compare by or on, runs shorter than a horizon, numbers below zero, or a ``make_model``
+            that takes no learning rate, or ignores it.
     """
     queries = renamed("queries", queries, "target", target)
     if held_out is None:
@@ -115,26 +133,77 @@ def tune_horizon(
     settings = {**_QUIET, "max_steps": max_steps, "max_epochs": -1, **(trainer or {})}
     compared, rows = Queries.of(held_out).held(), []
     pairs = [(lr, horizon) for lr in learning_rates for horizon in horizons]
-    errors = {
-        lr: _errors(make_model(lr), data, queries, horizons, proxies, settings) for lr in learning_rates if proxies
-    }
+    short = _ShortRuns(make_model, settings, several=len(set(learning_rates)) > 1)
+    errors = {lr: _errors(short, lr, data, queries, horizons, proxies) for lr in learning_rates if proxies}
     for lr, horizon in tqdm(pairs, desc="short runs", unit="run", delay=2, disable=not progress):
-        module = make_model(lr)
         selected = SelectionDataModule(data, queries, horizon=horizon, **{"every": 1, **selection})
-        L.Trainer(**settings).fit(module, selected)
+        module = short.run(lr, selected)
         loss = float(query_losses(module, compared).mean())
         row = {"horizon": horizon, "lr": lr, "loss": loss, "kept": selected.selection_report.kept}
         rows.append(row | ({"proxy": errors[lr][horizon]} if proxies else {}))
     return Tuning(pd.DataFrame(rows))
 
 
-def _errors(
-    module: L.LightningModule, data: Any, queries: Any, horizons: Sequence[int], n: int, settings: dict[str, Any]
-) -> dict[int, float]:
+class _ShortRuns(L.Callback):
+    """Runs at learning rates, of which it makes sure.
+
+    Args:
+        make_model: as of `tune_horizon`.
+        settings: of the trainers.
+        several: whether more than one learning rate is asked for; an optimizer may then begin at others, if they differ.
+    """
+
+    def __init__(
+        self, make_model: Callable[[float], L.LightningModule], settings: dict[str, Any], *, several: bool
+    ) -> None:
+        self._make_model, self._settings, self._several = make_model, settings, several
+        self._asked = 0.0
+        self._begun: dict[float, list[float]] = {}  # learning rates of the optimizer at its first step
+
+    def run(self, lr: float, data: L.LightningDataModule, *callbacks: L.Callback) -> L.LightningModule:
+        """A run's module at its end.
+
+        Raises:
+            ConfigurationError: ``make_model`` is not called with a learning rate, gives no module, or ignores the learning rate.
+        """
+        try:
+            inspect.signature(self._make_model).bind(lr)
+        except TypeError as error:
+            raise ConfigurationError(
+                f"make_model is called with a learning rate, make_model({lr:g}), and {error}; give a function of one number "
+                "that returns the module at its initialisation."
+            ) from None
+        module = self._make_model(lr)
+        if not is_a(module, "LightningModule"):
+            raise ConfigurationError(
+                f"make_model returned a {type(module).__name__}; it has to return a LightningModule."
+            )
+        self._asked = lr
+        own = self._settings.get("callbacks") or []
+        own = own if isinstance(own, list) else [own]
+        with _without_banners():
+            trainer_of(module)(**{**self._settings, "callbacks": [*own, self, *callbacks]}).fit(module, data)
+        return module
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        groups = [group for optimizer in trainer.optimizers for group in optimizer.param_groups]
+        begun = [float(group.get("max_lr", group.get("initial_lr", group["lr"]))) for group in groups]
+        others = [rates for asked, rates in self._begun.items() if asked != self._asked]
+        self._begun[self._asked] = begun
+        taken = any(math.isclose(rate, self._asked, rel_tol=1e-6) for rate in begun)
+        if not taken and (begun in others or not self._several):
+            told = ", ".join(f"{rate:g}" for rate in dict.fromkeys(begun))
+            raise ConfigurationError(
+                f"make_model was asked for a learning rate of {self._asked:g}, and the optimizer begins at {told}; let "
+                "configure_optimizers take the learning rate that make_model is given."
+            )
+
+
+def _errors(short: _ShortRuns, lr: float, data: Any, queries: Any, horizons: Sequence[int], n: int) -> dict[int, float]:
     """Predicted relative error by horizon, at the end of a run without selection."""
     with TemporaryDirectory() as log:
         callback = InfluenceCallback(log, record="replay", store_batches=True, existing="overwrite")
-        L.Trainer(**settings, callbacks=[callback]).fit(module, SelectionDataModule(data, online_selection=False))
+        module = short.run(lr, SelectionDataModule(data, online_selection=False), callback)
         steps = LoggedSteps(log)
         pairs = [(int(z), t) for h in horizons for t in [len(steps) - 1 - h] for z in steps.record(t).sample_ids[:n]]
         asked = data if queries is None else queries

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
@@ -17,6 +18,7 @@ from lightning_influence.core.coordinates import COMPRESSIONS
 from lightning_influence.core.trajectory import Clip
 from lightning_influence.errors import ConfigurationError, check_choice
 from lightning_influence.live.steps import LiveSteps
+from lightning_influence.live.ways import BUDGET, Ways
 from lightning_influence.log.manifest import RECORDS, Manifest, Mask
 from lightning_influence.log.recorder import Compression, CompressionName, Recorder
 from lightning_influence.log.snapshots import ReplaySettings
@@ -27,6 +29,7 @@ from lightning_influence.run.sample_weights import WeightSource
 from lightning_influence.run.tap import LossTap
 from lightning_influence.run.task import as_task
 
+_log = logging.getLogger(__name__)
 _PRECISION = "32-true"  # of batches: a loss function converts and casts by itself
 
 
@@ -36,11 +39,12 @@ def recording(
     task: Any,
     optimizer: torch.optim.Optimizer,
     *,
-    record: Literal["gradients", "replay", "both"] = "gradients",
+    record: Literal["auto", "gradients", "replay", "both"] = "auto",
     snapshot_every: int = 100,
     store_batches: bool | None = None,
     compression: CompressionName = "auto",
     mask_size: int = 8192,
+    budget: int | None = None,
     sample_ids: IdSource = None,
     reduction: Literal["mean", "sum"] = "mean",
     sample_weights: WeightSource = None,
@@ -87,43 +91,55 @@ def recording(
         2
     """
     for name, value, known in (
-        ("record", record, RECORDS),
+        ("record", record, ("auto", *RECORDS)),
         ("compression", compression, COMPRESSIONS),
         ("existing", existing, ("error", "overwrite")),
     ):
         check_choice(name, value, known)
-    for name, number in (("mask_size", mask_size), ("snapshot_every", snapshot_every)):
-        if number < 1:
+    for name, number in (("mask_size", mask_size), ("snapshot_every", snapshot_every), ("budget", budget)):
+        if number is not None and number < 1:
             raise ConfigurationError(f"{name}={number}; it is at least 1")
     _refuse_processes()
     task = as_task(task)
+    ways = Ways(record, tell=_tell)
     options = StepOptions(reduction, sample_weights, exclude, frozen_batch_norm, verify)
     steps = LiveSteps(
         task,
         optimizer,
         options,
-        SampleIds(sample_ids, random=record != "gradients"),
+        SampleIds(sample_ids, random=True),
         captures=record != "replay",
         rehearses=record != "gradients",
         watches=True,
+        give_up=ways.give_up if record == "auto" else None,
     )
-    settings = Compression(compression, mask_size, seed)
+    settings = Compression(compression, mask_size, seed, BUDGET if budget is None and record == "auto" else budget)
     manifest = Manifest.of_run(
         task.module,
         optimizer,
         steps.collector.capture,
         options,
-        record=record,
+        record=ways.record,
         compression=compression,
         mask=Mask(mask_size, seed),
         precision=_PRECISION,
+        budget=settings.budget,
     )
-    replays = None if record == "gradients" else ReplaySettings(snapshot_every, store_batches)
+    manifest = replace(manifest, run=uuid4().hex)
+    replays = None if ways.record == "gradients" else ReplaySettings(snapshot_every, store_batches)
     with ExitStack() as undo:
         undo.callback(steps.close)
         writer = undo.enter_context(StoreWriter(log, existing=existing))
-        writer.write_manifest(replace(manifest, run=uuid4().hex).to_json())
-        recorder = LoopRecorder(steps, Recorder(steps.collector, writer, compression=settings, replay=replays))
+        writer.write_manifest(manifest.to_json())
+        written = Recorder(
+            steps.collector,
+            writer,
+            compression=settings,
+            replay=replays,
+            give_up=ways.give_up if record == "auto" else None,
+        )
+        ways.begin(steps, written, manifest)
+        recorder = LoopRecorder(steps, written, ways)
         finished = False
         try:
             yield recorder
@@ -138,10 +154,11 @@ class LoopRecorder:
     Args:
         steps: follows the run.
         recorder: writes it.
+        ways: what it is recorded as.
     """
 
-    def __init__(self, steps: LiveSteps, recorder: Recorder) -> None:
-        self._steps, self._recorder, self._task = steps, recorder, steps.task
+    def __init__(self, steps: LiveSteps, recorder: Recorder, ways: Ways) -> None:
+        self._steps, self._recorder, self._task, self._ways = steps, recorder, steps.task, ways
         self._optimizer = steps.collector.optimizer
         self._loader: Any = None
         self._is_due = False  # the present batch has not yet been run
@@ -150,6 +167,9 @@ class LoopRecorder:
             self._optimizer.register_step_pre_hook(lambda *_: self._before_step(Clip())),
             self._optimizer.register_step_post_hook(lambda *_: self._after_step()),
         ]
+
+    def __repr__(self) -> str:
+        return f"LoopRecorder({self.n_steps} steps in {str(self._recorder.writer.log)!r}, record={self._ways.record!r})"
 
     @property
     def n_steps(self) -> int:
@@ -240,8 +260,19 @@ class LoopRecorder:
             self._recorder.before_step(clip)
 
     def _after_step(self) -> None:
+        line = self._ways.first_step(self._recorder.writer.log, float("inf"))
+        if line is not None:
+            _tell(line)
         if not self._inside_epoch:  # the last step, of what the epoch had accumulated
             self._recorder.end_epoch()
+
+
+def _tell(line: str) -> None:
+    """Shown as Lightning shows its lines, unless the program has set up logging in a way of its own."""
+    if not logging.getLogger().hasHandlers() and not _log.hasHandlers():
+        _log.addHandler(logging.StreamHandler())
+        _log.setLevel(logging.INFO)
+    _log.info(line)
 
 
 def _refuse_processes() -> None:

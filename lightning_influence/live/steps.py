@@ -8,7 +8,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, ExitStack, nullcontext
-from dataclasses import asdict, replace
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -22,7 +22,7 @@ from lightning_influence.replay.lasting import Tries
 from lightning_influence.replay.plan import PlannedMicroBatch
 from lightning_influence.replay.removals import RemovalCheck
 from lightning_influence.replay.witness import Trial, evaluated, rehearse, witness
-from lightning_influence.run.batches import copied
+from lightning_influence.run.batches import copied, objects
 from lightning_influence.run.losses import Dynamics
 from lightning_influence.run.moment import Moment
 from lightning_influence.run.optimizer import trained_by, update_name
@@ -206,7 +206,16 @@ class LiveSteps:
             accumulated: micro-batches by whose number its loss is divided.
         """
         self.drawn, self.dynamics = self.sample_ids.next(batch), None
-        self.ids = self.drawn if self._row_order is None else self._row_order(batch, self.drawn)
+        self.ids = (
+            self.drawn if self._row_order is None else self._row_order(batch, self.drawn, self.sample_ids.fetched)
+        )
+        parts = objects(batch)
+        if parts and (self._row_order is None or not self._row_order.recollates):
+            raise ConfigurationError(
+                f"a batch is a {type(parts[0]).__name__}, or holds one, whose samples cannot be taken apart, and collating it anew without "
+                "a sample needs a dataset that gives the same samples twice. Collate into dicts, lists and tuples of tensors, or move "
+                "what is drawn at random into the training step."
+            )
         weights = sample_weights(batch, len(self.ids), self.options.sample_weights)
         self._n = len(self.ids)
         if self._to_verify or self._rehearsals:
@@ -225,12 +234,16 @@ class LiveSteps:
     def noted(self, moment: Moment) -> dict[str, Any]:
         """What the present batch's moment and order are, as a log notes them."""
         assert self.drawn is not None
-        return asdict(moment) | ({} if torch.equal(self.ids, self.drawn) else {"drawn": self.drawn.tolist()})
+        order = {} if torch.equal(self.ids, self.drawn) else {"drawn": self.drawn.tolist()}
+        assumed = {"rows": "assumed"} if self._row_order is not None and self._row_order.assumed else {}
+        return vars(moment) | order | assumed
 
     def recollated(self) -> dict[int, Any] | None:
         """The present batch collated anew without each of its samples, where only the collate function can leave one out."""
         order = self._row_order
-        return order.less(self.drawn) if order is not None and order.recollates and self.drawn is not None else None
+        if order is None or not order.recollates or self.drawn is None:
+            return None
+        return order.less(self.drawn, self.sample_ids.fetched)
 
     def read_loss(self, losses: LossTap) -> None:
         """What the loss that was called says of the batch's samples: their weights in it, and their training dynamics."""
@@ -290,7 +303,9 @@ class LiveSteps:
         """Do per-sample gradients say what a removal does?"""
         self._to_verify, removals, capture = False, self.removals, self.collector.capture
         name = type(self.task.module).__name__
-        assert capture is not None and self._trial is not None
+        if capture is None:  # given up in this very backward pass
+            return
+        assert self._trial is not None
         if self._twin is None:
             removals.unverifiable = f"{name} cannot be copied"
             warnings.warn(f"{removals.unverifiable}, so it is not verified what removing a sample does.", stacklevel=2)

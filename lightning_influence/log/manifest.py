@@ -20,6 +20,9 @@ from lightning_influence.run.optimizer import trained_by, update_name
 RECORDS = ("gradients", "replay", "both")
 """Ways of recording."""
 
+LEFT_OUT = {"replay": "snapshots for replay", "gradients": "per-sample gradients"}
+"""What a log lacks, in words, whose run was to be recorded in a way that turned out to be impossible."""
+
 _PACKAGES = ("lightning-influence", "torch", "lightning", "safetensors", "transformers", "peft")
 _LARGEST = 2**63
 
@@ -159,9 +162,20 @@ class Manifest:
     def of(cls, reader: StoreReader) -> Manifest:
         """Of a store.
 
+        What a process has given up by itself, as its part of the log notes, is not recorded.
+
         Raises:
             LogCorrupted: it does not say what a manifest says.
         """
+        found = cls._written(reader)
+        if LEFT_OUT["gradients"] in reader.missing:
+            found = found.without_gradients()
+        if LEFT_OUT["replay"] in reader.missing:
+            found = replace(found, record="gradients")
+        return found
+
+    @classmethod
+    def _written(cls, reader: StoreReader) -> Manifest:
         content = reader.manifest
         try:
             own = {f.name: content[f.name] for f in fields(cls) if f.name not in ("run", "budget")}

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from lightning_influence.errors import LogCorrupted
 from lightning_influence.log.format import own_path
+from lightning_influence.log.place import Place
 
 MISSING = "missing.json"
 _MOST = 2**20  # bytes
@@ -22,6 +23,16 @@ def note_missing(part: Path, what: str, why: str) -> None:
     missing = read_missing(part) | {what: why[: _MOST // 64]}
     path.unlink(missing_ok=True)
     path.write_text(json.dumps(missing, indent=2), encoding="utf-8", errors="backslashreplace")
+
+
+def tell_place(place: Place, rank: int, what: str, why: str) -> None:
+    """`note_missing` in a rank's part of a log, wherever it lies.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    note_missing(place.root / f"rank-{rank}", what, why)
+    place.store(f"rank-{rank}/{MISSING}")
 
 
 def read_missing(part: Path, told: str | None = None) -> dict[str, str]:

@@ -61,7 +61,7 @@ class Compression:
 class _Noted:
     """Of one micro-batch: what it needs to be run again, and what its loss said of its samples."""
 
-    replay: Packed | None
+    replay: Packed
     dynamics: Dynamics | None = None
 
 
@@ -135,12 +135,11 @@ class Recorder:
         moment: Mapping[str, Any],
         fetched: Mapping[str, Tensor] | None,
         less: Mapping[int, Any] | None,
-    ) -> Packed | None:
-        if self.replay is None:
-            return None
-        with left_out("replay", self._give_up):
-            return pack_micro_batch(batch, moment, fetched, self.replay, less)
-        return None
+    ) -> Packed:
+        if self.replay is not None:
+            with left_out("replay", self._give_up):
+                return pack_micro_batch(batch, moment, fetched, self.replay, less)
+        return {}, dict(moment)  # by which the run can be trained again
 
     def observe(self, dynamics: Dynamics | None) -> None:
         """The training step has run; what the micro-batch's loss said of its samples."""
@@ -319,7 +318,7 @@ class Recorder:
         self._check_clip(record.clip, record.index)
         tensors, meta = pack_step(record, shares, state=self.ranks.rank == 0)
         tensors |= pack_dynamics(joined([m.dynamics for m in noted]))
-        replays = [m.replay for m in noted if m.replay is not None]
+        replays = [m.replay for m in noted]
         for number, replay in enumerate(replays):
             tensors |= numbered(replay, number)
         meta |= {"micro_batches": [entry for _, entry in replays]}

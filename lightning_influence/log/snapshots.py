@@ -80,23 +80,36 @@ def pack_micro_batch(
     meta: dict[str, Any] = dict(moment)
     less = less or {}
     size = sum(t.numel() * t.element_size() for one in (batch, *less.values()) for t in leaves(one))
-    if settings.store_batches or (settings.store_batches is None and (size <= _SMALL or fetched is None)):
-        try:
-            parts, meta["structure"] = pack_batch(batch)
-            rest = {str(z): pack_batch(one) for z, one in less.items()}
-        except TypeError as error:
-            raise ConfigurationError(
-                f"{error} cannot be stored for replay; collate into dicts, lists and tuples of tensors, or say "
-                "store_batches=False and give attribute(..., data=...)."
-            ) from error
+    wanted = settings.store_batches or (settings.store_batches is None and (size <= _SMALL or fetched is None))
+    needed = settings.store_batches or moment.get("rows") == "assumed"
+    stored = _stored(batch, less, needed=bool(needed)) if wanted else None
+    if stored is not None:
+        (parts, meta["structure"]), rest = stored
         tensors |= {f"batch/{key}": t.to("cpu", copy=True) for key, t in parts.items()}
         meta["less"] = {z: structure for z, (_, structure) in rest.items()}
         tensors |= {f"less/{z}/{key}": t.to("cpu", copy=True) for z, (own, _) in rest.items() for key, t in own.items()}
-    elif fetched is not None:
+    elif wanted or fetched is not None:
         tensors["fingerprint"] = fingerprint(batch)
-        tensors |= {f"fetch/{k}": v for k, v in fetched.items()}
+        tensors |= {f"fetch/{k}": v for k, v in (fetched or {}).items()}
         meta["recollated"] = bool(less)
     return tensors, meta
+
+
+def _stored(batch: Any, less: Mapping[int, Any], *, needed: bool) -> tuple[Packed, dict[str, Packed]] | None:
+    """A batch, and the same without each of its samples; None where it cannot be written and need not, since the data gives it again.
+
+    Raises:
+        ConfigurationError: it cannot be written and has to be.
+    """
+    try:
+        return pack_batch(batch), {str(z): pack_batch(one) for z, one in less.items()}
+    except TypeError as error:
+        if not needed:
+            return None
+        raise ConfigurationError(
+            f"{error} cannot be stored for replay; collate into dicts, lists and tuples of tensors, or say "
+            "store_batches=False and give attribute(..., data=...)."
+        ) from error
 
 
 def numbered(packed: Packed, number: int) -> dict[str, Tensor]:

@@ -158,7 +158,8 @@ class LoggedSteps:
         """What the training step of each micro-batch read besides its batch, over all ranks; None where nothing was noted."""
         with decoding(f"step {index} of {self._log}"):
             record = self._stored(index)
-            noted = [m for rank in range(self.reader.ranks) for m in self.reader.meta(index, rank)["micro_batches"]]
+            ranks = range(self.reader.ranks if self.manifest.record != "gradients" else 0)
+            noted = [m for rank in ranks for m in self.reader.meta(index, rank)["micro_batches"]]
             moments = [
                 Moment(
                     int(m["batch_idx"]),
@@ -166,10 +167,27 @@ class LoggedSteps:
                     int(m["global_step"]),
                     tuple(map(str, m["in_eval"])),
                     dict(m.get("numbers", {})),
+                    tuple(map(float, m.get("rates", ()))),
+                    dict(m.get("trainer", {})),
                 )
                 for m in noted
             ]
         return [*moments] or [None] * len(record.micro_batch_numbers.unique())
+
+    def drawn(self, index: int) -> list[tuple[int, ...] | None]:
+        """The samples that each micro-batch was collated from, over all ranks; None where that is one for each of its rows."""
+        with decoding(f"step {index} of {self._log}"):
+            record = self._stored(index)
+            noted = [m for rank in range(self.reader.ranks) for m in self.reader.meta(index, rank)["micro_batches"]]
+            found = [tuple(map(int, m["drawn"])) if m.get("drawn") else None for m in noted]
+        return found or [None] * len(record.micro_batch_numbers.unique())
+
+    @property
+    def rows_assumed(self) -> bool:
+        """Whether it was taken for granted, somewhere in the run, that rows are in the order in which their samples were drawn."""
+        with decoding(f"the last step of {self._log}"):
+            last = [self.reader.meta(len(self) - 1, rank)["micro_batches"] for rank in range(self.reader.ranks)]
+            return any(m.get("rows") == "assumed" for noted in last for m in noted)
 
     def sample_ids(self, index: int) -> Tensor:
         """Samples ``(n,)`` that a step consumed."""

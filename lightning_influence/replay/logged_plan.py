@@ -7,7 +7,7 @@ In a step's shard: ``random/<m>/<generator>`` before each micro-batch's training
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -178,7 +178,7 @@ class LoggedPlan:
     ) -> Callable[[frozenset[int]], Any] | None:
         """The batch without some samples, where it is not the batch without their rows."""
         if entry.get("recollated"):
-            return lambda gone: self._collated(read, number, [i for i in ids if i not in gone])
+            return lambda gone: self._collated(read, number, ids, gone)
         structures = entry.get("less")
         if not structures:
             return None
@@ -198,9 +198,9 @@ class LoggedPlan:
 
         return stored
 
-    def _collated(self, read: _Read, number: int, ids: list[int]) -> Any:
+    def _collated(self, read: _Read, number: int, ids: list[int], gone: Collection[int] = ()) -> Any:
         with random_state(read.generators(f"fetch/{number}/") or None):
-            batch = self._data.batch(ids)
+            batch = self._data.batch(ids, gone)
         precision = self._steps.manifest.precision
         return self._task.prepared(batch, datamodule=self._data.datamodule, precision=precision)
 

@@ -112,6 +112,8 @@ class Passes:
             try:
                 with NotedPaths(noted) if stopped else nullcontext():
                     loss = self.loss(micro_batch)
+                if capture is not None:
+                    capture.end_forward()
                 drew = _drew(micro_batch)
                 gradients = torch.autograd.grad(loss, list(leaves.values()), create_graph=exact, allow_unused=True)
                 shares = None if capture is None else capture.take()

@@ -12,10 +12,13 @@ from torch import Tensor
 
 from lightning_influence.core.scores import RowScores
 from lightning_influence.errors import ConfigurationError
-from lightning_influence.report.tables import score_table, write_csv
+from lightning_influence.report.tables import in_notebook, score_table, write_csv
 
 if TYPE_CHECKING:
     import pandas as pd
+
+STRAIGHT = 0.1
+"""Of a group's bend; below it, scores were off by 0.02 of their size on average, above it by 0.15 and more."""
 
 _PREFIX = "groups/"
 
@@ -32,15 +35,20 @@ class Groups:
         sizes: samples of each group that the run consumed.
         rows: one for every group and step that holds some of it; its ``sample_ids`` are the numbers of the groups.
         query_ids: of the report.
+        bends: how far the query losses are from straight lines where the removal of a group moves the parameters, relative to
+            the lines' change; None for a group that was not looked at, or where nothing was looked at.
     """
 
     names: Sequence[str]
     sizes: Sequence[int]
     rows: RowScores
     query_ids: Sequence[int | str]
+    bends: Sequence[float | None] | None = None
 
     def __post_init__(self) -> None:
         ids = self.rows.sample_ids
+        if self.bends is not None and len(self.bends) != len(self):
+            raise ConfigurationError(f"{len(self)} names do not fit {len(self.bends)} bends of groups.")
         if len(self.names) != len(self.sizes) or (len(ids) and not 0 <= int(ids.min()) <= int(ids.max()) < len(self)):
             raise ConfigurationError(
                 f"{len(self.names)} names and {len(self.sizes)} sizes do not fit the rows of groups."
@@ -59,13 +67,21 @@ class Groups:
         """``(n_groups, n_queries)``, the scores minus those of the first order in the change of the gradient."""
         return self.scores - self._summed(self.rows.tangent)
 
+    @property
+    def as_sizes(self) -> list[bool]:
+        """Whether the score of each group is to be read as a size, rather than as a sign and a rank: where the removal moves the
+        parameters so little that the query losses are nearly straight lines.
+        """
+        return [bend is not None and bend < STRAIGHT for bend in self.bends or [None] * len(self)]
+
     def _summed(self, values: Tensor) -> Tensor:
         total = torch.zeros(len(self), self.rows.n_queries, dtype=torch.float64)
         return total.index_add_(0, self.rows.sample_ids, values.double()).to(values.dtype)
 
     def to_pandas(self) -> pd.DataFrame:
         """One row per group: ``group``, ``samples`` (that the run consumed), one score column per query (``score`` where there
-        is one), ``per_sample`` (the mean score over the queries, divided by the samples) and ``nonlinearity`` (mean).
+        is one), ``per_sample`` (the mean score over the queries, divided by the samples) and ``nonlinearity`` (mean); where
+        it was looked at ``bend`` and ``as_size`` (`as_sizes`).
         """
         scores, sizes = self.scores, torch.tensor(self.sizes, dtype=torch.float64)
         return score_table(
@@ -75,6 +91,7 @@ class Groups:
             after={
                 "per_sample": (scores.double().mean(1) / sizes.clamp(min=1)).numpy(),
                 "nonlinearity": self.nonlinearity.mean(1).numpy(),
+                **({} if self.bends is None else {"bend": list(self.bends), "as_size": self.as_sizes}),
             },
         )
 
@@ -83,14 +100,19 @@ class Groups:
         write_csv(self.to_pandas(), path)
 
     def __repr__(self) -> str:
-        return f"Groups({len(self)} groups x {self.rows.n_queries} queries: {', '.join(self.names):.60})"
+        sizes = "" if self.bends is None else f"; {sum(self.as_sizes)} of the scores to be read as sizes"
+        return f"Groups({len(self)} groups x {self.rows.n_queries} queries: {', '.join(self.names):.60}{sizes})"
+
+    def _repr_html_(self) -> str:
+        return in_notebook(repr(self), self.to_pandas())
 
     # -- as named tensors -------------------------------------------------------------------------------
 
     def packed(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """Tensors and JSON from which `unpacked` makes the same."""
         tensors = {_PREFIX + field.name: getattr(self.rows, field.name) for field in fields(RowScores)}
-        return tensors, {"names": list(self.names), "sizes": list(self.sizes)}
+        bends = {} if self.bends is None else {"bends": list(self.bends)}
+        return tensors, {"names": list(self.names), "sizes": list(self.sizes), **bends}
 
     @classmethod
     def unpacked(
@@ -98,9 +120,10 @@ class Groups:
     ) -> Groups:
         """The inverse of `packed`."""
         rows = RowScores(*(tensors[_PREFIX + field.name] for field in fields(RowScores)))
-        return cls(
-            [str(name) for name in metadata["names"]], [int(size) for size in metadata["sizes"]], rows, query_ids
-        )
+        names, sizes = [str(name) for name in metadata["names"]], [int(size) for size in metadata["sizes"]]
+        bends = metadata.get("bends")
+        found = None if bends is None else [None if bend is None else float(bend) for bend in bends]
+        return cls(names, sizes, rows, query_ids, found)
 
 
 TENSORS = tuple(_PREFIX + field.name for field in fields(RowScores))

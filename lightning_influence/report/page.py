@@ -331,8 +331,8 @@ def _joint(groups: Groups | None) -> list[dict[str, Any]]:
     effects = mean_score(groups.scores)
     largest = float(effects.abs().max()) or 1.0
     return [
-        {"name": name, "n": n, "total": effect, "share": effect / largest}
-        for name, n, effect in zip(groups.names, groups.sizes, effects.tolist(), strict=True)
+        {"name": name, "n": n, "total": effect, "share": effect / largest, "as_size": as_size}
+        for name, n, effect, as_size in zip(groups.names, groups.sizes, effects.tolist(), groups.as_sizes, strict=True)
     ]
 
 

@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
 _INTERVAL = re.compile(r"(-?\d+\.\d+) \[(-?\d+\.\d+), (-?\d+\.\d+)\]")
-_ONLY_OF_A_REPLAY = ("removals", "replay_drift", "stopped_paths", "hessian")
+_WHERE_THERE_ARE_SOME = ("rows", "removals", "replay_drift", "stopped_paths", "hessian", "queried")
 
 
 @dataclass(frozen=True)
@@ -118,11 +118,14 @@ class Provenance:
         optimizer_assumption: of the scores, where it is another.
         curvature, response, memory_window, counterfactual, target: as of `attribute`.
         steps: of the run.
+        rows: ``"assumed"`` where samples did not come twice alike, so that which row is which could not be told by content.
         removals: of a replay.
         replay_drift: relative distance to the recorded snapshots on arrival, by step.
         stopped_paths: whether the curvature follows paths that the loss stops by ``detach`` or ``no_grad``: ``"none"`` where
             there are none that matter, ``"followed"`` or ``"not followed"``.
         hessian: ``"by differences"`` of gradients, where the training step could not be differentiated twice.
+        queried: what is wrong with the parameters at which queries were differentiated, where they are not those that the
+            run ended with.
     """
 
     module: str | None = None
@@ -139,10 +142,12 @@ class Provenance:
     target: str | None = None
     steps: int | None = None
     coverage: Coverage = Coverage()
+    rows: str | None = None
     removals: RemovalSummary | None = None
     replay_drift: Mapping[str, float] = field(default_factory=dict)
     stopped_paths: str | None = None
     hessian: str | None = None
+    queried: str | None = None
 
     @classmethod
     def from_json(cls, metadata: Mapping[str, Any]) -> Provenance:
@@ -150,7 +155,7 @@ class Provenance:
         versions = _mapping(metadata.get("versions"))
         texts = (
             *("module", "record", "compression", "precision", "optimizer", "optimizer_assumption"),
-            *("curvature", "response", "counterfactual", "target", "stopped_paths", "hessian"),
+            *("curvature", "response", "counterfactual", "target", "rows", "stopped_paths", "hessian", "queried"),
         )
         return cls(
             **{key: _text(metadata.get(key)) for key in texts},  # type: ignore[arg-type]
@@ -164,7 +169,7 @@ class Provenance:
 
     def to_json(self) -> dict[str, Any]:
         """As a report's metadata has it."""
-        return {key: value for key, value in asdict(self).items() if value or key not in _ONLY_OF_A_REPLAY}
+        return {key: value for key, value in asdict(self).items() if value or key not in _WHERE_THERE_ARE_SOME}
 
 
 @dataclass(frozen=True)

@@ -210,7 +210,8 @@ class Scores:
         made_by = self.provenance
         coverage = made_by.coverage.fraction
         seen = "" if coverage is None else f", {percent(coverage)} of the trained coordinates"
-        how = [str(part) for part in (made_by.response, made_by.curvature, made_by.removals) if part is not None]
+        parts = (made_by.response, made_by.curvature, made_by.removals, made_by.queried)
+        how = [str(part) for part in parts if part is not None]
         return (
             f"{type(self).__name__}({len(self.sample_ids)} samples x {len(self.query_ids)} queries, "
             f"{len(self.rows)} rows{seen}; {', '.join(how) or 'no metadata'})"

@@ -21,6 +21,10 @@ _CURVATURE = {
     ),
     "none": ("caution", "Ignored: what a removal changes in later gradients is not followed."),
 }
+_ROWS = (
+    "Samples do not come twice alike (augmentation in workers), so that which row of a batch is which sample was not told by "
+    "content but by the order in which they were drawn."
+)
 _ERRORS = {
     "config": "These scores take the run for one of plain SGD, which it was not.",
     "algorithm": "How far the optimizer's answer to a removal is from a straight line. These scores follow the answer "
@@ -67,8 +71,12 @@ def _approximations(made: Provenance) -> Iterator[Trust]:
     if made.curvature in _CURVATURE:
         name = made.curvature.replace("gauss_newton", "Gauss-Newton")
         yield Trust("Curvature", name, *_CURVATURE[made.curvature])
+    if made.rows == "assumed":
+        yield Trust("Rows", "order assumed", "unknown", _ROWS)
     if made.removals is not None:
         yield _removals(made.removals)
+    if made.queried is not None:
+        yield Trust("Parameters", "of another time", "caution", f"{made.queried[:1].upper()}{made.queried[1:]}.")
 
 
 def _removals(removals: RemovalSummary) -> Trust:

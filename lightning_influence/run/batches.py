@@ -3,26 +3,76 @@
 from __future__ import annotations
 
 from collections import namedtuple
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from copy import deepcopy
+from dataclasses import dataclass, fields, is_dataclass
+from types import FunctionType, MethodType, ModuleType
 from typing import Any
 
+import numpy as np
 import torch
 from lightning_utilities.core.apply_func import apply_to_collection
-from torch import Tensor
+from torch import Tensor, nn
 
 from lightning_influence.errors import ConfigurationError
 
+_NO_DATA = (type, ModuleType, FunctionType, MethodType, nn.Module)
+
+
+@dataclass
+class OneExample:
+    """A batch that is one example whatever its rows are, such as a graph, whose rows are nodes."""
+
+    batch: Any
+
 
 def leaves(batch: Any) -> list[Tensor]:
-    """The tensors of a batch, in the order of its structure."""
+    """The tensors of a batch, in the order of its structure, and then those inside its objects."""
     tensors: list[Tensor] = []
     apply_to_collection(batch, Tensor, tensors.append)
+    return tensors + [tensor for part in objects(batch) for tensor in _tensors_inside(part)]
+
+
+def objects(batch: Any) -> list[Any]:
+    """The parts of a batch that are objects of some class with tensors inside (a graph of another library, say), which nobody else
+    can take apart.
+    """
+    return [end for end in _ends(batch) if not isinstance(end, Tensor) and _tensors_inside(end)]
+
+
+def _ends(node: Any) -> Iterator[Any]:
+    """What a structure of dicts, lists, tuples and dataclasses holds."""
+    if isinstance(node, Mapping):
+        inside: Iterable[Any] = node.values()
+    elif isinstance(node, (list, tuple)):
+        inside = node
+    elif is_dataclass(node) and not isinstance(node, type):
+        inside = [getattr(node, f.name) for f in fields(node)]
+    else:
+        yield node
+        return
+    for value in inside:
+        yield from _ends(value)
+
+
+def _tensors_inside(thing: Any) -> list[Tensor]:
+    tensors, seen, waiting = list[Tensor](), set[int](), [thing]
+    while waiting:
+        for end in _ends(waiting.pop(0)):
+            if isinstance(end, Tensor):
+                tensors.append(end)
+            elif id(end) not in seen and hasattr(end, "__dict__") and not isinstance(end, _NO_DATA):
+                seen.add(id(end))
+                waiting.append(vars(end))
     return tensors
 
 
 def copied(batch: Any) -> Any:
     """The batch with tensors of its own, since a training step may write into them."""
-    return apply_to_collection(batch, Tensor, lambda t: t.detach().clone())
+    kinds = {type(part) for part in objects(batch)}
+    return apply_to_collection(
+        batch, (Tensor, *kinds), lambda part: part.detach().clone() if isinstance(part, Tensor) else deepcopy(part)
+    )
 
 
 def batch_size(batch: Any) -> int:
@@ -32,6 +82,8 @@ def batch_size(batch: Any) -> int:
     Raises:
         ConfigurationError: the batch holds neither.
     """
+    if isinstance(batch, OneExample):
+        return 1
     for node in _lists(batch):
         if _holds_samples(node, batch):
             return len(node)
@@ -48,6 +100,8 @@ def some(batch: Any, samples: slice, n: int | None = None) -> Any:
     item a sample.
     """
     n = batch_size(batch) if n is None else n
+    if isinstance(batch, OneExample):
+        return batch
     return _chosen(batch, batch, n, list(range(n))[samples])
 
 
@@ -60,6 +114,8 @@ def without(batch: Any, rows: Tensor, n: int | None = None) -> Any:
 
 def _chosen(node: Any, batch: Any, n: int, rows: list[int]) -> Any:
     def chosen(inner: Any) -> Any:
+        if isinstance(inner, np.ndarray):
+            return inner[rows] if inner.ndim and len(inner) == n else inner
         if isinstance(inner, Tensor):
             has_samples = inner.dim() > 0 and inner.shape[0] == n
             return inner[torch.tensor(rows, device=inner.device)] if has_samples else inner
@@ -68,7 +124,7 @@ def _chosen(node: Any, batch: Any, n: int, rows: list[int]) -> Any:
         values = [_chosen(value, batch, n, rows) for value in inner]
         return type(inner)(*values) if hasattr(inner, "_fields") else type(inner)(values)
 
-    return apply_to_collection(node, (Tensor, list, tuple), chosen)
+    return apply_to_collection(node, (Tensor, np.ndarray, list, tuple), chosen)
 
 
 def _lists(batch: Any) -> list[Any]:
@@ -98,7 +154,8 @@ def _holds_samples(node: Any, batch: Any) -> bool:
 
 
 def _is_plain(node: Any) -> bool:
-    return bool(node) and all(isinstance(item, (str, bytes, int, float)) for item in node)
+    """Whether a list holds no tensors: names, numbers, boxes as lists, images of another library."""
+    return bool(node) and not leaves(node)
 
 
 def example(batch: Any, index: int) -> Any:
@@ -130,7 +187,7 @@ def pack_batch(batch: Any) -> tuple[dict[str, Tensor], Any]:
     """The tensors of a batch by number, and its structure as JSON.
 
     Raises:
-        TypeError: the batch holds something that is neither a tensor, a plain value nor a dict, list or tuple.
+        TypeError: the batch holds something that is neither a tensor, an array, a plain value nor a dict, list or tuple.
     """
     tensors: dict[str, Tensor] = {}
 
@@ -138,6 +195,9 @@ def pack_batch(batch: Any) -> tuple[dict[str, Tensor], Any]:
         if isinstance(node, Tensor):
             tensors[str(len(tensors))] = node.detach()
             return {"tensor": str(len(tensors) - 1)}
+        if isinstance(node, np.ndarray) and node.dtype.kind in "biuf":
+            tensors[str(len(tensors))] = torch.from_numpy(node.copy())
+            return {"array": str(len(tensors) - 1)}
         if isinstance(node, Mapping) and all(isinstance(key, str) for key in node):
             return {"dict": {key: walk(value) for key, value in node.items()}}
         if isinstance(node, tuple) and hasattr(node, "_fields"):
@@ -156,6 +216,8 @@ def unpack_batch(structure: Any, load: Callable[[str], Tensor]) -> Any:
     ((kind, content),) = structure.items()
     if kind == "tensor":
         return load(content)
+    if kind == "array":
+        return load(content).numpy()
     if kind == "dict":
         return {key: unpack_batch(value, load) for key, value in content.items()}
     if kind == "named":

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from itertools import chain
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -20,17 +22,24 @@ class BetweenSteps:
     """
 
     def __init__(self, module: nn.Module) -> None:
-        self._module = module
+        # walking a module for its parameters takes longer than looking at them; these are its own dicts, which stay
+        self._held = [(f"{path}." if path else "", m._parameters, m._buffers) for path, m in module.named_modules()]
         self._left: dict[str, Tensor] = {}
+
+    def _parameters(self) -> Iterator[tuple[str, Tensor]]:
+        return ((f"{path}{k}", p) for path, own, _ in self._held for k, p in own.items() if p is not None)
+
+    def _buffers(self) -> Iterator[tuple[str, Tensor]]:
+        return ((f"{path}{k}", b) for path, _, own in self._held for k, b in own.items() if b is not None)
 
     def note_step(self) -> None:
         """The optimizer has moved parameters."""
-        self._left |= _looked_at(self._module.named_parameters())
+        self._left |= _looked_at(self._parameters())
 
     def note_training_step(self) -> None:
         """A training step has run, which may write to buffers, and to parameters that do not train."""
-        self._left |= _looked_at(self._module.named_buffers())
-        self._left |= _looked_at((k, p) for k, p in self._module.named_parameters() if not p.requires_grad)
+        frozen = ((k, p) for k, p in self._parameters() if not p.requires_grad)
+        self._left |= _looked_at(chain(frozen, self._buffers()))
 
     def check(self) -> None:
         """Look again.
@@ -40,7 +49,7 @@ class BetweenSteps:
         """
         if not self._left:
             return
-        now = _looked_at([*self._module.named_parameters(), *self._module.named_buffers()])
+        now = _looked_at(chain(self._parameters(), self._buffers()))
         present = {k: now[k] for k in self._left if k in now}
         if not _same(present, {k: self._left[k] for k in present}):
             changed = next(k for k in present if not _same({k: present[k]}, {k: self._left[k]}))
@@ -53,12 +62,15 @@ class BetweenSteps:
 
 
 def _looked_at(named: Iterable[tuple[str, Tensor]]) -> dict[str, Tensor]:
-    values = {}
+    kinds: dict[Any, dict[str, Tensor]] = {}
     for name, tensor in named:
         flat = tensor.detach().reshape(-1)
-        values[name] = flat[:: max(1, len(flat) // _LOOKED_AT)].double()  # a copy, unless it is double
-        if values[name].dtype == tensor.dtype:
-            values[name] = values[name].clone()
+        few = flat[:: max(1, len(flat) // _LOOKED_AT)]
+        kinds.setdefault((tensor.dtype, tensor.device), {})[name] = few
+    values = dict[str, Tensor]()
+    for parts in kinds.values():  # one copy of all
+        copied = torch.cat([*parts.values()]).double().split([len(few) for few in parts.values()])
+        values |= zip(parts, copied, strict=True)
     return values
 
 

@@ -2,14 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from torch.utils.data import DataLoader, default_collate
 
 from lightning_influence.errors import ConfigurationError, LogError
-from lightning_influence.run.lightning_names import is_a
+from lightning_influence.run.lightning_names import is_a, overrides
+
+
+def set_up(datamodule: Any) -> None:
+    """Let a datamodule make its data, unless the fit that it was in has: a split without a seed would be another the second time."""
+    if not _is_set_up(datamodule):
+        datamodule.setup("fit")
+
+
+def _is_set_up(datamodule: Any) -> bool:
+    trainer: Any = getattr(datamodule, "trainer", None)
+    if trainer is None or trainer.datamodule is not datamodule or overrides(datamodule, "teardown"):
+        return False
+    return trainer.state.fn == "fit" and trainer.state.status != "interrupted"
 
 
 @dataclass(frozen=True)
@@ -28,7 +41,7 @@ class TrainingData:
 
     @classmethod
     def of(cls, data: Any) -> TrainingData:
-        """From a dataset, a loader or a datamodule, which is set up here and once.
+        """From a dataset, a loader or a datamodule, which is set up.
 
         Raises:
             LogError: something else without indices.
@@ -38,7 +51,7 @@ class TrainingData:
         datamodule = None
         if is_a(data, "LightningDataModule"):
             datamodule = data
-            data.setup("fit")
+            set_up(data)
             data = data.train_dataloader()
         if isinstance(data, DataLoader):
             return cls(data.dataset, data.collate_fn, datamodule)
@@ -48,8 +61,11 @@ class TrainingData:
             )
         return cls(data, datamodule=datamodule)
 
-    def batch(self, sample_ids: Sequence[int]) -> Any:
+    def batch(self, sample_ids: Sequence[int], without: Collection[int] = ()) -> Any:
         """The collated batch of some samples.
+
+        Args:
+            without: samples that are left out once all have been fetched, so that the others come as they do with them.
 
         Raises:
             ConfigurationError: the data has fewer samples.
@@ -59,4 +75,5 @@ class TrainingData:
                 f"the training data has {len(self.dataset)} samples, and the log has sample {max(sample_ids)}; give the data "
                 "of the run."
             )
-        return self.collate([self.dataset[z] for z in sample_ids])
+        samples = [(z, self.dataset[z]) for z in sample_ids]
+        return self.collate([sample for z, sample in samples if z not in without])

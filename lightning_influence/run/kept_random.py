@@ -3,6 +3,10 @@
 A step without one of its samples draws fewer numbers, so that from there on every sample would get those of another: other
 dropout masks, other noise. What a removal does is meant with the random numbers of all other samples as they were. So the
 numbers are noted while the whole step runs, and given again, without the rows of the sample, to the step without it.
+
+Where the numbers are themselves positions of samples in the batch (the partners of mixup, negatives drawn from the batch), those of
+the other samples stay, too: a sample whose partner leaves gets the partner's partner of a permutation, and otherwise a new one.
+Either is again a permutation, or are draws, as the training step makes them of so many samples.
 """
 
 from __future__ import annotations
@@ -36,24 +40,28 @@ _DRAWS = frozenset(
         "poisson",
         "binomial",
         "native_dropout",
+        "randperm",
         "_standard_gamma",
         "_sample_dirichlet",
     ]
 )
-"""Functions whose numbers can be put in the place of others; not so a permutation of the samples, or a fused kernel."""
+"""Functions whose numbers can be put in the place of others; not so those of a fused kernel."""
+
+Draw = tuple[Tensor, "int | None"]
+"""Numbers, and below which number they lie, where that is one of a function's arguments."""
 
 
 class NotedRandom(TorchDispatchMode):
     """Notes the random numbers that are drawn meanwhile.
 
     Attributes:
-        numbers: of each draw, in order.
+        draws: in order.
         lost: the function whose numbers cannot be given again; None where there was none.
     """
 
     def __init__(self) -> None:
         super().__init__()
-        self.numbers: list[Tensor] = []
+        self.draws: list[Draw] = []
         self.lost: str | None = None
 
     def __torch_dispatch__(
@@ -63,7 +71,8 @@ class NotedRandom(TorchDispatchMode):
         if torch.Tag.nondeterministic_seeded in func.tags:
             name = _name(func)
             if name in _DRAWS:
-                self.numbers.append((result[1] if name == "native_dropout" else result).detach().clone())
+                drawn = result[1] if name == "native_dropout" else result
+                self.draws.append((drawn.detach().clone(), _below(name, args)))
             else:
                 self.lost = self.lost or name
         return result
@@ -85,8 +94,8 @@ class KeptRandom(TorchDispatchMode):
         super().__init__()
         leave = set(rows.tolist())
         self._kept = [i for i in range(n_rows) if i not in leave]
-        self._n_rows, self._noted = n_rows, iter(noted.numbers)
-        self._left = len(noted.numbers)
+        self._n_rows, self._noted = n_rows, iter(noted.draws)
+        self._left = len(noted.draws)
         self._lost = noted.lost
 
     @property
@@ -101,7 +110,7 @@ class KeptRandom(TorchDispatchMode):
             return result
         name = _name(func)
         drawn = result[1] if name == "native_dropout" else result
-        numbers = self._next(drawn.shape) if name in _DRAWS and not self._tells_rows(name, args) else None
+        numbers = self._next(name, args, drawn) if name in _DRAWS else None
         if numbers is None:
             self._lost = self._lost or name
             return result
@@ -111,19 +120,45 @@ class KeptRandom(TorchDispatchMode):
             result[0].copy_(inputs * drawn.to(inputs) / (1 - rate))
         return result
 
-    def _tells_rows(self, name: str, args: tuple[Any, ...]) -> bool:
-        """Whether the numbers are positions of samples in the batch, of which there now are fewer."""
-        if name == "multinomial":
-            return args[0].dim() == 1 and len(args[0]) == len(self._kept)
-        highest = [a for a in args if type(a) is int] if name.startswith("rand") else []
-        return name in ("randint", "randint_like", "random_") and highest[-1:] == [len(self._kept)]
-
-    def _next(self, shape: torch.Size) -> Tensor | None:
-        """The numbers in the place of new ones of some shape; None where there are no such."""
-        numbers = next(self._noted, None)
+    def _next(self, name: str, args: tuple[Any, ...], drawn: Tensor) -> Tensor | None:
+        """The numbers in the place of new ones; None where there are no such."""
+        numbers, below = next(self._noted, (None, None))
         if numbers is None:
             return None
         self._left -= 1
+        if below == _below(name, args):
+            return self._of_kept_rows(numbers, drawn.shape)
+        if (below, _below(name, args)) != (self._n_rows, len(self._kept)):
+            return None  # they count something else that there is less of now
+        if name == "randperm":
+            return self._permutation(numbers)
+        mine = self._of_kept_rows(numbers, drawn.shape)
+        if mine is None:
+            return None
+        if name == "multinomial" and drawn.numel() > 1 and not (len(args) > 2 and args[2]):
+            return None  # without replacement, where a new one might be there already
+        new = self._new_rows().to(numbers)[mine]
+        return torch.where(new < 0, drawn, new)
+
+    def _permutation(self, numbers: Tensor) -> Tensor:
+        """A permutation of the samples without those that leave: each is passed over in its cycle."""
+        new, old = self._new_rows().tolist(), numbers.tolist()
+        found = []
+        for row in self._kept:
+            other = old[row]
+            while new[other] < 0:
+                other = old[other]
+            found.append(new[other])
+        return torch.tensor(found).to(numbers)
+
+    def _new_rows(self) -> Tensor:
+        """Of every row of the whole batch, its position among those that are left; -1 of one that leaves."""
+        new = torch.full((self._n_rows,), -1)
+        new[self._kept] = torch.arange(len(self._kept))
+        return new
+
+    def _of_kept_rows(self, numbers: Tensor, shape: torch.Size) -> Tensor | None:
+        """Numbers of the whole batch in the shape that those of the kept rows have; None where it is another."""
         if numbers.shape == shape:
             return numbers
         differing = [d for d, (a, b) in enumerate(zip(numbers.shape, shape, strict=False)) if a != b]
@@ -135,6 +170,13 @@ class KeptRandom(TorchDispatchMode):
             return None
         rows = torch.tensor(self._kept, device=numbers.device)
         return numbers.unflatten(d, (self._n_rows, each)).index_select(d, rows).flatten(d, d + 1)
+
+
+def _below(name: str, args: tuple[Any, ...]) -> int | None:
+    if name == "multinomial":
+        return len(args[0]) if args[0].dim() == 1 else None
+    bounds = [a for a in args if type(a) is int] if name.startswith("rand") else []
+    return bounds[-1] if bounds else None
 
 
 def _name(func: Any) -> str:

@@ -6,12 +6,14 @@ Nothing else in the rooms below `lightning` knows what a LightningModule is.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import update_wrapper
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import torch
+from lightning.pytorch.loggers.logger import DummyLogger
 from torch import Tensor, nn
 
 from lightning_influence.errors import ConfigurationError
@@ -65,10 +67,13 @@ class LightningTask:
         return unchanged(self.module, _datamodule_of(self.module))
 
     def twin(self) -> LightningTask | None:
-        copy = copy_sharing_parameters(self.module, also=self.module._trainer)
+        trainer = self.module._trainer
+        copy = copy_sharing_parameters(self.module, also=trainer)
         if copy is None:
             return None
         untap(copy)
+        if trainer is not None and trainer.world_size == 1:  # of several processes, each tries steps alone
+            object.__setattr__(copy, "_trainer", trainer)
         return self.on(copy)
 
     def on(self, module: nn.Module) -> LightningTask:
@@ -86,14 +91,37 @@ def _datamodule_of(module: LightningModule) -> Any:
 
 
 @contextmanager
-def quiet(module: LightningModule) -> Iterator[None]:
-    """``self.log`` and ``self.log_dict`` do nothing, with or without a trainer attached."""
-    before = {name: module.__dict__[name] for name in _LOGGING if name in module.__dict__}
-    for name in _LOGGING:
-        object.__setattr__(module, name, _ignore)
+def _unheard(module: LightningModule) -> Iterator[None]:
+    """Who listens to the training step hears nothing."""
+    step = module.__dict__.get("training_step")
+    listened = step if isinstance(step, _TappedStep) else None
+    listeners = [] if listened is None else listened.listeners
+    if listened is not None:
+        listened.listeners = []
     try:
         yield
     finally:
+        if listened is not None:
+            listened.listeners = listeners
+
+
+@contextmanager
+def quiet(module: LightningModule) -> Iterator[None]:
+    """``self.log`` and ``self.log_dict`` do nothing, with or without a trainer attached, loggers are dummies, and
+    nobody is told the losses of the training step, since it is not the run's own.
+    """
+    before = {name: module.__dict__[name] for name in _LOGGING if name in module.__dict__}
+    for name in _LOGGING:
+        object.__setattr__(module, name, _ignore)
+    real = module._trainer
+    if real is not None:
+        dummies = {"logger": real.logger and DummyLogger(), "loggers": [DummyLogger() for _ in real.loggers]}
+        object.__setattr__(module, "_trainer", _Beside(real, dummies))
+    try:
+        with _unheard(module):
+            yield
+    finally:
+        object.__setattr__(module, "_trainer", real)
         for name in _LOGGING:
             object.__delattr__(module, name)
         module.__dict__.update(before)
@@ -101,9 +129,7 @@ def quiet(module: LightningModule) -> Iterator[None]:
 
 @contextmanager
 def at_moment(module: LightningModule, moment: Moment) -> Iterator[None]:
-    """``current_epoch`` and ``global_step`` of the module, and of its trainer, and its own plain numbers, as they were at some
-    step of a run.
-    """
+    """What a training step reads of its trainer, and the module's own plain numbers, as they were at some step of a run."""
     real = module._trainer
     object.__setattr__(module, "_trainer", _TrainerAt(real, moment))
     try:
@@ -113,16 +139,56 @@ def at_moment(module: LightningModule, moment: Moment) -> Iterator[None]:
         object.__setattr__(module, "_trainer", real)
 
 
-class _TrainerAt:
-    """A trainer at another moment; everything else is the real one's."""
+class _Beside:
+    """An object of the run in which some attributes are others; what is set stays here.
 
-    def __init__(self, trainer: Any, moment: Moment) -> None:
-        self._real, self.current_epoch, self.global_step = trainer, moment.epoch, moment.global_step
+    Args:
+        real: whose all other attributes are; None where there is none.
+        instead: the others, by name.
+        what: it is, for messages.
+    """
+
+    def __init__(self, real: Any, instead: Mapping[str, Any], what: str = "trainer") -> None:
+        vars(self).update(instead, _real=real, _what=what)
 
     def __getattr__(self, name: str) -> Any:
         if self._real is None:
-            raise AttributeError(f"the module has no trainer whose {name!r} could be read; attach it to one")
+            raise AttributeError(f"the module has no {self._what} whose {name!r} could be read; attach it to a trainer")
         return getattr(self._real, name)
+
+
+class _TrainerAt(_Beside):
+    """A trainer, or none, at another moment: its counters and numbers, and the learning rates of its optimizer."""
+
+    def __init__(self, trainer: Any, moment: Moment) -> None:
+        counters = {"current_epoch": moment.epoch, "global_step": moment.global_step}
+        loggers = {} if trainer is not None else {"logger": DummyLogger(), "loggers": [DummyLogger()]}
+        super().__init__(trainer, {**loggers, **moment.trainer, **counters})
+        self._rates = moment.rates
+
+    @property
+    def optimizers(self) -> list[Any]:
+        real = [] if self._real is None else self._real.optimizers
+        return [_optimizer_at(real[0] if real else None, self._rates)] if self._rates else real
+
+    @property
+    def strategy(self) -> Any:
+        real = None if self._real is None else self._real.strategy
+        return _Beside(real, {"_lightning_optimizers": self.optimizers}, "strategy")
+
+    @property
+    def lr_scheduler_configs(self) -> list[Any]:
+        schedulers = [None] if self._real is None else [c.scheduler for c in self._real.lr_scheduler_configs]
+        told = {"get_last_lr": lambda: list(self._rates)} if self._rates else {}
+        return [SimpleNamespace(scheduler=_Beside(s, told, "scheduler")) for s in schedulers]
+
+
+def _optimizer_at(real: torch.optim.Optimizer | None, rates: Sequence[float]) -> torch.optim.Optimizer:
+    """An optimizer of nothing, with the groups of another at other learning rates."""
+    optimizer = torch.optim.SGD([{"params": [torch.zeros(0)], "lr": rate} for rate in rates])
+    for group, own in zip(optimizer.param_groups, [] if real is None else real.param_groups, strict=False):
+        group.update({k: v for k, v in own.items() if k not in ("params", "lr")})
+    return optimizer
 
 
 _CONVERTED = {"64-true": torch.float64, "bf16-true": torch.bfloat16, "16-true": torch.float16}
@@ -234,6 +300,8 @@ class _TappedStep:
         return self  # it is taken off the copy
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if not self.listeners:
+            return self._step(*args, **kwargs)
         with LossTap() as losses:
             output = self._step(*args, **kwargs)
         for tap in list(self.listeners):

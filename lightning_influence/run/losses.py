@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
-from inspect import signature
+from inspect import Signature, signature
 from typing import Any, Literal
 
 import torch
@@ -26,6 +26,7 @@ _BINARY = (F.binary_cross_entropy, F.binary_cross_entropy_with_logits)
 _OF_DIFFERENCES = (F.mse_loss, F.l1_loss, F.smooth_l1_loss, F.huber_loss)
 _DIVIDED_BY_WEIGHT = (F.mse_loss, F.l1_loss)
 LOSSES = frozenset((*_OVER_CLASSES, *_BINARY, *_OF_DIFFERENCES))
+_SIGNATURES: dict[Callable[..., Any], Signature] = {loss: signature(loss) for loss in LOSSES}  # type: ignore[arg-type, misc]
 
 MAX_CLASSES = 128
 """With more classes, the log-probabilities of a sample are left out."""
@@ -69,6 +70,8 @@ class Dynamics:
 
 def joined(parts: Sequence[Dynamics | None]) -> Dynamics | None:
     """The samples of several batches, one after the other; None where a batch has none or they are over other classes."""
+    if len(parts) == 1:
+        return parts[0]
     given = [part for part in parts if part is not None]
     if len(given) < len(parts) or len({part.log_probabilities.shape[1] for part in given}) != 1:
         return None
@@ -142,9 +145,15 @@ def _by_sample(values: Tensor, n_samples: int) -> Tensor | None:
 
 
 @torch.no_grad()
-def seen(loss: Callable[..., Tensor], args: Sequence[Any], kwargs: Mapping[str, Any]) -> SeenLoss | None:
-    """What a call of one of `LOSSES` says of its rows; None where its rows cannot be told apart."""
-    options = signature(loss).bind(*args, **kwargs).arguments
+def seen(
+    loss: Callable[..., Tensor], args: Sequence[Any], kwargs: Mapping[str, Any], *, labels: bool = True
+) -> SeenLoss | None:
+    """What a call of one of `LOSSES` says of its rows; None where its rows cannot be told apart.
+
+    Args:
+        labels: also of the labels, where they are those of classes.
+    """
+    options = _SIGNATURES[loss].bind(*args, **kwargs).arguments
     input, target = options.pop("input").detach(), options.pop("target").detach()
     reduction = reduction_of(options)
     if target.dim() == 0 or len(target) == 0 or len(input) != len(target):
@@ -154,13 +163,13 @@ def seen(loss: Callable[..., Tensor], args: Sequence[Any], kwargs: Mapping[str, 
             return None
         step = max(1, _CHUNK * len(input) // input.numel())
         chunks = zip(input.split(step), target.split(step), strict=True)
-        return _stacked([_over_classes(reduction, loss, logits, labels, options) for logits, labels in chunks])
+        return _stacked([_over_classes(reduction, loss, *chunk, options, with_labels=labels) for chunk in chunks])
     if input.shape != target.shape:  # broadcast: a row of the loss is no row of the targets
         return None
     elements = loss(input, target, **options, reduction="none")
     weight = options.get("weight") if loss in _DIVIDED_BY_WEIGHT else None
     weights = torch.ones_like(elements) if weight is None else weight.detach()
-    return SeenLoss(reduction, _rows(elements), _rows(weights), _binary(loss, input, target))
+    return SeenLoss(reduction, _rows(elements), _rows(weights), _binary(loss, input, target) if labels else None)
 
 
 def reduction_of(options: dict[str, Any]) -> Reduction:
@@ -179,7 +188,13 @@ def label_weights(target: Tensor, options: Mapping[str, Any]) -> Tensor:
 
 
 def _over_classes(
-    reduction: Reduction, loss: Callable[..., Tensor], logits: Tensor, target: Tensor, options: dict[str, Any]
+    reduction: Reduction,
+    loss: Callable[..., Tensor],
+    logits: Tensor,
+    target: Tensor,
+    options: dict[str, Any],
+    *,
+    with_labels: bool,
 ) -> SeenLoss:
     """A cross-entropy of labels given by index ``(n, ...)`` or as probabilities ``(n, classes, ...)``."""
     log_probabilities = logits.to(_wide(logits)).log_softmax(1)
@@ -194,9 +209,8 @@ def _over_classes(
     else:
         counted = target != options.get("ignore_index", -100)
         labels, weights = torch.where(counted, target, 0), label_weights(target, options)
-    return SeenLoss(
-        reduction, _rows(elements), _rows(weights), _labels(log_probabilities.movedim(1, -1), labels, counted)
-    )
+    of_labels = _labels(log_probabilities.movedim(1, -1), labels, counted) if with_labels else None
+    return SeenLoss(reduction, _rows(elements), _rows(weights), of_labels)
 
 
 def _binary(loss: Callable[..., Tensor], input: Tensor, target: Tensor) -> _Labels | None:

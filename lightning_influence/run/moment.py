@@ -21,6 +21,8 @@ class Moment:
         in_eval: names of the modules that are in eval mode.
         numbers: plain numbers that the modules keep as attributes (a counter, a weight that follows the epoch), as of
             `numbers_of`.
+        rates: learning rates of the optimizer's groups; none where they are not known.
+        trainer: plain numbers of the run's trainer, by the names of its attributes.
     """
 
     batch_idx: int = 0
@@ -28,6 +30,8 @@ class Moment:
     global_step: int = 0
     in_eval: tuple[str, ...] = ()
     numbers: Mapping[str, float] = field(default_factory=dict)
+    rates: tuple[float, ...] = ()
+    trainer: Mapping[str, float] = field(default_factory=dict)
 
     @classmethod
     def of(cls, module: nn.Module, batch_idx: int = 0, epoch: int = 0, global_step: int = 0) -> Moment:

@@ -6,7 +6,6 @@ import random
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import lru_cache
-from typing import Any
 
 import numpy as np
 import torch
@@ -65,15 +64,3 @@ def random_state(state: Mapping[str, Tensor] | None) -> Iterator[None]:
         yield
     finally:
         write_random_state(before)
-
-
-@contextmanager
-def generator_as_it_was(loader: Any) -> Iterator[None]:
-    """A loader may be read without moving on the generator it was given, which it may share with another."""
-    generator = getattr(loader, "generator", None)
-    before = None if generator is None else generator.get_state()
-    try:
-        yield
-    finally:
-        if generator is not None:
-            generator.set_state(before)

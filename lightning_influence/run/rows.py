@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from lightning_influence.errors import ConfigurationError
-from lightning_influence.run.batches import batch_size, leaves, some, without
+from lightning_influence.run.batches import batch_size, leaves, objects, some, without
 from lightning_influence.run.random_state import random_state
 from lightning_influence.run.task import Task
+from lightning_influence.run.unchanged import Apart
 
 _PADDING = (0.0, -1.0, -100.0)  # of floating-point tensors
 _LOOKED_AT = 3  # batches, before it is believed that rows stay in the order in which they were drawn, or samples
@@ -28,7 +29,7 @@ class RowOrder:
     """Puts the ids of drawn samples in the order of the rows of their batch.
 
     The first batches are compared with their samples, each collated alone. Where their order differs from the one in
-    which they were drawn, every batch is. Samples that do not come twice alike (augmentation) are taken to be in order.
+    which they were drawn, every batch is. Samples that do not come twice alike (augmentation in workers) are taken to be in order.
 
     Args:
         dataset, collate: of the training loader.
@@ -36,6 +37,7 @@ class RowOrder:
         apart: makes the context in which ``prepare`` leaves no trace.
 
     Attributes:
+        assumed: whether the order of some rows was taken to be that in which they were drawn, since it could not be told.
         rearranged: whether rows are not the samples in the order in which they were drawn.
         recollates: whether a batch without a sample is another than the batch without that sample's rows: the collate function
             relates samples (a graph, offsets), so only it can leave one out.
@@ -52,12 +54,16 @@ class RowOrder:
     ) -> None:
         self._dataset, self._collate, self._prepare, self._apart = dataset, collate, prepare, apart
         self._left = _LOOKED_AT
+        self.assumed = False
         self.rearranged = False
         self.recollates = False
         self.padded: tuple[Any, Any] | None = None
 
-    def __call__(self, batch: Any, drawn: Tensor) -> Tensor:
+    def __call__(self, batch: Any, drawn: Tensor, fetched: Mapping[str, Tensor] | None = None) -> Tensor:
         """The ids ``(n,)`` of the rows of a batch, from those in the order in which they were drawn.
+
+        Args:
+            fetched: random state when the samples were fetched in this process; None if it is not known.
 
         Raises:
             ConfigurationError: a number of rows that is not that of the samples, and whose they are cannot be told.
@@ -65,18 +71,22 @@ class RowOrder:
         if not self._left and not self.rearranged:
             return drawn
         looking, self._left = self._left > 0, max(0, self._left - 1)
-        with random_state(None), self._apart():
+        with self._beside(fetched):
             samples = [self._dataset[z] for z in drawn.tolist()]
             reproduced = self._collated(samples)
             owners = None
             if reproduced is not None and same_batch(reproduced, batch):
                 alone = [self._collated([s]) for s in samples]
                 owners = owners_of_rows(batch, alone)
+                if objects(batch) or (owners is None and batch_size(batch) != len(samples)):
+                    self.recollates = True  # rows of several samples, such as the nodes of graphs
                 if looking and len(samples) > 1:
                     in_order = owners is None and batch_size(batch) == len(samples)
                     positions = list(range(len(samples))) if in_order else owners
                     longest = _longest(alone)
                     self.recollates |= positions is not None and self._relates(batch, samples, positions, longest)
+            else:
+                self.assumed |= len(samples) > 1
         if owners is None:
             if batch_size(batch) != len(drawn) and not self.recollates:
                 raise ConfigurationError(
@@ -88,12 +98,19 @@ class RowOrder:
         self.rearranged |= owners != list(range(len(drawn)))
         return drawn[owners]
 
-    def less(self, drawn: Tensor) -> dict[int, Any]:
-        """For each sample of a batch, the batch collated without it, where that holds any other."""
+    def less(self, drawn: Tensor, fetched: Mapping[str, Tensor] | None = None) -> dict[int, Any]:
+        """For each sample of a batch, the batch collated without it, where that holds any other; ``fetched`` as of the call."""
         ids = drawn.tolist()
-        with random_state(None), self._apart():
-            rest = {z: [self._dataset[i] for i in ids if i != z] for z in dict.fromkeys(ids)}
+        with self._beside(fetched):
+            whole = [(i, self._dataset[i]) for i in ids]
+            rest = {z: [sample for i, sample in whole if i != z] for z in dict.fromkeys(ids)}
             return {z: self._prepare(self._collate(samples)) for z, samples in rest.items() if samples}
+
+    @contextmanager
+    def _beside(self, fetched: Mapping[str, Tensor] | None) -> Iterator[None]:
+        """Samples are fetched and collated anew, without a trace in the run."""
+        with random_state(fetched), self._apart(), Apart(self._dataset)(), Apart(self._collate)():
+            yield
 
     def _collated(self, samples: list[Any]) -> Any:
         """None where the collate function takes no such samples, which says nothing."""
@@ -123,7 +140,7 @@ def _longest(alone: Sequence[Any]) -> int | None:
 
 def relates_samples(dataset: Any, collate: Callable[[list[Any]], Any]) -> bool:
     """Whether a row of a small batch is another than the sample collated alone, as in a graph over the batch."""
-    with random_state(None):
+    with random_state(None), Apart(dataset)(), Apart(collate)():
         try:
             n = min(_LOOKED_AT, len(dataset))
             samples = [dataset[i] for i in range(n)]

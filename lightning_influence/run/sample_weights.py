@@ -29,7 +29,9 @@ def sample_weights(batch: Any, n_samples: int, source: WeightSource = None) -> T
     Raises:
         ConfigurationError: weights of another shape, negative, not finite or all zero.
     """
-    weights = source(batch) if source is not None else _default(batch, n_samples)
+    weights = source(batch) if source is not None else _default(batch)
+    if weights is None:
+        return torch.ones(n_samples, dtype=torch.float64)
     weights = torch.as_tensor(weights).detach().to("cpu", torch.float64)
     valid = weights.shape == (n_samples,) and bool((weights >= 0).all() and torch.isfinite(weights).all())
     if not valid or not weights.sum() > 0:
@@ -40,10 +42,11 @@ def sample_weights(batch: Any, n_samples: int, source: WeightSource = None) -> T
     return weights
 
 
-def _default(batch: Any, n_samples: int) -> Tensor:
+def _default(batch: Any) -> Tensor | None:
+    """None where all samples weigh the same."""
     labels = batch.get("labels") if isinstance(batch, Mapping) else None
     if isinstance(labels, Tensor) and labels.dim() == 2 and not labels.is_floating_point():
         counted = labels != IGNORED_LABEL
         if not counted.all():
             return counted[:, 1:].sum(1)
-    return torch.ones(n_samples)
+    return None

@@ -16,13 +16,17 @@ from lightning_influence.run.losses import LOSSES, Dynamics, Reduction, SeenLoss
 class LossTap(TorchFunctionMode):
     """Sees the losses that are called meanwhile; changes nothing.
 
+    Args:
+        labels: look at the labels, too, for the training dynamics.
+
     Attributes:
         seen: of each call what it says of the samples, in order; None for one whose rows cannot be told apart.
         failure: of looking, which is told to whoever asks rather than raised inside the training step.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, labels: bool = True) -> None:
         super().__init__()
+        self._labels = labels
         self.seen: list[SeenLoss | None] = []
         self.failure: Exception | None = None
 
@@ -34,7 +38,7 @@ class LossTap(TorchFunctionMode):
         if func in LOSSES:
             with torch._C.DisableTorchFunction():  # no other mode is to see this look
                 try:
-                    self.seen.append(seen(func, args, kwargs))
+                    self.seen.append(seen(func, args, kwargs, labels=self._labels))
                 except Exception as error:
                     self.failure = error
         return output

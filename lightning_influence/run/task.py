@@ -113,6 +113,10 @@ class FunctionTask:
     ) -> None:
         self.module, self._loss, self._optimizer = module, loss, optimizer
 
+    def __repr__(self) -> str:
+        n = sum(p.numel() for p in self.module.parameters())
+        return f"FunctionTask({type(self.module).__name__} of {n:,} parameters; {self.step_name.removeprefix('the ')})"
+
     @property
     def device(self) -> torch.device:
         return next((p.device for p in self.module.parameters()), torch.device("cpu"))

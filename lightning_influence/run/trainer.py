@@ -9,7 +9,7 @@ import copy
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -54,7 +54,17 @@ def loss_scaler(trainer: L.Trainer) -> Any:
 
 def moment_of(trainer: L.Trainer, module: nn.Module, batch_idx: int = 0) -> Moment:
     """What a training step reads now besides its batch."""
-    return Moment.of(module, batch_idx, trainer.current_epoch, trainer.global_step)
+    rates = tuple(float(group["lr"]) for group in only_optimizer(trainer).param_groups)
+    return replace(Moment.of(module, batch_idx, trainer.current_epoch, trainer.global_step), rates=rates)
+
+
+_NUMBERS = ("max_epochs", "max_steps", "num_training_batches", "estimated_stepping_batches", "accumulate_grad_batches")
+
+
+def numbers_of(trainer: L.Trainer) -> dict[str, float]:
+    """The plain numbers by which training steps make schedules of their own, by the names of a trainer's attributes."""
+    found = {name: getattr(trainer, name) for name in _NUMBERS}
+    return {k: v for k, v in found.items() if isinstance(v, (int, float)) and math.isfinite(v)}
 
 
 def ranks_of(trainer: L.Trainer) -> Ranks:

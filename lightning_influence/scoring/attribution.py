@@ -28,11 +28,23 @@ from lightning_influence.report.provenance import Coverage, Provenance, RemovalS
 from lightning_influence.run.data import TrainingData
 from lightning_influence.run.random_state import random_state
 from lightning_influence.run.task import Task, as_task
+from lightning_influence.scoring.bends import bends, straight_lines
 from lightning_influence.scoring.groups import GroupsOf, named_groups
 from lightning_influence.scoring.memory import Holding, MaxMemory, held_by_a_sweep, memory_in_bytes
+from lightning_influence.scoring.pace import Pace
 from lightning_influence.scoring.processes import Deal, Fabric, Run
-from lightning_influence.scoring.queries import Queries, Target, check_target, count_queries, query_gradients
+from lightning_influence.scoring.queries import (
+    Queries,
+    Target,
+    asked_of,
+    check_target,
+    count_queries,
+    query_gradients,
+    query_losses,
+)
 from lightning_influence.scoring.query_loss import QueryLoss
+
+_MOVED = "the parameters were changed after the last optimizer step of the logged run, by weight averaging for example"
 
 
 def attribute(
@@ -81,7 +93,8 @@ def attribute(
         samples: ids of the training samples to score; None for all. Where a replay has to measure removals by running
             steps without the sample, this bounds its cost.
         groups: a label per sample of the training dataset (its source, annotator, class; None for no group), or sample ids
-            by name, which may overlap. ``report.groups`` says what removing each group as a whole does.
+            by name, which may overlap. ``report.groups`` says what removing each group as a whole does, and whether the score
+            can be read as a size, for which the queries are looked at once a group.
         verify: compare the effect of a few removals at a replay's first step with running that step without them, and
             measure all removals where they differ. The report says what was verified.
         max_memory: bytes that may be held besides the model and one evaluation of a training step, or ``"auto"`` for half of
@@ -90,7 +103,8 @@ def attribute(
             is shorter, with a warning; the report says what was used. It is meant for each process where there are several;
             ``"auto"`` divides what is free by their number where they compute on the processor.
         fabric: a launched `lightning.Fabric`, over whose processes the work is spread: the queries as far as they go, and where
-            there are more processes, each step of a replay and the removals that are scored. Each process gets the whole report.
+            there are more processes, each step of a replay and the removals that are scored. Each process gets the whole report,
+            in which it is not said whether scores of groups can be read as sizes.
 
     Raises:
         LogError: not a log, an empty one, or one of another model.
@@ -107,6 +121,7 @@ def attribute(
     deal = Deal.of(fabric, n_queries, RemovalSets(samples, list(named.values())), steps)
     progress = progress and deal.everyone.rank == 0
     replay = {"counterfactual": counterfactual, "sets": deal.sets, "verify": verify, "ranks": deal.replay}
+    queried = _not_the_last(steps, task)
     with open_trajectory(steps, task, curvature, data, progress=progress, **replay) as trajectory:
         method = Method(
             curvature=resolved(curvature, trajectory),
@@ -115,15 +130,9 @@ def attribute(
             counterfactual=counterfactual,
             optimizer_assumption=optimizer_assumption,
         )
-        held = deal.holding(
-            lambda: held_by_a_sweep(
-                trajectory,
-                method,
-                dict(task.module.named_parameters()),
-                max(len(deal.queries), 1),
-                memory_in_bytes(max_memory, task.device, deal.everyone.size),
-            )
-        )
+        most, own = memory_in_bytes(max_memory, task.device, deal.everyone.size), deal.queries
+        parameters = dict(task.module.named_parameters())
+        held = deal.holding(lambda: held_by_a_sweep(trajectory, method, parameters, max(len(own), 1), most))
         sizes = _sizes(consumed_by(trajectory, samples or ()), named)
         method = _within(held, method, trajectory)
 
@@ -139,23 +148,38 @@ def attribute(
                 progress=progress,
             )
 
-        own = deal.queries
-        parts = [own[start : start + held.queries] for start in range(0, max(len(own), 1), held.queries)]
-        every = RowScores.beside(
-            [
-                _swept(trajectory, gradients(part), method, deal.sets, in_files=held.in_files, progress=progress)
-                for part in parts
-            ]
-        )
+        exact = method.response == "finite" and method.curvature == "hessian" and optimizer_assumption is None
+        moves: Vectors | None = {} if named and exact and fabric is None else None
+        turns = [own[start : start + held.queries] for start in range(0, max(len(own), 1), held.queries)]
+        pace = _pace(trajectory, method, n_queries, len(turns), most)
+        options: dict[str, Any] = {
+            "window_in_files": held.in_files,
+            "moves": moves,
+            "passed": pace,
+            "progress": progress,
+        }
+        parts, lines = list[RowScores](), list[Tensor]()
+        for turn in turns:
+            of_queries = gradients(turn)
+            parts.append(_swept(trajectory, of_queries, method, deal.sets, **options))
+            if moves is not None:
+                lines.append(straight_lines(of_queries, moves))
+        every = RowScores.beside(parts)
         rows, of_groups = deal.sets.split(deal.gathered(every, steps, len(named)))
-        made = _provenance(steps, trajectory, method, target)
+        made = replace(_provenance(steps, trajectory, method, target), queried=queried)
     query_ids = list(range(rows.n_queries)) if target is None else ["mean" if isinstance(target, str) else "target"]
-    return InfluenceReport(
-        rows,
-        query_ids=query_ids,
-        metadata=made.to_json(),
-        groups=Groups(list(named), sizes, of_groups, query_ids) if named else None,
-    )
+    scored = Groups(list(named), sizes, of_groups, query_ids) if named else None
+    if scored is not None and moves is not None:
+        largest_first = scored.scores.norm(dim=1).argsort(descending=True).tolist()
+        found = bends(
+            task,
+            lambda: asked_of(query_losses(task, asked, query_loss), target),
+            moves,
+            torch.cat(lines, 1),
+            largest_first,
+        )
+        scored = replace(scored, bends=found)
+    return InfluenceReport(rows, query_ids=query_ids, metadata=made.to_json(), groups=scored)
 
 
 def consumed_by(trajectory: Run, samples: Collection[int]) -> Tensor:
@@ -202,11 +226,21 @@ def _within(held: Holding, method: Method, trajectory: Trajectory) -> Method:
     return replace(method, memory_window=held.memory_window)
 
 
-def _swept(
-    trajectory: Trajectory, gradients: Vectors, method: Method, sets: RemovalSets, *, in_files: bool, progress: bool
-) -> RowScores:
+def _pace(trajectory: Trajectory, method: Method, n_queries: int, turns: int, held: int) -> Pace:
+    """Says how long it will take, and what would take less."""
+    steps, queries = len(trajectory), "query" if n_queries == 1 else "queries"
+    what = f"{steps} steps and {n_queries} {queries} in {turns} turn{'s' if turns > 1 else ''}, with the {method.response} response"
+    cheaper = ["samples= scores some of the samples"]
+    if method.response == "finite":
+        cheaper.insert(0, "response='tangent' takes the optimizer's answer to first order")
+    if n_queries > 1:
+        cheaper.insert(0, f"target='mean' asks one query instead of {n_queries}")
+    return Pace(what, steps * turns, held, cheaper)
+
+
+def _swept(trajectory: Trajectory, gradients: Vectors, method: Method, sets: RemovalSets, **options: Any) -> RowScores:
     """A sweep; where the run cannot be walked back, it is run forward."""
-    options: dict[str, Any] = {"sets": sets, "window_in_files": in_files, "progress": progress}
+    options["sets"] = sets
     try:
         return sweep(trajectory, gradients, method, **options)
     except WalkedAstray:
@@ -233,7 +267,7 @@ def open_trajectory(
     """
     task, steps = as_task(model), LoggedSteps.of(log)
     manifest = steps.manifest
-    _check_model(steps, task)
+    _refuse_another_model(steps, task)
     if curvature == "auto":
         curvature = best_curvature(replayed=_replays(steps, data))
     named = curvature_of(curvature)
@@ -288,8 +322,8 @@ def _autocast(precision: str, task: Task) -> Callable[[], AbstractContextManager
     return lambda: torch.autocast(task.device.type, dtypes[precision])
 
 
-def _check_model(steps: LoggedSteps, task: Task) -> None:
-    """Refuse a log of another model; warn where the parameters are not those the run ended with."""
+def _refuse_another_model(steps: LoggedSteps, task: Task) -> None:
+    """Refuse a log of another model; warn of what the log lacks, and where its parameters are not those it ended with."""
     parameters = dict(task.module.named_parameters())
     if any(p.is_meta for p in parameters.values()):
         raise ConfigurationError(
@@ -309,23 +343,33 @@ def _check_model(steps: LoggedSteps, task: Task) -> None:
             f"the logged run did not finish; scores hold for its {len(steps)} complete steps and the model given.",
             stacklevel=5,
         )
-        return
+    elif steps.reader.artifact_meta(FINAL).get("moved"):
+        warnings.warn(
+            f"{_MOVED}. Scores take the model given for the run's last parameters; for exact ones, train without that callback.",
+            stacklevel=5,
+        )
+    elif (differ := _not_the_last(steps, task)) is not None:
+        warnings.warn(
+            f"{differ}, and scores are about the run's last parameters. Give the module as it left fit, or load its last "
+            "checkpoint.",
+            stacklevel=5,
+        )
+
+
+def _not_the_last(steps: LoggedSteps, task: Task) -> str | None:
+    """What is wrong with the parameters of a model, which are not those that a run ended with; None where they are, or where
+    it cannot be told.
+    """
+    if FINAL not in steps.reader.artifacts():
+        return None
     meta = steps.reader.artifact_meta(FINAL)
     if meta.get("moved"):
-        warnings.warn(
-            "the parameters were changed after the last optimizer step of the logged run, by weight averaging for example. "
-            "Scores take the model given for the run's last parameters; for exact ones, train without that callback.",
-            stacklevel=5,
-        )
-        return
-    final = meta["checksums"]
-    changed = [name for name, value in final.items() if checksum(parameters[name]) != value]
-    if changed:
-        warnings.warn(
-            f"{len(changed)} parameters ({changed[0]}, ...) differ from those at the end of the logged run, and scores are "
-            "about the run's last parameters. Give the module as it left fit, or load its last checkpoint.",
-            stacklevel=5,
-        )
+        return _MOVED
+    known = {name: p for name, p in task.module.named_parameters() if not p.is_meta and name in meta["checksums"]}
+    changed = [name for name, parameter in known.items() if checksum(parameter) != meta["checksums"][name]]
+    if not changed:
+        return None
+    return f"{len(changed)} parameters ({changed[0]}, ...) differ from those at the end of the logged run"
 
 
 def _provenance(
@@ -348,6 +392,7 @@ def _provenance(
         counterfactual=method.counterfactual,
         target=target if target is None or isinstance(target, str) else "weighted sum",
         steps=len(trajectory),
+        rows="assumed" if steps.rows_assumed else None,
         coverage=Coverage(
             kept / max(trained, 1),
             kept,

@@ -17,14 +17,14 @@ from tqdm.auto import tqdm
 from lightning_influence.core.curvature import GradientGraph, differentiable_attention
 from lightning_influence.core.trajectory import Vectors
 from lightning_influence.errors import ConfigurationError
-from lightning_influence.run.batches import batch_size, example, to_dtype
-from lightning_influence.run.data import TrainingData
+from lightning_influence.run.batches import OneExample, batch_size, example, some, to_dtype
+from lightning_influence.run.data import TrainingData, set_up
 from lightning_influence.run.lightning_names import is_a
 from lightning_influence.run.parameters import parameters_at
 from lightning_influence.run.rows import relates_samples
 from lightning_influence.run.sample_ids import is_map_style
 from lightning_influence.run.task import Task, as_task
-from lightning_influence.scoring.query_loss import LossOfQueries, QueryLoss, shape_of
+from lightning_influence.scoring.query_loss import LossOfQueries, QueryLoss, Traits, shape_of
 
 Target: TypeAlias = "Literal['mean'] | Sequence[float] | Tensor | None"
 """What is asked of the queries. None: the loss of each, a column per query. ``"mean"`` or weights ``(n_queries,)``: the mean or
@@ -32,6 +32,8 @@ weighted sum of their losses, one column at the cost of one query."""
 
 
 _QUERIES_A_BATCH = 32  # of a dataset that is collated here
+_NO_BATCH = "queries holds no batch; give a loader with at least one example."
+_LOOKED_AT = 8  # queries whose losses are held against that of their batch
 
 
 class Queries:
@@ -48,7 +50,9 @@ class Queries:
     """
 
     def __init__(self, source: Any, *, data: Any = None, precision: str | None = None) -> None:
-        data = data.datamodule if isinstance(data, TrainingData) else data
+        if isinstance(data, TrainingData):
+            data = data.datamodule
+            source = source.val_dataloader() if source is data and data is not None else source  # it is set up
         self._datamodule = next((d for d in (source, data) if is_a(d, "LightningDataModule")), None)
         self._precision = precision
         self._batches = batches_of(source)
@@ -61,7 +65,10 @@ class Queries:
     def prepared(self, task: Task) -> Iterator[Any]:
         """Each batch as the task's loss takes it."""
         for batch in self._batches:
-            yield task.prepared(batch, datamodule=self._datamodule, precision=self._precision)
+            alone = isinstance(batch, OneExample)
+            inside = batch.batch if isinstance(batch, OneExample) else batch
+            prepared = task.prepared(inside, datamodule=self._datamodule, precision=self._precision)
+            yield OneExample(prepared) if alone else prepared
 
     def held(self) -> Queries:
         """The same with its batches in memory, so that they can be read again and are the same each time."""
@@ -75,6 +82,19 @@ class Queries:
         return other
 
 
+class EachAlone:
+    """The samples of a map-style loader, in its order, each collated alone."""
+
+    def __init__(self, loader: DataLoader[Any]) -> None:
+        self.loader = loader
+
+    def __iter__(self) -> Iterator[OneExample]:
+        assert self.loader.batch_sampler is not None
+        alone = [[i] for batch in self.loader.batch_sampler for i in batch]
+        loader = DataLoader(self.loader.dataset, batch_sampler=alone, collate_fn=self.loader.collate_fn)
+        return map(OneExample, loader)
+
+
 def batches_of(source: Any) -> Iterable[Any]:
     """The batches of queries in any of the forms that `Queries` takes, as they are before the module prepares them.
 
@@ -82,7 +102,7 @@ def batches_of(source: Any) -> Iterable[Any]:
         ConfigurationError: none of these forms.
     """
     if is_a(source, "LightningDataModule"):
-        source.setup("fit")
+        set_up(source)
         return batches_of(source.val_dataloader())
     if isinstance(source, (str, bytes, Path)):
         raise ConfigurationError(f"queries={str(source)!r:.80}; give a loader, a list of batches, or a datamodule.")
@@ -96,8 +116,7 @@ def batches_of(source: Any) -> Iterable[Any]:
             "them in turn."
         )
     if is_map_style(source) and relates_samples(source.dataset, source.collate_fn):  # each query is collated alone
-        alone = [[i] for batch in source.batch_sampler for i in batch]
-        return DataLoader(source.dataset, batch_sampler=alone, collate_fn=source.collate_fn)
+        return EachAlone(source)
     if isinstance(source, Dataset) and not isinstance(source, IterableDataset):
         return DataLoader(source, batch_size=_QUERIES_A_BATCH)
     if not isinstance(source, Iterable) and callable(source):
@@ -143,7 +162,7 @@ def query_losses(model: Any, queries: Queries | Iterable[Any], query_loss: Query
         model: a `LightningModule` or a `Task`.
     """
     task = as_task(model)
-    with _asked(task), torch.no_grad():
+    with asking(task), torch.no_grad():
         losses = LossOfQueries(task, query_loss)
         return torch.cat([losses.each(batch) for batch in _batches(task, queries)])
 
@@ -173,13 +192,13 @@ def query_gradients(
         ConfigurationError: no queries, a batch that the module cannot take, weights of another number.
     """
     task = as_task(model)
-    with _asked(task):
+    with asking(task):
         parameters = dict(task.module.named_parameters())
         chosen = {name: parameters[name] for name in names}
         batches = _batches(task, queries)
         first = next(batches, None)
         if first is None:
-            raise ConfigurationError("queries holds no batch; give a loader with at least one example.")
+            raise ConfigurationError(_NO_BATCH)
         losses = LossOfQueries(task, query_loss).opened_where_needed(first, chosen)
         bar = tqdm(chain([first], batches), desc="query gradients", unit="batch", delay=2, disable=not progress)
         if target is None:
@@ -190,13 +209,50 @@ def query_gradients(
                 rows += _each_gradient(losses, batch, chosen_examples, chosen, select) if chosen_examples else ()
                 seen += n
         else:
-            rows = [_target_gradient(losses, bar, chosen, select, target)]
+            rows = [_target_gradient(losses, bar, chosen, select, target, Traits())]
     return {name: torch.stack([row[name] for row in rows]) for name in names}
+
+
+def mean_gradients(
+    model: Any,
+    queries: Iterable[Any],
+    names: Sequence[str],
+    select: Callable[[str, Tensor], Tensor],
+    places: Sequence[Mapping[str, Tensor]],
+    traits: Traits,
+) -> list[Vectors]:
+    """Gradients of the mean query loss, ``(1, d)`` each, at several places, for who asks again and again.
+
+    Args:
+        model, queries, names, select: as of `query_gradients`.
+        places: parameters, by name; those that are missing stay as they are.
+        traits: what is known of the loss, to which is added what is found out now.
+
+    Raises:
+        ConfigurationError: as of `query_gradients`.
+    """
+    task, gradients = as_task(model), list[Vectors]()
+    with asking(task):
+        parameters = dict(task.module.named_parameters())
+        chosen = {name: parameters[name] for name in names}
+        for place in places:
+            with parameters_at(task.module, place):
+                batches = _batches(task, queries)
+                if traits.open is None:
+                    first = next(batches, None)
+                    if first is None:
+                        raise ConfigurationError(_NO_BATCH)
+                    traits.open = LossOfQueries(task).opened_where_needed(first, chosen).open
+                    batches = chain([first], batches)
+                losses = LossOfQueries(task, open=traits.open)
+                one = _target_gradient(losses, batches, chosen, select, "mean", traits)
+                gradients.append({name: gradient[None] for name, gradient in one.items()})
+    return gradients
 
 
 def count_queries(task: Task, queries: Queries | Iterable[Any]) -> int:
     """The number of examples that there are in all batches."""
-    with _asked(task):
+    with asking(task):
         return sum(batch_size(batch) for batch in _batches(task, queries))
 
 
@@ -219,7 +275,7 @@ def query_curvature(
 
     def along(directions: Vectors) -> Tensor:
         columns = []
-        with _asked(task), differentiable_attention():
+        with asking(task), differentiable_attention():
             for graph in _gradient_graphs(LossOfQueries(task, query_loss), batches, parameters):
                 placed = {k: directions[k].to(graph.parameters[k]) for k in names}
                 products = graph.hessian_product(placed)
@@ -269,19 +325,21 @@ def _target_gradient(
     parameters: Mapping[str, Tensor],
     select: Callable[[str, Tensor], Tensor],
     target: Target,
+    traits: Traits,
 ) -> Vectors:
     total = {name: torch.zeros_like(p) for name, p in parameters.items()}
     weights = None if isinstance(target, str) else torch.as_tensor(target, dtype=torch.float64)
     seen = 0
-    alike: bool | None = None  # whether the loss of a batch is the mean of its examples' own losses
     for batch in batches:
         n = batch_size(batch)
-        together = weights is None and losses.query_loss is None and alike is not False
+        together = weights is None and losses.query_loss is None and traits.is_mean is not False
         if together:
             mean, equal = losses.mean(batch)
-            if alike is None:
-                alike = _same_mean(mean, losses.each(batch).mean())
-            together = alike and equal
+            if traits.is_mean is None:
+                few = some(batch, slice(_LOOKED_AT))
+                of_few = mean if n <= _LOOKED_AT else losses.mean(few)[0]
+                traits.is_mean = _same_mean(of_few, losses.each(few).mean())
+            together = traits.is_mean and equal
         if together:
             loss = n * mean
         else:
@@ -296,7 +354,7 @@ def _target_gradient(
             total[name] += gradient
         seen += n
     if seen == 0:
-        raise ConfigurationError("queries holds no batch; give a loader with at least one example.")
+        raise ConfigurationError(_NO_BATCH)
     if weights is not None and seen != len(weights):
         raise ConfigurationError(f"target has {len(weights)} weights, but queries holds {seen} examples.")
     scale = 1 / seen if weights is None else 1.0
@@ -325,7 +383,7 @@ def _batches(task: Task, queries: Queries | Iterable[Any]) -> Iterator[Any]:
 
 
 @contextmanager
-def _asked(task: Task) -> Iterator[None]:
+def asking(task: Task) -> Iterator[None]:
     """Evaluation mode, gradients on, logging off; everything as it was afterwards."""
     with task.unchanged(), task.quiet(), torch.enable_grad():
         task.module.eval()

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from lightning_influence.errors import ConfigurationError
 from lightning_influence.replay.stopped_paths import OpenPaths, StopWatch
-from lightning_influence.run.batches import batch_size, example
+from lightning_influence.run.batches import OneExample, batch_size, example
 from lightning_influence.run.parameters import parameters_at
 from lightning_influence.run.tap import LossTap
 from lightning_influence.run.task import Task
@@ -22,6 +22,19 @@ QueryLoss: TypeAlias = Callable[[Any, Any], Tensor]
 
 _SAME = 1e-4  # relative difference of two gradients that say the same
 _BENT = 0.05  # relative, of the change of a loss that its gradient may miss
+
+
+@dataclass
+class Traits:
+    """What was found out of the loss of queries, so that who reads them again and again need not ask again.
+
+    Attributes:
+        open: as of `LossOfQueries`; None where it is not known.
+        is_mean: whether the loss of a batch is the mean of its examples' own losses; None where it is not known.
+    """
+
+    open: bool | None = None
+    is_mean: bool | None = None
 
 
 @dataclass(frozen=True)
@@ -42,13 +55,13 @@ class LossOfQueries:
         """Loss of every example, ``(n,)``."""
         if self.query_loss is not None:
             with self._paths():
-                losses = self.query_loss(self.task.module, batch)
+                losses = self.query_loss(self.task.module, _inside(batch))
             return _one_each(losses, batch_size(batch))
         return torch.stack([self.own_loss(example(batch, i)) for i in range(batch_size(batch))])
 
     def mean(self, batch: Any) -> tuple[Tensor, bool]:
         """The module's own loss of a batch, and whether its examples are known to count alike in it."""
-        with LossTap() as tap:
+        with LossTap(labels=False) as tap:
             loss = self.own_loss(batch)
         weights = tap.sample_weights(batch_size(batch))
         return loss, weights is not None and bool((weights == weights[0]).all())
@@ -61,13 +74,13 @@ class LossOfQueries:
         """
         try:
             with self._paths():
-                return self.task.loss(batch)
+                return self.task.loss(_inside(batch))
         except (RuntimeError, TypeError, ValueError, KeyError, IndexError, AttributeError) as error:
             single = (
                 " If queries is one batch, wrap it in a list: queries=[batch]." if isinstance(batch, Tensor) else ""
             )
             raise ConfigurationError(
-                f"{self.task.step_name} cannot take a batch of the queries ({shape_of(batch)}): {error}. "
+                f"{self.task.step_name} cannot take a batch of the queries ({shape_of(_inside(batch))}): {error}. "
                 f"Give queries whose batches look like the training batches, or query_loss(model, batch) -> (batch,).{single}"
             ) from error
 
@@ -103,6 +116,11 @@ class LossOfQueries:
 
     def _paths(self) -> AbstractContextManager[Any]:
         return OpenPaths() if self.open else nullcontext()
+
+
+def _inside(batch: Any) -> Any:
+    """As the task's loss and a user's function take it."""
+    return batch.batch if isinstance(batch, OneExample) else batch
 
 
 def _size(tensor: Tensor) -> float:

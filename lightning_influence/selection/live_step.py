@@ -10,10 +10,13 @@ import torch
 from torch import Tensor, nn
 
 from lightning_influence.capture.step import CollectedStep
+from lightning_influence.core.pieces import Part
 from lightning_influence.core.shares import Form, Stack
 from lightning_influence.core.trajectory import Shares, StepRecord, Vectors
 from lightning_influence.errors import CurvatureUnavailable
 from lightning_influence.run.ranks import Ranks
+
+_LARGE = 2**14  # coordinates of a parameter that is looked at in part
 
 
 @dataclass
@@ -21,7 +24,7 @@ class LiveStep:
     """The optimizer step that is about to be taken: a trajectory of one step.
 
     Attributes:
-        dims: number of dimensions of each parameter that is trained.
+        shapes: of each parameter that is trained.
         full: with every sample in it.
         forms: shares of the samples.
         weights: ``(n,)``, what is left of each of this process's samples.
@@ -31,7 +34,7 @@ class LiveStep:
 
     optimizer: str
     sizes: dict[str, tuple[int, int]]
-    dims: dict[str, int]
+    shapes: dict[str, torch.Size]
     full: StepRecord
     forms: Mapping[str, Form]
     weights: Tensor
@@ -44,16 +47,27 @@ class LiveStep:
         """With nothing taken out yet."""
         record = replace(step.record, index=0)
         sizes = {k: (len(g), len(g)) for k, g in record.gradients.items()}
-        dims = {k: p.dim() for k, p in module.named_parameters() if p.requires_grad}
+        shapes = {k: p.shape for k, p in module.named_parameters() if p.requires_grad}
         weights = torch.ones(len(record.sample_ids), dtype=torch.float64)
         shares = {k: step.shares[k] for k in record.gradients}
-        return cls(optimizer, sizes, dims, record, shares, weights, ranks)
+        return cls(optimizer, sizes, shapes, record, shares, weights, ranks)
 
     def weighted(self, weights: Tensor) -> LiveStep:
         """With each sample weighted; what is averaged together is averaged over the weights."""
         weights = self.weights * weights
         taken = self.ranks.sum((weights != 1).sum())
         return replace(self, weights=weights, whole=not bool(taken))
+
+    def part(self, fraction: float, number: int) -> Part:
+        """The step on some of the rows of every large parameter, others for each ``number``."""
+        parts = max(1, round(1 / fraction))
+        ranges = {}
+        for name, shape in self.shapes.items():
+            rows, columns = shape[0] if shape else 1, shape[1:].numel()
+            if rows * columns >= _LARGE and rows >= parts:
+                i = number % parts
+                ranges[name] = slice(rows * i // parts * columns, rows * (i + 1) // parts * columns)
+        return Part(self, ranges)
 
     def write(self, module: nn.Module) -> None:
         """Give the module the gradient that is left."""
@@ -93,8 +107,9 @@ class LiveStep:
         return self.full.sample_ids
 
     def shares(self, index: int) -> Mapping[str, Shares]:
-        factors = self._factors
-        return {k: _Weighted(form, factors) for k, form in self.forms.items()}
+        if bool((self._factors == 1).all()):
+            return self.forms
+        return {k: form.weighted(self._factors) for k, form in self.forms.items()}
 
     @cached_property
     def _factors(self) -> Tensor:
@@ -109,33 +124,7 @@ class LiveStep:
         return self.weights * torch.where(nothing, 1.0, whole / torch.where(nothing, 1.0, left))[numbers]
 
     def select(self, name: str, values: Tensor) -> Tensor:
-        return values.flatten(values.dim() - self.dims[name])
+        return values.flatten(values.dim() - len(self.shapes[name]))
 
     def curvature_product(self, index: int, kind: str, vectors: Vectors) -> Vectors:
         raise CurvatureUnavailable("a step that is about to be taken has no replay; use curvature='none'.")
-
-
-@dataclass(frozen=True)
-class _Weighted:
-    """Shares times a factor of each sample."""
-
-    shares: Form
-    factors: Tensor
-
-    @property
-    def n_samples(self) -> int:
-        return self.shares.n_samples
-
-    @property
-    def n_coordinates(self) -> int:
-        return self.shares.n_coordinates
-
-    def inner(self, vectors: Tensor) -> Tensor:
-        return self.shares.inner(vectors) * self.factors.to(vectors)
-
-    def combine(self, weights: Tensor) -> Tensor:
-        return self.shares.combine(weights * self.factors.to(weights))
-
-    def dense(self, samples: slice = slice(None)) -> Tensor:
-        rows = self.shares.dense(samples)
-        return rows * self.factors[samples, None].to(rows)

@@ -17,6 +17,7 @@ from lightning_influence.run.rows import row_order
 from lightning_influence.run.sample_ids import RecordedBatchSampler
 from lightning_influence.run.task import as_task
 from lightning_influence.run.trainer import ranks_of
+from lightning_influence.run.unchanged import Apart
 from lightning_influence.selection.lookahead import Candidates
 from lightning_influence.selection.selector import Scorer, Selector
 
@@ -69,6 +70,8 @@ class SelectingLoader:
         self._epoch: _Epoch | None = None
         self._resumed: _Epoch | None = None
         self._tried = False
+        self._seeds = torch.Generator()  # by which workers are seeded
+        self._delivers: DataLoader[Any] | None = None  # by workers that outlive an epoch
         overfits = trainer.overfit_batches > 0  # type: ignore[attr-defined]
         self._in_order = overfits and not isinstance(loader.sampler, SequentialSampler)
 
@@ -94,16 +97,23 @@ class SelectingLoader:
         return self._deliver(lambda: epoch)
 
     def _draw_seed(self) -> int:
-        return int(torch.empty((), dtype=torch.int64).random_(generator=self.loader.generator))
+        """Workers of the run are seeded as those of the loader itself would be, which draws once for all that outlive an epoch."""
+        if self.loader.persistent_workers and self._epoch is not None:
+            return self._epoch.seed
+        generator = self.loader.generator or torch.default_generator
+        self._seeds.set_state(generator.get_state())
+        return int(torch.empty((), dtype=torch.int64).random_(generator=generator))
 
     def _deliver(self, begin: Callable[[], _Epoch]) -> Iterator[Any]:
-        epoch = begin()
-        self._epoch, self._seeds = epoch, torch.Generator().manual_seed(epoch.seed)
+        resumes = self._resumed is not None
+        epoch = self._epoch = begin()
+        if resumes:
+            self._seeds.manual_seed(epoch.seed)
         while epoch.delivered < self._n_batches and (epoch.kept or epoch.drawn):
             if not epoch.kept:
                 self._decide(epoch)
             self._due[:] = epoch.kept[: self._n_batches - epoch.delivered]
-            for batch in self._fetch(self.batch_sampler):
+            for batch in self._due_batches():
                 epoch.kept.pop(0)
                 epoch.delivered += 1
                 yield batch
@@ -203,17 +213,27 @@ class SelectingLoader:
         if not self._scorer.reads_batches:
             return [Candidates(None, ids) for ids in drawn]
         task = as_task(self.trainer.lightning_module)
-        with task.unchanged():
-            fetched = [task.prepared(batch) for batch in self._fetch(batches)]
+        seeds = self._seeds.clone_state()  # so that what is scored is what is delivered, if it is kept
+        with task.unchanged(), Apart(self.loader)():
+            fetched = [task.prepared(batch) for batch in self._fetch(batches, seeds)]
         order = self._row_order
         return [
             Candidates(b, ids, None if order is None else order(b, ids)) for b, ids in zip(fetched, drawn, strict=True)
         ]
 
-    def _fetch(self, batches: Sequence[list[int]] | RecordedBatchSampler) -> Iterable[Any]:
+    def _due_batches(self) -> Iterable[Any]:
+        if not self.loader.persistent_workers:
+            return self._fetch(self.batch_sampler, self._seeds)
+        if self._delivers is None:
+            self._delivers = self._fetch(self.batch_sampler, self._seeds, persistent=True)
+        return self._delivers
+
+    def _fetch(
+        self, batches: Sequence[list[int]] | RecordedBatchSampler, seeds: torch.Generator, *, persistent: bool = False
+    ) -> DataLoader[Any]:
         """The collated batches, by the wrapped loader's own workers and collate function."""
         loader = self.loader
-        workers = min(loader.num_workers, len(batches))
+        workers = loader.num_workers if persistent else min(loader.num_workers, len(batches))
         return DataLoader(
             loader.dataset,
             batch_sampler=batches,
@@ -221,6 +241,8 @@ class SelectingLoader:
             collate_fn=loader.collate_fn,
             pin_memory=loader.pin_memory,
             worker_init_fn=loader.worker_init_fn,
-            generator=self._seeds,
+            generator=seeds,
             multiprocessing_context=loader.multiprocessing_context if workers else None,
+            prefetch_factor=loader.prefetch_factor if workers else None,
+            persistent_workers=persistent,
         )

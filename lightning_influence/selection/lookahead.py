@@ -124,7 +124,7 @@ class Rollout:
             in_micro_batch = step.micro_batch_numbers == number
             own = Samples(step.sample_ids[in_micro_batch], step.loss_weights[in_micro_batch])
             set_modes(module, micro_batch.moment.in_eval)
-            with random_state(None), self._trainer.precision_plugin.forward_context(), LossTap() as losses:
+            with random_state(None), self._trainer.precision_plugin.forward_context(), LossTap(labels=False) as losses:
                 assert micro_batch.random is not None
                 write_random_state(micro_batch.random)
                 task.loss(micro_batch.batch, micro_batch.moment)

@@ -43,12 +43,15 @@ class Settings:
     rebatch: bool = False
     floor: float = 0.1
     options: StepOptions = field(default_factory=StepOptions)
+    coordinates: float = 1.0
 
     def __post_init__(self) -> None:
         if self.horizon < 0:
             raise ConfigurationError(f"horizon={self.horizon}; it counts optimizer steps and is at least 0.")
         if self.every != "epoch" and (isinstance(self.every, str) or self.every < 1):
             raise ConfigurationError(f"every={self.every!r}; give 'epoch' or a number of optimizer steps from 1.")
+        if not 0 < self.coordinates <= 1:
+            raise ConfigurationError(f"coordinates={self.coordinates}; it is a fraction above 0 and at most 1.")
         if not 0 <= self.floor <= 1:
             raise ConfigurationError(f"floor={self.floor}; it is a fraction of a batch, from 0 to 1.")
         if self.every_step and self.rebatch:
@@ -160,7 +163,7 @@ class Selector:
         checked = self.removals or getattr(self.scorer, "removals", None)
         self.report.removals = None if checked is None else RemovalSummary.from_json(checked.to_metadata())
         every = trainer.log_every_n_steps if self.inside_the_step else 1  # type: ignore[attr-defined]
-        if trainer.global_step % every == 0:
+        if every and trainer.global_step % every == 0:  # 0 of a trainer that logs nothing
             means = {
                 "selection/kept": float(weights.mean()),
                 "selection/score": float(scores[scores.isfinite()].mean()),

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, TypeAlias
 
@@ -19,14 +19,17 @@ from lightning_influence.core.trajectory import Vectors
 from lightning_influence.errors import ConfigurationError, InfluenceError
 from lightning_influence.run.batches import batch_size, leaves, some
 from lightning_influence.run.parameters import parameters_at
-from lightning_influence.run.random_state import generator_as_it_was, random_state
+from lightning_influence.run.random_state import random_state
 from lightning_influence.run.task import as_task
-from lightning_influence.scoring.queries import query_gradients, query_losses
+from lightning_influence.run.unchanged import Apart
+from lightning_influence.scoring.queries import mean_gradients, query_losses
+from lightning_influence.scoring.query_loss import Traits
 
 TargetLoss: TypeAlias = Callable[[L.LightningModule], Tensor]
 """``module -> scalar loss`` at the module's present parameters."""
 
 _KEPT_BYTES = 2**26
+_LOOKED_AT_EVERY = 100  # steps, after which the loss may be another
 
 
 def target_gradient(
@@ -34,40 +37,62 @@ def target_gradient(
     queries: Any,
     names: Sequence[str],
     select: Callable[[str, Tensor], Tensor],
-    *,
-    whole: Any = None,
+    traits: Traits | None = None,
 ) -> Vectors:
-    """Gradient of the mean target loss at the module's parameters, ``(1, d)`` each.
+    """Gradient of the mean target loss at the module's parameters, ``(1, d)`` each; the rest as of `target_gradients`."""
+    return target_gradients(module, queries, names, select, [{}], traits)[0]
+
+
+def target_gradients(
+    module: L.LightningModule,
+    queries: Any,
+    names: Sequence[str],
+    select: Callable[[str, Tensor], Tensor],
+    places: Sequence[Mapping[str, Tensor]],
+    traits: Traits | None = None,
+    whole: Any = None,
+) -> list[Vectors]:
+    """Gradients of the mean target loss at several places.
 
     Args:
         queries: batches, or a `TargetLoss`.
-        names, select: as of `queries.query_gradients`.
+        names, select, places, traits: as of `queries.mean_gradients`.
         whole: the batches of which those of ``queries`` are a part.
 
     Raises:
-        InfluenceError: it is not finite; the text names the examples.
+        InfluenceError: one is not finite; the text names the examples.
     """
     with random_state(None):  # a function, or a hook that prepares a batch, may draw random numbers
-        gradients = _gradient(module, queries, names, select)
-    if not all(g.isfinite().all() for g in gradients.values()):
-        raise InfluenceError(
-            f"the gradient of the target is not finite: {_cause(module, queries if whole is None else whole)}. Every score would be NaN, and what is kept "
-            "would be chosen at random."
-        )
+        if callable(queries):
+            gradients = [_of_function(module, queries, names, select, place) for place in places]
+        else:
+            gradients = mean_gradients(module, queries, names, select, places, Traits() if traits is None else traits)
+    finite = [bool(torch.stack([g.sum() for g in one.values()]).isfinite().all()) for one in gradients]
+    for place, one, sums_are in zip(places, gradients, finite, strict=True):
+        if not sums_are and not all(g.isfinite().all() for g in one.values()):  # a sum alone may overflow
+            with parameters_at(module, place):
+                cause = _cause(module, queries if whole is None else whole)
+            raise InfluenceError(
+                f"the gradient of the target is not finite: {cause}. Every score would be NaN, and what is kept would be chosen at "
+                "random."
+            )
     return gradients
 
 
-def _gradient(
-    module: L.LightningModule, queries: Any, names: Sequence[str], select: Callable[[str, Tensor], Tensor]
+def _of_function(
+    module: L.LightningModule,
+    queries: TargetLoss,
+    names: Sequence[str],
+    select: Callable[[str, Tensor], Tensor],
+    place: Mapping[str, Tensor],
 ) -> Vectors:
-    if not callable(queries):
-        return query_gradients(module, queries, names, select, target="mean", progress=False)
-    parameters = dict(module.named_parameters())
-    chosen = [parameters[name] for name in names]
-    with as_task(module).unchanged(), torch.enable_grad():
-        loss = queries(module)
-        gradients = torch.autograd.grad(loss, chosen, allow_unused=True, materialize_grads=True)
-    return {k: select(k, g)[None] for k, g in zip(names, gradients, strict=True)}
+    with parameters_at(module, place):
+        parameters = dict(module.named_parameters())
+        chosen = [parameters[name] for name in names]
+        with as_task(module).unchanged(), torch.enable_grad():
+            loss = queries(module)
+            gradients = torch.autograd.grad(loss, chosen, allow_unused=True, materialize_grads=True)
+        return {k: select(k, g)[None] for k, g in zip(names, gradients, strict=True)}
 
 
 def _cause(module: L.LightningModule, queries: Any) -> str:
@@ -103,9 +128,7 @@ def is_loss_of_module(queries: Any) -> bool:
 
 
 class Joined:
-    """The batches of loaders, one loader after the other, read without moving on the loaders' own generators, which they
-    may share with the training loader.
-    """
+    """The batches of loaders, one loader after the other, read without a trace in what they may share with the training loader."""
 
     def __init__(self, loaders: Sequence[Any]) -> None:
         self.loaders = loaders
@@ -113,8 +136,9 @@ class Joined:
     def __iter__(self) -> Iterator[Any]:
         for loader in self.loaders:
             batches: Iterator[Any] | None = None
+            apart = Apart(loader)
             while True:
-                with generator_as_it_was(loader):
+                with apart():
                     batches = iter(loader) if batches is None else batches
                     try:
                         batch = next(batches)
@@ -145,6 +169,11 @@ class LiveTarget:
         self._reading: _Reading | None = None
         self._parts: Iterator[list[Any]] | None = None
         self._kept: list[Any] | None = None  # the batches of a small target, which its loader then gives once
+        self._part: _Part | None = None  # of the last step
+        self._traits, self._looked_at = (
+            Traits(),
+            0,
+        )  # of the loss, and the step of the run at which they were looked for
 
     def gradient(
         self, module: L.LightningModule, queries: Any, select: Callable[[str, Tensor], Tensor], step: int
@@ -161,10 +190,14 @@ class LiveTarget:
         batches = queries if self._kept is None else self._kept
         if self.every == 1 or self._reading is None or (step % self.every == 0 and step != self._reading.step):
             return self._read(module, batches, names, select, step)
-        part = self._next_part(batches)
-        now = target_gradient(module, part, names, select, whole=batches)
-        with parameters_at(module, self._reading.parameters):
-            then = target_gradient(module, part, names, select)
+        if self._part is None or self._part.step != step:
+            part = self._next_part(batches)
+            places = [{}, self._reading.parameters]
+            now, then = target_gradients(module, part, names, select, places, self._traits, whole=batches)
+            self._part = _Part(step, part, then)
+        else:  # the same step with less in it
+            then = self._part.then
+            (now,) = target_gradients(module, self._part.batches, names, select, [{}], self._traits, whole=batches)
         return {k: self._reading.gradient[k].to(now[k]) + now[k] - then[k] for k in names}
 
     def _read(
@@ -176,7 +209,9 @@ class LiveTarget:
         step: int,
     ) -> Vectors:
         seen = _Seen(batches)
-        gradient = target_gradient(module, seen, names, select)
+        if step >= self._looked_at + _LOOKED_AT_EVERY:
+            self._traits, self._looked_at = Traits(), step
+        gradient = target_gradient(module, seen, names, select, traits=self._traits)
         self._kept = seen.kept
         if self.every > 1:
             parameters = {k: p.detach().clone() for k, p in module.named_parameters() if k in gradient}
@@ -218,6 +253,20 @@ class _Reading:
     parameters: dict[str, Tensor]
     n_examples: int
     taken: int = 0
+
+
+@dataclass(frozen=True)
+class _Part:
+    """The part of the target that tells how its gradient has moved at a step.
+
+    Attributes:
+        step: of the run.
+        then: its gradient where the whole target was last read.
+    """
+
+    step: int
+    batches: list[Any]
+    then: Vectors
 
 
 class _Seen:

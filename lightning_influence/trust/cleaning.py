@@ -19,7 +19,7 @@ from lightning_influence.run.tap import LossTap
 from lightning_influence.run.task import Task, as_task
 from lightning_influence.scoring.attribution import attribute
 from lightning_influence.scoring.queries import Queries, query_losses
-from lightning_influence.scoring.query_loss import QueryLoss
+from lightning_influence.scoring.query_loss import LossOfQueries, QueryLoss
 from lightning_influence.trust.dynamics import suspects
 from lightning_influence.trust.own_run import own_run
 from lightning_influence.trust.retraining import retrain
@@ -117,24 +117,34 @@ def clean(
         return Cleaning(removed, predicted)
     run = own_run(steps, task, source, make_model, seed=0)
     whole, rest = retrain(run), retrain(run, removed)
-    before, after = (query_losses(task.on(m), held, query_loss) for m in (whole, rest))
-    shares = [_accuracy(task.on(m), held) for m in (whole, rest)]
-    accuracy = None if shares[0] is None or shares[1] is None else (shares[0], shares[1])
+    (before, right_before), (after, right_after) = (_asked(task.on(m), held, query_loss) for m in (whole, rest))
+    accuracy = None if right_before is None or right_after is None else (right_before, right_after)
     return Cleaning(removed, predicted, before, after, accuracy, rest)
 
 
-def _accuracy(task: Task, queries: Any) -> float | None:
-    """Share of the queries whose label is the most probable class; None where the loss is not one over classes."""
-    right: list[Tensor | None] = []
+def _asked(task: Task, queries: Queries, query_loss: QueryLoss | None) -> tuple[Tensor, float | None]:
+    """Losses of the queries ``(n_queries,)``, and the share of them whose label is the most probable class; None for the share
+    where the loss is not one over classes.
+    """
+    asked, right = LossOfQueries(task, query_loss), list[Tensor | None]()
 
     def look(_: Any, batch: Any) -> Tensor:
         n = batch_size(batch)
         with LossTap() as tap:
-            task.loss(batch)
-        dynamics = tap.dynamics(n)
-        right.append(None if dynamics is None else dynamics.margins > 0)
-        return torch.zeros(n)
+            losses = asked.each(batch)
+        rows = 1 if query_loss is None else n  # of each call: the task's own loss is asked for each example alone
+        right.append(_margins(tap, rows) if len(tap.seen) * rows == n else None)
+        return losses
 
-    query_losses(task, queries, look)
-    known = [part for part in right if part is not None]
-    return float(torch.cat(known).float().mean()) if known and len(known) == len(right) else None
+    losses = query_losses(task, queries, look)
+    found = [margins for margins in right if margins is not None]
+    if not found or len(found) < len(right):
+        return losses, None
+    return losses, float((torch.cat(found) > 0).float().mean())
+
+
+def _margins(tap: LossTap, rows: int) -> Tensor | None:
+    """Those of all samples, ``rows`` in each loss that was called; None where one is not a loss over classes."""
+    found = [None if seen is None else seen.dynamics(rows) for seen in tap.seen]
+    margins = [dynamics.margins for dynamics in found if dynamics is not None]
+    return torch.cat(margins) if len(margins) == len(found) else None

@@ -17,6 +17,7 @@ from lightning_influence.log.steps import LoggedSteps, LoggedTrajectory
 from lightning_influence.replay.states import WalkedAstray
 from lightning_influence.replay.trajectory import ReplayTrajectory
 from lightning_influence.report.tables import in_notebook
+from lightning_influence.run.data import TrainingData
 from lightning_influence.run.task import as_task
 from lightning_influence.scoring.attribution import open_trajectory, resolved
 from lightning_influence.scoring.memory import MaxMemory, held_by_a_proxy, memory_in_bytes
@@ -147,6 +148,7 @@ def error_proxy(
     check_target(target)
     check_choice("curvature", curvature, ("auto", "fisher", "hessian"))
     task, steps = as_task(model), LoggedSteps.of(log)
+    data = TrainingData.of(data)
     queries = Queries.of(queries, data=data, precision=steps.manifest.precision).held()
     with open_trajectory(steps, model, curvature, data, progress=progress) as run:
         used = resolved(curvature, run)

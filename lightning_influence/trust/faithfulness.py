@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -239,7 +238,13 @@ def check_faithfulness(
         for part in (slice(0, n), slice(n, m), slice(m, len(asked)))
     )
     return Faithfulness(
-        single, of_subsets, truth, scores, asked, _levels(reports, baseline, losses, task.module), of_groups
+        single,
+        of_subsets,
+        truth,
+        scores,
+        asked,
+        _levels(reports, baseline, losses, task.module, run.make_module),
+        of_groups,
     )
 
 
@@ -320,6 +325,7 @@ def _levels(
     baseline: Tensor,
     losses: Callable[[nn.Module], Tensor],
     module: nn.Module,
+    make_module: Callable[[], Any],
 ) -> dict[str, float]:
     """Sizes of the three levels of error, relative to the scores, as far as the estimators asked for show them."""
     levels = {}
@@ -331,7 +337,8 @@ def _levels(
     for report in reports.values():
         if report.metadata["response"] == "finite" and not report.metadata["optimizer_assumption"]:
             levels["algorithm"] = float(report.nonlinearity.norm() / report.scores.norm())
-    twin = copy.deepcopy(module)
+    twin = make_module()
+    twin.load_state_dict(module.state_dict())
     ended = losses(twin.to(torch.float64) if baseline.dtype == torch.float64 else twin)
     levels["system"] = float((baseline - ended).abs().max() / ended.abs().max())
     return levels

@@ -7,7 +7,9 @@ from collections.abc import Callable
 from typing import Any
 
 from torch import nn
+from torch.utils.data import IterableDataset
 
+from lightning_influence.capture import freeze_batch_norm
 from lightning_influence.errors import ConfigurationError
 from lightning_influence.log.steps import LoggedSteps
 from lightning_influence.replay.logged_plan import LoggedPlan
@@ -29,15 +31,39 @@ def own_run(
         options: further fields of `retraining.Run`.
 
     Raises:
-        ConfigurationError: the log does not hold the initialisation, and no ``make_model`` gives it.
+        ConfigurationError: the log does not hold the initialisation, and no ``make_model`` gives it, or data without indices.
     """
     precision = steps.manifest.precision
 
     def prepare(trained: Task, batch: Any, moment: Moment) -> Any:
         return trained.prepared(batch, moment=moment, datamodule=source.datamodule, precision=precision)
 
+    if (
+        source.dataset is None
+        or not hasattr(source.dataset, "__getitem__")
+        or isinstance(source.dataset, IterableDataset)
+    ):
+        raise ConfigurationError(
+            f"data is {_described(source.dataset)}, whose samples cannot be asked for by their ids, so the run cannot be trained again "
+            "without one of them. Give data= as a dataset with indices, or a loader or datamodule of one."
+        )
     make = make_model or _initialisation(steps, task)
+    if steps.manifest.frozen_batch_norm:
+        make = _with_frozen_norms(make)
     return recorded_run(steps, make, source.dataset, collate=source.collate, task=task.on, prepare=prepare, **options)
+
+
+def _described(dataset: Any) -> str:
+    return "missing" if dataset is None else f"a {type(dataset).__name__}"
+
+
+def _with_frozen_norms(make: Callable[[], Any]) -> Callable[[], Any]:
+    def frozen() -> nn.Module:
+        module: nn.Module = make()
+        freeze_batch_norm(module)
+        return module
+
+    return frozen
 
 
 def _initialisation(steps: LoggedSteps, task: Task) -> Callable[[], nn.Module]:
@@ -50,7 +76,13 @@ def _initialisation(steps: LoggedSteps, task: Task) -> Callable[[], nn.Module]:
     first = LoggedPlan(steps, task).snapshot(0)
 
     def make() -> nn.Module:
-        twin = copy.deepcopy(task.module)
+        try:
+            twin = copy.deepcopy(task.module)
+        except Exception as error:
+            raise ConfigurationError(
+                f"{type(task.module).__name__} cannot be copied ({error!s:.200}), so it cannot be trained again; give make_model=, a "
+                "function that returns the module as it was before training."
+            ) from error
         twin.load_state_dict({**first.parameters, **first.buffers}, strict=False)
         return twin
 

@@ -26,6 +26,7 @@ from lightning_influence.errors import ConfigurationError, InfluenceError, check
 from lightning_influence.log.steps import LoggedSteps
 from lightning_influence.run.batches import leaves, to_dtype
 from lightning_influence.run.moment import Moment, eval_modes, set_modes
+from lightning_influence.run.random_state import random_state
 from lightning_influence.run.task import Task, as_task
 
 _CHECKPOINT_BYTES = 2**28
@@ -45,16 +46,18 @@ class RetrainedMicroBatch:
     """One forward and backward pass of a run.
 
     Attributes:
-        sample_ids: indices into the training dataset.
+        sample_ids: indices into the training dataset, one for each row.
         weights: of the samples in the mean over the micro-batch; they sum to ``factor``.
         factor: of the micro-batch's loss in the step, 1 over the number of accumulated ones.
         moment: what the training step read besides the batch; None where the log does not say.
+        drawn: what the collate function was given, where that is not one sample for each row.
     """
 
     sample_ids: tuple[int, ...]
     weights: tuple[float, ...]
     factor: float
     moment: Moment | None = None
+    drawn: tuple[int, ...] | None = None
 
 
 @dataclass(frozen=True)
@@ -116,12 +119,13 @@ def recorded_run(
 def _recorded_step(trajectory: LoggedSteps, index: int) -> RetrainedStep:
     record = trajectory.record(index)
     micro_batches = []
-    for number, moment in zip(record.micro_batch_numbers.unique(), trajectory.moments_of(index), strict=True):
+    noted = zip(trajectory.moments_of(index), trajectory.drawn(index), strict=True)
+    for number, (moment, drawn) in zip(record.micro_batch_numbers.unique(), noted, strict=True):
         own = record.micro_batch_numbers == number
         weights = record.loss_weights[own]
         factor = float(weights.sum()) if record.averaged else float(weights[0])
         ids = tuple(record.sample_ids[own].tolist())
-        micro_batches.append(RetrainedMicroBatch(ids, tuple(weights.tolist()), factor, moment))
+        micro_batches.append(RetrainedMicroBatch(ids, tuple(weights.tolist()), factor, moment, drawn))
     return RetrainedStep(tuple(micro_batches), record.clip, record.hyper)
 
 
@@ -236,6 +240,7 @@ class _Retraining:
         self._batches: dict[tuple[int, ...], Any] = {}
         self._batch_bytes = 0
         self._checkpoints: dict[int, tuple[dict[str, Any], dict[str, Any]]] = {}
+        self._trained = {name for step in run.steps for name in step.hyper}
         if checkpoints:
             task, optimizer = self._start()
             size = sum(t.numel() * t.element_size() for t in task.module.state_dict().values()) * 3
@@ -262,6 +267,8 @@ class _Retraining:
         task, optimizer = self._start()
         if start in self._checkpoints:
             state, optimizer_state = copy.deepcopy(self._checkpoints[start])
+            for step in steps[:start]:
+                self._thaw(task.module, optimizer, step)
             task.module.load_state_dict(state)
             optimizer.load_state_dict(optimizer_state)
         return self._go(task, optimizer, start, removed, at_step)
@@ -293,6 +300,7 @@ class _Retraining:
                 step = self.run.steps[index]
                 gone = removed if at_step in (None, index) else frozenset[int]()
                 optimizer.zero_grad()
+                self._thaw(module, optimizer, step)
                 for number, micro_batch in enumerate(step.micro_batches):
                     if self.run.seed is not None:
                         torch.manual_seed(hash((self.run.seed, index, number)) % 2**63)
@@ -301,31 +309,46 @@ class _Retraining:
         optimizer.zero_grad()
         return module
 
+    def _thaw(self, module: nn.Module, optimizer: torch.optim.Optimizer, step: RetrainedStep) -> None:
+        """Let those parameters train that did at a step; one that the optimizer was given while training is in a group of its own."""
+        held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+        for name, p in module.named_parameters():
+            if name in self._trained:
+                p.requires_grad_(name in step.hyper)
+            if name in step.hyper and id(p) not in held:
+                optimizer.add_param_group({"params": [p]})
+
     def _backward(self, task: Task, micro_batch: RetrainedMicroBatch, gone: frozenset[int], number: int) -> None:
-        remaining = tuple(z for z in micro_batch.sample_ids if z not in gone)
-        if not remaining:
+        drawn = micro_batch.drawn or micro_batch.sample_ids
+        left = sum(z not in gone for z in drawn)
+        if not left:
             for p in task.module.parameters():
                 if p.requires_grad and p.grad is None:
                     p.grad = torch.zeros_like(p)
             return
         factor = micro_batch.factor
-        if self.run.averaged and self.counterfactual == "zero" and len(remaining) < len(micro_batch.sample_ids):
+        if self.run.averaged and self.counterfactual == "zero" and left < len(drawn):
             factor = sum(w for z, w in zip(micro_batch.sample_ids, micro_batch.weights, strict=True) if z not in gone)
         moment = micro_batch.moment or Moment(number, in_eval=eval_modes(task.module))
         set_modes(task.module, moment.in_eval)
-        loss = task.loss(self._batch(task, micro_batch, moment, remaining), moment)
+        loss = task.loss(self._batch(task, drawn, gone, moment), moment)
         (loss / (1 / factor)).backward()  # Lightning divides by the number of micro-batches: bitwise the same
 
-    def _batch(self, task: Task, micro_batch: RetrainedMicroBatch, moment: Moment, remaining: tuple[int, ...]) -> Any:
-        """The collated batch; those that are whole are collated once, while they fit."""
-        if remaining in self._batches:
-            return self._batches[remaining]
-        batch = self.run.collate([self.run.dataset[z] for z in remaining])
-        batch = self.run.prepare(task, batch, moment)
-        if self.run.dtype is not None:
-            batch = to_dtype(batch, self.run.dtype)
-        if len(remaining) == len(micro_batch.sample_ids) and self._batch_bytes <= _BATCH_BYTES:
-            self._batches[remaining] = batch
+    def _batch(self, task: Task, drawn: tuple[int, ...], gone: frozenset[int], moment: Moment) -> Any:
+        """The batch as the task takes it; the training step's random numbers are the same whatever making it draws."""
+        with random_state(None):
+            batch = self.run.prepare(task, self._collated(drawn, gone), moment)
+        return batch if self.run.dtype is None else to_dtype(batch, self.run.dtype)
+
+    def _collated(self, drawn: tuple[int, ...], gone: frozenset[int]) -> Any:
+        """The collated batch without those that are gone; a whole one is collated once, while they fit."""
+        whole = gone.isdisjoint(drawn)
+        if whole and drawn in self._batches:
+            return self._batches[drawn]
+        samples = [(z, self.run.dataset[z]) for z in drawn]  # all, so that the others come as they do with them
+        batch = self.run.collate([sample for z, sample in samples if z not in gone])
+        if whole and self._batch_bytes <= _BATCH_BYTES:
+            self._batches[drawn] = batch
             self._batch_bytes += sum(t.numel() * t.element_size() for t in leaves(batch))
         return batch
 

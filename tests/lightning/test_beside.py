@@ -23,7 +23,7 @@ from lightning.pytorch.callbacks import (
 )
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.tuner import Tuner
-from modules import Classifier, loader, split_digits
+from modules import Classifier, hooks_of, loader, split_digits
 from torch.utils.data import DataLoader
 
 from lightning_influence import InfluenceCallback, attribute
@@ -130,17 +130,6 @@ def test_beside(name: str, record: Any, tmp_path: Path) -> None:
             total = torch.cat([share.combine(torch.ones(1, share.n_samples))[0] for share in shares])
             torch.testing.assert_close(total, consumed, rtol=1e-4, atol=1e-6)
     assert sum(witness.sizes) == len(scores.rows.steps)
-
-
-def hooks_of(module: torch.nn.Module) -> int:
-    """Hooks of any kind on a module, its layers and parameters."""
-    kinds = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-    on_layers = sum(len(getattr(layer, kind)) for layer in module.modules() for kind in kinds)
-    on_parameters = sum(
-        len(p._backward_hooks or ()) + len(getattr(p, "_post_accumulate_grad_hooks", None) or ())
-        for p in module.parameters()
-    )
-    return on_layers + on_parameters
 
 
 def trainer_of(*callbacks: L.Callback, **options: Any) -> L.Trainer:

@@ -19,10 +19,10 @@ from torch.utils.data import DataLoader, DistributedSampler, IterableDataset, Sa
 
 from lightning_influence import InfluenceCallback, InfluenceReport, SelectionDataModule, attribute
 from lightning_influence.core.removal import gradient_change
-from lightning_influence.errors import ConfigurationError, LogCorrupted
+from lightning_influence.errors import ConfigurationError, LogCorrupted, LogError
 from lightning_influence.lightning.run_report import whole_validation
 from lightning_influence.log.format import FINAL
-from lightning_influence.log.steps import LoggedTrajectory
+from lightning_influence.log.steps import LoggedSteps, LoggedTrajectory
 from lightning_influence.selection.decisions import SelectionReport
 
 N, LOCAL, PROCESSES = 96, 8, 2
@@ -61,6 +61,10 @@ def alone(module: L.LightningModule, *callbacks: L.Callback, accumulate: int = 1
 
 def scored(log: Path, module: L.LightningModule, **options: Any) -> InfluenceReport:
     return attribute(log, queries=DataLoader(QUERIES, 6), model=module, progress=False, **options)
+
+
+def plain_adamw(module: L.LightningModule) -> Any:
+    return torch.optim.AdamW(module.parameters(), lr=1e-3)
 
 
 def aligned(report: InfluenceReport) -> torch.Tensor:
@@ -134,6 +138,57 @@ def test_a_failure_of_one_process_stops_no_other_and_the_log_says_so(tmp_path: P
     assert set(run.reader.missing) == {"the steps from 2 on", "report.html"}
 
 
+class Centred(Classifier):
+    """Of one process, from a step on, samples see each other."""
+
+    def __init__(self, first: int) -> None:
+        super().__init__()
+        self.first, self.second = first, False
+
+    def on_fit_start(self) -> None:
+        self.second = self.global_rank == 1
+
+    def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
+        x, y = batch
+        centred = self.second and batch_idx >= self.first
+        return torch.nn.functional.cross_entropy(self.net(x - x.mean(0) if centred else x), y)
+
+
+class Hooked(Classifier):
+    """Of one process, per-sample gradients do not sum to the gradient from a step on."""
+
+    def __init__(self, rank: int, first: int) -> None:
+        super().__init__()
+        self.rank, self.first = rank, first
+
+    def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
+        loss: torch.Tensor = super().training_step(batch, batch_idx)
+        if self.global_rank == self.rank and batch_idx == self.first:
+            self.net[0].weight.register_hook(lambda g: 1.5 * g)  # type: ignore[union-attr]
+        return loss
+
+
+@pytest.mark.parametrize(
+    "make",
+    [partial(Centred, 0), partial(Hooked, 0, 0), partial(Hooked, 1, 0), partial(Hooked, 0, 2), partial(Hooked, 1, 2)],
+    ids=["sees the batch", "first step, first", "first step, second", "later, first", "later, second"],
+)
+def test_what_one_process_cannot_record_all_leave_out(make: Any, tmp_path: Path) -> None:
+    """At the first step they agree, later the log notes it; training ends where it ends without recording."""
+    recorded, plain = make(), make()
+    together(recorded, InfluenceCallback(tmp_path / "log"))
+    together(plain)
+    assert all(torch.equal(p, q) for p, q in zip(recorded.parameters(), plain.parameters(), strict=True))
+    steps = LoggedSteps(tmp_path / "log")
+    assert steps.manifest.record == "replay" and len(steps) == N // LOCAL // PROCESSES
+    with pytest.raises(LogError, match="no per-sample gradients"):
+        LoggedTrajectory(tmp_path / "log")
+    noted = set(steps.reader.missing)
+    assert noted == ({"per-sample gradients"} if getattr(recorded, "rank", 0) == 1 and recorded.first else set())
+    shares = [name for rank in range(PROCESSES) for name in steps.reader.names(0, rank) if name.startswith("share/")]
+    assert bool(shares) == bool(recorded.first), "of the first step nobody keeps any where one cannot"
+
+
 def test_a_log_of_more_processes_is_overwritten_whole(tmp_path: Path) -> None:
     together(Classifier(), InfluenceCallback(tmp_path, record="gradients"))
     fit(Classifier(), DataLoader(TRAIN, 8), InfluenceCallback(tmp_path, existing="overwrite", record="gradients"))
@@ -190,6 +245,16 @@ def test_report_of_two_processes(tmp_path: Path) -> None:
     assert callback.report is not None and torch.equal(callback.report.scores, report.scores)
     assert sorted(report.sample_ids.tolist()) == list(range(N))
     assert (tmp_path / "report.html").exists()
+
+
+def test_the_report_is_there_after_processes_of_their_own(tmp_path: Path) -> None:
+    """What they hold does not come back: the report is that of the log."""
+    callback, module = InfluenceCallback(tmp_path, report=True, record="gradients"), Classifier(plain_adamw)
+    val = DataLoader(QUERIES, 6)
+    fit(module, DataLoader(TRAIN, LOCAL), callback, val=val, strategy="ddp_spawn", devices=PROCESSES)
+    assert callback.report is not None and len(callback.report.sample_ids) == N
+    expected = attribute(tmp_path, queries=val, model=module, target="mean", progress=False)
+    torch.testing.assert_close(callback.report.scores, expected.scores, rtol=1e-4, atol=1e-9)
 
 
 @pytest.mark.parametrize("val", [DataLoader(QUERIES, 2), DataLoader(QUERIES, 2, sampler=[5, 0, 3, 1, 2])])

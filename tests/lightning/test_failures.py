@@ -9,6 +9,7 @@ import sys
 import textwrap
 import warnings
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from lightning_influence import InfluenceCallback, attribute
 from lightning_influence.capture.hooks import GradientCapture
 from lightning_influence.errors import ConfigurationError, InfluenceError, LogError
 from lightning_influence.log import writer as store
+from lightning_influence.log.format import step_name
 from lightning_influence.log.missing import note_missing, read_missing
 from lightning_influence.log.reader import StoreReader
 from lightning_influence.log.recorder import Recorder
@@ -67,12 +69,28 @@ def broken(*_: Any, **__: Any) -> Any:
     raise RuntimeError("it broke")
 
 
-def full(path: Path, data: bytes) -> None:
-    raise OSError(28, "No space left on device")
+def full_from(step: int) -> Callable[[Path, Any], None]:
+    """A disk on which everything before a step has found room, however far behind the thread is that writes."""
+    replace, is_full = store._replace, False
+
+    def write(path: Path, parts: Any) -> None:
+        nonlocal is_full
+        is_full |= path.name == f"{step_name(step)}.safetensors"
+        if is_full:
+            raise OSError(28, "No space left on device")
+        replace(path, parts)
+
+    return write
+
+
+def wait_for_the_log(trainer: L.Trainer) -> None:
+    callback = next(c for c in trainer.callbacks if isinstance(c, InfluenceCallback))  # type: ignore[attr-defined]
+    with suppress(LogError):
+        callback._recorder.writer.flush()  # type: ignore[union-attr]
 
 
 PATCHES: dict[str, Callable[[pytest.MonkeyPatch, Path], object]] = {
-    "a full disk": lambda patch, log: patch.setattr(store, "_replace", full),
+    "a full disk": lambda patch, log: patch.setattr(store, "_replace", full_from(5)),
     "the log deleted": lambda patch, log: shutil.rmtree(log),
     "the manifest deleted": lambda patch, log: (log / "manifest.json").unlink(),
     "collecting": lambda patch, log: patch.setattr(Recorder, "before_step", broken),
@@ -104,12 +122,8 @@ def test_a_failure_in_the_middle_stops_recording_and_nothing_else(
         return
     monkeypatch.undo()
     reader = StoreReader(log)
-    held = len(reader)
-    assert held in (
-        (4, 5) if failure == "a full disk" else (5,)
-    )  # whether the disk was full before the fifth was written
-    assert list(reader.missing) == [f"the steps from {held} on"] and len(LoggedTrajectory(log)) == held
-    with pytest.warns(UserWarning, match=f"lacks the steps from {held} on"):
+    assert list(reader.missing) == ["the steps from 5 on"] and len(reader) == len(LoggedTrajectory(log)) == 5
+    with pytest.warns(UserWarning, match="lacks the steps from 5 on"):
         attribute(log, queries=DataLoader(VAL, 4), model=module, curvature="fisher", progress=False)
 
 
@@ -118,17 +132,27 @@ def plain_net() -> nn.Module:
     return nn.Sequential(nn.Linear(64, 8), nn.Dropout(0.3), nn.Linear(8, 10))
 
 
+class Waits(L.Callback):
+    """For the thread that writes the log, whose error the run then sees at once."""
+
+    def on_train_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
+        wait_for_the_log(trainer)
+
+
 @pytest.mark.parametrize(
-    "failure", ["a full disk", "collecting", "inside the optimizer's step", "inside the forward pass"]
+    "failure",
+    ["a full disk", "the manifest deleted", "collecting", "inside the optimizer's step", "inside the forward pass"],
 )
 def test_on_error_raise_ends_the_run(failure: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     fails = AtStep(5, lambda: PATCHES[failure](monkeypatch, tmp_path / "log"))
-    with pytest.raises((RuntimeError, LogError), match="it broke|No space left"):
+    told = "it broke|No space left|manifest.json was deleted, replaced or cut while the run wrote to it"
+    with pytest.raises((RuntimeError, LogError), match=told):
         fit(
             Classifier(),
             loader(TRAIN),
             InfluenceCallback(tmp_path / "log", on_error="raise", record="gradients"),
             fails,
+            Waits(),
             max_epochs=2,
         )
 
@@ -139,10 +163,14 @@ def test_on_error_raise_ends_the_run(failure: str, tmp_path: Path, monkeypatch: 
 def test_a_failure_at_the_first_step_is_raised(failure: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     class Early(L.Callback):
         def on_train_start(self, *_: Any) -> None:
-            PATCHES[failure](monkeypatch, tmp_path / "log")
+            if failure == "a full disk":
+                monkeypatch.setattr(store, "_replace", full_from(0))
+            else:
+                PATCHES[failure](monkeypatch, tmp_path / "log")
 
+    callback = InfluenceCallback(tmp_path / "log", record="gradients")
     with pytest.raises((RuntimeError, LogError), match="it broke|No space left"):
-        fit(Classifier(), loader(TRAIN), InfluenceCallback(tmp_path / "log", record="gradients"), Early(), max_epochs=2)
+        fit(Classifier(), loader(TRAIN), callback, Early(), Waits(), max_epochs=2)
     monkeypatch.undo()
     fit(
         Classifier(), loader(TRAIN), InfluenceCallback(tmp_path / "log", record="gradients")
@@ -254,7 +282,7 @@ def test_a_checkpoint_is_saved_also_where_the_log_cannot_be(tmp_path: Path, monk
     """The checkpoint waits for the log, whose failure it is then the first to see."""
     log, module = tmp_path / "log", Classifier(two_groups, net=plain_net())
     saves = ModelCheckpoint(tmp_path / "steps", every_n_train_steps=1, save_top_k=-1)
-    fails = AtStep(5, lambda: monkeypatch.setattr(store, "_replace", full))
+    fails = AtStep(5, lambda: monkeypatch.setattr(store, "_replace", full_from(5)))
     plain = run(None, tmp_path / "plain")
     with pytest.warns(UserWarning, match="Recording has stopped"):
         recorded = run(InfluenceCallback(log, record="gradients"), tmp_path / "recorded", module, fails, saves)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+import re
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +14,13 @@ from modules import Classifier, fit, loader, split_digits
 from torch import nn
 from torch.utils.data import DataLoader, IterableDataset
 
-from lightning_influence import InfluenceCallback, SelectionDataModule, attribute
+from lightning_influence import InfluenceCallback, InfluenceReport, SelectionDataModule, attribute
 from lightning_influence.errors import ConfigurationError, LogError
-from lightning_influence.lightning.first_step import first_step_line
+from lightning_influence.live.first_step import first_step_line
 from lightning_influence.log import writer as store
 from lightning_influence.log.reader import StoreReader
 from lightning_influence.log.steps import LoggedTrajectory
+from lightning_influence.scoring import pace
 
 TRAIN, VAL = split_digits(64, 8)
 QUERIES = DataLoader(VAL, 4)
@@ -158,6 +161,43 @@ def test_batch_normalisation_under_selection_recommends_what_the_class_takes(opt
     with pytest.raises(ConfigurationError, match="frozen_batch_norm=True"):
         run()
     run(frozen_batch_norm=True)
+
+
+def test_a_model_of_another_time_is_told_wherever_the_report_is_read(tmp_path: Path) -> None:
+    module = Classifier()
+    fit(module, loader(TRAIN), InfluenceCallback(tmp_path / "log", record="gradients"))
+    asked: dict[str, Any] = {"queries": QUERIES, "target": "mean", "curvature": "none", "progress": False}
+    fine = attribute(tmp_path / "log", model=module, **asked)
+    assert fine.provenance.queried is None and "queried" not in fine.metadata
+    told = r"6 parameters \(net.0.weight, ...\) differ from those at the end of the logged run"
+    with pytest.warns(UserWarning, match=told):
+        report = attribute(tmp_path / "log", model=Classifier(seed=1), **asked)
+    report.save(tmp_path / "report")
+    for one in (report, InfluenceReport.load(tmp_path / "report")):
+        assert re.search(told, repr(one)) and re.search(told, one.to_html(tmp_path / "page.html").read_text())
+
+
+@pytest.mark.parametrize("record", ["gradients", "replay"])
+def test_a_sweep_that_takes_long_says_how_long_and_what_takes_less(
+    record: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module = Classifier()
+    fit(module, loader(TRAIN), InfluenceCallback(tmp_path / "log", record=record))
+    ticks = iter(range(0, 10_000, 40))
+    monkeypatch.setattr(pace.time, "perf_counter", lambda: next(ticks))
+    asked: dict[str, Any] = {"queries": QUERIES, "model": module, "curvature": "none", "progress": False}
+    with pytest.warns(UserWarning, match="attribution will take about") as seen:
+        attribute(tmp_path / "log", max_memory=2**30, **asked)
+    (told,) = [str(w.message) for w in seen if "will take about" in str(w.message)]
+    assert told.startswith(
+        "attribution will take about 120 s more, and at most 1.1 GB of memory besides the model: 4 steps and 8 queries"
+    )
+    assert "target='mean' asks one query instead of 8; response='tangent'" in told and "samples=" in told
+    with warnings.catch_warnings(record=True) as quiet:
+        warnings.simplefilter("always")
+        monkeypatch.setattr(pace, "_LONG", 1000.0)
+        attribute(tmp_path / "log", target="mean", **asked)
+    assert not any("will take about" in str(w.message) for w in quiet)
 
 
 def test_a_log_in_use_is_told(tmp_path: Path) -> None:

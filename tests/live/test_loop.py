@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import logging
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -124,6 +125,26 @@ def query_loss(module: nn.Module) -> float:
 
 def scores(log: Path, model: Any, **options: Any) -> InfluenceReport:
     return attribute(log, queries=ASKED, model=model, target="mean", progress=False, **options)
+
+
+class Doubled(nn.Linear):
+    """A layer that no rule covers."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return 2 * super().forward(x)
+
+
+class Scaled(nn.Sequential):
+    """Reads what a replay does not see, and what changes between the steps."""
+
+    def __init__(self) -> None:
+        super().__init__(nn.Linear(6, 2, dtype=torch.float64))
+        self.scale = [1.0]
+
+
+def goes_on(module: nn.Module) -> None:
+    if isinstance(module, Scaled):
+        module.scale[0] += 1
 
 
 OPTIONS: dict[str, dict[str, Any]] = {"plain": {}, "accumulated and clipped": {"parts": 2, "clip": 0.5}}
@@ -384,6 +405,54 @@ def test_nothing_is_left_in_a_run(tmp_path: Path) -> None:
     assert len(LoggedSteps(tmp_path / "log")) == 1
     with pytest.warns(UserWarning, match="did not finish"):
         scores(tmp_path / "log", task)
+
+
+@pytest.mark.parametrize(
+    ("task", "kept", "reason"),
+    [
+        (FunctionTask(network(), loss_of), "both", ""),
+        (FunctionTask(nn.Sequential(Doubled(6, 2)).double(), loss_of), "replay", "no rule for 0"),
+        (
+            FunctionTask(network(), lambda m, b: F.cross_entropy(m(b[0] - b[0].mean(0)), b[1])),
+            "replay",
+            "see each other",
+        ),
+        (FunctionTask(Scaled(), lambda m, b: m.scale[0] * loss_of(m, b)), "gradients", "run again"),
+    ],
+    ids=["both", "no rule", "sees the batch", "no replay"],
+)
+def test_by_default_what_is_possible_is_recorded(
+    task: FunctionTask, kept: str, reason: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """As the callback does, and with the same line."""
+    optimizer = adamw(task.module)
+    plain, options = copy.deepcopy(task), {"store_batches": False} if kept == "both" else {}
+    by_itself = adamw(plain.module)
+    for batch in DataLoader(DATA, BATCH):
+        by_itself.zero_grad()
+        plain.loss(batch).backward()
+        by_itself.step()
+        goes_on(plain.module)
+    with caplog.at_level(logging.INFO), recording(tmp_path, task, optimizer, **options) as recorder:  # type: ignore[arg-type]
+        for batch in recorder.batches(DataLoader(DATA, BATCH)):
+            optimizer.zero_grad()
+            recorder.backward(batch)
+            optimizer.step()
+            goes_on(task.module)
+    assert all(torch.equal(p, q) for p, q in zip(task.module.parameters(), plain.module.parameters(), strict=True))
+    assert LoggedSteps(tmp_path).manifest.record == kept
+    assert repr(recorder) == f"LoopRecorder(4 steps in {str(tmp_path)!r}, record={kept!r})"
+    assert sum(f"go to {tmp_path}" in line for line in caplog.messages) == 1
+    assert sum("There are no" in line or "goes on with no" in line for line in caplog.messages) == bool(reason)
+    assert any(reason in line for line in caplog.messages)
+    if kept == "both":
+        assert scores(tmp_path, task, data=DATA).provenance.curvature == "hessian"
+        with pytest.warns(UserWarning, match="Fisher"):
+            scores(tmp_path, task)
+    elif kept == "gradients":
+        assert scores(tmp_path, task, curvature="fisher").scores.any()
+    else:
+        assert scores(tmp_path, task).provenance.curvature == "hessian"
 
 
 def test_another_model_is_refused(tmp_path: Path) -> None:

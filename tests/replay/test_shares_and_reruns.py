@@ -21,7 +21,7 @@ RIGHT = [kind for kind in KINDS if not kind.refused]
 
 
 def scores(log: Path, kind: type[Base], module: Base, removals: RemovalCheck) -> Tensor:
-    data = TrainingData.of(None)
+    data = TrainingData.of(kind.loader(samples(kind)[:N], None) if kind.needs_data else None)
     with open_trajectory(log, module, "none", data, progress=False, removals=removals) as run:
         queries = Queries.of([kind.collate(samples(kind)[N:])], data=data, precision="64-true")
         gradients = query_gradients(module, queries, list(run.sizes), run.select, target="mean", progress=False)

@@ -12,11 +12,14 @@ from modules import digits, loader
 from test_page_samples import some_tokens, visited
 from test_report import some_report
 
-from lightning_influence import InfluenceCallback, SelectionDataModule
+from lightning_influence import FunctionTask, InfluenceCallback, SelectionDataModule
+from lightning_influence.core.scores import RowScores
 from lightning_influence.core.second_variation import ErrorProxy
 from lightning_influence.lightning.tuning import Tuning
+from lightning_influence.report.groups import Groups
 from lightning_influence.selection.decisions import SelectionReport
 from lightning_influence.trust.agreement import agreement_of
+from lightning_influence.trust.cleaning import Cleaning
 from lightning_influence.trust.error_proxy import PredictedErrors
 from lightning_influence.trust.faithfulness import CEILING, Faithfulness
 
@@ -38,6 +41,11 @@ def decisions() -> SelectionReport:
     report = SelectionReport()
     report.add(4, torch.arange(3), torch.randn(3), torch.tensor([1.0, 0.0, 1.0]))
     return report
+
+
+def some_groups() -> Groups:
+    rows = RowScores(torch.arange(2), torch.arange(2), *(torch.ones(2, 3) for _ in range(2)))
+    return Groups(["odd", "even"], [3, 4], rows, ["a", "b", "c"])
 
 
 def selecting() -> SelectionDataModule:
@@ -64,6 +72,12 @@ OBJECTS: dict[str, tuple[Callable[[], Any], str]] = {
     "proxy": (lambda: predicted().proxies[1.0], "ErrorProxy(3 pairs x 2 queries)"),
     "dynamics": (lambda: visited(12, 3), "TrainingDynamics(12 samples, 36 visits)"),
     "visits": (lambda: visited(12, 3).visits, "Dynamics(36 visits, 10 classes)"),
+    "groups": (some_groups, "Groups(2 groups x 3 queries: odd, even)"),
+    "task": (
+        lambda: FunctionTask(torch.nn.Linear(2, 1), torch.nn.functional.mse_loss),
+        "FunctionTask(Linear of 3 parameters; loss function mse_loss)",
+    ),
+    "cleaning": (lambda: Cleaning([3, 4], torch.ones(2)), "Cleaning(2 samples removed; predicted_change 1)"),
     "tokens": (some_tokens, "TokenScores(2 samples, 5 tokens x 1 queries)"),
     "callback": (
         lambda: InfluenceCallback("runs/log", record="replay"),
@@ -78,7 +92,7 @@ def test_a_line_and_a_table(name: str) -> None:
     make, told = OBJECTS[name]
     shown = make()
     assert repr(shown).startswith(told) and "\n" not in repr(shown) and "tensor" not in repr(shown)
-    if name not in ("rows", "proxy", "visits"):
+    if name not in ("rows", "proxy", "visits", "task"):
         assert "<table" in shown._repr_html_() and "tensor(" not in shown._repr_html_()
 
 

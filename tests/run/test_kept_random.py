@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable
+from itertools import permutations
 
 import pytest
 import torch
@@ -36,8 +38,8 @@ KEPT: dict[str, Callable[[Tensor], Tensor]] = {
     "NumPy's own": lambda x: x,
 }
 LOST: dict[str, Callable[[Tensor], Tensor]] = {
-    "a permutation of the samples": lambda x: x[torch.randperm(len(x))],
-    "samples drawn from the batch": lambda x: x[torch.randint(0, len(x), (len(x),))],
+    "a permutation of two views": lambda x: torch.cat([x, x])[torch.randperm(2 * len(x))],
+    "some samples, each once": lambda x: x[torch.multinomial(torch.ones(len(x)), 2)],
     "one by one": lambda x: torch.stack([row * torch.rand(()) for row in x]),
     "as many as there are": lambda x: x * torch.rand(3 * len(x) + 1)[: len(x), None, None],
 }
@@ -68,3 +70,60 @@ def test_rows_keep_their_numbers(name: str) -> None:
 @pytest.mark.parametrize("name", LOST)
 def test_numbers_that_cannot_be_kept_are_told(name: str) -> None:
     assert both(LOST[name])[2].lost
+
+
+def partners(draw: Callable[[], Tensor], again: Callable[[], Tensor], gone: list[int]) -> tuple[list[int], list[int]]:
+    """Positions of samples that a step draws, and that it draws without some of its samples."""
+    with NotedRandom() as noted:
+        whole = draw()
+    kept = KeptRandom(noted, torch.tensor(gone), N)
+    with kept:
+        rest = again()
+    assert kept.lost is None
+    return whole.tolist(), rest.tolist()
+
+
+@pytest.mark.parametrize("gone", [[2], [0, 4]], ids=str)
+def test_a_permutation_keeps_every_partner_that_stays(gone: list[int]) -> None:
+    """And is as likely as any other of so many samples: each comes from as many of the whole."""
+    left = [i for i in range(N) if i not in gone]
+    found = Counter[tuple[int, ...]]()
+    for whole in permutations(range(N)):
+        noted = NotedRandom()
+        noted.draws.append((torch.tensor(whole), N))
+        kept = KeptRandom(noted, torch.tensor(gone), N)
+        with kept:
+            rest = torch.randperm(len(left)).tolist()
+        assert kept.lost is None
+        found[tuple(rest)] += 1
+        for row, other in zip(left, rest, strict=True):
+            assert whole[row] in gone or left[other] == whole[row]
+    assert set(found.values()) == {len(list(permutations(range(N)))) // len(list(permutations(left)))}
+    assert len(found) == len(list(permutations(left)))
+
+
+DRAWN: dict[str, Callable[[int], Tensor]] = {
+    "one for each": lambda n: torch.randint(0, n, (n,)),
+    "by weight, again and again": lambda n: torch.multinomial(torch.ones(n), n, True),
+    "written into a tensor": lambda n: torch.empty(n, dtype=torch.int64).random_(0, n),
+}
+
+
+@pytest.mark.parametrize("name", DRAWN)
+def test_samples_drawn_from_the_batch_stay_where_they_are_there(name: str) -> None:
+    torch.manual_seed(1)
+    replaced = 0
+    for _ in range(20):
+        whole, rest = partners(lambda: DRAWN[name](N), lambda: DRAWN[name](N - 1), [2])
+        left = [0, 1, 3, 4]
+        for row, other in zip(left, rest, strict=True):
+            assert 0 <= other < N - 1
+            assert whole[row] == 2 or left[other] == whole[row]
+            replaced += whole[row] == 2
+    assert replaced
+
+
+def test_a_range_that_only_happens_to_be_the_number_of_samples_is_left() -> None:
+    """There are as many classes as samples are left."""
+    whole, rest = partners(lambda: torch.randint(0, N - 1, (N,)), lambda: torch.randint(0, N - 1, (N - 1,)), [2])
+    assert rest == [whole[i] for i in (0, 1, 3, 4)]

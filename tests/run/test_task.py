@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Any
+from pathlib import Path
+from typing import Any, ClassVar
 
 import lightning as L
 import pytest
 import torch
+from lightning.pytorch.loggers.logger import DummyLogger
 from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
 
-from lightning_influence import FunctionTask
+from lightning_influence import FunctionTask, InfluenceCallback, attribute
 from lightning_influence.errors import ConfigurationError
 from lightning_influence.run.moment import Moment
 from lightning_influence.run.task import Task, as_task
@@ -66,6 +69,48 @@ def test_a_lightning_module_at_a_moment() -> None:
     assert then.item() == pytest.approx(15 * now.item())
     assert (module.weight, module.current_epoch) == (1.0, 0)
     assert isinstance(task.optimizer(), torch.optim.SGD)
+
+
+class AsksItsTrainer(Lit):
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        rate = self.optimizers().param_groups[1]["lr"] + self.lr_schedulers().get_last_lr()[0]
+        self.logger.experiment.add_scalar("rate", rate, self.global_step)
+        return (rate + self.trainer.max_epochs) * self.net(batch)
+
+
+def test_what_a_step_reads_of_its_trainer_is_that_of_the_run_also_without_one() -> None:
+    task = as_task(AsksItsTrainer())
+    then = task.loss(BATCH, Moment(rates=(0.5, 2.0), trainer={"max_epochs": 7}))
+    torch.testing.assert_close(then, 9.5 * task.module.net(BATCH))
+    with pytest.raises(AttributeError, match="no trainer whose 'max_epochs' could be read; attach it to a trainer"):
+        task.loss(BATCH, Moment(rates=(0.5, 2.0)))
+
+
+class Writes(Lit):
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        self.logger.experiment.append(self.global_step)
+        return super().training_step(batch, batch_idx)
+
+
+def test_steps_beside_the_run_write_to_no_logger(tmp_path: Path) -> None:
+    class Lists(DummyLogger):
+        written: ClassVar[list[int]] = []
+
+        @property
+        def experiment(self) -> Any:
+            return self.written
+
+    module, written = Writes(), Lists()
+    trainer = L.Trainer(max_epochs=1, accelerator="cpu", logger=written, enable_checkpointing=False,
+                        enable_progress_bar=False, enable_model_summary=False,
+                        callbacks=[InfluenceCallback(tmp_path, record="both")])  # fmt: skip
+    trainer.fit(
+        module, DataLoader(TensorDataset(torch.randn(6, 2)), 3, collate_fn=lambda s: torch.stack([x for (x,) in s]))
+    )
+    assert written.written == [0, 1]
+    report = attribute(tmp_path, queries=[torch.randn(2, 2)], model=module, progress=False)
+    assert written.written == [0, 1] and report.scores.isfinite().all()
+    assert module.trainer is trainer and module.logger is written
 
 
 @pytest.mark.parametrize("task", [plain(), as_task(Lit())], ids=["function", "lightning"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pandas as pd
@@ -69,6 +70,50 @@ def test_groups_are_those_of_retraining(make: Any, tmp_path: Path) -> None:
     found = groups_of(report).scores
     assert float((found[:2] - truth).norm() / truth.norm()) < 0.03
     assert float(found[2].abs().max()) < 1e-5 * float(truth.norm())
+    assert groups_of(report).as_sizes == [True, True, False], "where they are that near, they may be read so"
+
+
+def test_a_bend_is_how_far_the_losses_are_from_straight_lines(tmp_path: Path) -> None:
+    """Of a run of one step, whose removals move the parameters just as the optimizer does by itself."""
+
+    def at_rate(module: Any) -> torch.optim.Optimizer:
+        return torch.optim.AdamW(module.parameters(), lr=0.03)
+
+    module, train = Classifier(at_rate, width=8), digits(8)
+    fit(module, loader(train, 8), InfluenceCallback(tmp_path, record="replay"))
+    query = next(iter(loader(digits(30), 30)))
+    options: dict[str, Any] = {"queries": [query], "model": module, "data": train, "progress": False}
+    report = attribute(tmp_path, **options, query_loss=each_loss, groups={"two": [0, 5], "none": [99]})
+    less = Classifier(at_rate, width=8)
+    fit(less, loader(torch.utils.data.Subset(train, [1, 2, 3, 4, 6, 7]), 6))
+    change = each_loss(less, query) - each_loss(module, query)
+    moves = [p.detach() - q.detach() for p, q in zip(less.parameters(), module.parameters(), strict=True)]
+    _, line = torch.func.jvp(
+        lambda *values: each_loss(at_values(module, values), query),
+        tuple(p.detach() for p in module.parameters()),
+        tuple(moves),
+    )
+    groups = groups_of(report)
+    assert groups.bends is not None and groups.bends[0] == pytest.approx(
+        float((change - line).norm() / line.norm()), rel=1e-3
+    )
+    assert groups.bends[0] > 0.1 and groups.bends[1] is None and groups.as_sizes == [False, False]
+    report.save(tmp_path / "report.safetensors")
+    again = groups_of(InfluenceReport.load(tmp_path / "report.safetensors"))
+    assert again.bends == groups.bends and list(again.to_pandas().columns)[-2:] == ["bend", "as_size"]
+    assert "rank only" in report.to_html(tmp_path / "page.html").read_text()
+    asked = attribute(tmp_path, **options, query_loss=each_loss, target="mean", groups={"two": [0, 5]})
+    expected = float((change.mean() - line.mean()).abs() / line.mean().abs())
+    assert groups_of(asked).bends == [pytest.approx(expected, rel=1e-2)]
+    tangent = attribute(tmp_path, **options, query_loss=each_loss, groups={"two": [0, 5]}, response="tangent")
+    assert groups_of(tangent).bends is None and groups_of(tangent).as_sizes == [False]
+
+
+def at_values(module: Any, values: Any) -> Any:
+    """The module as a thing with a ``net``, at other parameters."""
+    names = [name for name, _ in module.named_parameters()]
+    at = {name.removeprefix("net."): value for name, value in zip(names, values, strict=True)}
+    return SimpleNamespace(net=lambda x: torch.func.functional_call(module.net, at, (x,)))
 
 
 def test_gradient_logs_know_groups(tmp_path: Path) -> None:
@@ -113,6 +158,7 @@ def test_queries_in_turns_are_the_same(tmp_path: Path) -> None:
         attribute(tmp_path, **options, groups=GROUPS, samples=[3], max_memory=memory) for memory in (2**32, 2**20)
     )
     torch.testing.assert_close(groups_of(whole).scores, groups_of(turns).scores)
+    assert groups_of(whole).bends == pytest.approx(groups_of(turns).bends, rel=1e-3)
     torch.testing.assert_close(whole.scores, turns.scores)
     assert whole.sample_ids.tolist() == [3]
 

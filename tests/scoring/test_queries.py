@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +12,16 @@ import torch
 from modules import Classifier, digits, fit, loader, split_digits
 from torch import Tensor
 from torch.nn import functional as F
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import DataLoader, TensorDataset, random_split
 
-from lightning_influence import InfluenceCallback, attribute, check_faithfulness
+from lightning_influence import (
+    InfluenceCallback,
+    SelectionDataModule,
+    attribute,
+    check_faithfulness,
+    clean,
+    error_proxy,
+)
 from lightning_influence.errors import ConfigurationError
 from lightning_influence.log.steps import LoggedSteps
 from lightning_influence.run.data import TrainingData
@@ -89,8 +97,53 @@ def test_hooks_of_a_datamodule_prepare_queries_and_retraining(tmp_path: Path) ->
     check = check_faithfulness(
         tmp_path / "log", model=module, data=data, queries=data, removals=6, target="mean", dtype=None, progress=False
     )
-    assert data.set_up <= before + 2  # once for the training data, once for the queries
+    assert data.set_up == before  # by fit
     assert max(agreement.spearman.value for agreement in check.single.values()) > 0.9
+
+
+VERBS: dict[str, Any] = {
+    "attribute": attribute,
+    "error_proxy": partial(error_proxy, pairs=2),
+    "check_faithfulness": partial(check_faithfulness, removals=3, ceiling=False, dtype=None, estimators={"finite": {}}),
+    "clean": partial(clean, samples=[1, 2]),
+}
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_a_datamodule_is_set_up_once(verb: str, tmp_path: Path) -> None:
+    """A split without a seed is another each time; after a fit it is the fit's."""
+
+    class Splits(Data):
+        def setup(self, stage: str) -> None:
+            self.set_up += 1
+            self.train, self.val = random_split(digits(30), [24, 6])
+
+    data, module = Splits(), Classifier()
+    options: dict[str, Any] = {"logger": False, "enable_checkpointing": False, "limit_val_batches": 0}
+    callback = InfluenceCallback(tmp_path / "log", record="both")
+    L.Trainer(max_epochs=1, accelerator="cpu", callbacks=[callback], **options).fit(module, data)
+    assert data.set_up == 1
+    VERBS[verb](tmp_path / "log", queries=data, model=module, data=data, progress=False)
+    assert data.set_up == 1
+    another = Splits()
+    VERBS[verb](tmp_path / "log", queries=another, model=module, data=another, progress=False)
+    assert another.set_up == 1
+
+
+def test_a_datamodule_that_selects_gives_the_data_that_it_wraps(tmp_path: Path) -> None:
+    module, selecting = Classifier(), SelectionDataModule(Data(), keep=0.5)
+    options: dict[str, Any] = {"logger": False, "enable_checkpointing": False, "limit_val_batches": 0}
+    trainer = L.Trainer(
+        max_epochs=1, accelerator="cpu", callbacks=[InfluenceCallback(tmp_path, record="replay")], **options
+    )
+    trainer.fit(module, selecting)
+    callbacks = list(trainer.callbacks)  # type: ignore[attr-defined]
+    scores = [
+        attribute(tmp_path, queries=digits(4), model=module, data=data, target="mean", progress=False).scores
+        for data in (selecting, SelectionDataModule(Data(), keep=0.5), Data())
+    ]
+    assert torch.equal(scores[0], scores[2]) and torch.equal(scores[1], scores[2])
+    assert trainer.callbacks == callbacks  # type: ignore[attr-defined]
 
 
 class _Prepared(TrainingData):

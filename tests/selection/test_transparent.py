@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import lightning as L
+import numpy as np
 import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
-from modules import digits
+from modules import digits, hooks_of
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, TensorDataset, random_split
+from torch.utils.data import DataLoader, Dataset, Sampler, Subset, TensorDataset, default_collate, random_split
 
 from lightning_influence import SelectionDataModule
 
@@ -107,6 +110,107 @@ class SetFromOutside(Plain):
         return DataLoader(self.train, self.size, shuffle=True)
 
 
+class Noisy(Dataset[Any]):
+    """Noise from a generator of its own, which training and validation share, and a count of what was read."""
+
+    def __init__(self, noise: float = 0.1) -> None:
+        self.whole, self.noise = digits(60), noise
+        self.generator, self.numpy_s = torch.Generator().manual_seed(0), np.random.default_rng(0)
+        self.reads = 0
+
+    def __len__(self) -> int:
+        return len(self.whole)
+
+    def __getitem__(self, i: int) -> Any:
+        self.reads += 1
+        x, y = self.whole[i]
+        noise = torch.randn(x.shape, generator=self.generator) * self.numpy_s.random()
+        return x + self.noise * noise + 1e-3 * self.reads, y
+
+
+class SharesItsDataset(Plain):
+    def __init__(self) -> None:
+        super().__init__()
+        self.noisy = Noisy()
+
+    def train_dataloader(self) -> Any:
+        return DataLoader(Subset(self.noisy, range(40)), BATCH, shuffle=True)
+
+    def val_dataloader(self) -> Any:
+        return DataLoader(Subset(self.noisy, range(40, 60)), BATCH)
+
+
+class Fading:
+    """A collate function that counts."""
+
+    def __init__(self) -> None:
+        self.batches = 0
+
+    def __call__(self, samples: list[Any]) -> Any:
+        self.batches += 1
+        x, y = default_collate(samples)
+        return x / (1 + 0.01 * self.batches), y
+
+
+class SharesItsCollateFunction(Plain):
+    def __init__(self) -> None:
+        super().__init__()
+        self.collate = Fading()
+
+    def train_dataloader(self) -> Any:
+        return DataLoader(self.train, BATCH, shuffle=True, collate_fn=self.collate)
+
+    def val_dataloader(self) -> Any:
+        return DataLoader(self.val, BATCH, collate_fn=self.collate)
+
+
+class ByEpoch(Sampler[int]):
+    """Another order every time that it is asked."""
+
+    asked = 0
+
+    def __iter__(self) -> Iterator[int]:
+        self.asked += 1
+        return iter(torch.randperm(40, generator=torch.Generator().manual_seed(self.asked)).tolist())
+
+    def __len__(self) -> int:
+        return 40
+
+
+class SharesItsSampler(Plain):
+    def __init__(self) -> None:
+        super().__init__()
+        self.order = ByEpoch()
+
+    def train_dataloader(self) -> Any:
+        return DataLoader(self.train, BATCH, sampler=self.order)
+
+    def val_dataloader(self) -> Any:
+        return DataLoader(self.train, BATCH, sampler=self.order)
+
+
+class Augmented(Dataset[Any]):
+    """Draws random numbers where it is read."""
+
+    def __len__(self) -> int:
+        return 40
+
+    def __getitem__(self, i: int) -> Any:
+        x, y = digits(60)[i]
+        return x + 0.1 * torch.randn_like(x), y
+
+
+class WorkersThatAugment(Plain):
+    persist = False
+
+    def train_dataloader(self) -> Any:
+        return DataLoader(Augmented(), BATCH, shuffle=True, num_workers=2, persistent_workers=self.persist)
+
+
+class WorkersThatPersist(WorkersThatAugment):
+    persist = True
+
+
 TABLE = [
     Plain,
     BatchHooks,
@@ -118,6 +222,11 @@ TABLE = [
     DropsLast,
     Stateful,
     SetFromOutside,
+    SharesItsDataset,
+    SharesItsCollateFunction,
+    SharesItsSampler,
+    WorkersThatAugment,
+    WorkersThatPersist,
 ]
 OPTIONS: dict[str, dict[str, Any]] = {
     "off": {"online_selection": False},
@@ -163,8 +272,7 @@ def train(data: Any, folder: Path, ckpt_path: Any = None, **options: Any) -> tup
         default_root_dir=folder,
         accelerator="cpu",
         callbacks=[ModelCheckpoint(folder, save_last=True)],
-        reload_dataloaders_every_n_epochs=1,
-        **{"max_epochs": 2, **quiet, **options},
+        **{"max_epochs": 2, "reload_dataloaders_every_n_epochs": 1, **quiet, **options},
     )
     run.fit(module, datamodule=data, ckpt_path=ckpt_path)
     return module, run
@@ -172,15 +280,51 @@ def train(data: Any, folder: Path, ckpt_path: Any = None, **options: Any) -> tup
 
 @pytest.mark.parametrize("kind", TABLE, ids=lambda kind: kind.__name__)
 def test_the_run_is_that_of_the_wrapped_datamodule(kind: type[Plain], tmp_path: Path) -> None:
-    plain, run = train(kind(), tmp_path / "plain")
+    options_of_all: dict[str, Any] = {"reload_dataloaders_every_n_epochs": 0} if kind is WorkersThatPersist else {}
+    plain, run = train(kind(), tmp_path / "plain", **options_of_all)
     for name, options in OPTIONS.items():
+        if name == "look-ahead" and issubclass(kind, WorkersThatAugment):
+            continue  # workers are started for each round, and draw other numbers than those that were started once
         wrapped = SelectionDataModule(kind(), **options)
-        module, again = train(wrapped, tmp_path / name)
+        module, again = train(wrapped, tmp_path / name, **options_of_all)
         for k, p in plain.state_dict().items():
             assert torch.equal(p, module.state_dict()[k]), (name, k)
         assert plain.losses == module.losses, name
         assert run.callback_metrics.keys() == again.callback_metrics.keys()
+        assert vars(plain).keys() == vars(module).keys() and hooks_of(module) == 0
+        assert len(again.callbacks) == len(run.callbacks)  # type: ignore[attr-defined]
         assert options.get("online_selection", True) == bool(wrapped.selection_report.rows), "it did select"
+
+
+@pytest.mark.parametrize("options", [{"every": 1}, {"every": "epoch"}, {"every": 2, "horizon": 1}], ids=str)
+def test_nothing_is_left_in_a_module_whose_run_ended_or_failed(options: dict[str, Any], tmp_path: Path) -> None:
+    class Fails(Net):
+        def __init__(self) -> None:
+            super().__init__()
+            self.normal = nn.BatchNorm1d(64)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(self.normal(x))
+
+        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+            if fails and batch_idx == 3:
+                raise ZeroDivisionError
+            return super().training_step(batch, batch_idx)
+
+    for fails in (False, True):
+        module = Fails()
+        quiet = dict.fromkeys(("logger", "enable_progress_bar", "enable_model_summary", "enable_checkpointing"), False)
+        run = L.Trainer(accelerator="cpu", max_epochs=1, **quiet)  # type: ignore[arg-type]
+        with pytest.raises(ZeroDivisionError) if fails else nullcontext():
+            run.fit(module, SelectionDataModule(Plain(), keep=1.0, frozen_batch_norm=True, **options))
+        assert hooks_of(module) == 0 and "training_step" not in vars(module)
+
+
+@pytest.mark.parametrize("options", [{"every": 1}, {"every": "epoch"}], ids=str)
+def test_a_trainer_that_logs_nothing_selects(options: dict[str, Any]) -> None:
+    data = SelectionDataModule(Plain(), keep=0.5, **options)
+    L.Trainer(accelerator="cpu", max_epochs=1, barebones=True).fit(Net(), data)
+    assert data.selection_report.kept == pytest.approx(0.5)
 
 
 @pytest.mark.parametrize("name", OPTIONS)

@@ -206,7 +206,28 @@ class Gradients(Net):
         return self.extra, self.extra.grad
 
 
-TABLE = [Metrics, Counters, Objects, Buffers, Generators, Modes, HooksThatCount, PreparesInPlace, Gradients]
+class OfTheClass(Net):
+    """What it counts belongs to its class."""
+
+    seen = 0
+    history: list[float] = []  # noqa: RUF012
+
+    def keep_state(self) -> None:
+        type(self).seen = 0
+        self.history.clear()
+        if hasattr(type(self), "latest"):
+            del type(self).latest
+
+    def note(self, x: Tensor, y: Tensor, logits: Tensor) -> None:
+        type(self).seen += 1
+        self.history.append(float(logits.mean()))
+        type(self).latest = getattr(type(self), "latest", 0) + float(x.mean())  # type: ignore[attr-defined]
+
+    def held(self) -> Any:
+        return self.seen, self.history, self.latest  # type: ignore[attr-defined]
+
+
+TABLE = [Metrics, Counters, Objects, Buffers, Generators, Modes, HooksThatCount, PreparesInPlace, Gradients, OfTheClass]
 RUNS: dict[str, dict[str, Any]] = {
     "inside the step": {"every": 1, "refresh_target_every": 4},
     "inside the step, target read at every step": {"every": 1, "refresh_target_every": 1},

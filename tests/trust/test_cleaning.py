@@ -48,6 +48,32 @@ def test_cleaning_lowers_the_validation_loss(tmp_path: Path) -> None:
         clean(tmp_path, **options, samples=[])
 
 
+def test_queries_are_evaluated_once_for_each_training(tmp_path: Path) -> None:
+    """Loss and accuracy come out of the same pass, also of a loss of the user's own; one that names no classes has no accuracy."""
+    train, held, _ = wrongly_labelled()
+    module = Classifier(width=8)
+    fit(module, loader(train, 20), InfluenceCallback(tmp_path, record="replay"))
+    calls: list[int] = []
+
+    def own(model: Any, batch: Any) -> torch.Tensor:
+        if not torch.is_grad_enabled():
+            calls.append(len(batch[1]))
+        return torch.nn.functional.cross_entropy(model.net(batch[0]), batch[1], reduction="none")
+
+    def squares(model: Any, batch: Any) -> torch.Tensor:
+        return model.net(batch[0]).square().mean(1)
+
+    x, y = held.tensors
+    options: dict[str, Any] = {"queries": [(x[:60], y[:60]), (x[60:], y[60:])], "model": module, "data": train}
+    options |= {"samples": [0, 1], "progress": False}
+    plain, asked = clean(tmp_path, **options), clean(tmp_path, **options, query_loss=own)
+    assert calls == [60, 40, 60, 40], "once with the samples and once without"
+    assert plain.accuracy == asked.accuracy and plain.before is not None and asked.before is not None
+    torch.testing.assert_close(plain.before, asked.before)
+    assert clean(tmp_path, **options, query_loss=squares).accuracy is None
+    assert list(plain.to_pandas().columns[1:3]) == ["predicted_change", "change"]
+
+
 def test_reports_select_and_compare(tmp_path: Path) -> None:
     train, held, _ = wrongly_labelled()
     module = Classifier(width=8)
