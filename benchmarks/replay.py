@@ -28,7 +28,7 @@ from lightning_influence.core.sweep import Method, sweep
 from lightning_influence.scoring.attribution import open_trajectory
 from lightning_influence.scoring.queries import query_gradients
 
-LARGER: dict[str, Any] = {"gpt2": {"build": partial(gpt2, 4, 256)}}
+LARGER: dict[str, Any] = {"gpt2": {"build": partial(gpt2, 2, 256)}}
 SETTINGS: dict[str, Any] = {"lr": 1e-4, "betas": (0.9, 0.999)}
 
 
@@ -126,7 +126,7 @@ def memory(workload: Workload) -> None:
 
 
 def processes(workload: Workload) -> None:
-    """Seconds of one process and of two that share its replay, one after the other; eight steps."""
+    """Seconds of one process and of two that share its replay, one after the other; six steps, a gigabyte each."""
     with tempfile.TemporaryDirectory() as folder:
         module = trained(workload, Path(folder), **SETTINGS)
         torch.save(module.state_dict(), Path(folder) / "trained.pt")
@@ -149,7 +149,7 @@ def _side_by_side(fabric: Any, workload: Workload, log: Path) -> None:
                 continue
             seconds, processor = time.perf_counter(), time.process_time()
             shared = fabric if count == 2 else None
-            report = scores(workload, log, module, target="mean", response=response, fabric=shared)
+            report = scores(workload, log, module, target="mean", response=response, fabric=shared, max_memory=2**30)
             row = {"response": response, "processes": count, "s": time.perf_counter() - seconds}
             rows.append(row | {"CPU s of the first": time.process_time() - processor})
             columns[count] = report.scores
@@ -172,7 +172,7 @@ def main() -> None:
         if args.memory:
             memory(WORKLOADS[name])
         elif args.processes:
-            processes(replace(WORKLOADS[name], n_train=8 * WORKLOADS[name].batch, **LARGER.get(name, {})))
+            processes(replace(WORKLOADS[name], n_train=6 * WORKLOADS[name].batch, **LARGER.get(name, {})))
         elif args.growth:
             growth(WORKLOADS[name])
         else:
