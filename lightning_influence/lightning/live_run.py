@@ -20,6 +20,8 @@ from lightning_influence.run.refusals import left_out, recommending, refuse_thaw
 from lightning_influence.run.sample_ids import SampleIds
 from lightning_influence.run.trainer import loss_scaler, moment_of, numbers_of, only_optimizer, ranks_of
 
+_MAY_CHANGE_GRADIENTS = ("on_after_backward", "on_before_optimizer_step")
+
 
 class LiveRun:
     """Follows a trainer's run from the hooks of a callback, and leaves it as it was at the end.
@@ -144,9 +146,8 @@ class LiveRun:
 
     def _changes_gradients(self, trainer: L.Trainer, module: L.LightningModule) -> bool:
         """Whether something may change gradients between the backward pass and the step."""
-        hook = "on_after_backward"
         others = [c for c in trainer.callbacks if not isinstance(c, type(self._follower))]  # type: ignore[attr-defined]
-        return overrides(module, hook) or any(overrides(callback, hook) for callback in others)
+        return any(overrides(one, hook) for one in (module, *others) for hook in _MAY_CHANGE_GRADIENTS)
 
     # -- one micro-batch --------------------------------------------------------------------------------
 

@@ -83,9 +83,9 @@ class StepSelection(L.Callback):
             return
         step = LiveStep.of(collected, pl_module, self._collector.update_name, self._collector.ranks)
         scores = torch.zeros(len(step.weights))
-        for policy in self.selector.settings.portions:
+        for portion, policy in enumerate(self.selector.settings.portions):
             left = step.weights > 0
-            target = self._target_after(trainer, step)
+            target = self._target_after(trainer, step, again=portion > 0)
             part = step.part(self.selector.settings.coordinates, trainer.global_step)
             rows = sweep(part, part.extrapolated(target), self.selector.settings.method, progress=False)
             scores[left] = rows.of(step.full.sample_ids[left])[:, 0].to(scores)
@@ -95,7 +95,7 @@ class StepSelection(L.Callback):
         self.selector.removals = self._live.steps.removals
         self.selector.note(trainer, step.full.sample_ids, scores, step.weights)
 
-    def _target_after(self, trainer: L.Trainer, step: LiveStep) -> Vectors:
+    def _target_after(self, trainer: L.Trainer, step: LiveStep, *, again: bool) -> Vectors:
         """The target gradient where the step leads: that is where the removal of a sample is felt."""
         module, record, update = trainer.lightning_module, step.record(0), UPDATES[step.optimizer]
         parameters = {k: p.detach() for k, p in module.named_parameters() if k in record.gradients}
@@ -104,7 +104,7 @@ class StepSelection(L.Callback):
             for k, gradient in consumed_gradients(record).items()
         }
         with parameters_at(module, moved):
-            target = self.live_target.gradient(module, self.queries(), step.select, trainer.global_step)
+            target = self.live_target.gradient(module, self.queries(), step.select, trainer.global_step, again=again)
         return {k: target[k] for k in step.sizes}  # without what is excluded
 
     def leave(self, trainer: L.Trainer) -> None:

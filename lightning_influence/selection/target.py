@@ -169,20 +169,27 @@ class LiveTarget:
         self._reading: _Reading | None = None
         self._parts: Iterator[list[Any]] | None = None
         self._kept: list[Any] | None = None  # the batches of a small target, which its loader then gives once
-        self._part: _Part | None = None  # of the last step
+        self._part: _Part | None = None  # the last one
         self._traits, self._looked_at = (
             Traits(),
             0,
         )  # of the loss, and the step of the run at which they were looked for
 
     def gradient(
-        self, module: L.LightningModule, queries: Any, select: Callable[[str, Tensor], Tensor], step: int
+        self,
+        module: L.LightningModule,
+        queries: Any,
+        select: Callable[[str, Tensor], Tensor],
+        step: int,
+        *,
+        again: bool = False,
     ) -> Vectors:
         """At the module's present parameters, ``(1, d)`` for each that is trained.
 
         Args:
             queries: batches, read as said; a function of the module has no parts and is read every time.
             step: the optimizer step that is about to be taken.
+            again: the step was asked for before, with more samples in it; the part of the target is then the same.
         """
         names = [k for k, p in module.named_parameters() if p.requires_grad]
         if callable(queries):
@@ -190,14 +197,14 @@ class LiveTarget:
         batches = queries if self._kept is None else self._kept
         if self.every == 1 or self._reading is None or (step % self.every == 0 and step != self._reading.step):
             return self._read(module, batches, names, select, step)
-        if self._part is None or self._part.step != step:
+        if again and self._part is not None:
+            then = self._part.then
+            (now,) = target_gradients(module, self._part.batches, names, select, [{}], self._traits, whole=batches)
+        else:
             part = self._next_part(batches)
             places = [{}, self._reading.parameters]
             now, then = target_gradients(module, part, names, select, places, self._traits, whole=batches)
-            self._part = _Part(step, part, then)
-        else:  # the same step with less in it
-            then = self._part.then
-            (now,) = target_gradients(module, self._part.batches, names, select, [{}], self._traits, whole=batches)
+            self._part = _Part(part, then)
         return {k: self._reading.gradient[k].to(now[k]) + now[k] - then[k] for k in names}
 
     def _read(
@@ -208,6 +215,7 @@ class LiveTarget:
         select: Callable[[str, Tensor], Tensor],
         step: int,
     ) -> Vectors:
+        self._part = None
         seen = _Seen(batches)
         if step >= self._looked_at + _LOOKED_AT_EVERY:
             self._traits, self._looked_at = Traits(), step
@@ -260,11 +268,9 @@ class _Part:
     """The part of the target that tells how its gradient has moved at a step.
 
     Attributes:
-        step: of the run.
         then: its gradient where the whole target was last read.
     """
 
-    step: int
     batches: list[Any]
     then: Vectors
 

@@ -177,3 +177,10 @@ def test_chunks_hold_every_sample_once(n: int, d: int, least: int) -> None:
     sizes = [c.stop - c.start for c in chunks]
     assert not sizes or min(sizes) >= min(least, n)
     assert all(size * d <= 2**15 or size <= max(1, 2 * least - 1) for size in sizes)
+
+
+@pytest.mark.parametrize("kind", ["dense", "outer", "rows", "sum", "stack"])
+def test_shares_are_weighted_by_sample(kind: str) -> None:
+    form, dense = draw(kind, 3, 2, torch.Generator().manual_seed(0))
+    weights = torch.linspace(0, 2, len(dense), dtype=torch.float64)
+    torch.testing.assert_close(form.weighted(weights).dense(), weights[:, None] * dense)

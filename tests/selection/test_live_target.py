@@ -139,3 +139,40 @@ def test_a_function_is_read_at_every_step() -> None:
         move(module, step)
         found = live.gradient(module, lambda m: m.training_step(batch, 0), select, step)
         torch.testing.assert_close(found, whole_gradient(module))
+
+
+@pytest.mark.parametrize("reads_first", [True, False])
+def test_a_step_that_is_asked_for_again_is_told_by_the_same_part(reads_first: bool) -> None:
+    """Where the target was just read whole, too: what its gradient was there is no longer that of the reading before."""
+    module, live = Classifier().double(), LiveTarget(3)
+    steps = [0, 1] if not reads_first else [0, 1, 3]
+    for step in steps:
+        move(module, step)
+        found = live.gradient(module, target(), select, step)
+        torch.testing.assert_close(live.gradient(module, target(), select, step, again=True), found)
+    before = whole_gradient(module)
+    move(module, 7)
+    found = live.gradient(module, target(), select, steps[-1], again=True)
+    moved = {k: (found[k] - before[k]).norm() for k in found}
+    assert all(m > 0 for m in moved.values())
+    torch.testing.assert_close(live.gradient(module, target(), select, steps[-1], again=True), found, rtol=0, atol=0)
+
+
+def test_what_is_known_of_the_loss_changes_no_gradient() -> None:
+    """A batch of the target whose loss is no mean of its examples' own is taken apart, at the first reading and later."""
+
+    class Related(Classifier):
+        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+            loss: Tensor = super().training_step(batch, batch_idx)
+            return loss + self.net(batch[0]).var(0, correction=0).mean()
+
+    module, live = Related().double(), LiveTarget(2)
+    for step in range(4):
+        move(module, step)
+        if step % 2 == 0:
+            losses = torch.stack([module.training_step(one, 0) for one in target(1)])
+            gradients = torch.autograd.grad(losses.mean(), list(module.parameters()))
+            exact = {k: g.flatten()[None] for (k, _), g in zip(module.named_parameters(), gradients, strict=True)}
+            torch.testing.assert_close(live.gradient(module, target(), select, step), exact, rtol=1e-9, atol=1e-12)
+        else:
+            live.gradient(module, target(), select, step)
