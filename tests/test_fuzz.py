@@ -20,7 +20,7 @@ from lightning_influence import InfluenceCallback, InfluenceReport, attribute
 from lightning_influence.errors import InfluenceError
 from lightning_influence.log.format import FINAL
 from lightning_influence.log.shard import sealed
-from lightning_influence.report.files import FORMAT
+from lightning_influence.report.files import _TENSORS, FORMAT
 from lightning_influence.trust.results import Results
 
 BUDGET = settings(
@@ -131,8 +131,9 @@ WRONG = st.sampled_from([-1.0, 2.0**39, 2.0**62, -(2.0**63), 1e31, float("inf"),
 def forged_tensors(draw: st.DrawFn) -> dict[str, torch.Tensor]:
     """Half of them as a sweep may give them; in the others one is wrong."""
     n, q = draw(st.integers(0, 4)), draw(st.integers(0, 3))
-    values = [torch.tensor(draw(st.lists(VALUES, min_size=n * q, max_size=n * q))).reshape(n, q) for _ in range(2)]
-    tensors = {"sample_ids": torch.arange(n) // 2, "steps": torch.arange(n), "scores": values[0], "tangent": values[1]}
+    tensors = {"sample_ids": torch.arange(n) // 2, "steps": torch.arange(n)}
+    for name in ("scores", "tangent", "interaction"):
+        tensors[name] = torch.tensor(draw(st.lists(VALUES, min_size=n * q, max_size=n * q))).reshape(n, q)
     if draw(st.booleans()):
         name = draw(st.sampled_from(sorted(tensors)))
         shape = draw(st.sampled_from([(), (n,), (n, q), (0, 2**40), (2**40, 0), (n, q, 1)]))
@@ -145,6 +146,13 @@ def forged_tensors(draw: st.DrawFn) -> dict[str, torch.Tensor]:
             )
         )
     return tensors
+
+
+@settings(BUDGET, max_examples=5)
+@given(tensors=forged_tensors())
+def test_what_is_forged_has_the_tensors_of_a_report(tensors: dict[str, torch.Tensor]) -> None:
+    """Or else it would be refused for those alone."""
+    assert tensors.keys() == set(_TENSORS)
 
 
 @BUDGET
