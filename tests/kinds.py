@@ -930,6 +930,14 @@ class MaskedMean(Tokens):
 
 
 @kind
+class SaidWeights(MaskedMean):
+    """The same, and how much every sample weighs is said."""
+
+    refused = ()
+    options: ClassVar[dict[str, Any]] = {"sample_weights": lambda batch: (batch[1] != -100).sum(1)}
+
+
+@kind
 class Penalty(Base):
     """A penalty on the weights, written into the loss."""
 
@@ -1196,6 +1204,35 @@ class ChangedBeforeStep(Base):
     def on_before_optimizer_step(self, optimizer: Any) -> None:
         for p in self.body.parameters():
             p.grad = p.grad * 0.1
+
+
+class Halves(L.Callback):
+    def __init__(self, hook: str) -> None:
+        setattr(self, hook, self.halve)
+
+    def halve(self, trainer: Any, module: Any, *_: Any) -> None:
+        for p in module.body.parameters():
+            p.grad.mul_(0.5)
+
+
+@kind
+class ChangedByCallback(Base):
+    """A callback changes gradients before they are clipped."""
+
+    refused = BOTH
+
+    @staticmethod
+    def callbacks() -> list[L.Callback]:
+        return [Halves("on_before_optimizer_step")]
+
+
+@kind
+class ChangedByCallbackAfterBackward(Base):
+    refused = BOTH
+
+    @staticmethod
+    def callbacks() -> list[L.Callback]:
+        return [Halves("on_after_backward")]
 
 
 @kind

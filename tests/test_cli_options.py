@@ -23,7 +23,7 @@ PYTHON: dict[str, Callable[..., Any]] = {
     "tune": li.tune_horizon,
 }
 NO_VERB = {"inspect": "says what a log holds; in Python its reader does"}
-CALLED = {"path": "out", "dynamics": "log", "make_model": "model", "trainer": "trainer_options"}
+CALLED = {"path": "out", "dynamics": "log", "make_model": "model"}
 EXCEPTIONS = {
     ("attribute", "queries"): "those of val_dataloader",
     ("check", "queries"): "those of val_dataloader",

@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from torch.nn.utils.rnn import pack_padded_sequence
 from torch.utils.data import DataLoader, TensorDataset, default_collate
 
-from lightning_influence import InfluenceCallback, attribute
+from lightning_influence import InfluenceCallback, SelectionDataModule, attribute
 from lightning_influence.errors import ConfigurationError, InfluenceError, ReplayDrift
 
 TRAIN, VAL = split_digits(64, 8)
@@ -176,6 +176,43 @@ REFUSED: dict[str, tuple[Run, str]] = {
         "use_reentrant=False",
     ),
 }
+
+
+class Bare(Classifier):
+    """A parameter of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(()))
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        return super().training_step(batch, batch_idx) * self.scale
+
+
+class Functional(Classifier):
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        return F.cross_entropy(self.net(batch[0]), batch[1]) + self.net[0].weight.square().sum()
+
+
+UNSELECTED: dict[str, tuple[Callable[[], L.LightningModule], list[L.Callback]]] = {
+    "packed sequences": (Packed, []),
+    "a parameter of its own": (Bare, []),
+    "a weight outside its layer": (Functional, []),
+    "a callback that unfreezes": (Classifier, [Thaws()]),
+    "a reparametrized layer": (
+        lambda: Classifier(net=nn.Sequential(nn.utils.weight_norm(nn.Linear(64, 8)), nn.Linear(8, 10))),
+        [],
+    ),
+}
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("name", UNSELECTED)
+def test_selection_inside_the_step_recommends_what_it_has(name: str) -> None:
+    make, callbacks = UNSELECTED[name]
+    with pytest.raises(ConfigurationError, match="select in rounds") as told:
+        fit(make(), SelectionDataModule(loader(TRAIN), QUERIES, every=1), *callbacks, max_epochs=2)
+    assert "record=" not in str(told.value)
 
 
 class Reentrant(Classifier):

@@ -16,6 +16,7 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset, default_collate
 
 from lightning_influence import InfluenceCallback, InfluenceError, attribute
+from lightning_influence.report.trust import trust
 
 N, BATCH, QUERIES = 20, 5, 4
 
@@ -297,6 +298,80 @@ def test_the_partners_of_all_other_samples_stay(tmp_path: Path, monkeypatch: pyt
         truth.append(losses(trained(MixedUp, z)).mean() - before)
     expected = torch.stack(truth)
     assert (report.scores.double().mean(1) - expected).norm() <= 0.03 * expected.norm()
+
+
+class Experts(Base):
+    """Every sample goes to one of two layers; now and then one of them has a single sample of the batch."""
+
+    def build(self) -> None:
+        self.gate = nn.Linear(6, 2)
+        nn.init.constant_(self.gate.bias[:1], 0.8)  # for which samples are few
+        self.experts = nn.ModuleList([nn.Linear(6, 3) for _ in range(2)])
+
+    def forward(self, x: Tensor) -> Tensor:
+        gate = self.gate(x).softmax(1)
+        chosen, out = gate.argmax(1), x.new_zeros(len(x), 3)
+        for number, expert in enumerate(self.experts):
+            rows = chosen == number
+            if rows.any():
+                out[rows] = expert(x[rows]) * gate[rows, number, None]
+        return out
+
+
+def test_a_removal_that_leaves_a_layer_without_a_gradient_is_told(tmp_path: Path) -> None:
+    """Its optimizer then skips the layer, which a gradient of zero does not do; every other score is right."""
+    with torch.no_grad():
+        batches = trained(Experts).gate(data()[0].tensors[0]).argmax(1).view(-1, BATCH)
+    alone = [
+        i * BATCH + int((batch == expert).nonzero()[0])
+        for i, batch in enumerate(batches)
+        for expert in range(2)
+        if int((batch == expert).sum()) == 1
+    ]
+    assert alone, "there is such a sample"
+    module = trained(Experts, callbacks=[InfluenceCallback(tmp_path / "log", record="replay")])
+    report = attribute(tmp_path / "log", queries=DataLoader(data()[1], QUERIES), model=module, progress=False)
+    assert report.metadata["removals"]["skipped"] == len(alone)
+    (told,) = [reason for reason in trust(report) if reason.name == "Removals"]
+    assert told.level == "approximate" and f"{len(alone)} of them leave a parameter without a gradient" in told.meaning
+    others = [z for z in range(N) if z not in alone]
+    before = losses(trained(Experts)).mean()
+    truth = torch.stack([losses(trained(Experts, z)).mean() - before for z in others])
+    assert (report.scores.double().mean(1)[others] - truth).norm() <= 0.03 * truth.norm()
+
+
+class FixedSize(Base):
+    """Takes batches of one size alone while it trains."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        x = batch[0].view(BATCH, 6) if self.training else batch[0]
+        return F.cross_entropy(self(x), batch[1])
+
+
+class FixedSizeContrastive(FixedSize):
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        z = self(batch[0])
+        loss = super().training_step(batch, batch_idx)
+        return loss + F.cross_entropy(z @ z.T, torch.arange(len(z))) + F.linear(batch[0], self.body.weight).mean()
+
+
+@pytest.mark.parametrize("record", ["gradients", "replay"])
+def test_a_step_that_takes_no_fewer_samples_is_scored_and_told(record: Any, tmp_path: Path) -> None:
+    options: dict[str, Any] = {"queries": DataLoader(data()[1], QUERIES), "progress": False}
+    scores = []
+    for kind in (Base, FixedSize):
+        log = tmp_path / kind.__name__
+        module = trained(kind, callbacks=[InfluenceCallback(log, record=record)])
+        scores.append(attribute(log, model=module, **options))
+    torch.testing.assert_close(scores[1].scores, scores[0].scores)
+    told = scores[1].metadata["removals"]
+    assert told["verified"] == 0 and "does not take a batch without one of its samples" in told["reason"]
+    if record == "replay":
+        module = trained(FixedSizeContrastive, callbacks=[InfluenceCallback(tmp_path / "log", record="replay")])
+        with pytest.raises(
+            InfluenceError, match="take a batch without one .* have to be measured, because .* of any size"
+        ):
+            attribute(tmp_path / "log", model=module, **options)
 
 
 def test_a_report_says_how_removals_were_found(tmp_path: Path) -> None:

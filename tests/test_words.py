@@ -18,6 +18,7 @@ from lightning_influence import (
     SelectionDataModule,
     attribute,
     check_faithfulness,
+    clean,
     cli,
     error_proxy,
     suspects,
@@ -39,7 +40,14 @@ ORDER = (
     "log", "queries", "model", "data", "target", "curvature", "response", "memory_window", "counterfactual",
     "optimizer_assumption", "query_loss",
 )  # fmt: skip
-COMMANDS = {cli.attribute: attribute, cli.check: check_faithfulness, cli.suspects: suspects, cli.tune: tune_horizon}
+COMMANDS = {
+    cli.attribute: attribute,
+    cli.check: check_faithfulness,
+    cli.clean: clean,
+    cli.proxy: error_proxy,
+    cli.suspects: suspects,
+    cli.tune: tune_horizon,
+}
 OF_THE_COMMAND_LINE = {
     "model",
     "data",

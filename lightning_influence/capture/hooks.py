@@ -317,10 +317,12 @@ def refuse_compiled(module: nn.Module) -> None:
         ConfigurationError: there is one.
     """
     for path, layer in module.named_modules():
-        if hasattr(layer, "_orig_mod") or getattr(layer, "_compiled_call_impl", None) is not None:
+        scripted = isinstance(layer, torch.jit.ScriptModule) and any(p.requires_grad for p in layer.parameters())
+        if scripted or hasattr(layer, "_orig_mod") or getattr(layer, "_compiled_call_impl", None) is not None:
+            by = "torch.jit" if scripted else "torch.compile"
             raise ConfigurationError(
                 f"{path or 'the module'} ({type(layer).__name__}) is compiled, and a compiled graph calls no hooks and "
-                "cannot be differentiated twice. Train it without torch.compile while it is recorded."
+                f"cannot be differentiated twice. Train it without {by} while it is recorded."
             )
 
 

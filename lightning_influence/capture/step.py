@@ -354,8 +354,8 @@ class StepCollector:
         if self._norm is not None and float((norm - self._norm).abs()) > _CHANGE_TOLERANCE * float(norm):
             raise ConfigurationError(
                 f"step {index}: the backward pass left a gradient of norm {float(self._norm):.6g}, and the optimizer "
-                f"is about to consume one of norm {float(norm):.6g}: on_after_backward, of the module or of a callback, or the "
-                "loop changes gradients, which influence does not follow. Clip through Trainer(gradient_clip_val=...), or in "
+                f"is about to consume one of norm {float(norm):.6g}: on_after_backward or on_before_optimizer_step, of the module or of a "
+                "callback, or the loop changes gradients, which influence does not follow. Clip through Trainer(gradient_clip_val=...), or in "
                 "a loop of your own by the recorder's clip_grad_norm or clip_grad_value."
             )
 

@@ -227,7 +227,7 @@ def tune(
     max_steps: int = 100,
     keep: float = 0.8,
     proxies: int = 0,
-    trainer_options: dict[str, Any] | None = None,
+    trainer: dict[str, Any] | None = None,
     selection: dict[str, Any] | None = None,
     progress: bool = True,
     out: Path = Path("tuning.csv"),
@@ -246,7 +246,7 @@ def tune(
         max_steps: optimizer steps of each run.
         keep: fraction of the samples that selection keeps.
         proxies: samples whose predicted error is averaged for each pair; 0 for none.
-        trainer_options: further arguments of the Trainer of the short runs.
+        trainer: further arguments of the Trainer of the short runs.
         selection: further arguments of SelectionDataModule.
         progress: show a bar.
         out: where the table is written, with a heat map of the same name in .png beside it.
@@ -271,7 +271,7 @@ def tune(
         learning_rates=learning_rates,
         max_steps=max_steps,
         proxies=proxies,
-        trainer=trainer_options,
+        trainer=trainer,
         progress=progress,
         **{"keep": keep, **(selection or {})},
     )

@@ -16,9 +16,11 @@ from lightning_influence.live.steps import LiveSteps
 from lightning_influence.run.lightning_names import overrides
 from lightning_influence.run.lightning_task import LightningTask, tapped
 from lightning_influence.run.moment import Moment
-from lightning_influence.run.refusals import left_out, refuse_thawing
+from lightning_influence.run.refusals import left_out, recommending, refuse_thawing
 from lightning_influence.run.sample_ids import SampleIds
 from lightning_influence.run.trainer import loss_scaler, moment_of, numbers_of, only_optimizer, ranks_of
+
+_MAY_CHANGE_GRADIENTS = ("on_after_backward", "on_before_optimizer_step")
 
 
 class LiveRun:
@@ -115,7 +117,7 @@ class LiveRun:
 
     def _may_capture(self, trainer: L.Trainer, module: L.LightningModule) -> bool:
         """Whether per-sample gradients can be collected throughout the run."""
-        with left_out("gradients", self._give_up):
+        with left_out("gradients", self._give_up), recommending(self._otherwise):
             refuse_thawing(trainer, module, self.options.exclude)
             return True
         return False
@@ -144,9 +146,8 @@ class LiveRun:
 
     def _changes_gradients(self, trainer: L.Trainer, module: L.LightningModule) -> bool:
         """Whether something may change gradients between the backward pass and the step."""
-        hook = "on_after_backward"
         others = [c for c in trainer.callbacks if not isinstance(c, type(self._follower))]  # type: ignore[attr-defined]
-        return overrides(module, hook) or any(overrides(callback, hook) for callback in others)
+        return any(overrides(one, hook) for one in (module, *others) for hook in _MAY_CHANGE_GRADIENTS)
 
     # -- one micro-batch --------------------------------------------------------------------------------
 

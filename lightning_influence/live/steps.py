@@ -28,7 +28,7 @@ from lightning_influence.run.moment import Moment
 from lightning_influence.run.optimizer import trained_by, update_name
 from lightning_influence.run.random_state import read_random_state
 from lightning_influence.run.ranks import Ranks
-from lightning_influence.run.refusals import REENTRANT, is_reentrant, left_out, refuse_parameters
+from lightning_influence.run.refusals import REENTRANT, is_reentrant, left_out, recommending, refuse_parameters
 from lightning_influence.run.rows import RowOrder, row_order
 from lightning_influence.run.sample_ids import SampleIds
 from lightning_influence.run.sample_weights import sample_weights
@@ -127,7 +127,7 @@ class LiveSteps:
     def _capture(self, trained: set[str]) -> GradientCapture | None:
         """Hooks for per-sample gradients; None where they are given up."""
         options = self.options
-        with left_out("gradients", self._give_up):
+        with left_out("gradients", self._give_up), recommending(self._otherwise):
             with warnings.catch_warnings():
                 if self._give_up is not None:
                     warnings.simplefilter("ignore")  # of slow modules, for which they are given up
@@ -280,7 +280,8 @@ class LiveSteps:
             ConfigurationError: at the first batch, where per-sample gradients do not say what a removal does, or where the
                 step, run again, gives another gradient.
         """
-        samples = self.collector.after_backward(loss_scale, watch=self._watches)
+        with recommending(self._otherwise):
+            samples = self.collector.after_backward(loss_scale, watch=self._watches)
         if samples is not None and (self._to_verify or self._rehearsals):
             with self.task.unchanged():  # a copy may share with the module what a hook closes over
                 self._refuse_memory()

@@ -15,6 +15,7 @@ from lightning_influence.core.removal import gradient_change
 from lightning_influence.core.removal_sets import EVERY_SAMPLE, RemovalSets
 from lightning_influence.core.shares import Dense, Form
 from lightning_influence.core.trajectory import StepRecord, Vectors
+from lightning_influence.errors import ConfigurationError, InfluenceError
 from lightning_influence.replay.passes import Passes, leaves_of
 from lightning_influence.replay.plan import Plan, PlannedMicroBatch, PlannedStep
 from lightning_influence.replay.removals import RemovalCheck, not_the_sum
@@ -23,6 +24,10 @@ from lightning_influence.run.kept_random import KeptRandom
 
 _LONG = 10  # seconds of measuring that are announced
 _EVERY = 64  # steps, and every epoch, in which removals are verified
+
+
+class _TakesNoFewerSamples(ConfigurationError):
+    """A training step that fails without one of its samples, and not with all of them."""
 
 
 @dataclass(frozen=True)
@@ -111,7 +116,13 @@ class MeasuredRemovals:
         """The change of the gradient by every removal that is asked for, in place of shares."""
         sets = self.asked(planned.sample_ids)
         started = time.perf_counter()
-        changes, _ = self._changes(planned, parameters, parts, gradients, sets)
+        try:
+            changes, _ = self._changes(planned, parameters, parts, gradients, sets)
+        except _TakesNoFewerSamples as error:
+            raise ConfigurationError(
+                f"{error}, and removals have to be measured, because {self.found.reason}. Let training_step take batches of any "
+                "size."
+            ) from error
         self._announce((time.perf_counter() - started) / max(len(sets), 1))
         return {k: Dense(rows) for k, rows in changes.items()}
 
@@ -129,7 +140,11 @@ class MeasuredRemovals:
         )
         removed = gradient_change(record, self._counterfactual)
         chosen = self.found.choose(len(removed))
-        changes, lost = self._changes(planned, parameters, parts, gradients, removed.sample_ids[chosen])
+        try:
+            changes, lost = self._changes(planned, parameters, parts, gradients, removed.sample_ids[chosen])
+        except _TakesNoFewerSamples as error:
+            self.found.unverifiable = str(error)
+            return
         if lost is not None:
             self.found.unverifiable = (
                 f"the training step draws random numbers that cannot be kept where a sample leaves ({lost})"
@@ -163,31 +178,44 @@ class MeasuredRemovals:
         ]
         changes = {k: g.new_zeros(len(sets), g.numel()) for k, g in gradients.items()}
         for row, gone in enumerate(map(self._sets.members, sets.tolist())):
+            left = set[str]()  # parameters with a gradient
             for number, (part, micro_batch) in enumerate(zip(parts, planned.micro_batches, strict=True)):
                 in_micro_batch = planned.sample_ids[planned.micro_batch_numbers == number]
                 own = torch.isin(in_micro_batch, torch.tensor(sorted(gone))).nonzero()[:, 0]
                 if len(own) == 0:
+                    left |= part.gradients.keys()
                     continue
                 drawn = noted[number]
                 random = None if drawn is None else KeptRandom(drawn, own, micro_batch.n_samples)
                 less = self._without(planned, number, micro_batch, gone, own)
                 rest = {} if less is None else self._rest(leaves, part, less, random)
+                left |= rest.keys()
                 lost |= {random.lost} if less is not None and random is not None and random.lost else set()
                 for k, change in changes.items():
                     for sign, gradient in ((1, rest.get(k)), (-1, part.gradients.get(k))):
                         if gradient is not None:
                             change[row].add_(gradient.flatten(), alpha=sign)
+            if left and left < gradients.keys():
+                moment = planned.micro_batches[0].moment
+                self.found.without_gradient.add((moment.global_step, moment.batch_idx, sets[row].item()))
         return changes, min(lost, default=None)
 
     def _rest(
         self, leaves: dict[str, Tensor], part: Part, less: PlannedMicroBatch, random: KeptRandom | None
     ) -> Vectors:
         """Gradients of a micro-batch without a sample; with random numbers of its own, if they cannot be kept."""
-        if random is not None:
-            gradients = self._passes.run(leaves, part.buffers, less, drawing=random).gradients
-            if random.lost is None:
-                return gradients
-        return self._passes.run(leaves, part.buffers, less).gradients
+        try:
+            if random is not None:
+                gradients = self._passes.run(leaves, part.buffers, less, drawing=random).gradients
+                if random.lost is None:
+                    return gradients
+            return self._passes.run(leaves, part.buffers, less).gradients
+        except (InfluenceError, MemoryError, torch.OutOfMemoryError):
+            raise
+        except Exception as error:  # the whole batch went through
+            raise _TakesNoFewerSamples(
+                f"the training step does not take a batch without one of its samples ({error})"
+            ) from error
 
     def _without(
         self, planned: PlannedStep, number: int, micro_batch: PlannedMicroBatch, gone: frozenset[int], own: Tensor

@@ -26,6 +26,7 @@ class RemovalCheck:
         unverifiable: why shares could not be verified.
         verified: samples whose removal was compared with an evaluation without them.
         largest_error: relative, among those.
+        without_gradient: removals, by step, batch and number, that leave some parameter without a gradient, whose step an optimizer skips.
         not_summed: the parameter whose shares do not sum to its gradient.
         few: samples of the first step that are verified; of later ones it is one.
     """
@@ -36,6 +37,7 @@ class RemovalCheck:
     largest_error: float = 0.0
     not_summed: str | None = None
     few: int = 3
+    without_gradient: set[tuple[int | float, ...]] = field(default_factory=set)
     _parts: set[tuple[int, ...]] = field(default_factory=set)
 
     def is_due(self, *part: int) -> bool:
@@ -82,12 +84,13 @@ class RemovalCheck:
 
     def to_metadata(self) -> dict[str, Any]:
         """As a report keeps it."""
+        skipped = {"skipped": len(self.without_gradient)} if self.without_gradient else {}
         return {
             "by": "rerun" if self.measuring else "shares",
             "reason": self.reason or self.unverifiable,
             "verified": self.verified,
             "largest_error": self.largest_error,
-        }
+        } | skipped
 
 
 def not_the_sum(shares: Mapping[str, Form], gradients: Vectors) -> str | None:

@@ -78,12 +78,15 @@ class RemovalSummary:
         reason: why steps are evaluated again, or why shares were not verified.
         verified: samples whose shares were compared with a step without them; all of them agreed.
         largest_error: relative, among those.
+        skipped: removals that leave some parameter without any gradient, whose step an optimizer skips; its gradient is taken for
+            zero.
     """
 
     by: str | None = None
     reason: str | None = None
     verified: int = 0
     largest_error: float = 0.0
+    skipped: int = 0
 
     @classmethod
     def from_json(cls, entry: Any) -> RemovalSummary | None:
@@ -95,13 +98,18 @@ class RemovalSummary:
             _text(part.get("reason")),
             _integer(part.get("verified")) or 0,
             _number(part.get("largest_error")) or 0.0,
+            _integer(part.get("skipped")) or 0,
         )
 
     def __str__(self) -> str:
         reason = (self.reason or "").rstrip(". ")
         if self.by == "rerun":
             because = f", because {reason}" if reason else ""
-            return f"removals measured by evaluating each step without the sample{because}"
+            skipped = (
+                f"; {self.skipped} of them leave a parameter without a gradient, whose step the optimizer then skips, which is taken for "
+                "a gradient of zero"
+            )
+            return f"removals measured by evaluating each step without the sample{because}{skipped if self.skipped else ''}"
         if self.verified > 0:
             samples = f"{self.verified} of {self.verified} sample{'s' if self.verified > 1 else ''}"
             return f"removal verified on {samples}, largest relative error {_brief(self.largest_error)}"
@@ -169,7 +177,10 @@ class Provenance:
 
     def to_json(self) -> dict[str, Any]:
         """As a report's metadata has it."""
-        return {key: value for key, value in asdict(self).items() if value or key not in _WHERE_THERE_ARE_SOME}
+        made = {key: value for key, value in asdict(self).items() if value or key not in _WHERE_THERE_ARE_SOME}
+        if self.removals is not None and not self.removals.skipped:
+            del made["removals"]["skipped"]
+        return made
 
 
 @dataclass(frozen=True)

@@ -82,7 +82,7 @@ def _approximations(made: Provenance) -> Iterator[Trust]:
 def _removals(removals: RemovalSummary) -> Trust:
     text = f"{str(removals)[0].upper()}{str(removals)[1:]}."
     if removals.by == "rerun":
-        return Trust("Removals", "measured", "solid", text)
+        return Trust("Removals", "measured", "approximate" if removals.skipped else "solid", text)
     if removals.verified:
         return Trust("Removals", "verified", _level_of(removals.largest_error, 0.01), text)
     return Trust("Removals", "not verified", "unknown", text)

@@ -15,6 +15,16 @@ from lightning_influence.run.lightning_names import is_a
 
 
 @contextmanager
+def recommending(otherwise: str) -> Iterator[None]:
+    """What is refused here recommends something that the caller has, in the place of recording for replay."""
+    try:
+        yield
+    except ConfigurationError as error:
+        error.args = (str(error).replace("use record='replay'", otherwise),)
+        raise
+
+
+@contextmanager
 def left_out(what: str, give_up: Callable[[str, ConfigurationError], None] | None) -> Iterator[None]:
     """Whatever is refused here is left out of what is recorded, if it may be.
 

@@ -91,8 +91,8 @@ class RowOrder:
             if batch_size(batch) != len(drawn) and not self.recollates:
                 raise ConfigurationError(
                     f"a batch of {len(drawn)} samples has {batch_size(batch)} rows: the collate function drops, adds or joins rows, and "
-                    "whose they are cannot be told from their content. Say it by InfluenceCallback(sample_ids=function of the "
-                    "batch, one id a row), or let every sample be one row."
+                    "whose they are cannot be told from their content. Let every sample be one row, or, of a run that is recorded, say it "
+                    "by InfluenceCallback(sample_ids=function of the batch, one id a row)."
                 )
             return drawn
         self.rearranged |= owners != list(range(len(drawn)))

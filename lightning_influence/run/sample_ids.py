@@ -162,7 +162,7 @@ def _set_batch_sampler(loader: DataLoader[Any], sampler: Any) -> None:
 
 def _describe(loader: Any) -> str:
     if isinstance(loader, (Mapping, list, tuple)):
-        return f"{len(loader)} loaders, whose batches come together"
+        return f"{len(loader)} loaders, whose batches come together, so that a sample is the rows of all of them at one place,"
     if not isinstance(loader, DataLoader):
         return f"a {type(loader).__name__}"
     if isinstance(loader.dataset, torch.utils.data.IterableDataset):

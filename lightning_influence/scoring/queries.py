@@ -335,11 +335,11 @@ def _target_gradient(
         together = weights is None and losses.query_loss is None and traits.is_mean is not False
         if together:
             mean, equal = losses.mean(batch)
-            if traits.is_mean is None:
+            if traits.is_mean is None and n > 1:  # a single example says nothing
                 few = some(batch, slice(_LOOKED_AT))
                 of_few = mean if n <= _LOOKED_AT else losses.mean(few)[0]
                 traits.is_mean = _same_mean(of_few, losses.each(few).mean())
-            together = traits.is_mean and equal
+            together = traits.is_mean is not False and equal
         if together:
             loss = n * mean
         else:

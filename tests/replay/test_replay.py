@@ -309,3 +309,19 @@ def test_a_step_that_makes_a_parameter_not_finite_says_so(tmp_path: Path) -> Non
         ReplayDrift, match=r"step 1: the optimizer's step, replayed with .*makes net\.0\.weight not finite"
     ):
         attribute(wrong, queries=[digits(4).tensors], model=module, data=digits(64), progress=False)
+
+
+@pytest.mark.parametrize("record", ["gradients", "replay"])
+def test_parameters_in_half_precision_give_the_scores_of_double_precision_nearly(record: Any, tmp_path: Path) -> None:
+    """A step is often less than their rounding, so a replay drifts, and the report says by how much."""
+    train, val = split_digits(48, 8)
+    reports = []
+    for precision in ("64-true", "bf16-true"):
+        module, log = Classifier(), tmp_path / precision
+        fit(module, DataLoader(train, 8), InfluenceCallback(log, record=record), precision=precision, max_epochs=2)
+        options: dict[str, Any] = {"queries": DataLoader(val, 4), "target": "mean", "progress": False}
+        reports.append(attribute(log, model=module, **options))
+    exact, half = (r.scores.double() for r in reports)
+    assert (half - exact).norm() <= 0.1 * exact.norm()
+    if record == "replay":
+        assert 1e-3 < max(reports[1].metadata["replay_drift"].values()) < 0.2

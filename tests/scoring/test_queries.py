@@ -200,6 +200,17 @@ def test_the_mean_target_is_the_mean_of_the_columns(kind: type[Classifier], size
         torch.testing.assert_close(mean[k][0], each[k].mean(0), rtol=1e-9, atol=1e-12)
 
 
+def test_a_first_batch_of_one_example_says_nothing_of_the_others() -> None:
+    module, (x, y) = Coupled().double(), digits(9, torch.float64).tensors
+    batches: list[Any] = [(x[:1], y[:1]), (x[1:5], y[1:5]), (x[5:], y[5:])]
+    names = [k for k, _ in module.named_parameters()]
+    select = lambda name, values: values.flatten(values.dim() - module.get_parameter(name).dim())
+    each = query_gradients(module, batches, names, select, progress=False)
+    mean = query_gradients(module, batches, names, select, target="mean", progress=False)
+    for k in names:
+        torch.testing.assert_close(mean[k][0], each[k].mean(0), rtol=1e-9, atol=1e-12)
+
+
 class ByEpoch(Classifier):
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         scale = 1 + self.current_epoch + 0.1 * self.global_step + 0.01 * batch_idx
