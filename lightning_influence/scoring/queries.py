@@ -17,7 +17,7 @@ from tqdm.auto import tqdm
 from lightning_influence.core.curvature import GradientGraph, differentiable_attention
 from lightning_influence.core.trajectory import Vectors
 from lightning_influence.errors import ConfigurationError
-from lightning_influence.run.batches import OneExample, batch_size, example, to_dtype
+from lightning_influence.run.batches import OneExample, batch_size, example, some, to_dtype
 from lightning_influence.run.data import TrainingData, set_up
 from lightning_influence.run.lightning_names import is_a
 from lightning_influence.run.parameters import parameters_at
@@ -178,7 +178,7 @@ def target_losses(
         return query_losses(model, queries, query_loss)
     task = as_task(model)
     with asking(task), torch.no_grad():
-        terms = list(_terms(LossOfQueries(task, query_loss), _batches(task, queries), target))
+        terms = list(_terms(LossOfQueries(task, query_loss), _batches(task, queries), target, Traits()))
         total = torch.stack([loss for loss, _ in terms]).sum()[None]
         return total / sum(n for _, n in terms) if isinstance(target, str) else total
 
@@ -344,7 +344,7 @@ def _target_gradient(
     traits: Traits,
 ) -> Vectors:
     total, seen = {name: torch.zeros_like(p) for name, p in parameters.items()}, 0
-    for loss, n in _terms(losses, batches, target):
+    for loss, n in _terms(losses, batches, target, traits):
         for name, gradient in _gradient(loss, parameters).items():
             total[name] += gradient
         seen += n
@@ -352,32 +352,35 @@ def _target_gradient(
     return _kept({name: scale * gradient for name, gradient in total.items()}, select)
 
 
-def _terms(losses: LossOfQueries, batches: Iterable[Any], target: Target) -> Iterator[tuple[Tensor, int]]:
+def _terms(
+    losses: LossOfQueries, batches: Iterable[Any], target: Target, traits: Traits
+) -> Iterator[tuple[Tensor, int]]:
     """The sum of the queries' losses, weighted as the target says, and their number, batch by batch."""
     weights = None if isinstance(target, str) else torch.as_tensor(target, dtype=torch.float64)
     seen = 0
-    alike: bool | None = None  # whether the loss of a batch is the mean of its examples' own losses
     for batch in batches:
         n = batch_size(batch)
-        together = weights is None and losses.query_loss is None and alike is not False
+        together = weights is None and losses.query_loss is None and traits.is_mean is not False
         if together:
             mean, equal = losses.mean(batch)
-            if alike is None:
-                alike = _same_mean(mean, losses.each(batch).mean())
-            together = alike and equal
+            if traits.is_mean is None and n > 1:  # a single example says nothing
+                few = some(batch, slice(_LOOKED_AT))
+                of_few = mean if n <= _LOOKED_AT else losses.mean(few)[0]
+                traits.is_mean = _same_mean(of_few, losses.each(few).mean())
+            together = traits.is_mean is not False and equal
         if together:
             yield n * mean, n
         else:
             each = losses.each(batch)
-            here = torch.ones(n) if weights is None else weights[seen : seen + n]
-            if len(here) != len(each):
+            own_weights = torch.ones(n) if weights is None else weights[seen : seen + n]
+            if len(own_weights) != len(each):
                 raise ConfigurationError(
                     f"target has {0 if weights is None else len(weights)} weights, but queries holds more examples."
                 )
-            yield (here.to(each) * each).sum(), n
+            yield (own_weights.to(each) * each).sum(), n
         seen += n
     if seen == 0:
-        raise ConfigurationError("queries holds no batch; give a loader with at least one example.")
+        raise ConfigurationError(_NO_BATCH)
     if weights is not None and seen != len(weights):
         raise ConfigurationError(f"target has {len(weights)} weights, but queries holds {seen} examples.")
 
