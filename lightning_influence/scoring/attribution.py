@@ -18,6 +18,7 @@ from lightning_influence.core.scores import RowScores
 from lightning_influence.core.sweep import Method, sweep
 from lightning_influence.core.trajectory import Trajectory, Vectors
 from lightning_influence.errors import ConfigurationError, LogError
+from lightning_influence.log.manifest import LEFT_OUT
 from lightning_influence.log.steps import FINAL, LoggedSteps, LoggedTrajectory, checksum
 from lightning_influence.replay.logged_plan import LoggedPlan
 from lightning_influence.replay.states import WalkedAstray
@@ -36,11 +37,10 @@ from lightning_influence.scoring.processes import Deal, Fabric, Run
 from lightning_influence.scoring.queries import (
     Queries,
     Target,
-    asked_of,
     check_target,
     count_queries,
     query_gradients,
-    query_losses,
+    target_losses,
 )
 from lightning_influence.scoring.query_loss import QueryLoss
 
@@ -173,7 +173,7 @@ def attribute(
         largest_first = scored.scores.norm(dim=1).argsort(descending=True).tolist()
         found = bends(
             task,
-            lambda: asked_of(query_losses(task, asked, query_loss), target),
+            lambda: target_losses(task, asked, target, query_loss),
             moves,
             torch.cat(lines, 1),
             largest_first,
@@ -337,6 +337,8 @@ def _refuse_another_model(steps: LoggedSteps, task: Task) -> None:
                 f"has {seen}. Give the module that was trained with this log."
             )
     for what, why in steps.reader.missing.items():
+        if what in LEFT_OUT.values():  # as record="auto" may
+            continue
         warnings.warn(f"the log lacks {what}: {why}", stacklevel=5)
     if FINAL not in steps.reader.artifacts():
         warnings.warn(
