@@ -59,7 +59,7 @@ MODES = {
     "selection inside the step": Mode(None, {"every": 1}),
     "rounds, recorded": Mode({"record": "both", "snapshot_every": 3}, {"every": "epoch"}),
     "look-ahead, report": Mode({"record": "replay", "report": True}, {"every": 2, "horizon": 1}),
-    # which take a checkpoint at the end of an epoch only
+    # which take a checkpoint at the end of an epoch only, and a while until they train
     "two processes": Mode({"record": "both", "snapshot_every": 3}, processes=2, epochs=10),
     "two processes, rounds, report": Mode(
         {"record": "gradients", "report": True}, {"every": "epoch"}, processes=2, epochs=10
@@ -229,7 +229,9 @@ def one(mode: Mode, reference: Left, duration: float, rng: random.Random) -> tup
     """What became of one killed run, and the complete steps that its log held."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        in_process(lambda: train(folder, mode), kill_after=rng.uniform(0, 1.1 * duration))
+        in_process(
+            lambda: train(folder, mode), kill_after=rng.uniform(0.3 if mode.processes > 1 else 0, 1.1) * duration
+        )
         left = left_in(folder)
         if left.steps != reference.steps[: len(left.steps)]:
             return "WRONG after the kill", len(left.steps)
