@@ -144,7 +144,10 @@ def train(folder: Path, mode: Mode) -> None:
     data, val = data_of(mode)
     last = folder / "last.ckpt"
     # a sampler that Lightning deals out to processes does not say where in the epoch it is
-    when = {"every_n_train_steps": 3} if mode.processes == 1 else {"every_n_epochs": 1}
+    alone = mode.processes == 1
+    when: dict[str, Any] = (
+        {"every_n_train_steps": 3} if alone else {"every_n_epochs": 1, "save_on_train_epoch_end": True}
+    )
     callbacks: list[L.Callback] = [SeedsSteps(), ModelCheckpoint(folder, save_last=True, save_top_k=0, **when)]
     if mode.recording is not None:
         callbacks.append(InfluenceCallback(folder / "log", existing="overwrite", on_error="raise", **mode.recording))
