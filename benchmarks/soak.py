@@ -148,7 +148,10 @@ def train(folder: Path, mode: Mode) -> None:
     when: dict[str, Any] = (
         {"every_n_train_steps": 3} if alone else {"every_n_epochs": 1, "save_on_train_epoch_end": True}
     )
-    callbacks: list[L.Callback] = [SeedsSteps(), ModelCheckpoint(folder, save_last=True, save_top_k=0, **when)]
+    callbacks: list[L.Callback] = [
+        SeedsSteps(),
+        ModelCheckpoint(folder, save_last=True, save_top_k=0 if alone else 1, **when),
+    ]
     if mode.recording is not None:
         callbacks.append(InfluenceCallback(folder / "log", existing="overwrite", on_error="raise", **mode.recording))
     trainer = L.Trainer(
