@@ -59,7 +59,7 @@ MODES = {
     "selection inside the step": Mode(None, {"every": 1}),
     "rounds, recorded": Mode({"record": "both", "snapshot_every": 3}, {"every": "epoch"}),
     "look-ahead, report": Mode({"record": "replay", "report": True}, {"every": 2, "horizon": 1}),
-    # which take a checkpoint at the end of an epoch only
+    # which take a checkpoint at the end of an epoch only, and a while until they train
     "two processes": Mode({"record": "both", "snapshot_every": 3}, processes=2, epochs=10),
     "two processes, rounds, report": Mode(
         {"record": "gradients", "report": True}, {"every": "epoch"}, processes=2, epochs=10
@@ -144,8 +144,14 @@ def train(folder: Path, mode: Mode) -> None:
     data, val = data_of(mode)
     last = folder / "last.ckpt"
     # a sampler that Lightning deals out to processes does not say where in the epoch it is
-    when = {"every_n_train_steps": 3} if mode.processes == 1 else {"every_n_epochs": 1}
-    callbacks: list[L.Callback] = [SeedsSteps(), ModelCheckpoint(folder, save_last=True, save_top_k=0, **when)]
+    alone = mode.processes == 1
+    when: dict[str, Any] = (
+        {"every_n_train_steps": 3} if alone else {"every_n_epochs": 1, "save_on_train_epoch_end": True}
+    )
+    callbacks: list[L.Callback] = [
+        SeedsSteps(),
+        ModelCheckpoint(folder, save_last=True, save_top_k=0 if alone else 1, **when),
+    ]
     if mode.recording is not None:
         callbacks.append(InfluenceCallback(folder / "log", existing="overwrite", on_error="raise", **mode.recording))
     trainer = L.Trainer(
@@ -229,7 +235,9 @@ def one(mode: Mode, reference: Left, duration: float, rng: random.Random) -> tup
     """What became of one killed run, and the complete steps that its log held."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        in_process(lambda: train(folder, mode), kill_after=rng.uniform(0, 1.1 * duration))
+        in_process(
+            lambda: train(folder, mode), kill_after=rng.uniform(0.3 if mode.processes > 1 else 0, 1.1) * duration
+        )
         left = left_in(folder)
         if left.steps != reference.steps[: len(left.steps)]:
             return "WRONG after the kill", len(left.steps)

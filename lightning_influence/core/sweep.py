@@ -129,12 +129,12 @@ def sweep(
             blocks.append(block)
         if groups is not None:
             of_groups += groups.passed(index)
+        if passed is not None:
+            passed()
     if moves is not None:
         whole = pieces.joined({piece: moves[piece] for piece in pieces.sizes if piece in moves})
         moves.clear()
         moves.update(whole)
-        if passed is not None:
-            passed()
     return RowScores.joined([*blocks[::-1], *of_groups[::-1]], walk.n_queries)
 
 

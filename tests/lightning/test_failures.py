@@ -146,7 +146,7 @@ class Waits(L.Callback):
 def test_on_error_raise_ends_the_run(failure: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     fails = AtStep(5, lambda: PATCHES[failure](monkeypatch, tmp_path / "log"))
     told = "it broke|No space left|manifest.json was deleted, replaced or cut while the run wrote to it"
-    with pytest.raises((RuntimeError, LogError), match=told):
+    with pytest.raises((RuntimeError, LogError, ConfigurationError), match=told):
         fit(
             Classifier(),
             loader(TRAIN),
@@ -169,7 +169,7 @@ def test_a_failure_at_the_first_step_is_raised(failure: str, tmp_path: Path, mon
                 PATCHES[failure](monkeypatch, tmp_path / "log")
 
     callback = InfluenceCallback(tmp_path / "log", record="gradients")
-    with pytest.raises((RuntimeError, LogError), match="it broke|No space left"):
+    with pytest.raises((RuntimeError, LogError, ConfigurationError), match="it broke|No space left"):
         fit(Classifier(), loader(TRAIN), callback, Early(), Waits(), max_epochs=2)
     monkeypatch.undo()
     fit(
