@@ -44,8 +44,10 @@ def study(name: str, lr: float, n: int, size: float, window: int) -> list[dict[s
         "sum of single scores": sums_over(alone.scores, alone.sample_ids, chosen),
         "joint response": report.groups.scores,
     }
-    known = [bend for bend in report.groups.bends or () if bend is not None]
-    run = {"network": name, "lr": lr, "bend": sum(known) / max(len(known), 1)}
+    off = (report.groups.scores - truth).norm(dim=1) / truth.norm(dim=1)
+    for bend, error in zip(report.groups.bends or (), off.tolist(), strict=True):
+        print(f"{name}, lr {lr:g}: bend {bend:.3f}, error {error:.3f}", flush=True)
+    run = {"network": name, "lr": lr}
     rows = [{**run, "prediction": told, **agreement_row(values, truth)} for told, values in found.items()]
     print({what: round(s, 1) for what, s in seconds.items()}, flush=True)
     return rows

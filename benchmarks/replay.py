@@ -3,6 +3,7 @@
 python benchmarks/replay.py [network ...]        # cost and fidelity of each estimator, one target
 python benchmarks/replay.py mlp --growth         # with the number of steps, samples, queries and snapshots
 python benchmarks/replay.py gpt2 --memory        # run forward and walked back, within less and less memory
+python benchmarks/replay.py gpt2 --processes     # two processes of one thread beside one
 """
 
 from __future__ import annotations
@@ -10,19 +11,24 @@ from __future__ import annotations
 import argparse
 import resource
 import tempfile
+import time
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
+import torch
+from lightning import Fabric
 from measure import ESTIMATORS, agreement_row, picked, quiet, scores, show, timed, trained, true_effects
 from torch.utils.data import DataLoader
-from workloads import WORKLOADS, Workload
+from workloads import WORKLOADS, Workload, gpt2
 
 from lightning_influence.core.sweep import Method, sweep
 from lightning_influence.scoring.attribution import open_trajectory
 from lightning_influence.scoring.queries import query_gradients
 
+LARGER: dict[str, Any] = {"gpt2": {"build": partial(gpt2, 2, 256)}}
 SETTINGS: dict[str, Any] = {"lr": 1e-4, "betas": (0.9, 0.999)}
 
 
@@ -119,17 +125,54 @@ def memory(workload: Workload) -> None:
     print(pd.DataFrame(rows).to_string(index=False, float_format=lambda v: f"{v:.3g}"), flush=True)
 
 
+def processes(workload: Workload) -> None:
+    """Seconds of one process and of two that share its replay, one after the other; six steps, a gigabyte each."""
+    with tempfile.TemporaryDirectory() as folder:
+        module = trained(workload, Path(folder), **SETTINGS)
+        torch.save(module.state_dict(), Path(folder) / "trained.pt")
+        Fabric(accelerator="cpu", devices=2, strategy="ddp_spawn").launch(
+            partial(_side_by_side, workload=workload, log=Path(folder))
+        )
+
+
+def _side_by_side(fabric: Any, workload: Workload, log: Path) -> None:
+    quiet()
+    torch.set_num_threads(1)
+    module = workload.make(**SETTINGS)
+    module.load_state_dict(torch.load(log / "trained.pt"))
+    rows: list[dict[str, Any]] = []
+    columns: dict[int, torch.Tensor] = {}
+    for response in ("tangent", "finite"):
+        for count in (1, 2):
+            fabric.barrier()
+            if count == 1 and fabric.global_rank > 0:
+                continue
+            seconds, processor = time.perf_counter(), time.process_time()
+            shared = fabric if count == 2 else None
+            report = scores(workload, log, module, target="mean", response=response, fabric=shared, max_memory=2**30)
+            row = {"response": response, "processes": count, "s": time.perf_counter() - seconds}
+            rows.append(row | {"CPU s of the first": time.process_time() - processor})
+            columns[count] = report.scores
+        if fabric.global_rank == 0:
+            rows[-1]["difference"] = float((columns[2] - columns[1]).abs().max() / columns[1].abs().max())
+    if fabric.global_rank == 0:
+        print(pd.DataFrame(rows).to_string(index=False, float_format=lambda v: f"{v:.3g}"), flush=True)
+
+
 def main() -> None:
     quiet()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("networks", nargs="*", default=list(WORKLOADS), metavar="network", help=", ".join(WORKLOADS))
     parser.add_argument("--growth", action="store_true")
     parser.add_argument("--memory", action="store_true")
+    parser.add_argument("--processes", action="store_true")
     parser.add_argument("--removals", type=int, default=20)
     args = parser.parse_args()
     for name in args.networks:
         if args.memory:
             memory(WORKLOADS[name])
+        elif args.processes:
+            processes(replace(WORKLOADS[name], n_train=6 * WORKLOADS[name].batch, **LARGER.get(name, {})))
         elif args.growth:
             growth(WORKLOADS[name])
         else:

@@ -71,6 +71,22 @@ def test_the_whole_way(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "ceiling" in capsys.readouterr().out
 
 
+def test_processes_of_torchrun_share_the_work(run: Path) -> None:
+    """Both compute, the first writes and prints, and the scores are those of one."""
+    known = [str(run / "log"), f"--config={run / 'run.yaml'}", f"--checkpoint={run / 'last.ckpt'}", "--target=mean"]
+    assert main(["attribute", *known, f"--out={run / 'alone.safetensors'}"]) == 0
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m"]
+    command += ["lightning_influence", "attribute", *known, f"--out={run / 'two.safetensors'}"]
+    paths = os.pathsep.join([*sys.path, str(Path(__file__).parent)])
+    environment = {**os.environ, "PYTHONPATH": paths, "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run(command, cwd=run, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("wrote ") == 1
+    alone, two = (InfluenceReport.load(run / f"{name}.safetensors") for name in ("alone", "two"))
+    assert torch.equal(two.sample_ids, alone.sample_ids)
+    torch.testing.assert_close(two.scores, alone.scores, rtol=1e-3, atol=1e-4 * float(alone.scores.abs().max()))
+
+
 class OtherDigits(pl.LightningDataModule):
     """The same of the package's other name; what it splits off is another set each time that it is set up."""
 

@@ -20,7 +20,7 @@ from lightning_influence import InfluenceCallback, InfluenceReport, attribute
 from lightning_influence.errors import InfluenceError
 from lightning_influence.log.format import FINAL
 from lightning_influence.log.shard import sealed
-from lightning_influence.report.files import FORMAT
+from lightning_influence.report.files import _TENSORS, FORMAT
 from lightning_influence.trust.results import Results
 
 BUDGET = settings(
@@ -131,8 +131,9 @@ WRONG = st.sampled_from([-1.0, 2.0**39, 2.0**62, -(2.0**63), 1e31, float("inf"),
 def forged_tensors(draw: st.DrawFn) -> dict[str, torch.Tensor]:
     """Half of them as a sweep may give them; in the others one is wrong."""
     n, q = draw(st.integers(0, 4)), draw(st.integers(0, 3))
-    values = [torch.tensor(draw(st.lists(VALUES, min_size=n * q, max_size=n * q))).reshape(n, q) for _ in range(2)]
-    tensors = {"sample_ids": torch.arange(n) // 2, "steps": torch.arange(n), "scores": values[0], "tangent": values[1]}
+    tensors = {"sample_ids": torch.arange(n) // 2, "steps": torch.arange(n)}
+    for name in ("scores", "tangent", "interaction"):
+        tensors[name] = torch.tensor(draw(st.lists(VALUES, min_size=n * q, max_size=n * q))).reshape(n, q)
     if draw(st.booleans()):
         name = draw(st.sampled_from(sorted(tensors)))
         shape = draw(st.sampled_from([(), (n,), (n, q), (0, 2**40), (2**40, 0), (n, q, 1)]))
@@ -145,6 +146,13 @@ def forged_tensors(draw: st.DrawFn) -> dict[str, torch.Tensor]:
             )
         )
     return tensors
+
+
+@settings(BUDGET, max_examples=5)
+@given(tensors=forged_tensors())
+def test_what_is_forged_has_the_tensors_of_a_report(tensors: dict[str, torch.Tensor]) -> None:
+    """Or else it would be refused for those alone."""
+    assert tensors.keys() == set(_TENSORS)
 
 
 @BUDGET
@@ -208,21 +216,34 @@ def recorded(tmp_path_factory: pytest.TempPathFactory) -> tuple[Classifier, Path
     return module, log
 
 
-def use_log(module: Classifier, log: Path) -> None:
-    """Scores from what was recorded, and from the run replayed."""
+def use_log(module: Classifier, log: Path) -> dict[str, InfluenceReport]:
+    """Scores from what was recorded, and from the run replayed, as far as there are any."""
     state = {name: value.clone() for name, value in module.state_dict().items()}
+    asked: dict[str, Any] = {"queries": [digits(4).tensors], "model": module, "target": "mean", "progress": False}
+    answers = {}
     for curvature in ("fisher", "hessian"):
         with bounded(), suppress(InfluenceError):
-            attribute(
-                log, queries=[digits(4).tensors], model=module, target="mean", curvature=curvature, progress=False
-            )
+            answers[curvature] = attribute(log, curvature=curvature, **asked)
     assert all(torch.equal(value, state[name]) for name, value in module.state_dict().items())
+    return answers
+
+
+@pytest.fixture(scope="module")
+def right(recorded: tuple[Classifier, Path]) -> dict[str, InfluenceReport]:
+    """The answers of the log as it was recorded."""
+    answers = use_log(*recorded)
+    assert len(answers) == 2
+    return answers
 
 
 @settings(BUDGET, max_examples=60)
 @given(edits=EDITS, file=st.integers(0, 20))
 def test_edited_logs(
-    recorded: tuple[Classifier, Path], tmp_path: Path, edits: list[tuple[int, bytes, int]], file: int
+    recorded: tuple[Classifier, Path],
+    right: dict[str, InfluenceReport],
+    tmp_path: Path,
+    edits: list[tuple[int, bytes, int]],
+    file: int,
 ) -> None:
     module, whole = recorded
     shutil.rmtree(tmp_path / "log", ignore_errors=True)
@@ -230,7 +251,11 @@ def test_edited_logs(
     files = sorted(path for path in (tmp_path / "log").rglob("*") if path.suffix in (".json", ".jsonl", ".safetensors"))
     path = files[file % len(files)]
     path.write_bytes(edited(path.read_bytes(), edits))
-    use_log(module, tmp_path / "log")
+    for curvature, answer in use_log(
+        module, tmp_path / "log"
+    ).items():  # where what was edited says nothing, or says that the run was cut short
+        n = len(answer.rows)
+        assert n < len(right[curvature].rows) or torch.equal(answer.scores, right[curvature].scores)
 
 
 @settings(BUDGET, max_examples=120)

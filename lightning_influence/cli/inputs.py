@@ -11,6 +11,7 @@ import torch
 
 from lightning_influence.errors import ConfigurationError, InfluenceError
 from lightning_influence.log.format import FINAL, MANIFEST
+from lightning_influence.log.place import place_of
 from lightning_influence.log.snapshots import snapshot_name
 from lightning_influence.log.steps import LoggedSteps
 from lightning_influence.replay.logged_plan import LoggedPlan
@@ -133,7 +134,7 @@ def _read(option: str, path: Path) -> str:
 
 
 def trained(
-    model: LightningModule | None, data: LightningDataModule | None, checkpoint: Path | None, log: Path
+    model: LightningModule | None, data: LightningDataModule | None, checkpoint: Path | None, log: str
 ) -> tuple[LightningModule, TrainingData]:
     """The module at its checkpoint, or without one at the end of a run that can be replayed, and its data."""
     require(model=model, data=data)
@@ -149,13 +150,13 @@ def trained(
     return model, prepared(data)
 
 
-def _end_of(log: Path, model: LightningModule) -> Mapping[str, Any]:
+def _end_of(log: str, model: LightningModule) -> Mapping[str, Any]:
     """Parameters and buffers at the end of a run, from its log.
 
     Raises:
         ConfigurationError: the log does not hold them.
     """
-    if (log / MANIFEST).exists():
+    if place_of(log).file(MANIFEST).exists():
         steps = LoggedSteps(log)
         artifacts = steps.reader.artifacts()
         if FINAL in artifacts and snapshot_name(len(steps)) in artifacts:

@@ -33,7 +33,7 @@ from lightning_influence.words import renamed
 
 
 def check(
-    log: Path,
+    log: str,
     model: LightningModule | None = None,
     data: LightningDataModule | None = None,
     checkpoint: Path | None = None,
@@ -56,7 +56,7 @@ def check(
     """Retrain without some samples, and say how far the scores of a run can be trusted. Example: lightning-influence check runs/influence --config run.yaml --checkpoint last.ckpt --removals 50.
 
     Args:
-        log: directory written by InfluenceCallback with record="replay".
+        log: directory or URL written by InfluenceCallback with record="replay".
         model: the module that was trained.
         data: its data; the queries are those of val_dataloader.
         checkpoint: of the end of the run; by default its parameters are read from the log.
@@ -108,7 +108,7 @@ def check(
 
 
 def proxy(
-    log: Path,
+    log: str,
     model: LightningModule | None = None,
     data: LightningDataModule | None = None,
     checkpoint: Path | None = None,
@@ -126,7 +126,7 @@ def proxy(
     """Predict without retraining how far off first-order scores are. Example: lightning-influence proxy runs/influence --config run.yaml --checkpoint last.ckpt --target mean --pairs 32.
 
     Args:
-        log: directory written by InfluenceCallback.
+        log: directory or URL written by InfluenceCallback.
         model: the module that was trained.
         data: its data; the queries are those of val_dataloader.
         checkpoint: of the end of the run; by default its parameters are read from the log, where it can be replayed.
@@ -166,7 +166,7 @@ def proxy(
 
 
 def clean(
-    log: Path | None = None,
+    log: str | None = None,
     model: LightningModule | None = None,
     data: LightningDataModule | None = None,
     checkpoint: Path | None = None,
@@ -181,7 +181,7 @@ def clean(
     """Train a recorded run again without its suspects, and say what changed beside what was predicted. Example: lightning-influence clean --config run.yaml --dry_run true.
 
     Args:
-        log: directory written by InfluenceCallback; by default the one that the configuration's callback writes.
+        log: directory or URL written by InfluenceCallback; by default the one that the configuration's callback writes.
         model: the module that was trained.
         data: its data; the runs are compared on val_dataloader.
         checkpoint: of the end of the run; by default its parameters are read from the log.

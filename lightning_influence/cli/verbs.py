@@ -18,6 +18,7 @@ from lightning_influence.cli.inputs import (
     tokenizer_of,
     trained,
 )
+from lightning_influence.cli.processes import launched
 from lightning_influence.errors import ConfigurationError
 from lightning_influence.log.manifest import Manifest
 from lightning_influence.log.reader import StoreReader
@@ -31,24 +32,23 @@ from lightning_influence.trust.dynamics import training_dynamics
 from lightning_influence.words import warn_renamed
 
 
-def inspect(log: Path) -> None:
+def inspect(log: str) -> None:
     """Say what a log holds. Example: lightning-influence inspect runs/influence.
 
     Args:
-        log: directory written by InfluenceCallback.
+        log: directory or URL written by InfluenceCallback.
     """
     reader = StoreReader(log)
-    size = sum(f.stat().st_size for f in log.rglob("*") if f.is_file())
     manifest, keys = Manifest.of(reader), ("module", "optimizer", "record", "compression", "precision")
     entries = {key: getattr(manifest, key) for key in keys} | {"ranks": reader.ranks}
     entries["coverage"] = f"{manifest.coverage.recorded:,} of {manifest.coverage.trained:,} trained coordinates"
     lines = "".join(f"\n  {key:12s} {value}" for key, value in entries.items())
     lines += "".join(f"\n  it lacks {what}: {why}" for what, why in reader.missing.items())
-    print(printable(f"{log}: {len(reader)} optimizer steps, {size / 1e6:.1f} MB{lines}"))
+    print(printable(f"{log}: {len(reader)} optimizer steps, {reader.nbytes / 1e6:.1f} MB{lines}"))
 
 
 def attribute(
-    log: Path,
+    log: str,
     model: LightningModule | None = None,
     data: LightningDataModule | None = None,
     checkpoint: Path | None = None,
@@ -68,8 +68,11 @@ def attribute(
 ) -> None:
     """Score the training samples of a logged run against the validation data. Example: lightning-influence attribute runs/influence --config run.yaml --checkpoint last.ckpt --target mean.
 
+    Under torchrun (torchrun --nproc-per-node 2 -m lightning_influence attribute ...) the processes share the work, and the first
+    of them writes the report.
+
     Args:
-        log: directory written by InfluenceCallback.
+        log: directory or URL written by InfluenceCallback.
         model: the module that was trained.
         data: its data; the queries are those of val_dataloader.
         checkpoint: of the end of the run; by default its parameters are read from the log, where it can be replayed.
@@ -92,10 +95,11 @@ def attribute(
         warn_renamed("--target null", "--target each", shown=True)
         target = None
     module, source = trained(model, data, checkpoint, log)
+    fabric = launched()
     report = attribute_run(
         log,
         queries=queries_of(source),
-        model=module,
+        model=module if fabric is None else module.to(fabric.device),
         data=source,
         target=target,
         curvature=curvature,
@@ -108,8 +112,11 @@ def attribute(
         groups=groups_in(groups),
         verify=verify,
         max_memory=max_memory,
+        fabric=fabric,
         progress=progress,
     )
+    if fabric is not None and fabric.global_rank > 0:
+        return
     report.save(out)
     of_groups = "" if report.groups is None else f"\n\ngroups\n{report.groups.to_pandas().to_string(index=False)}"
     print(f"{report}\n\nmost harmful\n{report.bottom(5).to_string(index=False)}{of_groups}\n\nwrote {out}")
@@ -119,7 +126,7 @@ def report(
     scores: Path,
     out: Path = Path("influence.html"),
     data: LightningDataModule | None = None,
-    log: Path | None = None,
+    log: str | None = None,
     show: Callable | None = None,  # type: ignore[type-arg]
     tokenizer: str | None = None,
     groups: Path | None = None,
@@ -157,7 +164,7 @@ def report(
 
 
 def suspects(
-    log: Path,
+    log: str,
     k: int = 20,
     model: LightningModule | None = None,
     data: LightningDataModule | None = None,
@@ -167,7 +174,7 @@ def suspects(
     """Say which samples of a logged run are likely mislabelled. Example: lightning-influence suspects runs/influence --out suspects.csv.
 
     Args:
-        log: directory written by InfluenceCallback.
+        log: directory or URL written by InfluenceCallback.
         k: how many are shown.
         model: the module that was trained; with its data, for a look at every sample at the end, which helps after few epochs.
         data: its data.

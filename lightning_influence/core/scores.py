@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 
 import torch
 from torch import Tensor
 
 from lightning_influence.errors import ConfigurationError
+
+_COLUMNS = ("scores", "tangent", "interaction")  # one a query
 
 
 def mean_score(scores: Tensor) -> Tensor:
@@ -45,6 +47,12 @@ class RowScores:
             ids, scores = torch.zeros(0, dtype=torch.int64), torch.zeros(0, n_queries)
             return cls(ids, ids, scores, scores, scores)
         return cls(*(torch.cat([getattr(block, field.name) for block in blocks]) for field in fields(cls)))
+
+    @classmethod
+    def beside(cls, parts: Sequence[RowScores]) -> RowScores:
+        """The same rows with the queries of all parts, one part's columns after the other's."""
+        columns = {name: torch.cat([getattr(part, name) for part in parts], 1) for name in _COLUMNS}
+        return replace(parts[0], **columns)
 
     def __len__(self) -> int:
         return len(self.sample_ids)

@@ -24,6 +24,7 @@ from lightning_influence.lightning.run_report import RunReport, refuse_no_querie
 from lightning_influence.live.ways import BUDGET, Ways
 from lightning_influence.log.format import refuse_undecodable
 from lightning_influence.log.manifest import RECORDS, Manifest, Mask
+from lightning_influence.log.place import is_remote
 from lightning_influence.log.recorder import Compression, CompressionName, Recorder
 from lightning_influence.log.snapshots import ReplaySettings
 from lightning_influence.report import InfluenceReport
@@ -54,7 +55,8 @@ class InfluenceCallback(L.Callback):
     or the loader has to change, and the run's random numbers stay as they are.
 
     Args:
-        log: directory of the log, created at the start of ``fit``.
+        log: directory of the log, created at the start of ``fit``, or a URL that fsspec knows, such as ``"s3://bucket/run"``, to which
+            it is uploaded step by step (docs/log-format.md).
         record: ``"replay"`` writes snapshots and what is needed to run the training again, for exact curvature and for any
             module; ``"gradients"`` per-sample gradients, moments and hyperparameters, from which approximate scores follow
             without the data; ``"both"``. ``"auto"`` is both as far as they are possible and cheap: per-sample gradients
@@ -91,7 +93,7 @@ class InfluenceCallback(L.Callback):
         dirpath: the old word for ``log``.
 
     Attributes:
-        dirpath: the directory of the log; an attribute called ``log`` is overwritten by the trainer.
+        dirpath: the directory of the log, or its URL; an attribute called ``log`` is overwritten by the trainer.
         report: of the run that has ended, with ``report=True``.
 
     Raises:
@@ -125,9 +127,17 @@ class InfluenceCallback(L.Callback):
         log = renamed("log", log, "dirpath", dirpath)
         if log is None:
             raise ConfigurationError("log is missing; give the directory that the log is to be written to.")
-        self.dirpath = Path(log)  # the trainer makes a callback's attribute `log` its logging function
-        refuse_undecodable(self.dirpath)
-        self._state_key = self._generate_state_key(dirpath=str(self.dirpath.resolve()))  # asked for at every hook
+        self.dirpath = (
+            log if is_remote(log) else Path(log)
+        )  # of a callback's attribute `log` the trainer makes its logging function
+        refuse_undecodable(Path(log))
+        if report and is_remote(log):
+            raise ConfigurationError(
+                f"report=True writes the report into the log's directory, and {log} is a URL; leave it out, and call attribute(...) "
+                "with the URL after the run."
+            )
+        where = self.dirpath if isinstance(self.dirpath, str) else str(self.dirpath.resolve())
+        self._state_key = self._generate_state_key(dirpath=where)  # asked for at every hook
         for name, value, known in (
             ("record", record, ("auto", *RECORDS)),
             ("compression", compression, COMPRESSIONS),
@@ -159,7 +169,7 @@ class InfluenceCallback(L.Callback):
         self.on_error = on_error
         self._log = RunLog(self.dirpath, existing)
         self.writes_report = report
-        self._report = RunReport(self.dirpath)
+        self._report = RunReport(Path(log))
         self._recorder: Recorder | None = None
         self._failure: Exception | None = (
             None  # inside the training or the optimizer's step, to be dealt with at the next hook
@@ -282,7 +292,7 @@ class InfluenceCallback(L.Callback):
         try:
             recorder.close(finished=finished)
         except Exception as error:
-            tell_missing(recorder.writer.part, "its end", error, "Training is not affected.")
+            tell_missing(recorder.writer.place, recorder.ranks.rank, "its end", error, "Training is not affected.")
         self._log.steps = recorder.writer.complete
 
     # -- failures ---------------------------------------------------------------------------------------
@@ -326,7 +336,8 @@ class InfluenceCallback(L.Callback):
             recorder.close(finished=False)
         self._log.steps, self._log.stopped = recorder.writer.complete, str(error)
         tell_missing(
-            recorder.writer.part,
+            recorder.writer.place,
+            recorder.ranks.rank,
             f"the steps from {self._log.steps} on",
             error,
             "Recording has stopped. Training goes on as it would without it, and the log can be read up to its last complete "

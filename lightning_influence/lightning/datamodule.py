@@ -40,7 +40,7 @@ _BATCH_HOOKS = ("on_before_batch_transfer", "transfer_batch_to_device", "on_afte
 def _decisions_of(trainer: L.Trainer) -> Path:
     """Where the decisions of a long run go: into its log, or to a directory of their own under the trainer's root."""
     for callback in trainer.callbacks:  # type: ignore[attr-defined]
-        if isinstance(callback, InfluenceCallback):
+        if isinstance(callback, InfluenceCallback) and isinstance(callback.dirpath, Path):
             return callback.dirpath / "decisions"
     return Path(trainer.default_root_dir) / f"selection-{uuid4().hex[:8]}"
 

@@ -5,13 +5,13 @@ from __future__ import annotations
 import json
 from contextlib import ExitStack
 from dataclasses import replace
-from pathlib import Path
 from typing import Any, Literal
 from uuid import uuid4
 
 from lightning_influence.errors import ConfigurationError
 from lightning_influence.log.format import MANIFEST
 from lightning_influence.log.manifest import Manifest
+from lightning_influence.log.place import Log, place_of
 from lightning_influence.log.reader import StoreReader
 from lightning_influence.log.writer import StoreWriter
 from lightning_influence.run.ranks import Ranks
@@ -21,7 +21,7 @@ class RunLog:
     """Opens the log of one run after another.
 
     Args:
-        dirpath: the log's directory.
+        dirpath: the log's directory, or its URL.
         existing: what to do where the directory already holds a log.
 
     Attributes:
@@ -30,7 +30,7 @@ class RunLog:
         stopped: why recording ended before the run did.
     """
 
-    def __init__(self, dirpath: Path, existing: Literal["error", "overwrite", "resume"]) -> None:
+    def __init__(self, dirpath: Log, existing: Literal["error", "overwrite", "resume"]) -> None:
         self.dirpath, self.existing = dirpath, existing
         self.steps: int | None = None
         self.run: str | None = None
@@ -104,7 +104,7 @@ class RunLog:
         return writer
 
     def _is_there(self) -> bool:
-        return (self.dirpath / MANIFEST).exists()
+        return place_of(self.dirpath).file(MANIFEST).exists()
 
     def _recorded_run(self) -> str | None:
         """The identifier of the run whose log the directory holds; None where it holds none."""

@@ -15,6 +15,7 @@ from torch.utils.data import DataLoader, DistributedSampler
 from lightning_influence.errors import ConfigurationError
 from lightning_influence.lightning.failures import tell_missing
 from lightning_influence.lightning.loggers import log_report
+from lightning_influence.log.place import Place
 from lightning_influence.report import InfluenceReport
 from lightning_influence.run.random_state import random_state
 from lightning_influence.run.ranks import Ranks
@@ -46,15 +47,15 @@ class RunReport:
         Args:
             whole: whether the log is.
         """
-        part = self._log / f"rank-{trainer.global_rank}"
+        told = Place(self._log), trainer.global_rank
         ranks_of(trainer).wait()  # until the whole log is written
         try:
             if whole:
                 self._report = report_run(trainer, module, self._log)
             elif trainer.is_global_zero:
-                tell_missing(part, PAGE, "the log is not whole", "Training is not affected.")
+                tell_missing(*told, PAGE, "the log is not whole", "Training is not affected.")
         except Exception as error:
-            tell_missing(part, PAGE, error, "Training is not affected; attribute(...) makes a report of the log.")
+            tell_missing(*told, PAGE, error, "Training is not affected; attribute(...) makes a report of the log.")
 
     def read(self) -> InfluenceReport | None:
         """The report of the last run; None where there is none."""
@@ -133,7 +134,7 @@ def _made(trainer: L.Trainer, module: L.LightningModule, log: Path, queries: Any
             return make()
         except Exception as error:
             tell_missing(
-                log / "rank-0", what, error, "Training is not affected; attribute(...) makes a report of the log."
+                Place(log), 0, what, error, "Training is not affected; attribute(...) makes a report of the log."
             )
             (log / what).unlink(missing_ok=True)  # a part of it
 

@@ -61,7 +61,7 @@ def recording(
     `InfluenceCallback`.
 
     Args:
-        log: directory to write.
+        log: directory to write, or a URL that fsspec knows.
         task: what is trained: a `FunctionTask(module, loss)`, or a `LightningModule`.
         optimizer: of the loop, of the task's parameters.
         snapshot_every: steps between the snapshots of a log that can be replayed.

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
-from pathlib import Path
 
 from lightning_influence.errors import ConfigurationError
 from lightning_influence.live.first_step import first_step_line
 from lightning_influence.live.steps import LiveSteps
 from lightning_influence.log.manifest import LEFT_OUT, Manifest
-from lightning_influence.log.missing import note_missing
+from lightning_influence.log.missing import tell_place
+from lightning_influence.log.place import Log
 from lightning_influence.log.recorder import Recorder
 
 BUDGET = 2**16
@@ -71,7 +71,7 @@ class Ways:
         if recorder.ranks.rank == 0:
             recorder.writer.write_manifest(manifest.to_json())
         elif recorder.begun:
-            note_missing(recorder.writer.part, LEFT_OUT[what], self.left_out[what])
+            tell_place(recorder.writer.place, recorder.ranks.rank, LEFT_OUT[what], self.left_out[what])
         if self._told:
             self._tell(f"Influence: {recorder.writer.log} goes on with {self._why(what)}")
 
@@ -89,7 +89,7 @@ class Ways:
                 else:
                     self.give_up(what, error)
 
-    def first_step(self, log: Path, steps_left: float) -> str | None:
+    def first_step(self, log: Log, steps_left: float) -> str | None:
         """The line about the first step, once it has been taken; None before that, and afterwards.
 
         Args:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from lightning_influence.errors import LogCorrupted
 from lightning_influence.log.format import own_path
+from lightning_influence.log.place import Place
 
 MISSING = "missing.json"
 _MOST = 2**20  # bytes
@@ -24,8 +25,21 @@ def note_missing(part: Path, what: str, why: str) -> None:
     path.write_text(json.dumps(missing, indent=2), encoding="utf-8", errors="backslashreplace")
 
 
-def read_missing(part: Path) -> dict[str, str]:
+def tell_place(place: Place, rank: int, what: str, why: str) -> None:
+    """`note_missing` in a rank's part of a log, wherever it lies.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    note_missing(place.root / f"rank-{rank}", what, why)
+    place.store(f"rank-{rank}/{MISSING}")
+
+
+def read_missing(part: Path, told: str | None = None) -> dict[str, str]:
     """What a rank's part of a log lacks, and why; nothing where nothing was noted.
+
+    Args:
+        told: what its file is called in a message; its path by default.
 
     Raises:
         LogCorrupted: the file is not what was written.
@@ -41,5 +55,5 @@ def read_missing(part: Path) -> dict[str, str]:
         if len(data) > _MOST or not all(isinstance(why, str) for why in missing.values()):
             raise ValueError("it does not say what is missing")
     except (ValueError, AttributeError, RecursionError) as error:
-        raise LogCorrupted(f"{path} is not what was written ({error}); it can be removed.") from error
+        raise LogCorrupted(f"{told or path} is not what was written ({error}); it can be removed.") from error
     return dict(missing)

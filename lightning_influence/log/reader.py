@@ -19,12 +19,12 @@ from lightning_influence.log.format import (
     VERSION,
     names_of,
     own_path,
-    rank_names,
     read_index,
     refuse_undecodable,
     told_as_log_error,
 )
-from lightning_influence.log.missing import read_missing
+from lightning_influence.log.missing import MISSING, read_missing
+from lightning_influence.log.place import Log, Place, place_of
 from lightning_influence.log.shard import Shard
 
 
@@ -44,7 +44,7 @@ def _read_whole(path: Path) -> bytes:
 class _Manifest(dict[str, Any]):
     """What the log is of; a key that it lacks is a fault of the file, whoever asks for it."""
 
-    def __init__(self, content: dict[str, Any], path: Path) -> None:
+    def __init__(self, content: dict[str, Any], path: str) -> None:
         super().__init__(content)
         self._path = path
 
@@ -55,8 +55,11 @@ class _Manifest(dict[str, Any]):
 class StoreReader:
     """Random access to a store, one tensor at a time.
 
+    Args:
+        log: its directory, or a URL that fsspec knows.
+
     Attributes:
-        path: of its directory.
+        path: of its directory, or its URL.
         manifest: what was written of the store; `Manifest.of` says what it means.
         ranks: number of processes that wrote it.
         missing: what the run was to write and did not, and why.
@@ -66,20 +69,21 @@ class StoreReader:
         LogCorrupted: bytes that differ from those written; also raised by every method that reads.
     """
 
-    def __init__(self, log: str | Path) -> None:
-        self.path = self._root = Path(log)
-        refuse_undecodable(self._root)
-        with told_as_log_error(f"the log {self._root} cannot be read"):
+    def __init__(self, log: Log) -> None:
+        refuse_undecodable(Path(log))
+        with told_as_log_error(f"the log {log} cannot be read"):
+            self._root = place_of(log)
+            self.path = str(self._root)
             self.manifest: dict[str, Any] = self._read_manifest()
             self.ranks = self._count_ranks()
-            self._ranks = [_Part(self._root / f"rank-{rank}") for rank in range(self.ranks)]
+            self._ranks = [_Part(self._root, f"rank-{rank}") for rank in range(self.ranks)]
             self.missing = {k: v for rank in self._ranks for k, v in rank.missing.items()}
         self._refuse_short_ranks()
 
     def _read_manifest(self) -> _Manifest:
-        if not self._root.is_dir():
+        if not self._root.is_there():
             raise LogError(f"{self._root}: no such directory; give the directory that an InfluenceCallback wrote.")
-        path = own_path(self._root / MANIFEST)
+        path = own_path(self._root.file(MANIFEST))
         if not path.exists():
             raise LogError(
                 f"{self._root} is not a log (it has no {MANIFEST}); give the directory that an InfluenceCallback wrote."
@@ -92,16 +96,18 @@ class StoreReader:
             if not isinstance(body["version"], int) or not isinstance(body["content"], dict):
                 raise ValueError("its version or its content is of another type")
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-            raise LogCorrupted(f"{path} is not what was written ({error}); restore it from a copy.") from error
+            raise LogCorrupted(
+                f"{self._root.told(path)} is not what was written ({error}); restore it from a copy."
+            ) from error
         if body["version"] > VERSION:
             raise LogError(
                 f"{self._root} has format version {body['version']}; upgrade lightning_influence to read it."
             )
-        return _Manifest(body["content"], path)
+        return _Manifest(body["content"], self._root.told(path))
 
     def _count_ranks(self) -> int:
         """The number of ranks according to the manifest; the directories of all of them exist, and no other."""
-        ranks, names = self.manifest["ranks"], rank_names(self._root)
+        ranks, names = self.manifest["ranks"], self._root.rank_names()
         if ranks != len(names) or names != names_of(len(names)):
             raise LogCorrupted(
                 f"{self._root} holds {', '.join(sorted(names)) or 'no ranks'}, but its manifest says ranks={ranks!r:.20}, counted "
@@ -115,13 +121,18 @@ class StoreReader:
         for rank, part in enumerate(self._ranks):
             if len(part.steps) < end:
                 raise LogCorrupted(
-                    f"{self._root / f'rank-{rank}' / INDEX} holds {len(part.steps)} steps, but the run ended after {end}. "
+                    f"{self._root}/rank-{rank}/{INDEX} holds {len(part.steps)} steps, but the run ended after {end}. "
                     "Restore the log from a copy."
                 )
 
     def __len__(self) -> int:
         """Steps complete on all ranks."""
         return min((len(part.steps) for part in self._ranks), default=0)
+
+    @property
+    def nbytes(self) -> int:
+        """Of all steps and artifacts."""
+        return sum(entry["bytes"] for part in self._ranks for entry in [*part.steps, *part.artifacts.values()])
 
     def meta(self, step: int, rank: int = 0) -> dict[str, Any]:
         """JSON metadata of a step."""
@@ -167,34 +178,38 @@ class StoreReader:
 class _Part:
     """One rank's entries; keeps the shard that was read last open."""
 
-    def __init__(self, directory: Path) -> None:
-        self._directory = directory
-        self.missing = read_missing(own_path(directory))
+    def __init__(self, place: Place, name: str) -> None:
+        self._place, self._name = place, name
+        own_path(place.root / name)
+        missing, index = (place.file(f"{name}/{file}") for file in (MISSING, INDEX))
+        self.missing = read_missing(missing.parent, place.told(missing))
         try:
-            entries = read_index(own_path(directory) / INDEX)
+            entries = read_index(index, place.told(index))
         except FileNotFoundError as error:
-            raise LogCorrupted(f"{directory} has no {INDEX}; restore the log from a copy.") from error
+            raise LogCorrupted(f"{place}/{name} has no {INDEX}; restore the log from a copy.") from error
         self.steps = [entry for entry in entries if "step" in entry]
         self.artifacts = {entry["artifact"]: entry for entry in entries if "artifact" in entry}
         self._last: _Shard | None = None
 
     def open(self, entry: dict[str, Any]) -> _Shard:
         if self._last is None or self._last.entry is not entry:
-            self._last = _Shard(self._directory / entry["file"], entry)
+            with told_as_log_error(f"the log {self._place} cannot be read"):
+                path = self._place.file(f"{self._name}/{entry['file']}")
+            self._last = _Shard(path, entry, self._place.told(path))
         return self._last
 
 
 class _Shard(Shard):
     """The shard of an entry of the index."""
 
-    def __init__(self, path: Path, entry: dict[str, Any]) -> None:
-        self.path, self.entry = path, entry
+    def __init__(self, path: Path, entry: dict[str, Any], told: str) -> None:
+        self.path, self.entry = told, entry
         try:
             super().__init__(own_path(path), self._fault, self._error)
         except FileNotFoundError as error:
             raise self._error("it is not there") from error
         except OSError as error:
-            raise LogError(f"{path} cannot be read: {error}") from error
+            raise LogError(f"{told} cannot be read: {error}") from error
 
     def _fault(self, header: bytes, size: int) -> str | None:
         if size != self.entry["bytes"]:

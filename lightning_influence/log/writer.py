@@ -6,7 +6,6 @@ import fcntl
 import json
 import os
 import queue
-import shutil
 import threading
 import zlib
 from collections.abc import Collection, Iterator, Mapping, Sequence
@@ -28,13 +27,13 @@ from lightning_influence.log.format import (
     index_line,
     names_of,
     own_path,
-    rank_names,
     read_index,
     refuse_undecodable,
     step_name,
     told_as_log_error,
 )
 from lightning_influence.log.missing import MISSING
+from lightning_influence.log.place import Log, is_remote, place_of
 from lightning_influence.log.reader import StoreReader
 from lightning_influence.log.shard import serialise
 
@@ -47,10 +46,15 @@ class StoreWriter:
     """Appends to a store from a background thread whose backlog is bounded.
 
     Args:
-        log: the log's directory, created where needed.
+        log: the log's directory, created where needed, or a URL that fsspec knows, to which files are uploaded once they are
+            closed. A directory is locked while a run writes to it, a URL is not.
         rank, ranks: whose part of the store this is, and of how many; every process writes its own.
         existing: what to do where the directory already holds a store.
         max_pending_bytes: backlog at which `append` waits for the disk; besides it, one entry that alone is larger may wait.
+
+    Attributes:
+        log: as given.
+        place: where it lies.
 
     Raises:
         LogError: the directory holds a store and ``existing="error"``, cannot be written, or is being
@@ -59,18 +63,21 @@ class StoreWriter:
 
     def __init__(
         self,
-        log: str | Path,
+        log: Log,
         *,
         rank: int = 0,
         ranks: int = 1,
         existing: Literal["error", "overwrite", "resume"] = "error",
         max_pending_bytes: int = 2**28,
     ) -> None:
-        self._root, self._rank, self._ranks = Path(log), rank, ranks
-        self._dir = self._root / f"rank-{rank}"
+        self.log = log if is_remote(log) else Path(log)
+        self._rank, self._ranks, self._part = rank, ranks, f"rank-{rank}"
         self._manifest_written = False
-        refuse_undecodable(self._root)
+        refuse_undecodable(Path(log))
         with ExitStack() as undo, self._told():
+            self.place = place_of(log)
+            self._root = self.place.root
+            self._dir = self._root / self._part
             if existing == "error":
                 self._refuse_existing()
             own_path(self._dir).mkdir(parents=True, exist_ok=True)
@@ -80,10 +87,10 @@ class StoreWriter:
             elif existing == "error" and rank == 0:
                 self._clear_unbegun()
             self._refuse_other_ranks()
-            index = self._dir / INDEX
+            index = self.place.file(f"{self._part}/{INDEX}")
             self._entries = read_index(index) if existing == "resume" and index.exists() else []
             self._steps = sum("step" in entry for entry in self._entries)
-            (self._dir / MISSING).unlink(missing_ok=True)
+            self.place.remove(f"{self._part}/{MISSING}")
             self._index = self._begin_index()
             undo.pop_all()
         self._limit, self._pending = max_pending_bytes, 0
@@ -95,20 +102,20 @@ class StoreWriter:
         self._thread.start()
 
     def _told(self) -> AbstractContextManager[None]:
-        return told_as_log_error(f"cannot write a log to {self._root}")
+        return told_as_log_error(f"cannot write a log to {self.log}")
 
     def _refuse_existing(self) -> None:
         """Refuse a directory that holds steps, or a log that cannot be read."""
-        manifest = (self._root / MANIFEST).exists()
-        held = (
-            len(StoreReader(self._root))
-            if manifest
-            else max(map(_steps_in, self._root.glob("rank-*/" + INDEX)), default=0)
-        )
+        manifest = self.place.file(MANIFEST).exists()
+        if manifest:
+            held = len(StoreReader(self.log))
+        else:
+            indices = [self.place.file(f"{name}/{INDEX}") for name in self.place.rank_names()]
+            held = max((_steps_in(index) for index in indices if index.exists()), default=0)
         if held:
             without = "" if manifest else f", without its {MANIFEST}"
             raise LogError(
-                f"{self._root} already holds a log of {held} steps{without}; choose another directory, or "
+                f"{self.log} already holds a log of {held} steps{without}; choose another directory, or "
                 "say existing='overwrite' or existing='resume'."
             )
 
@@ -119,41 +126,30 @@ class StoreWriter:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
             file.close()
-            raise LogError(f"{self._root} is being written by another run; choose another directory.") from error
+            raise LogError(f"{self.log} is being written by another run; choose another directory.") from error
         return file
 
     def _clear(self) -> None:
         if self._rank == 0:
-            (self._root / MANIFEST).unlink(missing_ok=True)
-            for name in rank_names(self._root) - names_of(self._ranks):  # of a run on more processes
-                _remove(self._root / name)
-        for path in self._dir.iterdir():
-            if path.name != _LOCK:
-                _remove(path)
+            self.place.remove(MANIFEST)
+            for name in self.place.rank_names() - names_of(self._ranks):  # of a run on more processes
+                self.place.remove(name)
+        for name in self.place.names(self._part) - {_LOCK}:
+            self.place.remove(f"{self._part}/{name}")
 
     def _clear_unbegun(self) -> None:
         """Remove the parts of more processes of a run that could not begin."""
-        for name in rank_names(self._root) - names_of(self._ranks):
-            if {path.name for path in (self._root / name).iterdir()} <= {_LOCK, INDEX, MISSING}:
-                _remove(self._root / name)
+        for name in self.place.rank_names() - names_of(self._ranks):
+            if self.place.names(name) <= {_LOCK, INDEX, MISSING}:
+                self.place.remove(name)
 
     def _refuse_other_ranks(self) -> None:
-        others = rank_names(self._root) - names_of(self._ranks)
+        others = self.place.rank_names() - names_of(self._ranks)
         if others and self._rank == 0:  # which has removed those that are overwritten; the others do not wait for it
             raise LogError(
-                f"{self._root} holds {', '.join(sorted(others))}, which a log of {self._ranks} processes does not; "
+                f"{self.log} holds {', '.join(sorted(others))}, which a log of {self._ranks} processes does not; "
                 "remove it, or choose another directory."
             )
-
-    @property
-    def log(self) -> Path:
-        """The store's directory."""
-        return self._root
-
-    @property
-    def part(self) -> Path:
-        """The directory of this rank's part of it."""
-        return self._dir
 
     @property
     def complete(self) -> int:
@@ -180,6 +176,7 @@ class StoreWriter:
         body["crc32"] = zlib.crc32(json.dumps(body, sort_keys=True).encode())
         with self._told():
             _replace(self._root / MANIFEST, [json.dumps(body, indent=2).encode()])
+            self.place.store(MANIFEST)
         self._manifest_written = True
 
     def append(self, step: int, tensors: Mapping[str, Tensor], meta: dict[str, Any]) -> None:
@@ -189,7 +186,7 @@ class StoreWriter:
             LogError: not the next step, or an earlier entry could not be written.
         """
         if step != self._steps:
-            raise LogError(f"step {step} cannot be appended; the next step of {self._root} is {self._steps}.")
+            raise LogError(f"step {step} cannot be appended; the next step of {self.log} is {self._steps}.")
         self._steps += 1
         self._submit({"step": step, "file": step_name(step)}, tensors, meta)
 
@@ -212,7 +209,7 @@ class StoreWriter:
         """
         if steps > self._steps:
             raise LogError(
-                f"the checkpoint was taken after step {steps}, but the log {self._root} holds only {self._steps} steps; "
+                f"the checkpoint was taken after step {steps}, but the log {self.log} holds only {self._steps} steps; "
                 "resume with the log that belongs to the checkpoint."
             )
         self.flush()
@@ -298,9 +295,13 @@ class StoreWriter:
         header, *parts = serialise(tensors, meta)
         size = len(header) + sum(map(len, parts))
         entry |= {"file": f"{entry['file']}.safetensors", "bytes": size, "header": zlib.crc32(header)}
-        _replace(self._dir / entry["file"], [header, *parts])
+        name = f"{self._part}/{entry['file']}"
+        _replace(self._root / name, [header, *parts])
+        self.place.store(name)
         self._written += self._index.write(index_line(entry))
         self._index.flush()
+        self.place.store(f"{self._part}/{INDEX}")  # after the shard that it tells of
+        self.place.release(name)
         self._entries.append(entry)
 
     def _drop(self, names: Collection[str]) -> None:
@@ -309,7 +310,7 @@ class StoreWriter:
         self._index.close()
         self._index = self._begin_index()  # without them, before their files go
         for entry in gone:
-            (self._dir / entry["file"]).unlink(missing_ok=True)
+            self.place.remove(f"{self._part}/{entry['file']}")
 
     def _fail(self, error: BaseException) -> None:
         """Keep the first error for whoever calls next."""
@@ -321,13 +322,14 @@ class StoreWriter:
                     f"its {lost} was deleted, replaced or cut while the run wrote to it, so steps are lost. Keep everything else "
                     "out of the directory while a run writes there, and run again."
                 )
-            self._error = LogError(f"the log {self._root} could not be written: {why}")
+            self._error = LogError(f"the log {self.log} could not be written: {why}")
             self._error.__cause__ = error
 
     def _begin_index(self) -> IO[bytes]:
         """The index, written anew from the entries and open for more."""
         data = b"".join(map(index_line, self._entries))
         _replace(self._dir / INDEX, [data])
+        self.place.store(f"{self._part}/{INDEX}")
         self._written = len(data)
         return open(self._dir / INDEX, "ab")
 
@@ -393,7 +395,3 @@ def _write_whole(file: RawIOBase, part: bytes | memoryview) -> None:
 
 def _steps_in(index: Path) -> int:
     return sum("step" in entry for entry in read_index(index))
-
-
-def _remove(path: Path) -> None:
-    shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()

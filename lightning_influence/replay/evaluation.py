@@ -20,10 +20,12 @@ from lightning_influence.errors import ConfigurationError
 from lightning_influence.replay.measured_removals import MeasuredRemovals, Part
 from lightning_influence.replay.passes import Pass, Passes, leaves_of
 from lightning_influence.replay.plan import PlannedMicroBatch, PlannedStep, State
+from lightning_influence.replay.spread import Spread
 
 StoppedPaths = Literal["none", "followed", "not followed"]
 
 _SAME = 1e-4  # relative difference of two products that say the same
+_SAME_HALF = 1e-2  # of two gradients in half precision
 _BENT = 0.05  # relative, of the change of a gradient that its second derivative may miss
 
 
@@ -32,12 +34,16 @@ class Evaluation:
     """The training step of one optimizer step, evaluated.
 
     Attributes:
+        part: what this process evaluated, to which the graph belongs; the whole step, unless it is spread over processes.
+        spread: whether it is.
         graph: None where the run is replayed without second derivatives.
         measured: whether the shares are changes of the gradient (`StepRecord.measured`).
         buffers: after the step.
         form: makes the shares, which are only measured where they are asked for.
     """
 
+    part: PlannedStep
+    spread: bool
     gradients: dict[str, Tensor]
     graph: GradientGraph | None
     measured: bool
@@ -49,6 +55,25 @@ class Evaluation:
         return self.form()
 
 
+@dataclass(frozen=True)
+class _Ran:
+    """The micro-batches that this process ran.
+
+    Attributes:
+        totals: their gradients, which can be differentiated again by the leaves and by those of stopped paths.
+        captured: shares of each; None where hooks could not give them.
+        parts: what each gave.
+        buffers: before each, and after the last.
+    """
+
+    leaves: dict[str, Tensor]
+    stopped: dict[str, Tensor]
+    totals: dict[str, Tensor]
+    captured: list[dict[str, Form]] | None
+    parts: list[Part]
+    buffers: list[Mapping[str, Tensor]]
+
+
 class StepEvaluator:
     """Evaluates the steps of a run.
 
@@ -57,6 +82,7 @@ class StepEvaluator:
         trained: names of the parameters that the run trains.
         exclude: patterns of parameters that train but are not scored.
         exact: whether gradients will be differentiated again.
+        spread: over which processes; they all have to ask for the same steps, in the same order.
 
     Attributes:
         passes: by which it runs them.
@@ -72,8 +98,9 @@ class StepEvaluator:
         exclude: Sequence[str] = (),
         *,
         exact: bool = True,
+        spread: Spread | None = None,
     ) -> None:
-        self.passes, self._removals, self.exact = passes, removals, exact
+        self.passes, self._removals, self.exact, self.spread = passes, removals, exact, spread or Spread()
         self.stopped_paths: StoppedPaths | None = None
         self._capture = self._hooks(trained, exclude)
 
@@ -94,40 +121,47 @@ class StepEvaluator:
 
     def evaluate(self, planned: PlannedStep, state: State) -> Evaluation:
         """Gradients and shares of a step, by the module's own training step."""
-        leaves = leaves_of(state.parameters)
-        stopped = leaves_of(state.parameters) if self.exact and self.stopped_paths == "followed" else {}
-        captured: list[dict[str, Form]] = []
-        parts: list[Part] = []
-        buffers = [state.buffers]  # before each micro-batch, and after the last
-        totals: dict[str, Tensor] = {}
-        with differentiable_attention() if self.exact else nullcontext():
-            for micro_batch in planned.micro_batches:
-                one = self._pass(leaves, buffers[-1], micro_batch, stopped)
-                captured += [] if one.shares is None else [one.shares]
-                parts.append(Part(buffers[-1], {k: g.detach() for k, g in one.gradients.items()}, one.drew))
-                buffers.append(one.buffers)
-                totals |= {k: totals[k] + g if k in totals else g for k, g in one.gradients.items()}
-        if planned.hyper:  # a parameter that is frozen at this step has no gradient for the optimizer
-            totals = {k: g for k, g in totals.items() if k in planned.hyper}
+        return self._evaluated(planned, state, self._part(planned))
+
+    def _evaluated(self, planned: PlannedStep, state: State, part: PlannedStep) -> Evaluation:
+        """The same, of which this process runs a part."""
+        ran = self.spread.ranks.agreed(partial(self._run, part, state))
+        buffers, captured = dict(ran.buffers[-1]), ran.captured
+        totals = {k: g for k, g in ran.totals.items() if _is_stepped(k, planned)}
         gradients = {k: g.detach() for k, g in totals.items()}
-        shares = self._verified(planned, state, parts, gradients, captured)
-        graph = GradientGraph(leaves, totals, stopped) if self.exact else None
+        if part is not planned:
+            if not self._adds_up(planned, state, ran):
+                return self._evaluated(planned, state, planned)
+            gradients = self.spread.sum(gradients, state.parameters)
+            captured = self.spread.gathered(captured or [])
+        shares = self._verified(planned, state, ran.parts, gradients, captured)
+        if part is not planned and shares is None:  # removals are measured on the whole step
+            return self._evaluated(planned, state, planned)
+        graph = GradientGraph(ran.leaves, totals, ran.stopped) if self.exact else None
         if self.stopped_paths is None and graph is not None:
-            stops = self.passes.stop_paths(planned, leaves, buffers)
+            stops = self.passes.stop_paths(planned, ran.leaves, ran.buffers)
             self.stopped_paths = self._paths_to_follow(planned, state, graph) if stops else "none"
             if self.stopped_paths == "followed":
-                return self.evaluate(planned, state)
+                return self._evaluated(planned, state, planned)
+        if self.spread.divides is None and self.spread.is_short(planned) and self._removals.found.verified:
+            self.spread.divides = self._divides(planned, state, gradients)
         if shares is None:
-            form = partial(self._removals.form, planned, state.parameters, parts, gradients)
+            form = partial(self._removals.form, planned, state.parameters, ran.parts, gradients)
         else:
             form = partial(dict[str, Form], shares)
-        return Evaluation(gradients, graph, shares is None, buffers[-1], form)
+        return Evaluation(part, part is not planned, gradients, graph, shares is None, buffers, form)
 
     def gradients(self, planned: PlannedStep, state: State) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """The gradients of a step, as `evaluate` finds them, and the buffers after it."""
+        part = self._part(planned)
         with differentiable_attention() if self.exact else nullcontext():
-            one = self.passes.whole(planned, state)
-        return {k: g for k, g in one.gradients.items() if not planned.hyper or k in planned.hyper}, one.buffers
+            one = self.spread.ranks.agreed(partial(self.passes.whole, part, state))
+            gradients = one.gradients
+            if part is not planned:
+                if not self._is_apart(planned, state, one.buffers, one.drew):
+                    return self.gradients(planned, state)
+                gradients = self.spread.sum(gradients, state.parameters)
+        return {k: g for k, g in gradients.items() if _is_stepped(k, planned)}, one.buffers
 
     def nbytes(self, planned: PlannedStep, state: State) -> int:
         """Bytes that it takes to keep a step's evaluation; about the same for every step."""
@@ -135,8 +169,61 @@ class StepEvaluator:
             evaluation = self.evaluate(planned, state)
         if evaluation.measured:
             each = sum(g.numel() * g.element_size() for g in evaluation.gradients.values())
-            return sum(saved) + len(self._removals.asked(planned.sample_ids)) * each
-        return sum(saved) + sum(nbytes(form) for form in evaluation.shares.values())
+            of_shares = len(self._removals.asked(planned.sample_ids)) * each
+        else:
+            of_shares = sum(nbytes(form) for form in evaluation.shares.values())
+        return max(self.spread.ranks.gather(sum(saved) + of_shares))
+
+    def _part(self, planned: PlannedStep) -> PlannedStep:
+        """What this process evaluates of a step: the whole of it where there is something yet to be seen of it."""
+        spread, found = self.spread, self._removals.found
+        seen = self.stopped_paths is not None or not self.exact
+        if spread.ranks.size == 1 or spread.whole or found.measuring or not seen or self._removals.is_due(planned):
+            return planned
+        return planned if spread.is_short(planned) and not spread.divides else spread.part(planned)
+
+    def _run(self, part: PlannedStep, state: State) -> _Ran:
+        leaves = leaves_of(state.parameters)
+        stopped = leaves_of(state.parameters) if self.exact and self.stopped_paths == "followed" else {}
+        captured: list[dict[str, Form]] = []
+        parts: list[Part] = []
+        buffers: list[Mapping[str, Tensor]] = [state.buffers]
+        totals: dict[str, Tensor] = {}
+        with differentiable_attention() if self.exact else nullcontext():
+            for micro_batch in part.micro_batches:
+                one = self._pass(leaves, buffers[-1], micro_batch, stopped)
+                captured += [] if one.shares is None else [one.shares]
+                parts.append(Part(buffers[-1], {k: g.detach() for k, g in one.gradients.items()}, one.drew))
+                buffers.append(one.buffers)
+                totals |= {k: totals[k] + g if k in totals else g for k, g in one.gradients.items()}
+        complete = len(captured) == len(part.micro_batches)
+        return _Ran(leaves, stopped, totals, captured if complete else None, parts, buffers)
+
+    def _adds_up(self, planned: PlannedStep, state: State, ran: _Ran) -> bool:
+        """Whether a step is the sum of what the processes ran; if not, it has to be evaluated whole."""
+        apart = self._is_apart(planned, state, ran.buffers[-1], any(part.drew for part in ran.parts))
+        self._removals.adopt(self.spread.ranks)
+        return apart and not self._removals.found.measuring
+
+    def _is_apart(self, planned: PlannedStep, state: State, buffers: Mapping[str, Tensor], drew: bool) -> bool:
+        """Whether no micro-batch is another by what the others do: none leaves something in a buffer, and none of which samples
+        were left out draws random numbers. The processes agree, and remember where it is not so.
+        """
+        left = any(not torch.equal(b, state.buffers[k]) for k, b in buffers.items())
+        told = self.spread.ranks.gather((left, drew and self.spread.is_short(planned)))
+        self.spread.whole |= any(left for left, _ in told)
+        if any(drew for _, drew in told):
+            self.spread.divides = False
+        return not any(left or drew for left, drew in told)
+
+    def _divides(self, planned: PlannedStep, state: State, gradients: Vectors) -> bool:
+        """Whether the gradients of the processes' samples add up to that of the step."""
+        part = self.spread.part(planned, divided=True)
+        one = self.spread.ranks.agreed(partial(self.passes.whole, part, state))
+        total = self.spread.sum(one.gradients, state.parameters)
+        missed = distance({k: total.get(k, torch.zeros_like(g)) for k, g in gradients.items()}, gradients)
+        size = distance({k: torch.zeros_like(g) for k, g in gradients.items()}, gradients)
+        return not any(self.spread.ranks.gather(one.drew)) and missed <= (_SAME_HALF if self.half else _SAME) * size
 
     def _pass(
         self,
@@ -162,13 +249,15 @@ class StepEvaluator:
         state: State,
         parts: Sequence[Part],
         gradients: Vectors,
-        captured: Sequence[Mapping[str, Form]],
+        captured: Sequence[Mapping[str, Form]] | None,
     ) -> dict[str, Form] | None:
         """The shares of a step; None where the removals of its samples have to be measured."""
-        if len(captured) < len(planned.micro_batches):
-            return None
-        shares = {k: _stacked([part[k] for part in captured]) for k in captured[0] if k in gradients}
-        return shares if self._removals.agree(planned, state.parameters, parts, gradients, shares) else None
+        shares: dict[str, Form] | None = None
+        if captured is not None:
+            found = {k: _stacked([part[k] for part in captured]) for k in captured[0] if k in gradients}
+            shares = found if self._removals.agree(planned, state.parameters, parts, gradients, found) else None
+        self._removals.adopt(self.spread.ranks)
+        return None if self._removals.found.measuring else shares
 
     def _paths_to_follow(self, planned: PlannedStep, state: State, graph: GradientGraph) -> StoppedPaths:
         """What has to be done about paths that the loss stops: nothing where following them changes no product; otherwise
@@ -177,7 +266,7 @@ class StepEvaluator:
         direction = _random_direction(state.parameters)
         moved = self.passes.slope(planned, state, direction)
         self.stopped_paths = "followed"
-        followed = self.evaluate(planned, state).graph
+        followed = self._evaluated(planned, state, planned).graph
         assert followed is not None
         plain, whole = (
             {k: p[0].double() for k, p in g.hessian_product({k: m.flatten()[None] for k, m in moved.items()}).items()}
@@ -189,6 +278,11 @@ class StepEvaluator:
         expected = sum(float(m.double().square().sum()) for m in moved.values())
         slope = sum(float((whole[k] * direction[k].flatten()).sum()) for k in whole)
         return "followed" if abs(slope - expected) <= _BENT * expected else "not followed"
+
+
+def _is_stepped(name: str, planned: PlannedStep) -> bool:
+    """Whether a parameter has a gradient for the optimizer, which one that is frozen at this step has not."""
+    return not planned.hyper or name in planned.hyper
 
 
 def distance(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> float:

@@ -21,6 +21,7 @@ from lightning_influence.replay.plan import Plan, PlannedMicroBatch, PlannedStep
 from lightning_influence.replay.removals import RemovalCheck, not_the_sum
 from lightning_influence.run.batches import without
 from lightning_influence.run.kept_random import KeptRandom
+from lightning_influence.run.ranks import Ranks
 
 _LONG = 10  # seconds of measuring that are announced
 _EVERY = 64  # steps, and every epoch, in which removals are verified
@@ -77,6 +78,16 @@ class MeasuredRemovals:
         """The sets, by number, whose removal from a step of these samples is asked for."""
         return self._sets.within(sample_ids).sets
 
+    def is_due(self, planned: PlannedStep) -> bool:
+        """Whether removals of some samples of a step are to be verified."""
+        return self.found.unverifiable is None and self.found.is_due(*_part_of(planned))
+
+    def adopt(self, ranks: Ranks) -> None:
+        """What one process has to measure, they all do."""
+        for reason in ranks.gather(self.found.reason):
+            if reason is not None:
+                self.found.measure(reason)
+
     def agree(
         self,
         planned: PlannedStep,
@@ -101,8 +112,8 @@ class MeasuredRemovals:
             self.found.not_summed = wrong
             self.found.measure(f"the per-sample gradients of {wrong} do not sum to its gradient")
             return False
-        moment = planned.micro_batches[0].moment
-        if self.found.unverifiable is None and self.found.is_due(moment.epoch, moment.global_step // _EVERY):
+        if self.is_due(planned):
+            self.found.passed(*_part_of(planned))
             self._verify(planned, parameters, parts, gradients, shares)
         return not self.found.measuring
 
@@ -245,3 +256,9 @@ class MeasuredRemovals:
                 f"removals, about {n * seconds:.0f} s for one pass over the run. samples= restricts it to the ones of interest.",
                 stacklevel=2,
             )
+
+
+def _part_of(planned: PlannedStep) -> tuple[int, int]:
+    """The part of the run in which a step lies, of which one removal is verified."""
+    moment = planned.micro_batches[0].moment
+    return moment.epoch, moment.global_step // _EVERY

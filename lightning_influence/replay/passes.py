@@ -135,12 +135,12 @@ class Passes:
     def whole(self, planned: PlannedStep, state: State) -> Pass:
         """The gradient of a whole step, by parameter and in its shape, and the buffers after it, without shares."""
         total: dict[str, Tensor] = {}
-        leaves, buffers = leaves_of(state.parameters), state.buffers
+        leaves, buffers, drew = leaves_of(state.parameters), state.buffers, False
         for micro_batch in planned.micro_batches:
             one = self.run(leaves, buffers, micro_batch)
-            buffers = one.buffers
+            buffers, drew = one.buffers, drew or one.drew
             total |= {k: total[k] + g if k in total else g for k, g in one.gradients.items()}
-        return Pass(total, None, dict(buffers))
+        return Pass(total, None, dict(buffers), drew)
 
     def slope(self, planned: PlannedStep, state: State, direction: Vectors) -> Vectors:
         """Central difference of a step's gradient along a direction of the parameters, by name and in their shapes."""

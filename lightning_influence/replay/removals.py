@@ -41,10 +41,12 @@ class RemovalCheck:
     _parts: set[tuple[int, ...]] = field(default_factory=set)
 
     def is_due(self, *part: int) -> bool:
-        """Whether a part of the run has yet to be verified, which it is then taken to be."""
-        due = part not in self._parts
+        """Whether a part of the run has yet to be verified."""
+        return part not in self._parts
+
+    def passed(self, *part: int) -> None:
+        """A part of the run is taken to be verified."""
         self._parts.add(part)
-        return due
 
     def choose(self, n: int) -> list[int]:
         """Which of ``n`` samples are to be verified next: the first, the last and those between, later in turn."""

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import replace
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -24,12 +25,14 @@ from lightning_influence.errors import CurvatureUnavailable
 from lightning_influence.replay.evaluation import StepEvaluator, StoppedPaths, distance
 from lightning_influence.replay.measured_removals import MeasuredRemovals
 from lightning_influence.replay.passes import Passes, copies
-from lightning_influence.replay.plan import Plan
+from lightning_influence.replay.plan import Plan, PlannedStep
 from lightning_influence.replay.removals import RemovalCheck
+from lightning_influence.replay.spread import Spread
 from lightning_influence.replay.states import States
 from lightning_influence.replay.token_products import TokenProducts, token_products
 from lightning_influence.run.parameters import placed
 from lightning_influence.run.random_state import random_state
+from lightning_influence.run.ranks import ALONE, Ranks
 from lightning_influence.run.task import Task, as_task
 
 _AT_ONCE = 32  # vectors carried through the network together
@@ -59,6 +62,8 @@ class ReplayTrajectory:
         progress: show a bar where replaying a segment takes longer than two seconds.
         removals: what was verified in an earlier part of the same run, so that it is not verified again.
         memory: bytes that may be held besides the module and one evaluation of a step.
+        ranks: processes over which the steps are spread; they all have to ask for the same, in the same order, and each measures
+            the removals of its own ``sets``.
 
     Attributes:
         states: of the run, within the memory that there is.
@@ -82,6 +87,7 @@ class ReplayTrajectory:
         progress: bool = True,
         removals: RemovalCheck | None = None,
         memory: int = 2**32,
+        ranks: Ranks = ALONE,
     ) -> None:
         self.task, self.plan, self.optimizer = as_task(model), plan, plan.optimizer
         self.module = module = self.task.module
@@ -94,7 +100,10 @@ class ReplayTrajectory:
         self._measured = MeasuredRemovals(
             self._passes, plan, self.removals, counterfactual=counterfactual, sets=sets, announce=progress
         )
-        self._evaluator = StepEvaluator(self._passes, self._measured, list(self._trained), exclude, exact=exact)
+        self._ranks = ranks
+        self._evaluator = StepEvaluator(
+            self._passes, self._measured, list(self._trained), exclude, exact=exact, spread=Spread(ranks)
+        )
         self.states = States(plan, self._evaluator, self._trained, memory=memory, progress=progress)
         self.differenced = False
         self._frozen_batch_norm, self._at_once_asked = frozen_batch_norm, at_once
@@ -122,6 +131,11 @@ class ReplayTrajectory:
     @property
     def starts(self) -> Sequence[int]:
         return self.plan.snapshots
+
+    def prepare(self) -> None:
+        """Where the steps are spread over processes, see from the first how they can be."""
+        if self._ranks.size > 1:
+            _ = self.states.evaluation_bytes  # measured on an evaluation of the first step, by every process as a whole
 
     def witness(self) -> None:
         """Verify the removals of the first step, and nothing else."""
@@ -206,7 +220,7 @@ class ReplayTrajectory:
             # under the same parameters, because a checkpointed module runs forward once more
             with placed(self.module, graph.parameters | copies(self.states.state(index).buffers)):
                 try:
-                    return graph.hessian_product(vectors, at_once=self._at_once)
+                    return self._summed(index, partial(graph.hessian_product, vectors, at_once=self._at_once))
                 except CurvatureUnavailable:
                     if self.stopped_paths == "followed":
                         raise
@@ -236,12 +250,11 @@ class ReplayTrajectory:
 
     def _differenced(self, index: int, vectors: Vectors) -> Vectors:
         """Hessian products by differences of gradients, where the training step cannot be differentiated twice."""
-        planned, state = self.plan.step(index), self.states.state(index)
+        part, state = self._part(index), self.states.state(index)
         rows = []
         for i in range(len(next(iter(vectors.values())))):
-            moved = self._passes.slope(
-                planned, state, {k: v[i].view_as(state.parameters[k]) for k, v in vectors.items()}
-            )
+            direction = {k: v[i].view_as(state.parameters[k]) for k, v in vectors.items()}
+            moved = self._summed(index, partial(self._passes.slope, part, state, direction), like=direction)
             rows.append({k: moved[k].flatten() if k in moved else torch.zeros_like(v[i]) for k, v in vectors.items()})
         return {k: torch.stack([row[k] for row in rows]) for k in vectors}
 
@@ -257,15 +270,36 @@ class ReplayTrajectory:
             for one in planned.micro_batches
         ]
 
+    def _part(self, index: int) -> PlannedStep:
+        """What this process evaluates of a step."""
+        return self.plan.step(index) if self._ranks.size == 1 else self.states.evaluation(index).part
+
+    def _summed(self, index: int, work: Callable[[], Vectors], like: Vectors | None = None) -> Vectors:
+        """What is found of a step from what this process finds of its part.
+
+        Args:
+            like: tensors of the same shapes, where a process may find fewer than others.
+        """
+        vectors = self._ranks.agreed(work)
+        if self._ranks.size == 1 or not self.states.evaluation(index).spread:
+            return vectors
+        return self._evaluator.spread.sum(vectors, like or vectors)
+
     def _product(self, product: Callable[..., Vectors], index: int, vectors: Vectors) -> Vectors:
         state = self.states.state(index)
         parameters = {k: state.parameters[k] for k in vectors}
         directions = {k: v.to(parameters[k]) for k, v in vectors.items()}
-        total = {k: torch.zeros_like(v) for k, v in directions.items()}
-        for micro_batch in self.plan.step(index).micro_batches:
-            loss = self._passes.loss_at(micro_batch, state)
-            for k, part in product(loss, parameters, directions, at_once=self._at_once).items():
-                total[k] += part
+        part, at_once = self._part(index), self._at_once
+
+        def of_part() -> Vectors:
+            total = {k: torch.zeros_like(v) for k, v in directions.items()}
+            for micro_batch in part.micro_batches:
+                loss = self._passes.loss_at(micro_batch, state)
+                for k, one in product(loss, parameters, directions, at_once=at_once).items():
+                    total[k] += one
+            return total
+
+        total = self._summed(index, of_part)
         return {k: total[k].to(vectors[k]) for k in vectors}
 
 

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     import pandas as pd
 
 STRAIGHT = 0.1
-"""Of a group's bend; below it, scores were off by 0.02 of their size on average, above it by 0.15 and more."""
+"""A bend below which scores were off by at most 0.024 of their size, and above it by 0.075 to 0.47 (docs/benchmarks.md, "Groups")."""
 
 _PREFIX = "groups/"
 

@@ -76,8 +76,9 @@ def ranks_of(trainer: L.Trainer) -> Ranks:
     strategy = trainer.strategy
     if not is_a(strategy, "SingleDeviceStrategy", "DDPStrategy"):
         raise ConfigurationError(
-            f"the trainer uses {type(strategy).__name__}, which shards parameters or steps in a way that per-sample "
-            "gradients cannot be read from; use strategy='ddp' or one device."
+            f"the trainer uses {type(strategy).__name__}, which shards parameters or steps: no process holds the whole gradients that "
+            "per-sample ones are part of, nor the whole parameters and moments that a replay starts from (record='replay'); use "
+            "strategy='ddp' or one device."
         )
     return Ranks(trainer.global_rank, trainer.world_size, strategy.root_device)
 

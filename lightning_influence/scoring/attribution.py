@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -18,6 +18,7 @@ from lightning_influence.core.scores import RowScores
 from lightning_influence.core.sweep import Method, sweep
 from lightning_influence.core.trajectory import Trajectory, Vectors
 from lightning_influence.errors import ConfigurationError, LogError
+from lightning_influence.log.manifest import LEFT_OUT
 from lightning_influence.log.steps import FINAL, LoggedSteps, LoggedTrajectory, checksum
 from lightning_influence.replay.logged_plan import LoggedPlan
 from lightning_influence.replay.states import WalkedAstray
@@ -26,36 +27,24 @@ from lightning_influence.report import InfluenceReport
 from lightning_influence.report.groups import Groups
 from lightning_influence.report.provenance import Coverage, Provenance, RemovalSummary
 from lightning_influence.run.data import TrainingData
+from lightning_influence.run.random_state import random_state
 from lightning_influence.run.task import Task, as_task
 from lightning_influence.scoring.bends import bends, straight_lines
 from lightning_influence.scoring.groups import GroupsOf, named_groups
 from lightning_influence.scoring.memory import Holding, MaxMemory, held_by_a_sweep, memory_in_bytes
 from lightning_influence.scoring.pace import Pace
+from lightning_influence.scoring.processes import Deal, Fabric, Run
 from lightning_influence.scoring.queries import (
     Queries,
     Target,
-    asked_of,
     check_target,
     count_queries,
     query_gradients,
-    query_losses,
+    target_losses,
 )
 from lightning_influence.scoring.query_loss import QueryLoss
 
-
-class Fabric(Protocol):
-    """The processes of a launched `lightning.Fabric`, as far as they are asked."""
-
-    world_size: int
-    global_rank: int
-    device: torch.device
-
-    def all_gather(self, data: Tensor) -> Any:
-        """The tensors of all processes, stacked."""
-
-
 _MOVED = "the parameters were changed after the last optimizer step of the logged run, by weight averaging for example"
-_COLUMNS = ("scores", "tangent", "interaction")  # of rows: one a query
 
 
 def attribute(
@@ -83,7 +72,8 @@ def attribute(
     A positive score means that without the sample the query loss would be higher: the sample helps.
 
     Args:
-        log: directory written by `InfluenceCallback` or `recording`, or its steps where they are open already.
+        log: directory written by `InfluenceCallback` or `recording`, a URL of one (``"s3://bucket/run"``, whatever fsspec knows), or its
+            steps where they are open already.
         queries: held-out data whose losses are predicted: a loader, a list of batches, a datamodule (its validation loader),
             a dataset, or a method without arguments that gives one of them.
         model: the `LightningModule` with the parameters at the end of the logged run, or a `FunctionTask` where a loop of
@@ -110,9 +100,11 @@ def attribute(
         max_memory: bytes that may be held besides the model and one evaluation of a training step, or ``"auto"`` for half of
             what is free. By it queries go through the run in turns, and a replay keeps fewer states and evaluations, which takes
             longer. A memory window for which it is too little lies in temporary files, and where the disk has no room either it
-            is shorter, with a warning; the report says what was used.
-        fabric: a launched `lightning.Fabric`, over whose processes the queries are spread; each process gets the
-            whole report.
+            is shorter, with a warning; the report says what was used. It is meant for each process where there are several;
+            ``"auto"`` divides what is free by their number where they compute on the processor.
+        fabric: a launched `lightning.Fabric`, over whose processes the work is spread: the queries as far as they go, and where
+            there are more processes, each step of a replay and the removals that are scored. Each process gets the whole report,
+            in which it is not said whether scores of groups can be read as sizes.
 
     Raises:
         LogError: not a log, an empty one, or one of another model.
@@ -122,8 +114,13 @@ def attribute(
     check_target(target)
     task, data, steps = as_task(model), TrainingData.of(data), LoggedSteps.of(log)
     named = {} if groups is None else named_groups(groups)
-    sets = RemovalSets(samples, list(named.values()))
-    replay = {"counterfactual": counterfactual, "sets": sets, "verify": verify}
+    asked = Queries.of(queries, data=data, precision=steps.manifest.precision)
+    with random_state(None):
+        asked = asked.held()
+        n_queries = 1 if target is not None else count_queries(task, asked)
+    deal = Deal.of(fabric, n_queries, RemovalSets(samples, list(named.values())), steps)
+    progress = progress and deal.everyone.rank == 0
+    replay = {"counterfactual": counterfactual, "sets": deal.sets, "verify": verify, "ranks": deal.replay}
     queried = _not_the_last(steps, task)
     with open_trajectory(steps, task, curvature, data, progress=progress, **replay) as trajectory:
         method = Method(
@@ -133,16 +130,9 @@ def attribute(
             counterfactual=counterfactual,
             optimizer_assumption=optimizer_assumption,
         )
-        asked = Queries.of(queries, data=data, precision=steps.manifest.precision).held()
-        n_queries = 1 if target is not None else count_queries(task, asked)
-        own = _own_part(n_queries, fabric)
-        held = held_by_a_sweep(
-            trajectory,
-            method,
-            dict(task.module.named_parameters()),
-            max(len(own), 1),
-            memory_in_bytes(max_memory, task.device),
-        )
+        most, own = memory_in_bytes(max_memory, task.device, deal.everyone.size), deal.queries
+        parameters = dict(task.module.named_parameters())
+        held = deal.holding(lambda: held_by_a_sweep(trajectory, method, parameters, max(len(own), 1), most))
         sizes = _sizes(consumed_by(trajectory, samples or ()), named)
         method = _within(held, method, trajectory)
 
@@ -161,7 +151,7 @@ def attribute(
         exact = method.response == "finite" and method.curvature == "hessian" and optimizer_assumption is None
         moves: Vectors | None = {} if named and exact and fabric is None else None
         turns = [own[start : start + held.queries] for start in range(0, max(len(own), 1), held.queries)]
-        pace = _pace(trajectory, method, n_queries, len(turns), memory_in_bytes(max_memory, task.device))
+        pace = _pace(trajectory, method, n_queries, len(turns), most)
         options: dict[str, Any] = {
             "window_in_files": held.in_files,
             "moves": moves,
@@ -171,11 +161,11 @@ def attribute(
         parts, lines = list[RowScores](), list[Tensor]()
         for turn in turns:
             of_queries = gradients(turn)
-            parts.append(_swept(trajectory, of_queries, method, sets, **options))
+            parts.append(_swept(trajectory, of_queries, method, deal.sets, **options))
             if moves is not None:
                 lines.append(straight_lines(of_queries, moves))
-        every = _joined(parts)
-        rows, of_groups = sets.split(every if fabric is None else _gathered(every, fabric, n_queries))
+        every = RowScores.beside(parts)
+        rows, of_groups = deal.sets.split(deal.gathered(every, steps, len(named)))
         made = replace(_provenance(steps, trajectory, method, target), queried=queried)
     query_ids = list(range(rows.n_queries)) if target is None else ["mean" if isinstance(target, str) else "target"]
     scored = Groups(list(named), sizes, of_groups, query_ids) if named else None
@@ -183,7 +173,7 @@ def attribute(
         largest_first = scored.scores.norm(dim=1).argsort(descending=True).tolist()
         found = bends(
             task,
-            lambda: asked_of(query_losses(task, asked, query_loss), target),
+            lambda: target_losses(task, asked, target, query_loss),
             moves,
             torch.cat(lines, 1),
             largest_first,
@@ -192,7 +182,7 @@ def attribute(
     return InfluenceReport(rows, query_ids=query_ids, metadata=made.to_json(), groups=scored)
 
 
-def consumed_by(trajectory: Trajectory, samples: Collection[int]) -> Tensor:
+def consumed_by(trajectory: Run, samples: Collection[int]) -> Tensor:
     """Ids of the samples that a run consumed, ascending.
 
     Raises:
@@ -222,20 +212,11 @@ def _sizes(used: Tensor, named: Mapping[str, list[int]]) -> list[int]:
     return sizes
 
 
-def _own_part(n_queries: int, fabric: Fabric | None) -> range:
-    """The queries of this process."""
-    if fabric is None:
-        return range(n_queries)
-    if n_queries < fabric.world_size:
-        raise ConfigurationError(f"{n_queries} queries cannot be spread over {fabric.world_size} processes; use fewer.")
-    own = torch.arange(n_queries).tensor_split(fabric.world_size)[fabric.global_rank]
-    return range(int(own[0]), int(own[-1]) + 1)
-
-
 def _within(held: Holding, method: Method, trajectory: Trajectory) -> Method:
     """The method that there is memory for; what a replay may hold is told to it."""
     if isinstance(trajectory, ReplayTrajectory):
         trajectory.states.memory = held.replay
+        trajectory.prepare()
     if held.memory_window < method.memory_window:
         warnings.warn(
             f"max_memory allows a memory window of {held.memory_window} steps instead of {method.memory_window}: scores of the "
@@ -267,26 +248,6 @@ def _swept(trajectory: Trajectory, gradients: Vectors, method: Method, sets: Rem
         trajectory.states.clear()
         trajectory.states.walks = False
         return sweep(trajectory, gradients, method, **options)
-
-
-def _joined(parts: Sequence[RowScores]) -> RowScores:
-    """The same rows for the queries of all parts."""
-    return replace(parts[0], **{name: torch.cat([getattr(p, name) for p in parts], 1) for name in _COLUMNS})
-
-
-def _gathered(rows: RowScores, fabric: Fabric, n_queries: int) -> RowScores:
-    """The columns of all processes, which hold ``n_queries`` in parts of nearly the same size."""
-    widest = -(-n_queries // fabric.world_size)
-    sizes = [len(part) for part in torch.arange(n_queries).tensor_split(fabric.world_size)]
-
-    def gather(columns: Tensor) -> Tensor:
-        padded = torch.nn.functional.pad(columns, (0, widest - columns.shape[1])).to(fabric.device)
-        gathered = fabric.all_gather(padded)
-        assert isinstance(gathered, Tensor)
-        every = gathered.cpu().reshape(fabric.world_size, *padded.shape)
-        return torch.cat([part[:, :size] for part, size in zip(every, sizes, strict=True)], 1)
-
-    return replace(rows, **{name: gather(getattr(rows, name)) for name in _COLUMNS})
 
 
 @contextmanager
@@ -376,6 +337,8 @@ def _refuse_another_model(steps: LoggedSteps, task: Task) -> None:
                 f"has {seen}. Give the module that was trained with this log."
             )
     for what, why in steps.reader.missing.items():
+        if what in LEFT_OUT.values():  # as record="auto" may
+            continue
         warnings.warn(f"the log lacks {what}: {why}", stacklevel=5)
     if FINAL not in steps.reader.artifacts():
         warnings.warn(

@@ -17,6 +17,7 @@ from lightning_influence.run.parameters import parameters_at
 from lightning_influence.run.task import Task
 
 _LOOKS = 2**12  # losses of queries that are evaluated in all; groups beyond are left unlooked at
+_VISIBLE = 1e-3  # relative change of the losses that single precision shows
 
 
 def straight_lines(gradients: Vectors, moves: Vectors) -> Tensor:
@@ -42,12 +43,14 @@ def bends(
     """
     own = dict(task.module.named_parameters())
     start, found = losses().double().cpu(), list[float | None]([None] * len(lines))
-    for group in list(largest_first)[: max(1, _LOOKS // max(1, len(start)))]:
-        line = lines[group]
-        with parameters_at(
-            task.module, {k: own[k].data + m[group].view_as(own[k]).to(own[k]) for k, m in moves.items()}
-        ):
+    for group in list(largest_first)[: max(1, _LOOKS // len(start))]:
+        size = float(lines[group].norm())
+        if size == 0:
+            continue
+        # a small move is made larger, so that the change is not rounded away; its bend grows in proportion
+        factor = max(1.0, _VISIBLE * float(start.norm()) / size)
+        there = {k: own[k].data + factor * m[group].view_as(own[k]).to(own[k]) for k, m in moves.items()}
+        with parameters_at(task.module, there):
             change = losses().double().cpu() - start
-        size = float(line.norm())
-        found[group] = float((change - line).norm()) / size if size else None
+        found[group] = float((change - factor * lines[group]).norm()) / (factor**2 * size)
     return found

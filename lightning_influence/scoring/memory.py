@@ -52,14 +52,17 @@ class Holding:
     in_files: bool = False
 
 
-def memory_in_bytes(max_memory: MaxMemory, device: torch.device) -> int:
-    """The bytes that may be held on a device.
+def memory_in_bytes(max_memory: MaxMemory, device: torch.device, processes: int = 1) -> int:
+    """The bytes that a process may hold on a device.
+
+    Args:
+        processes: that there are; on a processor they share what is free.
 
     Raises:
         ConfigurationError: neither a positive number nor ``"auto"``.
     """
     if max_memory == "auto":
-        return int(_OF_FREE * _free(device))
+        return int(_OF_FREE * _free(device)) // (processes if device.type == "cpu" else 1)
     if isinstance(max_memory, bool) or not isinstance(max_memory, int) or max_memory <= 0:
         raise ConfigurationError(
             f"max_memory={max_memory!r}; give a number of bytes, or 'auto' for half of what is free."

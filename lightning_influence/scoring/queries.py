@@ -167,6 +167,22 @@ def query_losses(model: Any, queries: Queries | Iterable[Any], query_loss: Query
         return torch.cat([losses.each(batch) for batch in _batches(task, queries)])
 
 
+def target_losses(
+    model: Any, queries: Queries | Iterable[Any], target: Target, query_loss: QueryLoss | None = None
+) -> Tensor:
+    """What the target says of the losses of the queries, ``(1,)``; the loss of each, ``(n_queries,)``, where it is None.
+
+    A mean of losses that a batch gives as a whole is asked for as a whole. Arguments and errors as of `query_gradients`.
+    """
+    if target is None:
+        return query_losses(model, queries, query_loss)
+    task = as_task(model)
+    with asking(task), torch.no_grad():
+        terms = list(_terms(LossOfQueries(task, query_loss), _batches(task, queries), target, Traits()))
+        total = torch.stack([loss for loss, _ in terms]).sum()[None]
+        return total / sum(n for _, n in terms) if isinstance(target, str) else total
+
+
 def query_gradients(
     model: Any,
     queries: Queries | Iterable[Any],
@@ -327,7 +343,19 @@ def _target_gradient(
     target: Target,
     traits: Traits,
 ) -> Vectors:
-    total = {name: torch.zeros_like(p) for name, p in parameters.items()}
+    total, seen = {name: torch.zeros_like(p) for name, p in parameters.items()}, 0
+    for loss, n in _terms(losses, batches, target, traits):
+        for name, gradient in _gradient(loss, parameters).items():
+            total[name] += gradient
+        seen += n
+    scale = 1 / seen if isinstance(target, str) else 1.0
+    return _kept({name: scale * gradient for name, gradient in total.items()}, select)
+
+
+def _terms(
+    losses: LossOfQueries, batches: Iterable[Any], target: Target, traits: Traits
+) -> Iterator[tuple[Tensor, int]]:
+    """The sum of the queries' losses, weighted as the target says, and their number, batch by batch."""
     weights = None if isinstance(target, str) else torch.as_tensor(target, dtype=torch.float64)
     seen = 0
     for batch in batches:
@@ -341,7 +369,7 @@ def _target_gradient(
                 traits.is_mean = _same_mean(of_few, losses.each(few).mean())
             together = traits.is_mean is not False and equal
         if together:
-            loss = n * mean
+            yield n * mean, n
         else:
             each = losses.each(batch)
             own_weights = torch.ones(n) if weights is None else weights[seen : seen + n]
@@ -349,16 +377,12 @@ def _target_gradient(
                 raise ConfigurationError(
                     f"target has {0 if weights is None else len(weights)} weights, but queries holds more examples."
                 )
-            loss = (own_weights.to(each) * each).sum()
-        for name, gradient in _gradient(loss, parameters).items():
-            total[name] += gradient
+            yield (own_weights.to(each) * each).sum(), n
         seen += n
     if seen == 0:
         raise ConfigurationError(_NO_BATCH)
     if weights is not None and seen != len(weights):
         raise ConfigurationError(f"target has {len(weights)} weights, but queries holds {seen} examples.")
-    scale = 1 / seen if weights is None else 1.0
-    return _kept({name: scale * gradient for name, gradient in total.items()}, select)
 
 
 def _same_mean(mean: Tensor, of_examples: Tensor) -> bool:
