@@ -581,6 +581,15 @@ class Objects(Base):
 
 
 @kind
+class MadeInside(Base):
+    """The step makes tensors of the default type, which a trainer in double precision sets, and draws such numbers."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        noise = 0.1 * torch.rand(6, generator=torch.Generator().manual_seed(batch_idx)) if self.training else 0.0
+        return F.cross_entropy(self((batch[0] + noise) @ torch.eye(6)), batch[1])
+
+
+@kind
 class Ragged(Base):
     """A batch is a list of tensors, one a sample."""
 

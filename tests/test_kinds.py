@@ -32,7 +32,7 @@ def trained(kind: type[Base], without: int | None = None, callbacks: Sequence[L.
 
 def losses(kind: type[Base], module: Base) -> Tensor:
     module.eval()
-    with quiet(module):
+    with quiet(module), module.trainer.precision_plugin.forward_context():
         steps = [module.training_step(kind.collate([sample]), 0) for sample in samples(kind)[N:]]
     return torch.stack([loss_of(output).detach() for output in steps])
 

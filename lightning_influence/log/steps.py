@@ -158,8 +158,7 @@ class LoggedSteps:
         """What the training step of each micro-batch read besides its batch, over all ranks; None where nothing was noted."""
         with decoding(f"step {index} of {self._log}"):
             record = self._stored(index)
-            ranks = range(self.reader.ranks if self.manifest.record != "gradients" else 0)
-            noted = [m for rank in ranks for m in self.reader.meta(index, rank)["micro_batches"]]
+            noted = [m for rank in range(self.reader.ranks) for m in self.reader.meta(index, rank)["micro_batches"]]
             moments = [
                 Moment(
                     int(m["batch_idx"]),
@@ -172,6 +171,7 @@ class LoggedSteps:
                 )
                 for m in noted
             ]
+            expect(len(moments) in (0, len(record.micro_batch_numbers.unique())), "moments of other micro-batches")
         return [*moments] or [None] * len(record.micro_batch_numbers.unique())
 
     def drawn(self, index: int) -> list[tuple[int, ...] | None]:

@@ -191,8 +191,22 @@ def _optimizer_at(real: torch.optim.Optimizer | None, rates: Sequence[float]) ->
     return optimizer
 
 
-_CONVERTED = {"64-true": torch.float64, "bf16-true": torch.bfloat16, "16-true": torch.float16}
+CONVERTED = {"64-true": torch.float64, "bf16-true": torch.bfloat16, "16-true": torch.float16}
 """Precisions of a trainer under which batches are converted before they reach the module."""
+
+
+@contextmanager
+def default_dtype(module: Any, precision: str | None = None) -> Iterator[None]:
+    """What a step makes itself (``torch.zeros``, ``torch.rand``) has the type that it has under a trainer of some precision; by
+    default that of the module's trainer.
+    """
+    named = str(getattr(getattr(module, "_trainer", None), "precision", None)) if precision is None else precision
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(CONVERTED.get(named, before))
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
 
 
 def prepared(module: LightningModule, batch: Any, *, datamodule: Any = None, precision: str | None = None) -> Any:
@@ -207,8 +221,8 @@ def prepared(module: LightningModule, batch: Any, *, datamodule: Any = None, pre
     datamodule = getattr(trainer, "datamodule", None) if datamodule is None else datamodule
     plugin = getattr(trainer, "precision_plugin", None)
     batch = copied(batch)
-    if precision in _CONVERTED:
-        batch = to_dtype(batch, _CONVERTED[precision])
+    if precision in CONVERTED:
+        batch = to_dtype(batch, CONVERTED[precision])
     elif precision is None and plugin is not None:
         batch = plugin.convert_input(batch)
     hooks = {

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Collection, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -27,6 +28,7 @@ from lightning_influence.report import InfluenceReport
 from lightning_influence.report.groups import Groups
 from lightning_influence.report.provenance import Coverage, Provenance, RemovalSummary
 from lightning_influence.run.data import TrainingData
+from lightning_influence.run.lightning_task import default_dtype
 from lightning_influence.run.random_state import random_state
 from lightning_influence.run.task import Task, as_task
 from lightning_influence.scoring.bends import bends, straight_lines
@@ -318,7 +320,7 @@ def resolved(
 def _autocast(precision: str, task: Task) -> Callable[[], AbstractContextManager[Any]]:
     dtypes = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}
     if precision not in dtypes:
-        return nullcontext
+        return partial(default_dtype, task.module, precision)
     return lambda: torch.autocast(task.device.type, dtypes[precision])
 
 

@@ -20,6 +20,7 @@ from lightning_influence.errors import ConfigurationError
 from lightning_influence.run.batches import OneExample, batch_size, example, some, to_dtype
 from lightning_influence.run.data import TrainingData, set_up
 from lightning_influence.run.lightning_names import is_a
+from lightning_influence.run.lightning_task import CONVERTED, default_dtype
 from lightning_influence.run.parameters import parameters_at
 from lightning_influence.run.rows import relates_samples
 from lightning_influence.run.sample_ids import is_map_style
@@ -54,7 +55,7 @@ class Queries:
             data = data.datamodule
             source = source.val_dataloader() if source is data and data is not None else source  # it is set up
         self._datamodule = next((d for d in (source, data) if is_a(d, "LightningDataModule")), None)
-        self._precision = precision
+        self.precision = precision
         self._batches = batches_of(source)
 
     @classmethod
@@ -67,7 +68,7 @@ class Queries:
         for batch in self._batches:
             alone = isinstance(batch, OneExample)
             inside = batch.batch if isinstance(batch, OneExample) else batch
-            prepared = task.prepared(inside, datamodule=self._datamodule, precision=self._precision)
+            prepared = task.prepared(inside, datamodule=self._datamodule, precision=self.precision)
             yield OneExample(prepared) if alone else prepared
 
     def held(self) -> Queries:
@@ -79,6 +80,7 @@ class Queries:
         """The same in another precision."""
         other = copy.copy(self)
         other._batches = [to_dtype(batch, dtype) for batch in self._batches]
+        other.precision = next((name for name, own in CONVERTED.items() if own == dtype), self.precision)
         return other
 
 
@@ -162,7 +164,7 @@ def query_losses(model: Any, queries: Queries | Iterable[Any], query_loss: Query
         model: a `LightningModule` or a `Task`.
     """
     task = as_task(model)
-    with asking(task), torch.no_grad():
+    with asking(task, queries), torch.no_grad():
         losses = LossOfQueries(task, query_loss)
         return torch.cat([losses.each(batch) for batch in _batches(task, queries)])
 
@@ -208,7 +210,7 @@ def query_gradients(
         ConfigurationError: no queries, a batch that the module cannot take, weights of another number.
     """
     task = as_task(model)
-    with asking(task):
+    with asking(task, queries):
         parameters = dict(task.module.named_parameters())
         chosen = {name: parameters[name] for name in names}
         batches = _batches(task, queries)
@@ -248,7 +250,7 @@ def mean_gradients(
         ConfigurationError: as of `query_gradients`.
     """
     task, gradients = as_task(model), list[Vectors]()
-    with asking(task):
+    with asking(task, queries):
         parameters = dict(task.module.named_parameters())
         chosen = {name: parameters[name] for name in names}
         for place in places:
@@ -268,7 +270,7 @@ def mean_gradients(
 
 def count_queries(task: Task, queries: Queries | Iterable[Any]) -> int:
     """The number of examples that there are in all batches."""
-    with asking(task):
+    with asking(task, queries):
         return sum(batch_size(batch) for batch in _batches(task, queries))
 
 
@@ -291,7 +293,7 @@ def query_curvature(
 
     def along(directions: Vectors) -> Tensor:
         columns = []
-        with asking(task), differentiable_attention():
+        with asking(task, queries), differentiable_attention():
             for graph in _gradient_graphs(LossOfQueries(task, query_loss), batches, parameters):
                 placed = {k: directions[k].to(graph.parameters[k]) for k in names}
                 products = graph.hessian_product(placed)
@@ -407,9 +409,10 @@ def _batches(task: Task, queries: Queries | Iterable[Any]) -> Iterator[Any]:
 
 
 @contextmanager
-def asking(task: Task) -> Iterator[None]:
-    """Evaluation mode, gradients on, logging off; everything as it was afterwards."""
-    with task.unchanged(), task.quiet(), torch.enable_grad():
+def asking(task: Task, queries: Any = None) -> Iterator[None]:
+    """Evaluation mode, gradients on, logging off, in the precision of the queries; everything as it was afterwards."""
+    precision = queries.precision if isinstance(queries, Queries) else None
+    with task.unchanged(), task.quiet(), torch.enable_grad(), default_dtype(task.module, precision):
         task.module.eval()
         task.module.requires_grad_(True)
         yield

@@ -14,6 +14,7 @@ from lightning_influence.errors import ConfigurationError
 from lightning_influence.log.steps import LoggedSteps
 from lightning_influence.replay.logged_plan import LoggedPlan
 from lightning_influence.run.data import TrainingData
+from lightning_influence.run.lightning_task import CONVERTED
 from lightning_influence.run.moment import Moment
 from lightning_influence.run.task import Task
 from lightning_influence.trust.retraining import Run, recorded_run
@@ -47,6 +48,7 @@ def own_run(
             f"data is {_described(source.dataset)}, whose samples cannot be asked for by their ids, so the run cannot be trained again "
             "without one of them. Give data= as a dataset with indices, or a loader or datamodule of one."
         )
+    options["dtype"] = options.get("dtype") or CONVERTED.get(precision)
     make = make_model or _initialisation(steps, task)
     if steps.manifest.frozen_batch_norm:
         make = _with_frozen_norms(make)

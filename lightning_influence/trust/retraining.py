@@ -25,6 +25,7 @@ from lightning_influence.core.trajectory import Clip, Hyper
 from lightning_influence.errors import ConfigurationError, InfluenceError, check_choice
 from lightning_influence.log.steps import LoggedSteps
 from lightning_influence.run.batches import leaves, to_dtype
+from lightning_influence.run.lightning_task import CONVERTED, default_dtype
 from lightning_influence.run.moment import Moment, eval_modes, set_modes
 from lightning_influence.run.random_state import random_state
 from lightning_influence.run.task import Task, as_task
@@ -293,7 +294,13 @@ class _Retraining:
         module = task.module
         names: dict[Tensor, str] = {p: name for name, p in module.named_parameters()}
         generators = [task.device] if task.device.type == "cuda" else []
-        with task.quiet(), torch.random.fork_rng(generators), torch.enable_grad():
+        precision = next((name for name, dtype in CONVERTED.items() if dtype == self.run.dtype), "32-true")
+        with (
+            task.quiet(),
+            torch.random.fork_rng(generators),
+            torch.enable_grad(),
+            default_dtype(module, precision),
+        ):
             for index in range(start, len(self.run.steps)):
                 if checkpoint_every is not None and index % checkpoint_every == 0:
                     self._checkpoints[index] = copy.deepcopy((module.state_dict(), optimizer.state_dict()))
