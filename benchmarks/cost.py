@@ -44,11 +44,15 @@ class Work:
 
     def fit(self, *callbacks: L.Callback, data: Any = None) -> Trained:
         module = self.kind(self.build, self.lr, (0.9, 0.999))
-        quietly = {"enable_checkpointing": False, "enable_progress_bar": False, "enable_model_summary": False}
-        trainer = L.Trainer(
-            max_epochs=self.epochs, accelerator="cpu", logger=False, callbacks=list(callbacks), **quietly
-        )
-        trainer.fit(module, DataLoader(self.train, self.batch) if data is None else data)
+        quietly: dict[str, Any] = {
+            "enable_checkpointing": False,
+            "enable_progress_bar": False,
+            "enable_model_summary": False,
+        }
+        with tempfile.TemporaryDirectory() as root:
+            quietly |= {"default_root_dir": root, "logger": False, "accelerator": "cpu"}
+            trainer = L.Trainer(max_epochs=self.epochs, callbacks=list(callbacks), **quietly)
+            trainer.fit(module, DataLoader(self.train, self.batch) if data is None else data)
         return module
 
 

@@ -68,6 +68,7 @@ def imbalanced_digits(seed: int) -> Task:
 
 
 WIDTH = 256
+ROOT = tempfile.TemporaryDirectory()  # of decisions
 
 
 def perceptron(inputs: int, width: int) -> Callable[[], nn.Module]:
@@ -221,10 +222,13 @@ def offline(task: Task, loader: Any, queries: Any, module: Net, epochs: int, kee
 
 
 def fit(module: L.LightningModule, data: Any, epochs: int, *callbacks: L.Callback) -> None:
-    settings = {"enable_checkpointing": False, "enable_progress_bar": False, "enable_model_summary": False}
-    L.Trainer(max_epochs=epochs, accelerator="cpu", logger=False, callbacks=list(callbacks), **settings).fit(
-        module, data
-    )
+    settings: dict[str, Any] = {
+        "enable_checkpointing": False,
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+    }
+    settings |= {"default_root_dir": ROOT.name, "logger": False}
+    L.Trainer(max_epochs=epochs, accelerator="cpu", callbacks=list(callbacks), **settings).fit(module, data)
 
 
 def over_horizon(table: pd.DataFrame, path: Path) -> None:
