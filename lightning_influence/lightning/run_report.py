@@ -90,7 +90,7 @@ def refuse_no_queries(trainer: L.Trainer) -> None:
             f"report=True scores against one validation loader, and this run has {len(loaders)}; join their datasets "
             "(torch.utils.data.ConcatDataset), or call attribute(...) with each of them after the run."
         )
-    if any(sized_len(loader) == 0 for loader in loaders):
+    if not loaders or sized_len(loaders[0]) == 0:
         raise ConfigurationError(
             "report=True scores against the validation loss; the validation loader has no batch, give it at least one."
         )

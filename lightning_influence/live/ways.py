@@ -23,16 +23,14 @@ class Ways:
     Args:
         asked: ``"auto"``, or one of `RECORDS`, which is not given up.
         begun_as: what a log that goes on was begun as, for ``"auto"``.
-        tell: is told what is left out after the line of the first step.
+        tell: is told what is left out after the line of the first step; None for nobody.
 
     Attributes:
         record: one of `RECORDS`.
         left_out: why, of what turned out to be impossible.
     """
 
-    def __init__(
-        self, asked: str, begun_as: str | None = None, tell: Callable[[str], None] = lambda line: None
-    ) -> None:
+    def __init__(self, asked: str, begun_as: str | None = None, tell: Callable[[str], None] | None = None) -> None:
         self._auto, self._tell = asked == "auto", tell
         self.record = (begun_as or "both") if self._auto else asked
         self.left_out: dict[str, str] = {}
@@ -72,7 +70,7 @@ class Ways:
             recorder.writer.write_manifest(manifest.to_json())
         elif recorder.begun:
             tell_place(recorder.writer.place, recorder.ranks.rank, LEFT_OUT[what], self.left_out[what])
-        if self._told:
+        if self._told and self._tell is not None:
             self._tell(f"Influence: {recorder.writer.log} goes on with {self._why(what)}")
 
     def _settle(self) -> None:

@@ -276,7 +276,7 @@ def test_what_cannot_be_captured_is_refused() -> None:
         GradientCapture(compiled)
     with pytest.raises(ConfigurationError, match="without torch.jit"):
         GradientCapture(nn.Sequential(torch.jit.script(nn.Linear(3, 3))))
-    GradientCapture(nn.Sequential(nn.Linear(3, 3), torch.jit.script(nn.Linear(3, 3)).requires_grad_(False)))
+    GradientCapture(nn.Sequential(nn.Linear(3, 3), torch.jit.script(nn.Linear(3, 3).requires_grad_(False))))
     layer = nn.Sequential(nn.Embedding(5, 3, scale_grad_by_freq=True))
     with pytest.raises(ConfigurationError, match="scale_grad_by_freq"):
         captured(layer, lambda: layer(torch.tensor([[1], [2]])).sum(), n=2)
