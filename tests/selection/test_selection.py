@@ -316,6 +316,19 @@ def test_a_run_resumed_inside_an_epoch_makes_the_same_decisions(
     assert again.equals(decided)
 
 
+def test_a_run_resumed_between_epochs_draws_the_next_one(tmp_path: Path) -> None:
+    def train(folder: Path, **fit: Any) -> tuple[Any, Any]:
+        module, data = Classifier(scheduled), SelectionDataModule(loader(), target(), keep=0.5, every="epoch")
+        saves = ModelCheckpoint(folder, save_on_train_epoch_end=True, save_top_k=-1, filename="{epoch}")
+        trainer(saves, max_epochs=3, enable_checkpointing=True).fit(module, data, **fit)
+        return module.state_dict(), data.selection_report.to_pandas()
+
+    whole, decided = train(tmp_path)
+    resumed, again = train(tmp_path / "resumed", ckpt_path=tmp_path / "epoch=1.ckpt")
+    assert same(whole, resumed)
+    assert again.equals(decided)
+
+
 @pytest.mark.parametrize(("options", "workers"), [({"every": "epoch"}, 0), ({"every": 2, "horizon": 1}, 2)])
 def test_what_selection_lets_through_is_recorded(tmp_path: Path, options: dict[str, Any], workers: int) -> None:
     module = Classifier(scheduled)
