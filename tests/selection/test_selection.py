@@ -343,6 +343,24 @@ def test_what_selection_lets_through_is_recorded(tmp_path: Path, options: dict[s
     assert exact.sample_ids.tolist() == logged.sample_ids.tolist() == sorted(set(recorded))
 
 
+def test_a_run_selected_in_rounds_ends_with_a_report(tmp_path: Path) -> None:
+    class Data(L.LightningDataModule):
+        def train_dataloader(self) -> Any:
+            return loader()
+
+        def val_dataloader(self) -> Any:
+            return target()
+
+    module, data = Classifier(scheduled), SelectionDataModule(Data(), keep=0.5, every="epoch")
+    callback = InfluenceCallback(tmp_path, record="both", report=True)
+    trainer(callback, max_epochs=2).fit(module, data)
+    expected = attribute(tmp_path, queries=target(), model=module, data=loader(), target="mean", progress=False)
+    assert callback.report is not None
+    assert torch.equal(callback.report.sample_ids, expected.sample_ids)
+    assert torch.equal(callback.report.scores, expected.scores)
+    assert (tmp_path / "report.html").exists()
+
+
 def test_a_target_may_be_a_function() -> None:
     (x, y), *_ = list(target())
 
