@@ -21,7 +21,7 @@ from lightning_influence.errors import ConfigurationError
 from lightning_influence.replay.lasting import Tries
 from lightning_influence.replay.plan import PlannedMicroBatch
 from lightning_influence.replay.removals import RemovalCheck
-from lightning_influence.replay.witness import Trial, evaluated, rehearse, witness
+from lightning_influence.replay.witness import Rerun, Trial, evaluated, rehearse, witness
 from lightning_influence.run.batches import copied, objects
 from lightning_influence.run.losses import Dynamics
 from lightning_influence.run.moment import Moment
@@ -118,6 +118,7 @@ class LiveSteps:
         self._rehearsals = _REHEARSALS if rehearses and options.verify and self.collector.ranks.size == 1 else 0
         self._twin: Task | None = None  # on which steps are tried
         self._trial: Trial | None = None
+        self._rerun: Rerun | None = None  # of the trial
         self._n: int | None = None  # samples of the present batch
         self._first_backward, self._replayed, self._lasting = True, rehearses, lasting
         self._row_order: RowOrder | None = None
@@ -224,7 +225,7 @@ class LiveSteps:
             rest = None if less is None else partial(_without_one, less)
             micro_batch = PlannedMicroBatch(copied(batch), moment, 1.0, self._n, read_random_state(), rest)
             buffers = {name: b.detach().clone() for name, b in self.task.module.named_buffers()}
-            self._trial = Trial(micro_batch, self.ids, buffers)
+            self._trial, self._rerun = Trial(micro_batch, self.ids, buffers), None
             if less is None and self._minds_padding():
                 rest = partial(_without_one, self.recollated() or {})
                 self._trial = replace(self._trial, micro_batch=replace(micro_batch, less=rest))
@@ -312,7 +313,7 @@ class LiveSteps:
             warnings.warn(f"{removals.unverifiable}, so it is not verified what removing a sample does.", stacklevel=2)
             return
         whole = samples.loss_weights.sum() if self.options.averaged else samples.loss_weights[0]
-        witness(
+        self._rerun = witness(
             self._twin,
             self._trial,
             samples.loss_weights / whole,
@@ -391,6 +392,7 @@ class LiveSteps:
                 self._twin,
                 self._trial,
                 gradients,
+                self._rerun,
                 frozen_batch_norm=self.options.frozen_batch_norm,
                 autocast=self._autocast,
             )

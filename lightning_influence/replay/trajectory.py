@@ -137,9 +137,9 @@ class ReplayTrajectory:
         if self._ranks.size > 1:
             _ = self.states.evaluation_bytes  # measured on an evaluation of the first step, by every process as a whole
 
-    def witness(self) -> None:
-        """Verify the removals of the first step, and nothing else."""
-        self._evaluator.evaluate(self.plan.step(0), self.plan.snapshot(0))
+    def witness(self) -> Vectors:
+        """Verify the removals of the first step, and nothing else; its gradient, by parameter and in its shape."""
+        return self._evaluator.evaluate(self.plan.step(0), self.plan.snapshot(0)).gradients
 
     def gradient(self, index: int) -> Vectors:
         """The gradient of a step of `Plan.snapshots`, by parameter and in its shape."""

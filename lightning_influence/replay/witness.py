@@ -70,6 +70,19 @@ class Trial:
         return _OneStep(step, State(parameters, dict.fromkeys(parameters, ()), dict(self.buffers)))
 
 
+@dataclass(frozen=True)
+class Rerun:
+    """The gradient of a micro-batch that was run again.
+
+    Attributes:
+        gradients: by parameter.
+        half: whether it was run in half precision.
+    """
+
+    gradients: Vectors
+    half: bool
+
+
 def witness(
     twin: Task,
     trial: Trial,
@@ -81,12 +94,15 @@ def witness(
     exclude: Sequence[str] = (),
     frozen_batch_norm: bool = False,
     autocast: Callable[[], AbstractContextManager[Any]] = nullcontext,
-) -> None:
+) -> Rerun | None:
     """Compare the removals that shares give at a micro-batch with evaluations without the sample (docs/method.md, "Removals in
     any module").
 
     Args:
         removals: what was verified of the run so far; added to.
+
+    Returns:
+        The micro-batch as a whole, which had to be run for that; None where that failed.
     """
     with ReplayTrajectory(
         twin,
@@ -99,11 +115,12 @@ def witness(
         removals=removals,
     ) as run:
         try:
-            run.witness()
+            return Rerun(run.witness(), run.half)
         except InfluenceError:
             raise
         except Exception as error:  # a step that does not take fewer samples; a true fault shows in training itself
             removals.unverifiable = f"a step cannot be evaluated apart from the run ({error})"
+    return None
 
 
 def evaluated(twin: Task, trial: Trial) -> Tensor:
@@ -121,6 +138,7 @@ def rehearse(
     twin: Task,
     trial: Trial,
     expected: Vectors,
+    rerun: Rerun | None = None,
     *,
     frozen_batch_norm: bool = False,
     autocast: Callable[[], AbstractContextManager[Any]] = nullcontext,
@@ -129,17 +147,34 @@ def rehearse(
 
     Args:
         expected: gradients of its loss that the run found.
+        rerun: the micro-batch, where it has been run again already.
 
     Raises:
         ConfigurationError: it cannot be run again, or gives other gradients.
     """
-    plan = trial.plan(twin, expected.keys(), torch.ones(len(trial.sample_ids)), averaged=True)
+    if rerun is None or not expected.keys() <= rerun.gradients.keys():
+        rerun = _run_again(twin, trial, expected.keys(), frozen_batch_norm=frozen_batch_norm, autocast=autocast)
+    replayed = rerun.gradients
+    missed = {
+        k: float((replayed[k] - g).double().norm()) if k in replayed else float(g.norm()) for k, g in expected.items()
+    }
+    size = sum(float(g.double().square().sum()) for g in expected.values()) ** 0.5
+    narrow = any(g.dtype in (torch.float16, torch.bfloat16) for g in expected.values())
+    distance = sum(m**2 for m in missed.values()) ** 0.5
+    if distance > (_TOLERANCE_HALF if rerun.half or narrow else _TOLERANCE) * size:
+        raise ConfigurationError(
+            f"the training step, run again, gives another gradient than in the run, by {distance / max(size, 1e-30):.2g} of its size "
+            f"(most at {max(missed, key=missed.__getitem__)}), so a replay would not follow the run. Either something changes "
+            "gradients on their way (a hook on a parameter), or the step reads what is neither in its batch nor a parameter, a "
+            "buffer or a plain number of the module: keep such state in a buffer (register_buffer), or use record='gradients'."
+        )
+
+
+def _run_again(twin: Task, trial: Trial, trained: Collection[str], **options: Any) -> Rerun:
+    plan = trial.plan(twin, trained, torch.ones(len(trial.sample_ids)), averaged=True)
     try:
-        with ReplayTrajectory(
-            twin, plan, frozen_batch_norm=frozen_batch_norm, autocast=autocast, exact=False, progress=False
-        ) as run:
-            replayed = run.gradient(0)
-            half = run.half
+        with ReplayTrajectory(twin, plan, exact=False, progress=False, **options) as run:
+            return Rerun(run.gradient(0), run.half)
     except InfluenceError:
         raise
     except Exception as error:
@@ -147,16 +182,3 @@ def rehearse(
             f"the training step cannot be run again, as a replay would ({type(error).__name__}: {error}). Record with "
             "record='gradients', or make the step depend on its batch and the module alone."
         ) from error
-    missed = {
-        k: float((replayed[k] - g).double().norm()) if k in replayed else float(g.norm()) for k, g in expected.items()
-    }
-    size = sum(float(g.double().square().sum()) for g in expected.values()) ** 0.5
-    narrow = any(g.dtype in (torch.float16, torch.bfloat16) for g in expected.values())
-    distance = sum(m**2 for m in missed.values()) ** 0.5
-    if distance > (_TOLERANCE_HALF if half or narrow else _TOLERANCE) * size:
-        raise ConfigurationError(
-            f"the training step, run again, gives another gradient than in the run, by {distance / max(size, 1e-30):.2g} of its size "
-            f"(most at {max(missed, key=missed.__getitem__)}), so a replay would not follow the run. Either something changes "
-            "gradients on their way (a hook on a parameter), or the step reads what is neither in its batch nor a parameter, a "
-            "buffer or a plain number of the module: keep such state in a buffer (register_buffer), or use record='gradients'."
-        )
