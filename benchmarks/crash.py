@@ -71,7 +71,13 @@ class Resumable(DataLoader[Any]):
 
 
 class SeedsSteps(L.Callback):
-    """Random numbers that follow from the step: a checkpoint does not hold the generators' states."""
+    """Random numbers that follow from the step: a checkpoint does not hold the generators' states.
+
+    Also before an epoch, which selection in rounds may begin with a roll-out.
+    """
+
+    def on_train_epoch_start(self, trainer: L.Trainer, *_: Any) -> None:
+        L.seed_everything(trainer.global_step, verbose=False)
 
     def on_train_batch_start(self, trainer: L.Trainer, *_: Any) -> None:
         L.seed_everything(trainer.global_step, verbose=False)

@@ -268,6 +268,8 @@ def main() -> int:
             with tempfile.TemporaryDirectory() as folder:
                 duration = in_process(lambda name=name, folder=folder: train(Path(folder), MODES[name]))
                 references[name] = left_in(Path(folder)), duration
+        if (MODES[name].recording or {}).get("report") and "report" not in references[name][0].end:
+            raise RuntimeError(f"{name}: the uninterrupted run left no report, so nothing could be compared with it")
     for n in range(1, args.kills + 1):
         name = args.modes[n % len(args.modes)]
         try:

@@ -77,7 +77,14 @@ class Classifier(L.LightningModule):
         return self.make_optimizer(self)
 
 
-def fit(module: L.LightningModule, loader: Any, *callbacks: L.Callback, val: Any = None, **options: Any) -> L.Trainer:
+def fit(
+    module: L.LightningModule,
+    loader: Any,
+    *callbacks: L.Callback,
+    val: Any = None,
+    ckpt_path: Any = None,
+    **options: Any,
+) -> L.Trainer:
     """A quiet deterministic fit on the CPU."""
     defaults: dict[str, Any] = {
         "max_epochs": 1,
@@ -89,7 +96,7 @@ def fit(module: L.LightningModule, loader: Any, *callbacks: L.Callback, val: Any
         "enable_model_summary": False,
     }
     trainer = L.Trainer(callbacks=list(callbacks), **(defaults | options))
-    trainer.fit(module, loader, val)
+    trainer.fit(module, loader, val, ckpt_path=ckpt_path)
     return trainer
 
 

@@ -9,6 +9,8 @@ from typing import Any, Literal
 from uuid import uuid4
 
 import lightning as L
+import torch
+from torch import Tensor
 from torch.utils._pytree import tree_leaves
 from torch.utils.data import DataLoader
 
@@ -133,6 +135,8 @@ class SelectionDataModule(L.LightningDataModule):
         self.online_selection = online_selection
         self.live_target = LiveTarget(refresh_target_every)
         self._queries, self._batches = queries, None  # as given, and as they are read
+        self._generator: torch.Generator | None = None  # by which selection in rounds draws
+        self._resumed_generator: Tensor | None = None
         policy = policy_of(keep)
         policy = Fraction(policy.fraction, per) if isinstance(policy, Fraction) else policy
         method = Method(
@@ -264,7 +268,18 @@ class SelectionDataModule(L.LightningDataModule):
         if self.selector.inside_the_step:
             return loader
         assert self.trainer is not None
+        self._draw_on(loader.generator)
         return SelectingLoader(self.selector, loader, self.trainer)
+
+    def _draw_on(self, generator: torch.Generator | None) -> None:
+        """Draw the next epoch of a resumed run as it would have been drawn without the interruption.
+
+        Lightning gives a loader its state back only inside an epoch. From a checkpoint of an epoch's end, a seeded generator
+        would begin again with the order of the first epoch.
+        """
+        self._generator, state, self._resumed_generator = generator, self._resumed_generator, None
+        if generator is not None and state is not None:
+            generator.set_state(state)
 
     def _query_batches(self) -> Any:
         """The queries as `lookahead.look_ahead` takes them.
@@ -312,6 +327,7 @@ class SelectionDataModule(L.LightningDataModule):
         return {
             "decisions": ranks.gather(self.selector.report.state_dict()),
             "target": self.live_target.state_dict(),
+            "generator": None if self._generator is None else self._generator.get_state(),
             "data": self.data.state_dict() if is_a(self.data, "LightningDataModule") else {},
         }
 
@@ -319,6 +335,7 @@ class SelectionDataModule(L.LightningDataModule):
         if state_dict.get("data"):
             self.data.load_state_dict(state_dict["data"])
         self.live_target.load_state_dict(state_dict["target"])
+        self._resumed_generator = state_dict.get("generator")  # which earlier versions did not keep
         decisions = state_dict["decisions"]
         rank = 0 if self.trainer is None else self.trainer.global_rank
         self.selector.report = self.selector.report.restored(decisions[rank] if rank < len(decisions) else [])

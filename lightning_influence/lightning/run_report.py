@@ -24,6 +24,7 @@ from lightning_influence.run.task import as_task
 from lightning_influence.run.trainer import ranks_of
 from lightning_influence.run.unchanged import Apart
 from lightning_influence.scoring.attribution import attribute
+from lightning_influence.selection.loader import SelectingLoader
 from lightning_influence.trust.dynamics import dynamics_of
 
 SAVED, PAGE = "report.safetensors", "report.html"
@@ -105,12 +106,18 @@ def report_run(trainer: L.Trainer, module: L.LightningModule, log: Path) -> Infl
         with random_state(None):
             trainer.fit_loop.epoch_loop.val_loop.setup_data()
     (loader,), _ = tree_flatten(trainer.val_dataloaders)
-    training = trainer.train_dataloader
+    training = _training_loader(trainer)
     with random_state(None), Apart(loader)(), Apart(training)():  # another fit may follow
         queries = whole_validation(loader, ranks_of(trainer))
         if not trainer.is_global_zero:
             return None
         return _made(trainer, module, log, queries)
+
+
+def _training_loader(trainer: L.Trainer) -> Any:
+    """The loader that reads the training samples, also where selection in rounds chooses among them."""
+    loader = trainer.train_dataloader
+    return loader.loader if isinstance(loader, SelectingLoader) else loader
 
 
 def whole_validation(loader: Any, ranks: Ranks) -> Any:
@@ -127,7 +134,7 @@ def whole_validation(loader: Any, ranks: Ranks) -> Any:
 
 
 def _made(trainer: L.Trainer, module: L.LightningModule, log: Path, queries: Any) -> InfluenceReport | None:
-    training = trainer.train_dataloader
+    training = _training_loader(trainer)
 
     def tried(what: str, make: Callable[[], Any]) -> Any:
         try:

@@ -14,7 +14,7 @@ import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
-from modules import Classifier, fit, split_digits
+from modules import Classifier, fit, loader, split_digits
 from torch.utils.data import DataLoader, DistributedSampler, IterableDataset, Sampler
 
 from lightning_influence import InfluenceCallback, InfluenceReport, SelectionDataModule, attribute
@@ -427,3 +427,26 @@ def test_a_checkpoint_of_two_processes_holds_the_decisions_of_both(tmp_path: Pat
         for rows in map(SelectionReport().restored, state["decisions"])
     ]
     assert sorted(seen[0] + seen[1]) == list(range(N))
+
+
+@pytest.mark.parametrize("options", [{"every": "epoch"}, {"every": 2, "horizon": 1, "rebatch": True}], ids=str)
+def test_two_processes_that_are_resumed_make_the_same_decisions(options: dict[str, Any], tmp_path: Path) -> None:
+    steps = N // LOCAL // PROCESSES
+
+    def train(folder: Path, **resumed: Any) -> tuple[Any, bytes]:
+        folder.mkdir()
+        module, data = Classifier(), Selects(folder / "decisions", loader(TRAIN, LOCAL), keep=0.5, **options)
+        saves = {"dirpath": folder, "save_top_k": -1}
+        callbacks = (
+            ModelCheckpoint(**saves, filename="inside {step}", every_n_train_steps=steps + 2),
+            ModelCheckpoint(**saves, filename="between {step}", save_on_train_epoch_end=True),
+        )
+        two = {"strategy": "ddp_fork", "devices": PROCESSES, "max_epochs": 3, "enable_checkpointing": True}
+        fit(module, data, *callbacks, **two, **resumed)
+        return module.state_dict(), (folder / "decisions").read_bytes()
+
+    end, decisions = train(tmp_path / "whole")
+    for where in (f"inside step={steps + 2}", f"between step={2 * steps}"):
+        again, same_decisions = train(tmp_path / where, ckpt_path=tmp_path / "whole" / f"{where}.ckpt")
+        assert all(torch.equal(end[k], again[k]) for k in end), where
+        assert decisions == same_decisions, where

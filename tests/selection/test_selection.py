@@ -316,6 +316,19 @@ def test_a_run_resumed_inside_an_epoch_makes_the_same_decisions(
     assert again.equals(decided)
 
 
+def test_a_run_resumed_between_epochs_draws_the_next_one(tmp_path: Path) -> None:
+    def train(folder: Path, **fit: Any) -> tuple[Any, Any]:
+        module, data = Classifier(scheduled), SelectionDataModule(loader(), target(), keep=0.5, every="epoch")
+        saves = ModelCheckpoint(folder, save_on_train_epoch_end=True, save_top_k=-1, filename="{epoch}")
+        trainer(saves, max_epochs=3, enable_checkpointing=True).fit(module, data, **fit)
+        return module.state_dict(), data.selection_report.to_pandas()
+
+    whole, decided = train(tmp_path)
+    resumed, again = train(tmp_path / "resumed", ckpt_path=tmp_path / "epoch=1.ckpt")
+    assert same(whole, resumed)
+    assert again.equals(decided)
+
+
 @pytest.mark.parametrize(("options", "workers"), [({"every": "epoch"}, 0), ({"every": 2, "horizon": 1}, 2)])
 def test_what_selection_lets_through_is_recorded(tmp_path: Path, options: dict[str, Any], workers: int) -> None:
     module = Classifier(scheduled)
@@ -328,6 +341,24 @@ def test_what_selection_lets_through_is_recorded(tmp_path: Path, options: dict[s
     logged = attribute(tmp_path, queries=target(), model=module, target="mean", curvature="fisher", progress=False)
     assert exact.metadata["curvature"] == "hessian"
     assert exact.sample_ids.tolist() == logged.sample_ids.tolist() == sorted(set(recorded))
+
+
+def test_a_run_selected_in_rounds_ends_with_a_report(tmp_path: Path) -> None:
+    class Data(L.LightningDataModule):
+        def train_dataloader(self) -> Any:
+            return loader()
+
+        def val_dataloader(self) -> Any:
+            return target()
+
+    module, data = Classifier(scheduled), SelectionDataModule(Data(), keep=0.5, every="epoch")
+    callback = InfluenceCallback(tmp_path, record="both", report=True)
+    trainer(callback, max_epochs=2).fit(module, data)
+    expected = attribute(tmp_path, queries=target(), model=module, data=loader(), target="mean", progress=False)
+    assert callback.report is not None
+    assert torch.equal(callback.report.sample_ids, expected.sample_ids)
+    assert torch.equal(callback.report.scores, expected.scores)
+    assert (tmp_path / "report.html").exists()
 
 
 def test_a_target_may_be_a_function() -> None:
