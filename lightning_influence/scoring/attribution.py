@@ -151,7 +151,8 @@ def attribute(
             )
 
         exact = method.response == "finite" and method.curvature == "hessian" and optimizer_assumption is None
-        moves: Vectors | None = {} if named and exact and fabric is None else None
+        looks = named and exact and fabric is None and not asked.only_gradients
+        moves: Vectors | None = {} if looks else None
         turns = [own[start : start + held.queries] for start in range(0, max(len(own), 1), held.queries)]
         pace = _pace(trajectory, method, n_queries, len(turns), most)
         options: dict[str, Any] = {

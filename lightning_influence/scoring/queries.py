@@ -46,9 +46,15 @@ class Queries:
         data: the training data; where it is a datamodule, its hooks prepare the queries, too.
         precision: of the trainer, to which queries are converted as training batches were.
 
+    Attributes:
+        only_gradients: whether nothing but their gradients is asked for: who measures what becomes of their losses needs no look at
+            whether a group's score can be read as a size.
+
     Raises:
         ConfigurationError: none of these.
     """
+
+    only_gradients = False
 
     def __init__(self, source: Any, *, data: Any = None, precision: str | None = None) -> None:
         if isinstance(data, TrainingData):
@@ -75,6 +81,12 @@ class Queries:
         """The same with its batches in memory, so that they can be read again and are the same each time."""
         self._batches = list(self._batches)
         return self
+
+    def for_gradients(self) -> Queries:
+        """The same, of which only gradients are asked."""
+        other = copy.copy(self)
+        other.only_gradients = True
+        return other
 
     def to_dtype(self, dtype: torch.dtype) -> Queries:
         """The same in another precision."""
