@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
 _INTERVAL = re.compile(r"(-?\d+\.\d+) \[(-?\d+\.\d+), (-?\d+\.\d+)\]")
-_WHERE_THERE_ARE_SOME = ("rows", "removals", "replay_drift", "stopped_paths", "hessian", "queried")
+_WHERE_THERE_ARE_SOME = ("rows", "removals", "replay_drift", "stopped_paths", "hessian", "queried", "query_gradient")
 
 
 @dataclass(frozen=True)
@@ -134,6 +134,7 @@ class Provenance:
         hessian: ``"by differences"`` of gradients, where the training step could not be differentiated twice.
         queried: what is wrong with the parameters at which queries were differentiated, where they are not those that the
             run ended with.
+        query_gradient: what is wrong with the gradient of the query loss, where it is not how the loss changes.
     """
 
     module: str | None = None
@@ -156,6 +157,7 @@ class Provenance:
     stopped_paths: str | None = None
     hessian: str | None = None
     queried: str | None = None
+    query_gradient: str | None = None
 
     @classmethod
     def from_json(cls, metadata: Mapping[str, Any]) -> Provenance:
@@ -163,7 +165,17 @@ class Provenance:
         versions = _mapping(metadata.get("versions"))
         texts = (
             *("module", "record", "compression", "precision", "optimizer", "optimizer_assumption"),
-            *("curvature", "response", "counterfactual", "target", "rows", "stopped_paths", "hessian", "queried"),
+            *(
+                "curvature",
+                "response",
+                "counterfactual",
+                "target",
+                "rows",
+                "stopped_paths",
+                "hessian",
+                "queried",
+                "query_gradient",
+            ),
         )
         return cls(
             **{key: _text(metadata.get(key)) for key in texts},  # type: ignore[arg-type]

@@ -76,11 +76,17 @@ def _approximations(made: Provenance) -> Iterator[Trust]:
     if made.removals is not None:
         yield _removals(made.removals)
     if made.queried is not None:
-        yield Trust("Parameters", "of another time", "caution", f"{made.queried[:1].upper()}{made.queried[1:]}.")
+        yield Trust("Parameters", "of another time", "caution", _sentence(made.queried))
+    if made.query_gradient is not None:
+        yield Trust("Query loss", "another gradient", "caution", _sentence(made.query_gradient))
+
+
+def _sentence(text: str) -> str:
+    return f"{text[:1].upper()}{text[1:]}."
 
 
 def _removals(removals: RemovalSummary) -> Trust:
-    text = f"{str(removals)[0].upper()}{str(removals)[1:]}."
+    text = _sentence(str(removals))
     if removals.by == "rerun":
         return Trust("Removals", "measured", "approximate" if removals.skipped else "solid", text)
     if removals.verified:

@@ -44,7 +44,7 @@ from lightning_influence.scoring.queries import (
     query_gradients,
     target_losses,
 )
-from lightning_influence.scoring.query_loss import QueryLoss
+from lightning_influence.scoring.query_loss import QueryLoss, Traits
 
 _MOVED = "the parameters were changed after the last optimizer step of the logged run, by weight averaging for example"
 
@@ -138,6 +138,8 @@ def attribute(
         sizes = _sizes(consumed_by(trajectory, samples or ()), named)
         method = _within(held, method, trajectory)
 
+        traits = Traits()
+
         def gradients(only: range) -> Vectors:
             return query_gradients(
                 task,
@@ -147,11 +149,13 @@ def attribute(
                 target=target,
                 query_loss=query_loss,
                 only=only,
+                traits=traits,
                 progress=progress,
             )
 
         exact = method.response == "finite" and method.curvature == "hessian" and optimizer_assumption is None
-        moves: Vectors | None = {} if named and exact and fabric is None else None
+        looks = named and exact and fabric is None and not asked.only_gradients
+        moves: Vectors | None = {} if looks else None
         turns = [own[start : start + held.queries] for start in range(0, max(len(own), 1), held.queries)]
         pace = _pace(trajectory, method, n_queries, len(turns), most)
         options: dict[str, Any] = {
@@ -168,7 +172,9 @@ def attribute(
                 lines.append(straight_lines(of_queries, moves))
         every = RowScores.beside(parts)
         rows, of_groups = deal.sets.split(deal.gathered(every, steps, len(named)))
-        made = replace(_provenance(steps, trajectory, method, target), queried=queried)
+        made = replace(
+            _provenance(steps, trajectory, method, target), queried=queried, query_gradient=traits.wrong or None
+        )
     query_ids = list(range(rows.n_queries)) if target is None else ["mean" if isinstance(target, str) else "target"]
     scored = Groups(list(named), sizes, of_groups, query_ids) if named else None
     if scored is not None and moves is not None:

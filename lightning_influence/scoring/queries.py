@@ -46,9 +46,15 @@ class Queries:
         data: the training data; where it is a datamodule, its hooks prepare the queries, too.
         precision: of the trainer, to which queries are converted as training batches were.
 
+    Attributes:
+        only_gradients: whether nothing but their gradients is asked for: who measures what becomes of their losses needs no look at
+            whether a group's score can be read as a size.
+
     Raises:
         ConfigurationError: none of these.
     """
+
+    only_gradients = False
 
     def __init__(self, source: Any, *, data: Any = None, precision: str | None = None) -> None:
         if isinstance(data, TrainingData):
@@ -75,6 +81,12 @@ class Queries:
         """The same with its batches in memory, so that they can be read again and are the same each time."""
         self._batches = list(self._batches)
         return self
+
+    def for_gradients(self) -> Queries:
+        """The same, of which only gradients are asked."""
+        other = copy.copy(self)
+        other.only_gradients = True
+        return other
 
     def to_dtype(self, dtype: torch.dtype) -> Queries:
         """The same in another precision."""
@@ -194,6 +206,7 @@ def query_gradients(
     target: Target = None,
     query_loss: QueryLoss | None = None,
     only: range | None = None,
+    traits: Traits | None = None,
     progress: bool = True,
 ) -> Vectors:
     """Gradients of the query losses, ``(n_queries, d)`` each, or of their target, ``(1, d)``.
@@ -205,6 +218,7 @@ def query_gradients(
         select: ``(name, values (..., *shape)) -> (..., d)``, the coordinates to keep.
         target: `Target`.
         only: of which queries, by their position, where there is no target; of all by default.
+        traits: what is known of the loss, to which is added what is found out now.
 
     Raises:
         ConfigurationError: no queries, a batch that the module cannot take, weights of another number.
@@ -217,7 +231,8 @@ def query_gradients(
         first = next(batches, None)
         if first is None:
             raise ConfigurationError(_NO_BATCH)
-        losses = LossOfQueries(task, query_loss).opened_where_needed(first, chosen)
+        known = Traits() if traits is None else traits
+        losses = LossOfQueries(task, query_loss).opened_where_needed(first, chosen, known)
         bar = tqdm(chain([first], batches), desc="query gradients", unit="batch", delay=2, disable=not progress)
         if target is None:
             rows, seen = list[Vectors](), 0
@@ -260,9 +275,9 @@ def mean_gradients(
                     first = next(batches, None)
                     if first is None:
                         raise ConfigurationError(_NO_BATCH)
-                    traits.open = LossOfQueries(task).opened_where_needed(first, chosen).open
+                    LossOfQueries(task).opened_where_needed(first, chosen, traits)
                     batches = chain([first], batches)
-                losses = LossOfQueries(task, open=traits.open)
+                losses = LossOfQueries(task, open=bool(traits.open))
                 one = _target_gradient(losses, batches, chosen, select, "mean", traits)
                 gradients.append({name: gradient[None] for name, gradient in one.items()})
     return gradients

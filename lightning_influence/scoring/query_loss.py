@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager, nullcontext
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any, TypeAlias
 
@@ -13,9 +14,10 @@ from torch import Tensor
 from lightning_influence.errors import ConfigurationError
 from lightning_influence.replay.stopped_paths import OpenPaths, StopWatch
 from lightning_influence.run.batches import OneExample, batch_size, example
-from lightning_influence.run.parameters import parameters_at
+from lightning_influence.run.random_state import random_state
 from lightning_influence.run.tap import LossTap
 from lightning_influence.run.task import Task
+from lightning_influence.scoring.slopes import Gradient
 
 QueryLoss: TypeAlias = Callable[[Any, Any], Tensor]
 """``query_loss(model, batch) -> (batch,)``, one loss per example."""
@@ -31,10 +33,12 @@ class Traits:
     Attributes:
         open: as of `LossOfQueries`; None where it is not known.
         is_mean: whether the loss of a batch is the mean of its examples' own losses; None where it is not known.
+        wrong: what is wrong with its gradient, in words, or empty; None where it is not known.
     """
 
     open: bool | None = None
     is_mean: bool | None = None
+    wrong: str | None = None
 
 
 @dataclass(frozen=True)
@@ -84,35 +88,50 @@ class LossOfQueries:
                 f"Give queries whose batches look like the training batches, or query_loss(model, batch) -> (batch,).{single}"
             ) from error
 
-    def opened_where_needed(self, batch: Any, parameters: Mapping[str, Tensor]) -> LossOfQueries:
-        """The same with its stopped paths open, if the loss stops any that matter for its value."""
-        one = example(batch, 0)
-        with StopWatch() as watch:
-            self.each(one)
-        if not watch.seen:
-            return self
-        opened = replace(self, open=True)
-        plain, whole = (
-            torch.autograd.grad(losses.sum(), list(parameters.values()), allow_unused=True, materialize_grads=True)
-            for losses in (self.each(one), opened.each(one))
-        )
-        if sum(float((a - b).norm()) for a, b in zip(plain, whole, strict=True)) <= _SAME * sum(map(_size, whole)):
-            return self
-        slope = self._slope(one, dict(zip(parameters, whole, strict=True)), parameters)
-        expected = sum(float(g.double().square().sum()) for g in whole)
-        return opened if abs(slope - expected) <= _BENT * expected else self
+    def opened_where_needed(
+        self, batch: Any, parameters: Mapping[str, Tensor], traits: Traits | None = None
+    ) -> LossOfQueries:
+        """The same with its stopped paths open, if the loss stops any that matter for its value.
 
-    def _slope(self, batch: Any, direction: Mapping[str, Tensor], parameters: Mapping[str, Tensor]) -> float:
-        """Central difference of the loss of a batch along a direction of the parameters."""
-        double = next(iter(parameters.values())).dtype == torch.float64
-        size = sum(_size(p) for p in parameters.values()) / max(sum(_size(d) for d in direction.values()), 1e-30)
-        step = size * (1e-6 if double else 1e-3)
-        values = []
-        for sign in (step, -step):
-            moved = {k: p.detach() + sign * direction[k] for k, p in parameters.items()}
-            with parameters_at(self.task.module, moved), torch.no_grad():
-                values.append(float(self.each(batch).sum()))
-        return (values[0] - values[1]) / (2 * step)
+        Args:
+            traits: of which what is found out is noted, and also what is wrong with the gradient of the loss, unless it is known;
+                a warning says it, too.
+        """
+        one, module = example(batch, 0), self.task.module
+        chosen, (gradient, stops) = self, self._gradient(one, parameters)
+        if stops:
+            opened = replace(self, open=True)
+            whole, _ = opened._gradient(one, parameters)
+            if gradient.differs_from(whole, _SAME) and whole.is_of(lambda: self._value(one), module, parameters, _BENT):
+                chosen, gradient = opened, whole
+        if traits is not None:
+            traits.open = chosen.open
+            if traits.wrong is None:
+                traits.wrong = gradient.error(lambda: self._value(one), module, parameters) or ""
+                if traits.wrong:
+                    warnings.warn(
+                        f"{traits.wrong}. Scores, which rest on it, may be wrong. Give query_loss(model, batch) -> (batch,), a loss "
+                        "without that part, such as that of the classifier alone.",
+                        stacklevel=5,
+                    )
+        return chosen
+
+    def _gradient(self, batch: Any, parameters: Mapping[str, Tensor]) -> tuple[Gradient, bool]:
+        """Of the loss of a batch, and whether a path stops in it."""
+        with self._alone():
+            with StopWatch() as watch:
+                loss = self.each(batch).sum()
+            return Gradient.of(loss, parameters), watch.seen
+
+    def _value(self, batch: Any) -> float:
+        with self._alone():
+            return float(self.each(batch).detach().sum())
+
+    @contextmanager
+    def _alone(self) -> Iterator[None]:
+        """What is drawn and counted meanwhile is drawn and counted alike the next time."""
+        with random_state(None), self.task.unchanged():
+            yield
 
     def _paths(self) -> AbstractContextManager[Any]:
         return OpenPaths() if self.open else nullcontext()
@@ -121,10 +140,6 @@ class LossOfQueries:
 def _inside(batch: Any) -> Any:
     """As the task's loss and a user's function take it."""
     return batch.batch if isinstance(batch, OneExample) else batch
-
-
-def _size(tensor: Tensor) -> float:
-    return float(tensor.detach().norm())
 
 
 def _one_each(losses: Any, n: int) -> Tensor:

@@ -218,7 +218,7 @@ class LiveTarget:
         self._part = None
         seen = _Seen(batches)
         if step >= self._looked_at + _LOOKED_AT_EVERY:
-            self._traits, self._looked_at = Traits(), step
+            self._traits, self._looked_at = Traits(wrong=self._traits.wrong), step
         gradient = target_gradient(module, seen, names, select, traits=self._traits)
         self._kept = seen.kept
         if self.every > 1:

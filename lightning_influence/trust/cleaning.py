@@ -18,7 +18,7 @@ from lightning_influence.run.data import TrainingData
 from lightning_influence.run.tap import LossTap
 from lightning_influence.run.task import Task, as_task
 from lightning_influence.scoring.attribution import attribute
-from lightning_influence.scoring.queries import Queries, query_losses
+from lightning_influence.scoring.queries import Queries, asking
 from lightning_influence.scoring.query_loss import LossOfQueries, QueryLoss
 from lightning_influence.trust.dynamics import suspects
 from lightning_influence.trust.own_run import own_run
@@ -108,7 +108,7 @@ def clean(
             "there is no sample to leave out; give samples=, the ids, or k=, a number of suspects."
         )
     report = attribute(
-        steps, queries=held, model=task, data=source, query_loss=query_loss,
+        steps, queries=held.for_gradients(), model=task, data=source, query_loss=query_loss,
         samples=(), groups={"removed": removed}, progress=progress,
     )  # fmt: skip
     assert report.groups is not None
@@ -126,17 +126,15 @@ def _asked(task: Task, queries: Queries, query_loss: QueryLoss | None) -> tuple[
     """Losses of the queries ``(n_queries,)``, and the share of them whose label is the most probable class; None for the share
     where the loss is not one over classes.
     """
-    asked, right = LossOfQueries(task, query_loss), list[Tensor | None]()
-
-    def look(_: Any, batch: Any) -> Tensor:
-        n = batch_size(batch)
-        with LossTap() as tap:
-            losses = asked.each(batch)
-        rows = 1 if query_loss is None else n  # of each call: the task's own loss is asked for each example alone
-        right.append(_margins(tap, rows) if len(tap.seen) * rows == n else None)
-        return losses
-
-    losses = query_losses(task, queries, look)
+    asked, each, right = LossOfQueries(task, query_loss), list[Tensor](), list[Tensor | None]()
+    with asking(task, queries), torch.no_grad():
+        for batch in queries.prepared(task):
+            n = batch_size(batch)
+            with LossTap() as tap:
+                each.append(asked.each(batch))
+            rows = 1 if query_loss is None else n  # of each call: the task's own loss is asked for each example alone
+            right.append(_margins(tap, rows) if len(tap.seen) * rows == n else None)
+    losses = torch.cat(each)
     found = [margins for margins in right if margins is not None]
     if not found or len(found) < len(right):
         return losses, None

@@ -5,10 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import kinds
 import pytest
 import torch
+from kinds import N as N_KIND
 from modules import Classifier, digits, fit, loader
-from torch.utils.data import TensorDataset
+from test_kinds import losses, samples, trained
+from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_influence import InfluenceCallback, attribute, clean, compare
 from lightning_influence.errors import ConfigurationError
@@ -72,6 +75,43 @@ def test_queries_are_evaluated_once_for_each_training(tmp_path: Path) -> None:
     torch.testing.assert_close(plain.before, asked.before)
     assert clean(tmp_path, **options, query_loss=squares).accuracy is None
     assert list(plain.to_pandas().columns[1:3]) == ["predicted_change", "change"]
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_graphs_are_queries_of_one_loss_each(tmp_path: Path) -> None:
+    """A batch of graphs has a row a node; each graph is a query, as in `attribute`, and lost and right as one."""
+    kind = kinds.Nodes
+    module = trained(kind, callbacks=[InfluenceCallback(tmp_path, record="replay")])
+    held = DataLoader(samples(kind)[N_KIND:], kinds.QUERIES, collate_fn=kind.collate)  # type: ignore[arg-type]
+    data = kind.loader(samples(kind)[:N_KIND], None)
+    found = clean(tmp_path, queries=held, model=module, data=data, samples=[1], progress=False)
+    before, after = losses(kind, trained(kind)), losses(kind, trained(kind, 1))
+    assert found.before is not None and found.after is not None and found.accuracy is not None
+    torch.testing.assert_close(found.before, before, rtol=1e-9, atol=1e-12)
+    torch.testing.assert_close(found.after, after, rtol=1e-9, atol=1e-12)
+    with torch.no_grad():
+        assert found.accuracy[0] == pytest.approx(_share_right(kind, module))
+
+    def own(model: Any, batch: Any) -> torch.Tensor:
+        return model.training_step(batch, 0)[None]
+
+    asked = clean(
+        tmp_path, queries=held, model=module, data=data, samples=[1], query_loss=own, dry_run=True, progress=False
+    )
+    torch.testing.assert_close(asked.predicted, found.predicted)
+
+
+def _share_right(kind: type[kinds.Base], module: kinds.Base) -> float:
+    """Written out: the scores of the classes of each graph, and whether that of its label is the largest."""
+    right = []
+    for x, edges, y in samples(kind)[N_KIND:]:
+        hidden = module.body(x)
+        message = torch.zeros_like(hidden)
+        for source, end in edges.T.tolist():
+            message[end] += hidden[source]
+        scores = module.head(torch.nn.functional.gelu(hidden + message).sum(0))
+        right.append(float(scores.argmax() == y))
+    return sum(right) / len(right)
 
 
 def test_reports_select_and_compare(tmp_path: Path) -> None:
