@@ -175,7 +175,30 @@ REFUSED: dict[str, tuple[Run, str]] = {
         lambda p: record(Reentrant(), p, record="replay"),
         "use_reentrant=False",
     ),
+    "a parameter that no module owns": (
+        lambda p: record(Astray(), p),
+        r"a parameter of shape \(7,\) that Astray does not own.*Assign it to the module as an nn.Parameter",
+    ),
+    "a sparse embedding": (
+        lambda p: record(Classifier(net=nn.Sequential(nn.Embedding(9, 4, sparse=True))), p),
+        r"net.0 \(Embedding\) has sparse=True.*sparse=False",
+    ),
+    "a complex parameter": (lambda p: record(Turning(), p), r"turn is complex \(torch.complex64\).*view_as_complex"),
 }
+
+
+class Astray(Classifier):
+    """The optimizer has a parameter that the module keeps in a plain list."""
+
+    def configure_optimizers(self) -> Any:
+        self.plain = [nn.Parameter(torch.zeros(7))]
+        return torch.optim.AdamW([*self.parameters(), *self.plain])
+
+
+class Turning(Classifier):
+    def __init__(self) -> None:
+        super().__init__()
+        self.turn = nn.Parameter(torch.ones(1, dtype=torch.complex64))
 
 
 class Bare(Classifier):
