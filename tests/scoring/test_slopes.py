@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader
 
 from lightning_influence import InfluenceCallback, InfluenceReport, attribute
 from lightning_influence.report.trust import trust
-from lightning_influence.scoring.queries import query_gradients
+from lightning_influence.scoring.queries import mean_gradients, query_gradients
 from lightning_influence.scoring.query_loss import Traits
 
 
@@ -168,6 +168,17 @@ def test_the_size_told_is_that_of_finite_differences() -> None:
     true, claimed = float(along @ (of_classes + of_domain)), float(along @ (of_classes - of_domain))
     (message,) = told(module, torch.float64)
     assert f"changes by {true:.3g} instead of {claimed:.3g} a unit" in message
+
+
+def test_a_target_that_is_read_again_is_told_once() -> None:
+    """As selection reads it, at every step."""
+    module, traits = Adversarial(), Traits()
+    names = [k for k, _ in module.named_parameters()]
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always")
+        for _ in range(2):
+            mean_gradients(module, [data()[1].tensors], names, lambda _, g: g.flatten(), [{}], traits)
+    assert ["custom backward" in str(w.message) for w in seen] == [True]
 
 
 def losses(module: Base, loss: Callable[[Any, Any], Tensor]) -> Tensor:
