@@ -158,12 +158,7 @@ def attribute(
         moves: Vectors | None = {} if looks else None
         turns = [own[start : start + held.queries] for start in range(0, max(len(own), 1), held.queries)]
         pace = _pace(trajectory, method, n_queries, len(turns), most)
-        options: dict[str, Any] = {
-            "window_in_files": held.in_files,
-            "moves": moves,
-            "passed": pace,
-            "progress": progress,
-        }
+        options = {"window_in_files": held.in_files, "moves": moves, "passed": pace, "progress": progress}
         parts, lines = list[RowScores](), list[Tensor]()
         for turn in turns:
             of_queries = gradients(turn)
@@ -178,16 +173,15 @@ def attribute(
     query_ids = list(range(rows.n_queries)) if target is None else ["mean" if isinstance(target, str) else "target"]
     scored = Groups(list(named), sizes, of_groups, query_ids) if named else None
     if scored is not None and moves is not None:
-        largest_first = scored.scores.norm(dim=1).argsort(descending=True).tolist()
-        found = bends(
-            task,
-            lambda: target_losses(task, asked, target, query_loss),
-            moves,
-            torch.cat(lines, 1),
-            largest_first,
-        )
-        scored = replace(scored, bends=found)
+        losses = partial(target_losses, task, asked, target, query_loss)
+        scored = _with_bends(scored, task, losses, moves, torch.cat(lines, 1))
     return InfluenceReport(rows, query_ids=query_ids, metadata=made.to_json(), groups=scored)
+
+
+def _with_bends(groups: Groups, task: Task, losses: Callable[[], Tensor], moves: Vectors, straight: Tensor) -> Groups:
+    """Groups of which it is known whether their scores can be read as sizes; arguments as of `bends`."""
+    largest_first = groups.scores.norm(dim=1).argsort(descending=True).tolist()
+    return replace(groups, bends=bends(task, losses, moves, straight, largest_first))
 
 
 def consumed_by(trajectory: Run, samples: Collection[int]) -> Tensor:
