@@ -14,8 +14,9 @@ from typing import Any
 
 from lightning_influence import __version__
 from lightning_influence.cli.configuration import parser_class
+from lightning_influence.cli.outputs import printable
 from lightning_influence.cli.trials import check, clean, proxy, tune
-from lightning_influence.cli.verbs import attribute, compare, inspect, printable, report, select, suspects
+from lightning_influence.cli.verbs import attribute, compare, inspect, report, select, suspects
 from lightning_influence.errors import ConfigurationError, InfluenceError
 
 VERBS: tuple[Callable[..., None], ...] = (

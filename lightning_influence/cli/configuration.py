@@ -68,9 +68,8 @@ def parser_class(arguments: Sequence[str]) -> type[Any]:
     class Parser(ArgumentParser):
         def parse_string(self, content: str, *rest: Any, **options: Any) -> Any:
             if not any(action.dest == "subcommand" for action in self._actions):
-                keys = {action.dest for action in self._actions if action.option_strings} - {
-                    "trainer"
-                }  # of the whole run
+                keys = {action.dest for action in self._actions if action.option_strings}
+                keys.discard("trainer")  # of the whole run
                 try:
                     loaded = get_loader("yaml")(content)
                 except YAMLError as error:

@@ -1,4 +1,4 @@
-"""What the commands are given, checked before the work begins: paths, a model at its checkpoint, its data."""
+"""What the commands are given, checked before the work begins: files, a model at its checkpoint, its data."""
 
 from __future__ import annotations
 
@@ -48,14 +48,6 @@ def require(**values: object) -> None:
     missing = " and ".join(f"--{name}" for name, value in values.items() if value is None)
     if missing:
         raise ConfigurationError(f"{missing} missing; name them, or give a file with --config.")
-
-
-def check_writable(name: str, path: Path) -> None:
-    """Said before the work rather than after it."""
-    if not path.absolute().parent.is_dir():
-        raise ConfigurationError(f"--{name} {path}: there is no directory {path.absolute().parent}; create it first.")
-    if path.is_dir():
-        raise ConfigurationError(f"--{name} {path} is a directory; give the path of a file.")
 
 
 def ids_in(samples: Ids) -> list[int] | None:

@@ -14,7 +14,6 @@ from lightning_influence.cli.inputs import (
     Ids,
     LightningDataModule,
     LightningModule,
-    check_writable,
     groups_in,
     ids_in,
     prepared,
@@ -22,6 +21,7 @@ from lightning_influence.cli.inputs import (
     require,
     trained,
 )
+from lightning_influence.cli.outputs import check_writable, write_ids, write_table
 from lightning_influence.errors import ConfigurationError
 from lightning_influence.lightning.tuning import tune_horizon
 from lightning_influence.report.tables import write_csv
@@ -80,8 +80,7 @@ def check(
     for name, value, least in (("removals", singles, 3), ("subsets", subsets, 0), ("workers", workers, 0)):
         if value < least:
             raise ConfigurationError(f"--{name} {value}; give {least} or more.")
-    if results is not None:
-        check_writable("results", results)
+    check_writable("results", results)
     module, source = trained(model, data, checkpoint, log)
     faithfulness = check_faithfulness(
         log,
@@ -141,8 +140,7 @@ def proxy(
         progress: show bars.
         out: where every pair and query is written, as CSV.
     """
-    if out is not None:
-        check_writable("out", out)
+    check_writable("out", out)
     module, source = trained(model, data, checkpoint, log)
     predicted = error_proxy(
         log,
@@ -160,9 +158,7 @@ def proxy(
         progress=progress,
     )
     print(f"{predicted}\n\nsize of the predicted error by horizon\n{predicted.curve().to_string()}")
-    if out is not None:
-        write_csv(predicted.to_pandas(), out)
-        print(f"wrote {out}")
+    write_table(predicted.to_pandas(), out)
 
 
 def clean(
@@ -195,8 +191,7 @@ def clean(
     """
     require(log=log)
     assert log is not None
-    if out is not None:
-        check_writable("out", out)
+    check_writable("out", out)
     module, source = trained(model, data, checkpoint, log)
     cleaning = clean_run(
         log,
@@ -214,7 +209,7 @@ def clean(
     if out is None:
         print("left out: " + " ".join(map(str, cleaning.removed)))
     else:
-        out.write_text("".join(f"{z}\n" for z in cleaning.removed))
+        write_ids(cleaning.removed, out)
         print(f"wrote {out}")
 
 

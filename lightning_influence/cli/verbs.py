@@ -10,7 +10,6 @@ from lightning_influence.cli.inputs import (
     Ids,
     LightningDataModule,
     LightningModule,
-    check_writable,
     groups_in,
     ids_in,
     labels_in,
@@ -18,13 +17,13 @@ from lightning_influence.cli.inputs import (
     tokenizer_of,
     trained,
 )
+from lightning_influence.cli.outputs import check_writable, printable, write_ids, write_table
 from lightning_influence.cli.processes import launched
 from lightning_influence.errors import ConfigurationError
 from lightning_influence.log.manifest import Manifest
 from lightning_influence.log.reader import StoreReader
 from lightning_influence.report import InfluenceReport
 from lightning_influence.report.comparison import compare as compare_reports
-from lightning_influence.report.tables import write_csv
 from lightning_influence.scoring.attribution import attribute as attribute_run
 from lightning_influence.scoring.memory import MaxMemory
 from lightning_influence.trust.dynamics import suspects as suspects_of
@@ -183,14 +182,11 @@ def suspects(
     """
     if k < 1:
         raise ConfigurationError(f"--k {k}; give 1 or more.")
-    if out is not None:
-        check_writable("out", out)
+    check_writable("out", out)
     module, source = (None, None) if model is None and data is None else trained(model, data, checkpoint, log)
     table = suspects_of(log, model=module, data=source)
     print(f"{len(table)} samples are likely mislabelled\n{table.head(k).to_string(index=False)}")
-    if out is not None:
-        write_csv(table, out)
-        print(f"wrote {out}")
+    write_table(table, out)
 
 
 def select(
@@ -215,16 +211,15 @@ def select(
         raise ConfigurationError(f"--keep {keep}; a fraction lies above 0 and is at most 1.")
     if k is not None and k < 1:
         raise ConfigurationError(f"--k {k}; give 1 or more.")
-    for name, path in (("out", out), ("left_out", left_out)):
-        if path is not None:
-            check_writable(name, path)
+    check_writable("out", out)
+    check_writable("left_out", left_out)
     scored = InfluenceReport.load(scores)
     ids = scored.sample_ids.tolist()
     gone = scored.select(len(ids) - round(keep * len(ids)) if k is None else k, by=by)
     best = sorted(set(ids).difference(gone))
-    for path, chosen in ((out, best), (left_out, gone)):
-        if path is not None:
-            path.write_text("".join(f"{z}\n" for z in chosen))
+    write_ids(best, out)
+    if left_out is not None:
+        write_ids(gone, left_out)
     print(f"wrote {len(best)} of {len(ids)} sample ids to {out}")
 
 
@@ -237,15 +232,7 @@ def compare(first: Path, second: Path, k: int = 20, out: Path | None = None) -> 
         k: how many are shown.
         out: where all of them are written, as CSV.
     """
-    if out is not None:
-        check_writable("out", out)
+    check_writable("out", out)
     table = compare_reports(InfluenceReport.load(first), InfluenceReport.load(second))
     print(table.head(k).to_string(index=False))
-    if out is not None:
-        write_csv(table, out)
-        print(f"wrote {out}")
-
-
-def printable(text: str) -> str:
-    """What a file says, without the codes that would steer the terminal."""
-    return "".join(c if c.isprintable() or c in "\n\t" else ascii(c)[1:-1] for c in text)
+    write_table(table, out)

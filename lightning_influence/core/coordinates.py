@@ -16,9 +16,9 @@ from lightning_influence.core.trajectory import Shares
 COMPRESSIONS = ("auto", "full", "factored", "mask")
 
 _BUDGET = 2**22  # bytes per sample and step that "auto" spends on all parameters together
-_STATE = (
-    1.25  # numbers that a step keeps of every coordinate besides the shares: its gradient, and moments every few steps
-)
+_STATE = 1.25
+"""Numbers that a step keeps of every coordinate besides the shares: its gradient, and moments every few steps."""
+
 # -- what is kept ------------------------------------------------------------------------------------
 
 

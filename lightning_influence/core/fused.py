@@ -71,7 +71,7 @@ def fused_response(
     try:
         with torch.no_grad():
             if len(weights[0]) == 1:
-                response: Tensor = _compiled(_contracted)(*arguments, [w[0] for w in weights])[None]
+                response: Tensor = _compiled(_contracted)([w[0] for w in weights], *arguments)[None]
             else:
                 moves = _compiled(_moves)(*arguments)
                 response = torch.stack([w @ m.T for w, m in zip(weights, moves, strict=True)]).sum(0)
@@ -104,17 +104,9 @@ def _moves(
     return [new - old for new, old in zip([*deltas, *moments], bases, strict=True)]
 
 
-def _contracted(
-    formula: _Formula,
-    moments: Moments,
-    gradients: Sequence[Tensor],
-    numbers: Sequence[Numbers],
-    bases: Sequence[Tensor],
-    change: Tensor,
-    weights: Sequence[Tensor],
-) -> Tensor:
-    """`_moves` times one adjoint, ``(n,)``; none of them is written to memory."""
-    moves = _moves(formula, moments, gradients, numbers, bases, change)
+def _contracted(weights: Sequence[Tensor], *of_moves: Any) -> Tensor:
+    """`_moves` of its arguments times one adjoint, ``(n,)``; none of them is written to memory."""
+    moves = _moves(*of_moves)
     total = moves[0] * weights[0]
     for move, weight in zip(moves[1:], weights[1:], strict=True):
         total = total + move * weight

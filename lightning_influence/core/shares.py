@@ -166,8 +166,7 @@ class Outer:
 
     def _blocks(self) -> list[slice]:
         """Samples whose formed shares fit in a bounded block."""
-        size = max(1, _FORMED_ELEMENTS // max(self.n_coordinates, 1))
-        return [slice(start, start + size) for start in range(0, self.n_samples, size)]
+        return sample_chunks(self.n_samples, self.n_coordinates, _FORMED_ELEMENTS)
 
     def dense(self, samples: slice = slice(None)) -> Tensor:
         return (self.left[samples].mT @ self.right[samples]).flatten(1)

@@ -215,9 +215,8 @@ class _Walk:
     def back(self, index: int, *, score: bool, last: bool = False) -> RowScores | None:
         """Move from after step ``index`` to before it, unless it is the last; the step's scores where asked for."""
         record, shares = self.trajectory.record(index), self.trajectory.shares(index)
-        with (
-            _disable_current_modes()
-        ):  # one of torch's that watches the module (`run.unchanged`) has nothing to see here
+        # a mode of torch's that watches the module (`run.unchanged`) has nothing to see here
+        with _disable_current_modes():
             products, rows = self._pass(record, shares, score=score, last=last)
         if not last:
             curved = self.method.hessian.product(self.trajectory, record, shares, self.gradient, products)

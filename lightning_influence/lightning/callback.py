@@ -21,7 +21,7 @@ from lightning_influence.lightning.failures import tell_missing
 from lightning_influence.lightning.live_run import LiveRun
 from lightning_influence.lightning.run_log import RunLog
 from lightning_influence.lightning.run_report import RunReport, refuse_no_queries
-from lightning_influence.live.ways import BUDGET, Ways
+from lightning_influence.live.ways import Ways, budget_of
 from lightning_influence.log.format import refuse_undecodable
 from lightning_influence.log.manifest import RECORDS, Manifest, Mask
 from lightning_influence.log.place import is_remote
@@ -127,9 +127,8 @@ class InfluenceCallback(L.Callback):
         log = renamed("log", log, "dirpath", dirpath)
         if log is None:
             raise ConfigurationError("log is missing; give the directory that the log is to be written to.")
-        self.dirpath = (
-            log if is_remote(log) else Path(log)
-        )  # of a callback's attribute `log` the trainer makes its logging function
+        # of a callback's attribute `log` the trainer makes its logging function
+        self.dirpath = log if is_remote(log) else Path(log)
         refuse_undecodable(Path(log))
         if report and is_remote(log):
             raise ConfigurationError(
@@ -152,9 +151,7 @@ class InfluenceCallback(L.Callback):
         if snapshot_every is not None and snapshot_every < 1:
             raise ConfigurationError(f"snapshot_every={snapshot_every}; it counts steps and is at least 1")
         self.record, self.snapshot_every, self.store_batches = record, snapshot_every, store_batches
-        if budget is None and record == "auto":
-            budget = BUDGET
-        self.compression = Compression(compression, mask_size, seed, budget)
+        self.compression = Compression(compression, mask_size, seed, budget_of(record, budget))
         self.options = StepOptions(reduction, sample_weights, exclude, frozen_batch_norm, verify)
         self.sample_ids = SampleIds(sample_ids, random=True)
         self._live = LiveRun(

@@ -18,7 +18,7 @@ from lightning_influence.core.coordinates import COMPRESSIONS
 from lightning_influence.core.trajectory import Clip
 from lightning_influence.errors import ConfigurationError, check_choice
 from lightning_influence.live.steps import LiveSteps
-from lightning_influence.live.ways import BUDGET, Ways
+from lightning_influence.live.ways import Ways, budget_of
 from lightning_influence.log.manifest import RECORDS, Manifest, Mask
 from lightning_influence.log.recorder import Compression, CompressionName, Recorder
 from lightning_influence.log.snapshots import ReplaySettings
@@ -113,7 +113,7 @@ def recording(
         watches=True,
         give_up=ways.give_up if record == "auto" else None,
     )
-    settings = Compression(compression, mask_size, seed, BUDGET if budget is None and record == "auto" else budget)
+    settings = Compression(compression, mask_size, seed, budget_of(record, budget))
     manifest = Manifest.of_run(
         task.module,
         optimizer,

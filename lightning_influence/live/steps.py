@@ -358,7 +358,6 @@ class LiveSteps:
                 f"padding (a mask; pad_packed_sequence(total_length=...)), or {self._otherwise}."
             )
             self.collector.give_up(error)
-            self._to_verify = False
         order.recollates = True
         return True
 

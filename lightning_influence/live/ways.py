@@ -17,6 +17,11 @@ BUDGET = 2**16
 """Bytes of a sample's gradients at a step that ``record="auto"`` keeps unasked."""
 
 
+def budget_of(record: str, budget: int | None) -> int | None:
+    """The bytes of a sample's gradients at a step that a run keeps, where nobody says otherwise."""
+    return BUDGET if budget is None and record == "auto" else budget
+
+
 class Ways:
     """What a run is recorded as, which may become less.
 

@@ -277,7 +277,7 @@ class Recorder:
         """A copy of a step's record on the kept coordinates, with the moments that are not yet in the block of steps."""
         if record.index % MOMENTS_EVERY == 0:
             self._with_moments = set()
-        settings = replace(
+        reduced = replace(
             record,
             gradients={k: self._kept(k, g) for k, g in record.gradients.items()},
             moments={
@@ -287,10 +287,10 @@ class Recorder:
             },
             parameters={k: self._kept(k, p) for k, p in (record.parameters or {}).items()},
         )
-        self._with_moments |= settings.moments.keys()
+        self._with_moments |= reduced.moments.keys()
         if not self.begun:
-            self._moment_bytes = sum(m.nbytes for moments in settings.moments.values() for m in moments)
-        return settings
+            self._moment_bytes = sum(m.nbytes for moments in reduced.moments.values() for m in moments)
+        return reduced
 
     def _kept(self, name: str, values: Tensor) -> Tensor:
         assert self.keeps is not None

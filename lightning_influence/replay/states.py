@@ -26,9 +26,7 @@ from lightning_influence.replay.segment import Segment, state_after
 from lightning_influence.replay.walking_back import WALK, WalkBack, can_be_undone
 
 _TOLERANCE = 1e-2  # of a segment's movement
-_TOLERANCE_HALF = (
-    0.2  # of parameters in half precision, where a step is often less than their rounding; reports tell the drift
-)
+_TOLERANCE_HALF = 0.2  # in half precision, where a step is often less than the rounding; reports tell the drift
 _NORM_TOLERANCE = 1e-3  # of a gradient's norm
 _WALK_TOLERANCE = 1e-3  # of the movement of a part that is walked back
 _WALK_NORM_TOLERANCE = 1e-4  # of the same, where a run is walked back in full precision

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import replace
 from functools import partial
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import torch
 from torch import Tensor
@@ -28,12 +28,14 @@ from lightning_influence.replay.passes import Passes, copies
 from lightning_influence.replay.plan import Plan, PlannedStep
 from lightning_influence.replay.removals import RemovalCheck
 from lightning_influence.replay.spread import Spread
-from lightning_influence.replay.states import States
+from lightning_influence.replay.states import States, WalkedAstray
 from lightning_influence.replay.token_products import TokenProducts, token_products
 from lightning_influence.run.parameters import placed
 from lightning_influence.run.random_state import random_state
 from lightning_influence.run.ranks import ALONE, Ranks
 from lightning_influence.run.task import Task, as_task
+
+_T = TypeVar("_T")
 
 _AT_ONCE = 32  # vectors carried through the network together
 _AT_ONCE_BYTES = 2**26  # that they may save on their way
@@ -108,9 +110,8 @@ class ReplayTrajectory:
         self.differenced = False
         self._frozen_batch_norm, self._at_once_asked = frozen_batch_norm, at_once
         convolves = any(isinstance(layer, torch.nn.modules.conv._ConvNd) for layer in module.modules())
-        self._forward: bool | None = (
-            None if convolves else False
-        )  # whether Hessian products go forward; None: to be seen
+        # whether Hessian products go forward; None: to be seen
+        self._forward: bool | None = None if convolves else False
 
     def __enter__(self) -> ReplayTrajectory:
         self._open = ExitStack()
@@ -301,6 +302,21 @@ class ReplayTrajectory:
 
         total = self._summed(index, of_part)
         return {k: total[k].to(vectors[k]) for k in vectors}
+
+
+def walked_or_run(run: Any, work: Callable[[], _T]) -> _T:
+    """What ``work`` finds of a run, which is walked back where that can be; where it goes astray, the run is run forward.
+
+    Args:
+        run: a `ReplayTrajectory`, or another that nothing leads astray.
+    """
+    try:
+        return work()
+    except WalkedAstray:
+        assert isinstance(run, ReplayTrajectory)
+        run.states.clear()
+        run.states.walks = False
+        return work()
 
 
 @contextmanager

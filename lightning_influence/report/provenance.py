@@ -165,17 +165,8 @@ class Provenance:
         versions = _mapping(metadata.get("versions"))
         texts = (
             *("module", "record", "compression", "precision", "optimizer", "optimizer_assumption"),
-            *(
-                "curvature",
-                "response",
-                "counterfactual",
-                "target",
-                "rows",
-                "stopped_paths",
-                "hessian",
-                "queried",
-                "query_gradient",
-            ),
+            *("curvature", "response", "counterfactual", "target", "rows", "stopped_paths", "hessian"),
+            *("queried", "query_gradient"),
         )
         return cls(
             **{key: _text(metadata.get(key)) for key in texts},  # type: ignore[arg-type]

@@ -22,8 +22,7 @@ from lightning_influence.errors import ConfigurationError, LogError
 from lightning_influence.log.manifest import LEFT_OUT
 from lightning_influence.log.steps import FINAL, LoggedSteps, LoggedTrajectory, checksum
 from lightning_influence.replay.logged_plan import LoggedPlan
-from lightning_influence.replay.states import WalkedAstray
-from lightning_influence.replay.trajectory import ReplayTrajectory
+from lightning_influence.replay.trajectory import ReplayTrajectory, walked_or_run
 from lightning_influence.report import InfluenceReport
 from lightning_influence.report.groups import Groups
 from lightning_influence.report.provenance import Coverage, Provenance, RemovalSummary
@@ -158,11 +157,17 @@ def attribute(
         moves: Vectors | None = {} if looks else None
         turns = [own[start : start + held.queries] for start in range(0, max(len(own), 1), held.queries)]
         pace = _pace(trajectory, method, n_queries, len(turns), most)
-        options = {"window_in_files": held.in_files, "moves": moves, "passed": pace, "progress": progress}
+        options: dict[str, Any] = {
+            "sets": deal.sets,
+            "window_in_files": held.in_files,
+            "moves": moves,
+            "passed": pace,
+            "progress": progress,
+        }
         parts, lines = list[RowScores](), list[Tensor]()
         for turn in turns:
             of_queries = gradients(turn)
-            parts.append(_swept(trajectory, of_queries, method, deal.sets, **options))
+            parts.append(walked_or_run(trajectory, partial(sweep, trajectory, of_queries, method, **options)))
             if moves is not None:
                 lines.append(straight_lines(of_queries, moves))
         every = RowScores.beside(parts)
@@ -238,18 +243,6 @@ def _pace(trajectory: Trajectory, method: Method, n_queries: int, turns: int, he
     if n_queries > 1:
         cheaper.insert(0, f"target='mean' asks one query instead of {n_queries}")
     return Pace(what, steps * turns, held, cheaper)
-
-
-def _swept(trajectory: Trajectory, gradients: Vectors, method: Method, sets: RemovalSets, **options: Any) -> RowScores:
-    """A sweep; where the run cannot be walked back, it is run forward."""
-    options["sets"] = sets
-    try:
-        return sweep(trajectory, gradients, method, **options)
-    except WalkedAstray:
-        assert isinstance(trajectory, ReplayTrajectory)
-        trajectory.states.clear()
-        trajectory.states.walks = False
-        return sweep(trajectory, gradients, method, **options)
 
 
 @contextmanager

@@ -170,10 +170,8 @@ class LiveTarget:
         self._parts: Iterator[list[Any]] | None = None
         self._kept: list[Any] | None = None  # the batches of a small target, which its loader then gives once
         self._part: _Part | None = None  # the last one
-        self._traits, self._looked_at = (
-            Traits(),
-            0,
-        )  # of the loss, and the step of the run at which they were looked for
+        self._traits = Traits()  # of the loss
+        self._looked_at = 0  # the step of the run at which they were looked for
 
     def gradient(
         self,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast
 
@@ -13,9 +14,8 @@ from lightning_influence.core.curvature import curvature_of
 from lightning_influence.core.second_variation import ErrorProxy, QueryCurvature, scaled_learning_rate, second_variation
 from lightning_influence.core.trajectory import Trajectory
 from lightning_influence.errors import ConfigurationError, check_choice
-from lightning_influence.log.steps import LoggedSteps, LoggedTrajectory
-from lightning_influence.replay.states import WalkedAstray
-from lightning_influence.replay.trajectory import ReplayTrajectory
+from lightning_influence.log.steps import LoggedSteps
+from lightning_influence.replay.trajectory import ReplayTrajectory, walked_or_run
 from lightning_influence.report.tables import in_notebook
 from lightning_influence.run.data import TrainingData
 from lightning_influence.run.task import as_task
@@ -169,32 +169,21 @@ def error_proxy(
                 model, queries, names, run.select, target=target, query_loss=query_loss, only=only, progress=progress
             )
             for factor in lr_factors:
-                one = _proxy(
-                    run,
-                    factor,
+                work = partial(
+                    second_variation,
+                    run if factor == 1.0 else scaled_learning_rate(run, factor),
                     gradients,
                     chosen,
-                    curvature=used,
+                    curvature=used,  # type: ignore[arg-type]
                     counterfactual=counterfactual,
                     query_curvature=None if of_queries is None else _columns(of_queries, only),
                     at_once=held.pairs,
                     progress=progress,
                 )
+                one = walked_or_run(run, work)
                 parts.setdefault(factor, []).append(one)
         proxies = {factor: ErrorProxy.of_queries(each) for factor, each in parts.items()}
         return PredictedErrors(proxies, used, len(run))
-
-
-def _proxy(run: LoggedTrajectory | ReplayTrajectory, factor: float, *args: Any, **options: Any) -> ErrorProxy:
-    """The second variation of a run at a multiple of its learning rate; where it cannot be walked back, it is run forward."""
-    seen = run if factor == 1.0 else scaled_learning_rate(run, factor)
-    try:
-        return second_variation(seen, *args, **options)
-    except WalkedAstray:
-        assert isinstance(run, ReplayTrajectory)
-        run.states.clear()
-        run.states.walks = False
-        return second_variation(seen, *args, **options)
 
 
 def _columns(curvature: QueryCurvature, only: range) -> QueryCurvature:

@@ -19,7 +19,7 @@ from lightning_influence.report.provenance import Measured
 from lightning_influence.report.tables import in_notebook
 from lightning_influence.run.data import TrainingData
 from lightning_influence.run.task import as_task
-from lightning_influence.scoring.attribution import attribute
+from lightning_influence.scoring.attribution import attribute, consumed_by
 from lightning_influence.scoring.groups import GroupsOf, named_groups
 from lightning_influence.scoring.queries import Queries, Target, asked_of, check_target, query_losses
 from lightning_influence.scoring.query_loss import QueryLoss
@@ -199,11 +199,11 @@ def check_faithfulness(
     steps, source = LoggedSteps.of(log), TrainingData.of(data)
     held = Queries.of(queries, data=source, precision=steps.manifest.precision).held()
     named = {} if groups is None else named_groups(groups)
-    asked = _removals(_used(steps), removals, subsets, subset_size, named, seed)
+    asked = _removals(consumed_by(steps, ()), removals, subsets, subset_size, named, seed)
     together = {str(number): sorted(r) for number, r in enumerate(asked) if isinstance(r, frozenset)}
     reports = {
         name: attribute(
-            steps, queries=held, model=task, data=source, target=target, query_loss=query_loss,
+            steps, queries=held.for_gradients(), model=task, data=source, target=target, query_loss=query_loss,
             counterfactual=counterfactual, groups=together or None, progress=progress, **options,
         )
         for name, options in estimators.items()
@@ -276,11 +276,6 @@ class _Effects:
 
 def _key(removal: Removal) -> str:
     return json.dumps(sorted(removal) if isinstance(removal, frozenset) else removal)
-
-
-def _used(steps: LoggedSteps) -> Tensor:
-    """Ids of the samples that a run consumed, ascending."""
-    return torch.cat([steps.sample_ids(t) for t in range(len(steps))]).unique()
 
 
 def _removals(
