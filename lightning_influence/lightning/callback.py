@@ -24,7 +24,7 @@ from lightning_influence.lightning.run_report import RunReport, refuse_no_querie
 from lightning_influence.live.ways import Ways, budget_of
 from lightning_influence.log.format import refuse_undecodable
 from lightning_influence.log.manifest import RECORDS, Manifest, Mask
-from lightning_influence.log.place import is_remote
+from lightning_influence.log.place import is_remote, place_of
 from lightning_influence.log.recorder import Compression, CompressionName, Recorder
 from lightning_influence.log.snapshots import ReplaySettings
 from lightning_influence.report import InfluenceReport
@@ -195,7 +195,8 @@ class InfluenceCallback(L.Callback):
         except LogError as error:  # which must not cost the checkpoint
             self._failure = self._failure or error
         stopped = None if self._failure is None else str(self._failure)
-        return self._log.state_dict() | {"steps": self._recorder.writer.complete, "stopped": stopped}
+        known = {"steps": self._recorder.writer.complete, "stopped": stopped, "left": self._recorder.left}
+        return self._log.state_dict() | known
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self._log.load_state_dict(state_dict)
@@ -238,6 +239,7 @@ class InfluenceCallback(L.Callback):
                 guard=self._inside,
                 give_up=self._leave_out if self.record == "auto" else None,
             )
+            self._recorder.left = self._log.left
             undo.pop_all()
         self._ways.begin(self._live.steps, self._recorder, replace(manifest, run=self._log.run))
 
@@ -257,6 +259,16 @@ class InfluenceCallback(L.Callback):
         self._close(trainer, finished=whole)
         if self.writes_report:
             self._report.write(trainer, pl_module, whole)
+
+    def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if not self._log.awaited:
+            return
+        # the run went on from its very end, of which the hooks of training hear nothing
+        try:
+            self.on_train_start(trainer, pl_module)
+            self.on_train_end(trainer, pl_module)
+        except Exception as error:
+            tell_missing(place_of(self.dirpath), trainer.global_rank, "its end", error, "Training is not affected.")
 
     def _is_complete(self, trainer: L.Trainer) -> bool:
         """Whether every step of this process is on disk."""
@@ -290,7 +302,7 @@ class InfluenceCallback(L.Callback):
             recorder.close(finished=finished)
         except Exception as error:
             tell_missing(recorder.writer.place, recorder.ranks.rank, "its end", error, "Training is not affected.")
-        self._log.steps = recorder.writer.complete
+        self._log.steps, self._log.left = recorder.writer.complete, recorder.left
 
     # -- failures ---------------------------------------------------------------------------------------
 

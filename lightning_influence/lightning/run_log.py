@@ -28,6 +28,7 @@ class RunLog:
         steps: of the run that the trainer's present state comes from.
         run: identifies a log even if it is moved; on the process that saves checkpoints.
         stopped: why recording ended before the run did.
+        left: of the recorder's parameters, as its attribute of that name.
     """
 
     def __init__(self, dirpath: Log, existing: Literal["error", "overwrite", "resume"]) -> None:
@@ -35,16 +36,22 @@ class RunLog:
         self.steps: int | None = None
         self.run: str | None = None
         self.stopped: str | None = None
+        self.left: list[float] | None = None
         self._resume_at: int | None = None
 
     def state_dict(self) -> dict[str, Any]:
         """What a checkpoint keeps."""
-        return {"steps": self.steps, "run": self.run, "stopped": self.stopped}
+        return {"steps": self.steps, "run": self.run, "stopped": self.stopped, "left": self.left}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """The next run goes on from a checkpoint."""
         self.steps = self._resume_at = state["steps"]
-        self.run, self.stopped = state.get("run"), state.get("stopped")
+        self.run, self.stopped, self.left = state.get("run"), state.get("stopped"), state.get("left")
+
+    @property
+    def awaited(self) -> bool:
+        """Whether a run that goes on from a checkpoint has not opened the log yet."""
+        return self._resume_at is not None
 
     def look_for(self, key: str, states: dict[str, Any]) -> None:
         """Find the state of a log that was moved, which lies under its former place, among those of a checkpoint's callbacks.
@@ -79,6 +86,8 @@ class RunLog:
         """
         resume_at, self._resume_at = self._resume_at, None
         existing = self.existing if resume_at is None else "resume"
+        if resume_at is None:
+            self.left = None
         if existing == "resume" and self.stopped is not None:
             raise ConfigurationError(
                 f"recording to {self.dirpath} stopped during the run that goes on here ({self.stopped}), so the log cannot go on "

@@ -77,6 +77,7 @@ class Recorder:
 
     Attributes:
         verified: what is known of the run's removals so far, as reports tell it; None where they are not looked at.
+        left: a number for each parameter, as the steps of an epoch left it; None where another step followed.
     """
 
     def __init__(
@@ -105,7 +106,7 @@ class Recorder:
         self._taken = False  # the optimizer took a step since the last micro-batch was begun
         self._noted: list[_Noted] = []
         self._pending: tuple[StepRecord, dict[str, Form], list[_Noted]] | None = None
-        self._left_by_steps: Tensor | None = None
+        self.left: list[float] | None = None
         self._guard, self._first = guard, len(writer)  # the first step of this part of the run
         self._moment_bytes = 0  # in the first step
         self._post_hook = self.optimizer.register_step_post_hook(lambda *_: self._after_step())
@@ -206,7 +207,7 @@ class Recorder:
 
     def _finish(self) -> None:
         """Note the parameters that the run ended with, and whether they are still those of its last step."""
-        if self._left_by_steps is not None and not torch.equal(self._sums(), self._left_by_steps):
+        if self.left is not None and self._sums() != self.left:
             self.writer.save(FINAL, {}, {"moved": True})
             return
         if self.replay is not None:
@@ -217,11 +218,12 @@ class Recorder:
 
     def end_epoch(self) -> None:
         """An epoch's last step was taken; what changes the parameters after this is not the run's doing."""
-        self._left_by_steps = self._sums()
+        self.left = self._sums()
 
-    def _sums(self) -> Tensor:
+    def _sums(self) -> list[float]:
         """A number for each parameter that tells whether it was changed."""
-        return torch.stack([p.detach().double().sum() for p in self.collector.parameters()])
+        sums: list[float] = torch.stack([p.detach().double().sum() for p in self.collector.parameters()]).tolist()
+        return sums
 
     def _snapshot_due(self) -> bool:
         """Whether the state before this step is written: every few steps, and where a parameter begins to train."""
@@ -312,7 +314,7 @@ class Recorder:
                     "overridden and steps twice. Influence follows one step for each gradient; step once."
                 )
             return
-        self._taken = True
+        self._taken, self.left = True, None
         (record, shares, noted), self._pending = self._pending, None
         self._between.note_step()
         self._check_clip(record.clip, record.index)

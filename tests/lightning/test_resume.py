@@ -15,7 +15,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint, OnExceptionCheckpoint
 from modules import Classifier, digits, fit, loader
 from torch.utils.data import BatchSampler, DataLoader
 
-from lightning_influence import InfluenceCallback
+from lightning_influence import InfluenceCallback, InfluenceReport
 from lightning_influence.errors import ConfigurationError, LogCorrupted, LogError
 from lightning_influence.log.reader import StoreReader
 from lightning_influence.log.steps import LoggedTrajectory
@@ -130,6 +130,63 @@ def test_a_run_goes_on_from_a_checkpoint_that_was_saved_after_it(tmp_path: Path)
     # the first run ended with a snapshot of its own
     assert {name: t for name, t in resumed.items() if not name.startswith("snapshot-00000012")}.keys() == whole.keys()
     assert [name for name in whole if not torch.equal(whole[name], resumed[name])] == []
+
+
+class InterruptsTheEnd(L.Callback):
+    """Every step is taken and the last epoch's checkpoint saved, when the machine goes away."""
+
+    def on_train_end(self, *_: Any) -> None:
+        raise RuntimeError("the machine went away")
+
+
+class Averages(L.Callback):
+    """Moves the parameters when the last epoch has ended, before its checkpoint is saved."""
+
+    def on_train_epoch_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        if trainer.current_epoch == 1:
+            with torch.no_grad():
+                for p in module.parameters():
+                    p.mul_(0.9)
+
+
+@pytest.mark.parametrize("last", ["step", "epoch", "moved"])
+def test_a_run_that_was_interrupted_at_its_very_end_ends_with_its_log_and_report(last: str, tmp_path: Path) -> None:
+    # Lightning calls no hook of training when such a run is resumed
+    validation = loader(digits(30), 10)
+    averages = [Averages()] if last == "moved" else []
+    kinds = {"step": {"every_n_train_steps": 24}, "epoch": {"save_on_train_epoch_end": True}}
+    saves = ModelCheckpoint(tmp_path / last, filename="end", **kinds.get(last, kinds["epoch"]))
+
+    def run(folder: Path, *callbacks: L.Callback, **options: Any) -> InfluenceReport | None:
+        recording = InfluenceCallback(folder / "log", record="both", snapshot_every=5, report=True)
+        module = Classifier()
+        again = [SeedsSteps(), *callbacks, recording, *averages]
+        torch.manual_seed(0)
+        fit(
+            module,
+            Resumable(),
+            *again,
+            max_epochs=2,
+            val=validation,
+            enable_checkpointing=InterruptsTheEnd in map(type, callbacks),
+            **options,
+        )
+        return recording.report
+
+    whole = run(tmp_path / "whole")
+    with pytest.raises(RuntimeError, match="went away"):
+        run(tmp_path / "broken", InterruptsTheEnd(), saves)
+    assert "final" not in StoreReader(tmp_path / "broken" / "log").artifacts()
+    resumed = run(tmp_path / "broken", ckpt_path=tmp_path / last / "end.ckpt")
+    assert whole is not None and resumed is not None
+    torch.testing.assert_close(resumed.scores, whole.scores, rtol=0, atol=1e-6 * float(whole.scores.abs().max()))
+    assert (tmp_path / "broken" / "log" / "report.html").exists()
+    whole_log, resumed_log = content(tmp_path / "whole" / "log"), content(tmp_path / "broken" / "log")
+    assert whole_log.keys() == resumed_log.keys()
+    assert [name for name in whole_log if not torch.equal(whole_log[name], resumed_log[name])] == []
+    ends = [StoreReader(tmp_path / run / "log").artifact_meta("final") for run in ("whole", "broken")]
+    assert ends[0] == ends[1]
+    assert bool(ends[0].get("moved")) == (last == "moved")
 
 
 @pytest.mark.parametrize("first", [False, True])
