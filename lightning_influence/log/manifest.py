@@ -167,12 +167,12 @@ class Manifest:
         Raises:
             LogCorrupted: it does not say what a manifest says.
         """
-        found = cls._written(reader)
+        manifest = cls._written(reader)
         if LEFT_OUT["gradients"] in reader.missing:
-            found = found.without_gradients()
+            manifest = manifest.without_gradients()
         if LEFT_OUT["replay"] in reader.missing:
-            found = replace(found, record="gradients")
-        return found
+            manifest = replace(manifest, record="gradients")
+        return manifest
 
     @classmethod
     def _written(cls, reader: StoreReader) -> Manifest:

@@ -122,8 +122,8 @@ class Groups:
         rows = RowScores(*(tensors[_PREFIX + field.name] for field in fields(RowScores)))
         names, sizes = [str(name) for name in metadata["names"]], [int(size) for size in metadata["sizes"]]
         bends = metadata.get("bends")
-        found = None if bends is None else [None if bend is None else float(bend) for bend in bends]
-        return cls(names, sizes, rows, query_ids, found)
+        of_groups = None if bends is None else [None if bend is None else float(bend) for bend in bends]
+        return cls(names, sizes, rows, query_ids, of_groups)
 
 
 TENSORS = tuple(_PREFIX + field.name for field in fields(RowScores))

@@ -51,7 +51,7 @@ class _Card:
     Attributes:
         share: of the largest score beside it.
         note: a word on the score.
-        told: the score in words, where it is none.
+        words: the score in words, where it is none.
     """
 
     sample_id: int
@@ -60,7 +60,7 @@ class _Card:
     content: Markup
     label: str
     note: str = ""
-    told: str = ""
+    words: str = ""
 
 
 class _Samples:
