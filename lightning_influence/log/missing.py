@@ -26,7 +26,7 @@ def note_missing(part: Path, what: str, why: str) -> None:
 
 
 def tell_place(place: Place, rank: int, what: str, why: str) -> None:
-    """`note_missing` in a rank's part of a log, wherever it lies.
+    """`note_missing` in a rank's part of a log, on this machine or in remote storage.
 
     Raises:
         OSError: it cannot be written.
