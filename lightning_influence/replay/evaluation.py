@@ -17,7 +17,7 @@ from lightning_influence.core.curvature import GradientGraph, differentiable_att
 from lightning_influence.core.shares import Form, Stack, nbytes
 from lightning_influence.core.trajectory import Vectors
 from lightning_influence.errors import ConfigurationError
-from lightning_influence.replay.measured_removals import MeasuredRemovals, Part
+from lightning_influence.replay.measured_removals import MeasuredRemovals, WholeMicroBatch
 from lightning_influence.replay.passes import Pass, Passes, leaves_of
 from lightning_influence.replay.plan import PlannedMicroBatch, PlannedStep, State
 from lightning_influence.replay.spread import Spread
@@ -70,7 +70,7 @@ class _Ran:
     stopped: dict[str, Tensor]
     totals: dict[str, Tensor]
     captured: list[dict[str, Form]] | None
-    parts: list[Part]
+    parts: list[WholeMicroBatch]
     buffers: list[Mapping[str, Tensor]]
 
 
@@ -192,14 +192,14 @@ class StepEvaluator:
         leaves = leaves_of(state.parameters)
         stopped = leaves_of(state.parameters) if self.exact and self.stopped_paths == "followed" else {}
         captured: list[dict[str, Form]] = []
-        parts: list[Part] = []
+        parts: list[WholeMicroBatch] = []
         buffers: list[Mapping[str, Tensor]] = [state.buffers]
         totals: dict[str, Tensor] = {}
         with differentiable_attention() if self.exact else nullcontext():
             for micro_batch in part.micro_batches:
                 one = self._pass(leaves, buffers[-1], micro_batch, stopped)
                 captured += [] if one.shares is None else [one.shares]
-                parts.append(Part(buffers[-1], {k: g.detach() for k, g in one.gradients.items()}, one.drew))
+                parts.append(WholeMicroBatch(buffers[-1], {k: g.detach() for k, g in one.gradients.items()}, one.drew))
                 buffers.append(one.buffers)
                 totals |= {k: totals[k] + g if k in totals else g for k, g in one.gradients.items()}
         complete = len(captured) == len(part.micro_batches)
@@ -253,7 +253,7 @@ class StepEvaluator:
         self,
         planned: PlannedStep,
         state: State,
-        parts: Sequence[Part],
+        parts: Sequence[WholeMicroBatch],
         gradients: Vectors,
         captured: Sequence[Mapping[str, Form]] | None,
     ) -> dict[str, Form] | None:

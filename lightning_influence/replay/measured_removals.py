@@ -32,7 +32,7 @@ class _TakesNoFewerSamples(ConfigurationError):
 
 
 @dataclass(frozen=True)
-class Part:
+class WholeMicroBatch:
     """A micro-batch as it was evaluated as a whole.
 
     Attributes:
@@ -92,7 +92,7 @@ class MeasuredRemovals:
         self,
         planned: PlannedStep,
         parameters: Mapping[str, Tensor],
-        parts: Sequence[Part],
+        parts: Sequence[WholeMicroBatch],
         gradients: Vectors,
         shares: Mapping[str, Form],
     ) -> bool:
@@ -121,7 +121,7 @@ class MeasuredRemovals:
         self,
         planned: PlannedStep,
         parameters: Mapping[str, Tensor],
-        parts: Sequence[Part],
+        parts: Sequence[WholeMicroBatch],
         gradients: Vectors,
     ) -> dict[str, Form]:
         """The change of the gradient by every removal that is asked for, in place of shares."""
@@ -141,7 +141,7 @@ class MeasuredRemovals:
         self,
         planned: PlannedStep,
         parameters: Mapping[str, Tensor],
-        parts: Sequence[Part],
+        parts: Sequence[WholeMicroBatch],
         gradients: Vectors,
         shares: Mapping[str, Form],
     ) -> None:
@@ -175,7 +175,7 @@ class MeasuredRemovals:
         self,
         planned: PlannedStep,
         parameters: Mapping[str, Tensor],
-        parts: Sequence[Part],
+        parts: Sequence[WholeMicroBatch],
         gradients: Vectors,
         sets: Tensor,
     ) -> tuple[Vectors, str | None]:
@@ -212,7 +212,7 @@ class MeasuredRemovals:
         return changes, min(lost, default=None)
 
     def _rest(
-        self, leaves: dict[str, Tensor], part: Part, less: PlannedMicroBatch, random: KeptRandom | None
+        self, leaves: dict[str, Tensor], part: WholeMicroBatch, less: PlannedMicroBatch, random: KeptRandom | None
     ) -> Vectors:
         """Gradients of a micro-batch without a sample; with random numbers of its own, if they cannot be kept."""
         try:

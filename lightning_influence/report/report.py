@@ -50,7 +50,8 @@ class InfluenceReport(Scores):
             show: ``show(sample) -> text | PIL image | image tensor | mapping``, a mapping being shown as a small table;
                 see `rendering.default_render` for the default.
             tokenizer: decodes token ids for the default.
-            queries: the query examples, indexed like the columns of the scores.
+            queries: those of the report, in any form that `attribute` takes, or a list of their examples; the example of each
+                column is shown.
             groups: a group (class, source) per sample of the training dataset or by sample id, for totals; by default the
                 labels, where the dataset gives them without being read (`rendering.labels_of`).
             classes: names of the labels, which are then indices into it.

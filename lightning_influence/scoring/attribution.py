@@ -34,7 +34,7 @@ from lightning_influence.scoring.bends import bends, straight_lines
 from lightning_influence.scoring.groups import GroupsOf, named_groups
 from lightning_influence.scoring.memory import Holding, MaxMemory, held_by_a_sweep, memory_in_bytes
 from lightning_influence.scoring.pace import Pace
-from lightning_influence.scoring.processes import Deal, Fabric, Run
+from lightning_influence.scoring.processes import ConsumedSamples, Deal, Fabric
 from lightning_influence.scoring.queries import (
     Queries,
     Target,
@@ -189,7 +189,7 @@ def _with_bends(groups: Groups, task: Task, losses: Callable[[], Tensor], moves:
     return replace(groups, bends=bends(task, losses, moves, straight, largest_first))
 
 
-def consumed_by(trajectory: Run, samples: Collection[int]) -> Tensor:
+def consumed_by(trajectory: ConsumedSamples, samples: Collection[int]) -> Tensor:
     """Ids of the samples that a run consumed, ascending.
 
     Raises:
