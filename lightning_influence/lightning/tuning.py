@@ -55,6 +55,11 @@ class Tuning:
     Attributes:
         table: one row per run: ``horizon``, ``lr``, ``loss`` on the held-out examples, ``kept``, and where it was asked
             for ``proxy``, the predicted error of first-order scores over that horizon relative to the scores.
+
+    Example:
+        >>> import pandas as pd
+        >>> Tuning(pd.DataFrame({"horizon": [0, 2], "lr": [1e-3, 1e-3], "loss": [0.7, 0.5], "kept": [0.5, 0.5]})).best
+        (2, 0.001)
     """
 
     table: pd.DataFrame

@@ -112,6 +112,13 @@ def default_render(tokenizer: Any = None) -> Render:
 
     A sample may be a tensor, an array, a text, a PIL image, a tuple whose first entry is the input and whose second is
     the label, or a mapping; a mapping without an input of a usual name, in itself or deeper, is a table row.
+
+    Example:
+        >>> render = default_render()
+        >>> render((torch.tensor([1.5, 2.0]), 3))
+        {'0': 1.5, '1': 2.0}
+        >>> render({"text": "a note", "label": 1})
+        'a note'
     """
 
     def render(sample: Any) -> Shown:
@@ -156,6 +163,10 @@ def labels_of(data: Any) -> list[str] | None:
 
     They are in a `TensorDataset`, in an attribute ``targets`` as torchvision's datasets have it, and in a `Subset` of
     these.
+
+    Example:
+        >>> labels_of(TensorDataset(torch.zeros(3, 2), torch.tensor([1, 0, 1])))
+        ['1', '0', '1']
     """
     if isinstance(data, Subset):
         whole = labels_of(data.dataset)

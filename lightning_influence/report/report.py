@@ -19,7 +19,20 @@ if TYPE_CHECKING:
 
 
 class InfluenceReport(Scores):
-    """Which training samples helped or hurt each query: `Scores` with plots and a page, loaded when they are asked for."""
+    """Which training samples helped or hurt each query: `Scores` with plots and a page, loaded when they are asked for.
+
+    Example:
+        Sample 7 was in two steps, and helps more in the end than sample 2 harms:
+
+        >>> import torch
+        >>> ids, steps, scores = torch.tensor([7, 2, 7]), torch.tensor([0, 0, 1]), torch.tensor([[0.5], [-0.25], [0.5]])
+        >>> report = InfluenceReport.from_rows(ids, steps, scores)
+        >>> report.top(1)[["sample_id", "score"]]
+           sample_id  score
+        0          7    1.0
+        >>> report.mean
+        tensor([-0.2500,  1.0000], dtype=torch.float64)
+    """
 
     @property
     def plot(self) -> Plots:

@@ -39,6 +39,11 @@ class Cleaning:
         accuracy: share of the queries whose label is the most probable class, before and after; None where the loss is not one
             over classes.
         model: trained without the samples.
+
+    Example:
+        >>> cleaning = Cleaning([3, 8], torch.tensor([-0.25]), before=torch.tensor([1.0]), after=torch.tensor([0.5]))
+        >>> cleaning
+        Cleaning(2 samples removed; predicted_change -0.25, change -0.5, loss_before 1, loss_after 0.5)
     """
 
     removed: Sequence[int]
