@@ -34,7 +34,7 @@ def annotations(of: Any) -> Iterator[str]:
         return
     for kind in of.__mro__:
         if kind.__module__.startswith("lightning_influence"):
-            yield from map(str, kind.__dict__.get("__annotations__", {}).values())
+            yield from map(str, inspect.get_annotations(kind).values())
             public = [value for name, value in vars(kind).items() if not name.startswith("_")]
             inside = [getattr(value, "fget", None) or getattr(value, "__func__", value) for value in public]
             yield from (
@@ -70,11 +70,13 @@ def test_no_result_is_left_out() -> None:
     assert {name for name in results() if name not in listed and HOMES[name] not in modules} == set()
 
 
-@pytest.mark.parametrize(
-    "name",
-    "InfluenceReport attribute compare Fraction Threshold Soft Groups Agreement agreement_of TokenScores SelectionReport "
-    "Tuning Cleaning".split(),
-)
+SHOWN = (
+    "InfluenceReport", "attribute", "compare", "Fraction", "Threshold", "Soft", "Groups", "Agreement", "agreement_of",
+    "TokenScores", "SelectionReport", "Tuning", "Cleaning",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("name", SHOWN)
 def test_what_is_cheap_to_show_has_an_example(name: str) -> None:
     at = next(listed for listed in NAMES if listed.rpartition(".")[2] == name)
     assert ">>>" in (pkgutil.resolve_name(at).__doc__ or ""), "an example in the docstring, which the tests run"
