@@ -2,11 +2,20 @@
 
 from __future__ import annotations
 
+import gc
 import random
 
 import numpy as np
 import pytest
 import torch
+
+gc.disable()  # while modules are imported, nothing becomes garbage
+
+
+def pytest_collection_finish() -> None:
+    """What was imported stays: each later collection would go through the half a million objects of it again."""
+    gc.freeze()
+    gc.enable()
 
 
 @pytest.fixture(autouse=True)
