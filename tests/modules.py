@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import io
+import multiprocessing
 from collections.abc import Callable
+from contextlib import redirect_stderr, redirect_stdout
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
@@ -114,6 +118,32 @@ def hooks_of(module: torch.nn.Module) -> int:
         for p in module.parameters()
     )
     return on_layers + on_parameters
+
+
+class Forked:
+    """A process that begins with everything imported, which takes a new one seconds, and what it prints."""
+
+    def __init__(self, work: Callable[..., object], *args: object) -> None:
+        fork = multiprocessing.get_context("fork")
+        self._told, end = fork.Pipe(duplex=False)
+        self._process = fork.Process(target=self._run, args=(end, work, *args))
+        self._process.start()
+        end.close()
+
+    @staticmethod
+    def _run(end: Connection, work: Callable[..., object], *args: object) -> None:
+        out, err = io.StringIO(), io.StringIO()
+        try:
+            with redirect_stdout(out), redirect_stderr(err):
+                work(*args)
+        finally:
+            end.send((out.getvalue(), err.getvalue()))
+
+    def wait(self) -> tuple[int | None, str, str]:
+        """The exit code, and what went to stdout and to stderr."""
+        out, err = self._told.recv()
+        self._process.join()
+        return self._process.exitcode, out, err
 
 
 def forged(log: Path, where: Path, forge: Callable[[str, dict[str, Any], dict[str, Any]], object]) -> Path:
