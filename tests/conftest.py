@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import gc
+import importlib.metadata
 import random
 
 import numpy as np
@@ -10,6 +12,9 @@ import pytest
 import torch
 
 gc.disable()  # while modules are imported, nothing becomes garbage
+
+# Each trainer asks every installed package whether it has callbacks; no answer changes while tests run.
+importlib.metadata.entry_points = functools.cache(importlib.metadata.entry_points)
 
 
 def pytest_collection_finish() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import io
 import multiprocessing
 from collections.abc import Callable
@@ -23,9 +24,14 @@ from lightning_influence.log.writer import StoreWriter
 OptimizerFactory = Callable[[L.LightningModule], Any]
 
 
+@functools.cache
+def _load_digits() -> Any:
+    return load_digits(return_X_y=True)  # read from a file of text
+
+
 def digits(n: int | None = None, dtype: torch.dtype = torch.float32) -> TensorDataset:
     """scikit-learn's 8 x 8 digits, pixels in [0, 1]."""
-    x, y = load_digits(return_X_y=True)
+    x, y = _load_digits()
     return TensorDataset(torch.tensor(x[:n] / 16, dtype=dtype), torch.tensor(y[:n]))
 
 
