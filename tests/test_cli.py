@@ -507,9 +507,9 @@ def test_horizon_and_learning_rate_are_tuned_together() -> None:
     held_out = [(x[60:], y[60:])]
     found = tune_horizon(
         lambda lr: Net(lr=lr), data.train_dataloader(), data.val_dataloader(), held_out,
-        horizons=(0, 2), learning_rates=(1e-4, 1e-2), max_steps=40, keep=0.5, trainer={"accelerator": "cpu"},
+        horizons=(0, 2), learning_rates=(1e-4, 1e-2), max_steps=20, keep=0.5, trainer={"accelerator": "cpu"},
     )  # fmt: skip
     assert found.table.shape == (4, 4) and set(found.table.horizon) == {0, 2}
-    assert found.best[1] == 1e-2, "forty steps at 1e-4 learn nothing"
+    assert found.best[1] == 1e-2, "twenty steps at 1e-4 learn nothing"
     assert found.table.loss.min() == found.table.set_index(["horizon", "lr"]).loss[found.best]
     assert found.plot().axes[0].get_title() == "held-out loss"
