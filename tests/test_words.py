@@ -44,8 +44,10 @@ COMMANDS = {
     cli.attribute: attribute,
     cli.check: check_faithfulness,
     cli.clean: clean,
+    cli.dynamics: training_dynamics,
     cli.proxy: error_proxy,
     cli.suspects: suspects,
+    cli.tokens: token_scores,
     cli.tune: tune_horizon,
 }
 OF_THE_COMMAND_LINE = {
@@ -55,6 +57,7 @@ OF_THE_COMMAND_LINE = {
     "out",
     "attr_name",
     "keep",
+    "scores",
 }  # keep is one of tune_horizon's **selection
 
 
