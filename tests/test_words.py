@@ -22,6 +22,7 @@ from lightning_influence import (
     cli,
     error_proxy,
     suspects,
+    token_scores,
     training_dynamics,
     tune_horizon,
 )
