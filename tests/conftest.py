@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import importlib.util
 import random
+import shutil
+from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 
 
 @pytest.fixture(autouse=True)
@@ -15,3 +21,18 @@ def _seeded() -> None:
     random.seed(0)
     np.random.seed(0)
     torch.manual_seed(0)
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    """A real browser, where one is installed."""
+    if CHROMIUM is None:
+        pytest.skip("no chromium or google-chrome on the path")
+    if importlib.util.find_spec("playwright") is None:
+        pytest.skip("playwright is not installed; it is in the extra 'browser'")
+    from playwright.sync_api import sync_playwright
+
+    with sync_playwright() as play:
+        running = play.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        yield running
+        running.close()

@@ -21,6 +21,7 @@ from lightning_influence import (
     InfluenceCallback,
     InfluenceReport,
     SelectionDataModule,
+    clean,
     token_scores,
     training_dynamics,
     tune_horizon,
@@ -29,6 +30,7 @@ from lightning_influence.cli import main
 from lightning_influence.errors import ConfigurationError
 from lightning_influence.log.writer import StoreWriter
 from lightning_influence.report.tokens import TokenScores
+from lightning_influence.run.data import TrainingData
 
 
 class Digits(L.LightningDataModule):
@@ -289,9 +291,21 @@ def test_a_run_is_cleaned(run: Path, capsys: pytest.CaptureFixture[str]) -> None
     assert "predicted_change" in dry.out and "loss_after" not in dry.out
     gone = [int(z) for z in (run / "gone.txt").read_text().split()]
     assert len(gone) == 4
-    assert main([*asked, f"--samples={run / 'gone.txt'}"]) == 0
+    assert main([*asked, f"--samples={run / 'gone.txt'}", f"--checkpoint_out={run / 'cleaned.ckpt'}"]) == 0
     told = capsys.readouterr()
-    table, left_out = told.out.rstrip().rsplit("\n", 1)
+    table, left_out, written = told.out.rstrip().rsplit("\n", 2)
+    assert written == f"wrote {run / 'cleaned.ckpt'}"
+    whole, batches = TrainingData.of(Digits()), Digits().val_dataloader()
+    theirs = clean(run / "log", queries=batches, model=Net(), data=whole, samples=gone, progress=False)
+    assert theirs.model is not None
+    for name, value in Net.load_from_checkpoint(run / "cleaned.ckpt").state_dict().items():
+        assert torch.equal(value, theirs.model.state_dict()[name]) and not torch.equal(value, Net().state_dict()[name])
+    known = [f"--config={config}", f"--checkpoint={run / 'cleaned.ckpt'}", "--curvature=none"]
+    with pytest.warns(UserWarning, match="differ from those at the end"):
+        assert main(["attribute", str(run / "log"), *known, "--progress=false", f"--out={run / 'c.safetensors'}"]) == 0
+    capsys.readouterr()
+    assert main([*asked, "--dry_run=true", f"--checkpoint_out={run / 'cleaned.ckpt'}"]) == 2
+    assert "which trains nothing" in capsys.readouterr().err
     names, values = (line.split() for line in table.splitlines())
     row = dict(zip(names, map(float, values), strict=True))
     assert row["change"] == pytest.approx(row["loss_after"] - row["loss_before"], abs=1e-5)

@@ -27,6 +27,7 @@ NO_COMMAND = {
     "InfluenceReport": "its methods are commands, see below",
     "SelectionDataModule": "a configuration of LightningCLI names it",
     "recording": "a loop of one's own is a script",
+    "without": "of a loader that a script trains on; clean does it for a recorded run",
 }
 METHODS = {"to_html": "report", "select": "select"}
 NO_COMMAND_OF_A_REPORT = {
