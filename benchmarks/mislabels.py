@@ -4,7 +4,7 @@ python benchmarks/mislabels.py                       # the table: CNN, all setti
 python benchmarks/mislabels.py --net mlp
 python benchmarks/mislabels.py --influence --seeds 2 # whether influence on 100 held-out images adds anything to the suspects
 
-Needs `pip install cleanlab`. Seeds from 100 on were used to choose the constants of the ranking.
+Needs cleanlab: `pip install 'lightning-influence[labels]'`. Seeds from 100 on were used to choose the constants of the ranking.
 """
 
 from __future__ import annotations
