@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import functools
+import gc
+import importlib.metadata
 import importlib.util
 import random
 import shutil
@@ -13,6 +16,24 @@ import pytest
 import torch
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+
+gc.disable()  # while modules are imported, nothing becomes garbage
+
+# Each trainer asks every installed package whether it has callbacks; no answer changes while tests run.
+importlib.metadata.entry_points = functools.cache(importlib.metadata.entry_points)
+
+
+def pytest_collection_finish() -> None:
+    """What was imported stays: each later collection would go through the half a million objects of it again."""
+    gc.freeze()
+    gc.enable()
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """One process of tests has the browser, and that of the site another."""
+    for item in items:
+        if "browser" in getattr(item, "fixturenames", ()) and item.get_closest_marker("xdist_group") is None:
+            item.add_marker(pytest.mark.xdist_group("browser"))
 
 
 @pytest.fixture(autouse=True)

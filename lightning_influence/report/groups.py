@@ -37,6 +37,17 @@ class Groups:
         query_ids: of the report.
         bends: how far the query losses are from straight lines where the removal of a group moves the parameters, relative to
             the lines' change; None for a group that was not looked at, or where nothing was looked at.
+
+    Example:
+        Of two groups the first is in two steps and helps, the second is in one of them and harms:
+
+        >>> scores = torch.tensor([[1.0], [-2.0], [0.5]])
+        >>> rows = RowScores(torch.tensor([0, 1, 0]), torch.tensor([0, 0, 1]), scores, tangent=scores)
+        >>> groups = Groups(["news", "forum"], [10, 4], rows, query_ids=[0])
+        >>> groups.to_pandas()[["group", "samples", "score", "per_sample"]]
+           group  samples  score  per_sample
+        0   news       10    1.5        0.15
+        1  forum        4   -2.0       -0.50
     """
 
     names: Sequence[str]
@@ -122,8 +133,8 @@ class Groups:
         rows = RowScores(*(tensors[_PREFIX + field.name] for field in fields(RowScores)))
         names, sizes = [str(name) for name in metadata["names"]], [int(size) for size in metadata["sizes"]]
         bends = metadata.get("bends")
-        found = None if bends is None else [None if bend is None else float(bend) for bend in bends]
-        return cls(names, sizes, rows, query_ids, found)
+        of_groups = None if bends is None else [None if bend is None else float(bend) for bend in bends]
+        return cls(names, sizes, rows, query_ids, of_groups)
 
 
 TENSORS = tuple(_PREFIX + field.name for field in fields(RowScores))

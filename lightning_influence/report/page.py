@@ -24,10 +24,10 @@ from lightning_influence.report.rendering import (
     Render,
     as_html,
     default_render,
-    indexed,
     label_of,
     labels_of,
     like_token_ids,
+    query_examples,
     training_samples,
 )
 from lightning_influence.report.scores import Scores
@@ -51,7 +51,7 @@ class _Card:
     Attributes:
         share: of the largest score beside it.
         note: a word on the score.
-        told: the score in words, where it is none.
+        words: the score in words, where it is none.
     """
 
     sample_id: int
@@ -60,7 +60,7 @@ class _Card:
     content: Markup
     label: str
     note: str = ""
-    told: str = ""
+    words: str = ""
 
 
 class _Samples:
@@ -121,7 +121,7 @@ def page(
     """The whole page as HTML; arguments as of `InfluenceReport.to_html`."""
     render = show or default_render(tokenizer)
     samples = _Samples(training_samples(data, report.sample_ids), render, classes)
-    examples, n_examples = indexed(queries)
+    examples, n_examples = query_examples(queries, len(report.query_ids))
     asked = None if examples is None else _Samples(examples, render, classes)
     several = len(report.query_ids) > 1
     if several and n_examples not in (None, len(report.query_ids)):
