@@ -20,10 +20,20 @@ from lightning.pytorch.cli import LightningCLI
 from modules import Classifier, Forked, digits, fit
 from torch.utils.data import DataLoader, TensorDataset, random_split
 
-from lightning_influence import InfluenceCallback, InfluenceReport, SelectionDataModule, tune_horizon
+from lightning_influence import (
+    InfluenceCallback,
+    InfluenceReport,
+    SelectionDataModule,
+    clean,
+    token_scores,
+    training_dynamics,
+    tune_horizon,
+)
 from lightning_influence.cli import main
 from lightning_influence.errors import ConfigurationError
 from lightning_influence.log.writer import StoreWriter
+from lightning_influence.report.tokens import TokenScores
+from lightning_influence.run.data import TrainingData
 
 
 class Digits(L.LightningDataModule):
@@ -205,6 +215,83 @@ def test_groups_samples_and_a_loss_of_ones_own_are_named(run: Path, capsys: pyte
         assert told in capsys.readouterr().err
 
 
+def test_suspects_and_dynamics_are_tables_of_the_log(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    log, known = run / "log", [f"--config={run / 'run.yaml'}"]
+    some = ["--samples=[0,1,2,3,4,5]", "--curvature=none", f"--out={run / 's.safetensors'}"]
+    assert main(["attribute", str(log), *known, *some]) == 0
+    scored = InfluenceReport.load(run / "s.safetensors")
+    assert main(["suspects", str(log), f"--out={run / 'alone.csv'}"]) == 0
+    assert main(["suspects", str(log), f"--scores={run / 's.safetensors'}", f"--out={run / 'both.csv'}"]) == 0
+    alone, both = pd.read_csv(run / "alone.csv"), pd.read_csv(run / "both.csv")
+    pd.testing.assert_frame_equal(both[list(alone.columns)], alone)
+    harm = both.set_index("sample_id").relative_harm.dropna()
+    theirs = scored.suspects(6).set_index("sample_id").relative_harm
+    assert len(harm) and harm.to_dict() == pytest.approx(theirs[harm.index].to_dict())
+    order = ["select", str(run / "s.safetensors"), "--k=2", "--by=suspicion", f"--left_out={run / 'gone.txt'}"]
+    assert main([*order, f"--log={log}", f"--out={run / 'kept.txt'}"]) == 0
+    assert [int(z) for z in (run / "gone.txt").read_text().split()] == alone.sample_id[:2].tolist()
+
+    assert main(["dynamics", str(log), f"--out={run / 'd.csv'}"]) == 0
+    pd.testing.assert_frame_equal(pd.read_csv(run / "d.csv"), training_dynamics(log).to_pandas())
+    assert (run / "d.png").exists() and "40 samples, 40 visits" in capsys.readouterr().out
+    assert main(["dynamics", str(log), *known, f"--out={run / 'd.csv'}"]) == 0
+    assert (pd.read_csv(run / "d.csv").visits == 2).all()
+
+
+class Texts(L.LightningDataModule):
+    """Twelve training and three validation texts of eight tokens."""
+
+    def texts(self, ids: range) -> Any:
+        made = torch.randint(0, 16, (15, 8), generator=torch.Generator().manual_seed(0))
+        return DataLoader(TensorDataset(made[ids.start : ids.stop]), 3)
+
+    def train_dataloader(self) -> Any:
+        return self.texts(range(12))
+
+    def val_dataloader(self) -> Any:
+        return self.texts(range(12, 15))
+
+
+class Next(L.LightningModule):
+    """Each token from the one before it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.net = torch.nn.Sequential(torch.nn.Embedding(16, 8), torch.nn.GELU(), torch.nn.Linear(8, 16))
+
+    def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
+        (tokens,) = batch
+        return torch.nn.functional.cross_entropy(self.net(tokens[:, :-1]).flatten(0, 1), tokens[:, 1:].flatten())
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.AdamW(self.parameters(), lr=1e-3)
+
+
+def test_scores_of_tokens_are_written_and_shown(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    module, data, log, table = Next(), Texts(), tmp_path / "log", tmp_path / "tokens.csv"
+    fit(module, data.train_dataloader(), InfluenceCallback(log, record="replay"))
+    known = ["--model=test_cli.Next", "--data=test_cli.Texts", "--progress=false"]
+    assert main(["tokens", str(log), *known, "--samples=[4,1]", f"--out={table}"]) == 0, capsys.readouterr().err
+    held: Any = data.val_dataloader()
+    expected = token_scores(log, [1, 4], queries=held, model=module, data=data, progress=False)
+    read = TokenScores.from_pandas(pd.read_csv(table))
+    assert read.sample_ids.tolist() == [1, 4]
+    for name in ("tokens", "positions", "scores"):
+        for ours, theirs in zip(getattr(read, name), getattr(expected, name), strict=True):
+            torch.testing.assert_close(ours.to(theirs.dtype), theirs)
+    scores = tmp_path / "s.safetensors"
+    assert main(["attribute", str(log), *known, "--target=mean", f"--out={scores}"]) == 0
+    page = tmp_path / "page.html"
+    assert main(["report", str(scores), f"--tokens={table}", f"--out={page}"]) == 0
+    assert page.read_text().count('<div class="tokens"') == 2
+    wrong = {"sample_id,token\n1,2\n": "no column 'position'", "sample_id,position,token,score\n1,0,a,1\n": "'token'"}
+    for content, told in (wrong | {"": "No columns", "sample_id,position,token,score\n1,0,1,nan\n": "'score'"}).items():
+        table.write_text(content)
+        assert main(["report", str(scores), f"--tokens={table}", f"--out={page}"]) == 2
+        assert told in capsys.readouterr().err
+
+
 def squares(model: Any, batch: Any) -> torch.Tensor:
     return model.net(batch[0]).square().mean(1)
 
@@ -233,9 +320,21 @@ def test_a_run_is_cleaned(run: Path, capsys: pytest.CaptureFixture[str]) -> None
     assert "predicted_change" in dry.out and "loss_after" not in dry.out
     gone = [int(z) for z in (run / "gone.txt").read_text().split()]
     assert len(gone) == 4
-    assert main([*asked, f"--samples={run / 'gone.txt'}"]) == 0
+    assert main([*asked, f"--samples={run / 'gone.txt'}", f"--checkpoint_out={run / 'cleaned.ckpt'}"]) == 0
     told = capsys.readouterr()
-    table, left_out = told.out.rstrip().rsplit("\n", 1)
+    table, left_out, written = told.out.rstrip().rsplit("\n", 2)
+    assert written == f"wrote {run / 'cleaned.ckpt'}"
+    whole, batches = TrainingData.of(Digits()), Digits().val_dataloader()
+    theirs = clean(run / "log", queries=batches, model=Net(), data=whole, samples=gone, progress=False)
+    assert theirs.model is not None
+    for name, value in Net.load_from_checkpoint(run / "cleaned.ckpt").state_dict().items():
+        assert torch.equal(value, theirs.model.state_dict()[name]) and not torch.equal(value, Net().state_dict()[name])
+    known = [f"--config={config}", f"--checkpoint={run / 'cleaned.ckpt'}", "--curvature=none"]
+    with pytest.warns(UserWarning, match="differ from those at the end"):
+        assert main(["attribute", str(run / "log"), *known, "--progress=false", f"--out={run / 'c.safetensors'}"]) == 0
+    capsys.readouterr()
+    assert main([*asked, "--dry_run=true", f"--checkpoint_out={run / 'cleaned.ckpt'}"]) == 2
+    assert "which trains nothing" in capsys.readouterr().err
     names, values = (line.split() for line in table.splitlines())
     row = dict(zip(names, map(float, values), strict=True))
     assert row["change"] == pytest.approx(row["loss_after"] - row["loss_before"], abs=1e-5)
