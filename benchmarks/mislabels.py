@@ -4,7 +4,7 @@ python benchmarks/mislabels.py                       # the table: CNN, all setti
 python benchmarks/mislabels.py --net mlp
 python benchmarks/mislabels.py --influence --seeds 2 # whether influence on 100 held-out images adds anything to the suspects
 
-Needs `pip install cleanlab`. Seeds from 100 on were used to choose the constants of the ranking.
+Needs cleanlab: `pip install 'lightning-influence[labels]'`. Seeds from 100 on were used to choose the constants of the ranking.
 """
 
 from __future__ import annotations
@@ -138,7 +138,7 @@ def one(kind: str, seed: int, noise: str, epochs: int, n: int, influence: bool) 
         if influence:
             queries = DataLoader(clean, 100)
             report = attribute(log, queries=queries, model=module, response="tangent", data=data, progress=False)
-            harm = by_sample(report.suspects(n), "suspicion")
+            harm = by_sample(report.suspects(n), "relative_harm")
             found["suspects of a report"] = harm
             for weight in (0.1, 0.3, 1.0):  # of ranks, since the two have no unit in common
                 found[f"suspects(log), and {weight:g} times their harm"] = ranks(

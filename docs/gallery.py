@@ -16,7 +16,7 @@ from playwright.sync_api import sync_playwright
 
 ROOT = Path(__file__).parent.parent
 IMAGES, TEXTS = ROOT / "docs" / "images", ROOT / "docs" / "gallery"
-EXAMPLES = ("demo", "digits_mlp", "mnist_cnn", "gpt2_text", "llama_lora")
+EXAMPLES = ("demo", "digits_mlp", "mnist_cnn", "gpt2_text", "llama_lora", "plain_loop")
 _NOISE = re.compile(r"it/s|INFO|[┏┃┡│└━]|params|Modules in|FLOPs")  # of the trainer
 
 

@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from lightning_influence.live.loop import recording
     from lightning_influence.report import InfluenceReport
     from lightning_influence.report.comparison import compare
+    from lightning_influence.run.left_out import without
     from lightning_influence.run.task import FunctionTask
     from lightning_influence.scoring.attribution import attribute
     from lightning_influence.scoring.tokens import token_scores
@@ -37,6 +38,7 @@ __all__ = [
     "token_scores",
     "training_dynamics",
     "tune_horizon",
+    "without",
 ]
 
 _HOMES = {
@@ -55,6 +57,7 @@ _HOMES = {
     "token_scores": "scoring.tokens",
     "training_dynamics": "trust.dynamics",
     "tune_horizon": "lightning.tuning",
+    "without": "run.left_out",
 }
 """Where the public names live; a name is imported when it is first used, so a saved report is read without the rest."""
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import runpy
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,14 +15,25 @@ import pandas as pd
 import pytest
 import pytorch_lightning as pl
 import torch
+from lightning.fabric.plugins.environments.lightning import find_free_network_port
 from lightning.pytorch.cli import LightningCLI
-from modules import Classifier, digits, fit
+from modules import Classifier, Forked, digits, fit
 from torch.utils.data import DataLoader, TensorDataset, random_split
 
-from lightning_influence import InfluenceCallback, InfluenceReport, SelectionDataModule, tune_horizon
+from lightning_influence import (
+    InfluenceCallback,
+    InfluenceReport,
+    SelectionDataModule,
+    clean,
+    token_scores,
+    training_dynamics,
+    tune_horizon,
+)
 from lightning_influence.cli import main
 from lightning_influence.errors import ConfigurationError
 from lightning_influence.log.writer import StoreWriter
+from lightning_influence.report.tokens import TokenScores
+from lightning_influence.run.data import TrainingData
 
 
 class Digits(L.LightningDataModule):
@@ -71,17 +84,43 @@ def test_the_whole_way(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "ceiling" in capsys.readouterr().out
 
 
-def test_processes_of_torchrun_share_the_work(run: Path) -> None:
+def torchrun(arguments: list[str]) -> str:
+    """What the two processes print that it starts."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m"]
+    paths = os.pathsep.join([*sys.path, str(Path(__file__).parent)])
+    environment = {**os.environ, "PYTHONPATH": paths, "CUDA_VISIBLE_DEVICES": ""}
+    command += ["lightning_influence", *arguments]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def as_of_torchrun(rank: int, port: int, arguments: list[str]) -> None:
+    """A process with the environment and the command of one that torchrun has started."""
+    ranks = {"RANK": rank, "LOCAL_RANK": rank, "GROUP_RANK": 0, "WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2}
+    os.environ.update({name: str(value) for name, value in ranks.items()})
+    os.environ.update(
+        MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), TORCHELASTIC_RUN_ID="one", CUDA_VISIBLE_DEVICES=""
+    )
+    sys.argv[1:] = arguments
+    runpy.run_module("lightning_influence", run_name="__main__", alter_sys=True)
+
+
+def forked(arguments: list[str]) -> str:
+    """The same of two processes that begin with everything imported."""
+    port = find_free_network_port()
+    done = [process.wait() for process in [Forked(as_of_torchrun, rank, port, arguments) for rank in range(2)]]
+    assert all(code == 0 for code, _, _ in done), done
+    return "".join(out for _, out, _ in done)
+
+
+@pytest.mark.parametrize("started", [forked, pytest.param(torchrun, marks=pytest.mark.slow)])
+def test_processes_of_torchrun_share_the_work(run: Path, started: Callable[[list[str]], str]) -> None:
     """Both compute, the first writes and prints, and the scores are those of one."""
     known = [str(run / "log"), f"--config={run / 'run.yaml'}", f"--checkpoint={run / 'last.ckpt'}", "--target=mean"]
     assert main(["attribute", *known, f"--out={run / 'alone.safetensors'}"]) == 0
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m"]
-    command += ["lightning_influence", "attribute", *known, f"--out={run / 'two.safetensors'}"]
-    paths = os.pathsep.join([*sys.path, str(Path(__file__).parent)])
-    environment = {**os.environ, "PYTHONPATH": paths, "CUDA_VISIBLE_DEVICES": ""}
-    done = subprocess.run(command, cwd=run, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.count("wrote ") == 1
+    told = started(["attribute", *known, f"--out={run / 'two.safetensors'}"])
+    assert told.count("wrote ") == 1
     alone, two = (InfluenceReport.load(run / f"{name}.safetensors") for name in ("alone", "two"))
     assert torch.equal(two.sample_ids, alone.sample_ids)
     torch.testing.assert_close(two.scores, alone.scores, rtol=1e-3, atol=1e-4 * float(alone.scores.abs().max()))
@@ -176,6 +215,83 @@ def test_groups_samples_and_a_loss_of_ones_own_are_named(run: Path, capsys: pyte
         assert told in capsys.readouterr().err
 
 
+def test_suspects_and_dynamics_are_tables_of_the_log(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    log, known = run / "log", [f"--config={run / 'run.yaml'}"]
+    some = ["--samples=[0,1,2,3,4,5]", "--curvature=none", f"--out={run / 's.safetensors'}"]
+    assert main(["attribute", str(log), *known, *some]) == 0
+    scored = InfluenceReport.load(run / "s.safetensors")
+    assert main(["suspects", str(log), f"--out={run / 'alone.csv'}"]) == 0
+    assert main(["suspects", str(log), f"--scores={run / 's.safetensors'}", f"--out={run / 'both.csv'}"]) == 0
+    alone, both = pd.read_csv(run / "alone.csv"), pd.read_csv(run / "both.csv")
+    pd.testing.assert_frame_equal(both[list(alone.columns)], alone)
+    harm = both.set_index("sample_id").relative_harm.dropna()
+    theirs = scored.suspects(6).set_index("sample_id").relative_harm
+    assert len(harm) and harm.to_dict() == pytest.approx(theirs[harm.index].to_dict())
+    order = ["select", str(run / "s.safetensors"), "--k=2", "--by=suspicion", f"--left_out={run / 'gone.txt'}"]
+    assert main([*order, f"--log={log}", f"--out={run / 'kept.txt'}"]) == 0
+    assert [int(z) for z in (run / "gone.txt").read_text().split()] == alone.sample_id[:2].tolist()
+
+    assert main(["dynamics", str(log), f"--out={run / 'd.csv'}"]) == 0
+    pd.testing.assert_frame_equal(pd.read_csv(run / "d.csv"), training_dynamics(log).to_pandas())
+    assert (run / "d.png").exists() and "40 samples, 40 visits" in capsys.readouterr().out
+    assert main(["dynamics", str(log), *known, f"--out={run / 'd.csv'}"]) == 0
+    assert (pd.read_csv(run / "d.csv").visits == 2).all()
+
+
+class Texts(L.LightningDataModule):
+    """Twelve training and three validation texts of eight tokens."""
+
+    def texts(self, ids: range) -> Any:
+        made = torch.randint(0, 16, (15, 8), generator=torch.Generator().manual_seed(0))
+        return DataLoader(TensorDataset(made[ids.start : ids.stop]), 3)
+
+    def train_dataloader(self) -> Any:
+        return self.texts(range(12))
+
+    def val_dataloader(self) -> Any:
+        return self.texts(range(12, 15))
+
+
+class Next(L.LightningModule):
+    """Each token from the one before it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.net = torch.nn.Sequential(torch.nn.Embedding(16, 8), torch.nn.GELU(), torch.nn.Linear(8, 16))
+
+    def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
+        (tokens,) = batch
+        return torch.nn.functional.cross_entropy(self.net(tokens[:, :-1]).flatten(0, 1), tokens[:, 1:].flatten())
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.AdamW(self.parameters(), lr=1e-3)
+
+
+def test_scores_of_tokens_are_written_and_shown(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    module, data, log, table = Next(), Texts(), tmp_path / "log", tmp_path / "tokens.csv"
+    fit(module, data.train_dataloader(), InfluenceCallback(log, record="replay"))
+    known = ["--model=test_cli.Next", "--data=test_cli.Texts", "--progress=false"]
+    assert main(["tokens", str(log), *known, "--samples=[4,1]", f"--out={table}"]) == 0, capsys.readouterr().err
+    held: Any = data.val_dataloader()
+    expected = token_scores(log, [1, 4], queries=held, model=module, data=data, progress=False)
+    read = TokenScores.from_pandas(pd.read_csv(table))
+    assert read.sample_ids.tolist() == [1, 4]
+    for name in ("tokens", "positions", "scores"):
+        for ours, theirs in zip(getattr(read, name), getattr(expected, name), strict=True):
+            torch.testing.assert_close(ours.to(theirs.dtype), theirs)
+    scores = tmp_path / "s.safetensors"
+    assert main(["attribute", str(log), *known, "--target=mean", f"--out={scores}"]) == 0
+    page = tmp_path / "page.html"
+    assert main(["report", str(scores), f"--tokens={table}", f"--out={page}"]) == 0
+    assert page.read_text().count('<div class="tokens"') == 2
+    wrong = {"sample_id,token\n1,2\n": "no column 'position'", "sample_id,position,token,score\n1,0,a,1\n": "'token'"}
+    for content, told in (wrong | {"": "No columns", "sample_id,position,token,score\n1,0,1,nan\n": "'score'"}).items():
+        table.write_text(content)
+        assert main(["report", str(scores), f"--tokens={table}", f"--out={page}"]) == 2
+        assert told in capsys.readouterr().err
+
+
 def squares(model: Any, batch: Any) -> torch.Tensor:
     return model.net(batch[0]).square().mean(1)
 
@@ -204,9 +320,21 @@ def test_a_run_is_cleaned(run: Path, capsys: pytest.CaptureFixture[str]) -> None
     assert "predicted_change" in dry.out and "loss_after" not in dry.out
     gone = [int(z) for z in (run / "gone.txt").read_text().split()]
     assert len(gone) == 4
-    assert main([*asked, f"--samples={run / 'gone.txt'}"]) == 0
+    assert main([*asked, f"--samples={run / 'gone.txt'}", f"--checkpoint_out={run / 'cleaned.ckpt'}"]) == 0
     told = capsys.readouterr()
-    table, left_out = told.out.rstrip().rsplit("\n", 1)
+    table, left_out, written = told.out.rstrip().rsplit("\n", 2)
+    assert written == f"wrote {run / 'cleaned.ckpt'}"
+    whole, batches = TrainingData.of(Digits()), Digits().val_dataloader()
+    theirs = clean(run / "log", queries=batches, model=Net(), data=whole, samples=gone, progress=False)
+    assert theirs.model is not None
+    for name, value in Net.load_from_checkpoint(run / "cleaned.ckpt").state_dict().items():
+        assert torch.equal(value, theirs.model.state_dict()[name]) and not torch.equal(value, Net().state_dict()[name])
+    known = [f"--config={config}", f"--checkpoint={run / 'cleaned.ckpt'}", "--curvature=none"]
+    with pytest.warns(UserWarning, match="differ from those at the end"):
+        assert main(["attribute", str(run / "log"), *known, "--progress=false", f"--out={run / 'c.safetensors'}"]) == 0
+    capsys.readouterr()
+    assert main([*asked, "--dry_run=true", f"--checkpoint_out={run / 'cleaned.ckpt'}"]) == 2
+    assert "which trains nothing" in capsys.readouterr().err
     names, values = (line.split() for line in table.splitlines())
     row = dict(zip(names, map(float, values), strict=True))
     assert row["change"] == pytest.approx(row["loss_after"] - row["loss_before"], abs=1e-5)
@@ -296,18 +424,20 @@ def test_a_configuration_of_something_else_is_refused(tmp_path: Path, capsys: py
     assert "--checkpoint missing" in capsys.readouterr().err, "model and data were found"
 
 
+def script(arguments: list[str], folder: Path) -> None:
+    """The installed command called in a folder, which is not on the path of its modules."""
+    command = Path(sys.executable).with_name("lightning-influence")
+    os.chdir(folder)
+    sys.path[:] = [str(command.parent), *(path for path in sys.path if path)]
+    sys.argv[:] = [str(command), *arguments]
+    runpy.run_path(str(command), run_name="__main__")
+
+
 def test_modules_of_the_current_directory_are_found(tmp_path: Path) -> None:
     (tmp_path / "mine.py").write_text("from test_cli import Digits, Net\n")
     (tmp_path / "config.yaml").write_text("model: mine.Net\ndata: mine.Digits\n")
-    script = Path(sys.executable).with_name("lightning-influence")
-    done = subprocess.run(
-        [str(script), "attribute", "none", "--config=config.yaml"],
-        cwd=tmp_path,
-        env={**os.environ, "PYTHONPATH": str(Path(__file__).parent)},
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 2 and "--checkpoint missing" in done.stderr
+    code, _, err = Forked(script, ["attribute", "none", "--config=config.yaml"], tmp_path).wait()
+    assert code == 2 and "--checkpoint missing" in err
 
 
 @pytest.mark.parametrize(
@@ -476,9 +606,9 @@ def test_horizon_and_learning_rate_are_tuned_together() -> None:
     held_out = [(x[60:], y[60:])]
     found = tune_horizon(
         lambda lr: Net(lr=lr), data.train_dataloader(), data.val_dataloader(), held_out,
-        horizons=(0, 2), learning_rates=(1e-4, 1e-2), max_steps=40, keep=0.5, trainer={"accelerator": "cpu"},
+        horizons=(0, 2), learning_rates=(1e-4, 1e-2), max_steps=20, keep=0.5, trainer={"accelerator": "cpu"},
     )  # fmt: skip
     assert found.table.shape == (4, 4) and set(found.table.horizon) == {0, 2}
-    assert found.best[1] == 1e-2, "forty steps at 1e-4 learn nothing"
+    assert found.best[1] == 1e-2, "twenty steps at 1e-4 learn nothing"
     assert found.table.loss.min() == found.table.set_index(["horizon", "lr"]).loss[found.best]
     assert found.plot().axes[0].get_title() == "held-out loss"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from inspect import signature
+from inspect import isroutine, signature
 from typing import Any
 
 import pytest
@@ -11,17 +11,46 @@ import pytest
 import lightning_influence as li
 from lightning_influence.cli import VERBS
 
-PYTHON: dict[str, Callable[..., Any]] = {
-    "attribute": li.attribute,
-    "report": li.InfluenceReport.to_html,
-    "check": li.check_faithfulness,
-    "proxy": li.error_proxy,
-    "suspects": li.suspects,
-    "select": li.InfluenceReport.select,
-    "clean": li.clean,
-    "compare": li.compare,
-    "tune": li.tune_horizon,
+NAMES = {
+    "check_faithfulness": "check",
+    "error_proxy": "proxy",
+    "token_scores": "tokens",
+    "training_dynamics": "dynamics",
+    "tune_horizon": "tune",
 }
+"""Commands whose name is not that of the function."""
+
+NO_COMMAND = {
+    "FunctionTask": "a loop of one's own is a script",
+    "InfluenceCallback": "a configuration of LightningCLI names it",
+    "InfluenceError": "its message is what is printed",
+    "InfluenceReport": "its methods are commands, see below",
+    "SelectionDataModule": "a configuration of LightningCLI names it",
+    "recording": "a loop of one's own is a script",
+    "without": "of a loader that a script trains on; clean does it for a recorded run",
+}
+METHODS = {"to_html": "report", "select": "select"}
+NO_COMMAND_OF_A_REPORT = {
+    "bottom": "attribute prints it",
+    "top": "of a table that select ranks, too",
+    "from_rows": "of scores that a script has",
+    "load": "every command loads the file that it is given",
+    "save": "attribute saves",
+    "suspects": "suspects --scores",
+    "to_csv": "the page has it",
+    "to_pandas": "for scripts",
+    "to_parquet": "for scripts",
+}
+
+
+def public_methods(kind: type) -> set[str]:
+    return {name for name in dir(kind) if not name.startswith("_") and isroutine(getattr(kind, name))}
+
+
+PYTHON: dict[str, Callable[..., Any]] = {
+    NAMES.get(name, name): getattr(li, name) for name in li.__all__ if name not in NO_COMMAND
+}
+PYTHON |= {command: getattr(li.InfluenceReport, method) for method, command in METHODS.items()}
 NO_VERB = {"inspect": "says what a log holds; in Python its reader does"}
 CALLED = {"path": "out", "dynamics": "log", "make_model": "model"}
 EXCEPTIONS = {
@@ -34,7 +63,7 @@ EXCEPTIONS = {
     ("tune", "target"): "the old word for queries",
     ("attribute", "fabric"): "processes that a script has launched",
     ("report", "queries"): "those of a script, whose columns the page shows",
-    ("report", "tokens"): "scores of chosen texts, which a script has made",
+    ("tokens", "queries"): "those of val_dataloader",
 }
 """Options of Python that the command line does not have, and why."""
 
@@ -45,6 +74,8 @@ def command(name: str) -> Callable[..., Any]:
 
 def test_every_verb_has_its_command_and_every_command_its_verb() -> None:
     assert {verb.__name__ for verb in VERBS} == PYTHON.keys() | NO_VERB.keys()
+    assert public_methods(li.InfluenceReport) == METHODS.keys() | NO_COMMAND_OF_A_REPORT.keys()
+    assert NO_COMMAND.keys() <= set(li.__all__) and NAMES.keys() <= set(li.__all__), "an exception that is not needed"
 
 
 @pytest.mark.parametrize("name", PYTHON)

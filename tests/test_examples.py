@@ -8,6 +8,8 @@ from types import ModuleType
 
 import pytest
 
+from lightning_influence import InfluenceReport
+
 FOLDER = Path(__file__).parent.parent / "examples"
 
 
@@ -17,6 +19,20 @@ def load(name: str) -> ModuleType:
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+def test_demo(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    demo = load("demo")
+    fidelity = demo.main(tmp_path, n_train=160, epochs=1, removals=6)
+    assert fidelity.keys() == demo.ESTIMATORS.keys() and fidelity[demo.BEST] > 0.9
+    assert "retraining of 6 samples" in capsys.readouterr().out
+    assert InfluenceReport.load(tmp_path / "report.safetensors").sample_ids.tolist() == list(range(160))
+    assert (tmp_path / "report.html").exists() and (tmp_path / "scores.csv").exists()
+
+
+def test_every_example_is_tested() -> None:
+    tested = {name.removeprefix("test_") for name in globals() if name.startswith("test_")}
+    assert {p.stem for p in FOLDER.glob("*.py")} <= tested
 
 
 def test_digits_mlp(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

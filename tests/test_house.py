@@ -38,6 +38,7 @@ def test_the_drawing_is_of_this_house() -> None:
 def test_a_report_needs_no_replay_to_show_a_sample() -> None:
     assert {imported for _, room, imported in imports() if room == "report"} <= {
         "errors",
+        "words",
         "core",
         "run",
         "log",

@@ -47,17 +47,21 @@ COMMANDS = {
     cli.attribute: attribute,
     cli.check: check_faithfulness,
     cli.clean: clean,
+    cli.dynamics: training_dynamics,
     cli.proxy: error_proxy,
     cli.suspects: suspects,
+    cli.tokens: token_scores,
     cli.tune: tune_horizon,
 }
 OF_THE_COMMAND_LINE = {
     "model",
     "data",
     "checkpoint",
+    "checkpoint_out",
     "out",
     "attr_name",
     "keep",
+    "scores",
 }  # keep is one of tune_horizon's **selection
 
 

@@ -16,11 +16,11 @@ from lightning_influence import __version__
 from lightning_influence.cli.configuration import parser_class
 from lightning_influence.cli.outputs import printable
 from lightning_influence.cli.trials import check, clean, proxy, tune
-from lightning_influence.cli.verbs import attribute, compare, inspect, report, select, suspects
+from lightning_influence.cli.verbs import attribute, compare, dynamics, inspect, report, select, suspects, tokens
 from lightning_influence.errors import ConfigurationError, InfluenceError
 
 VERBS: tuple[Callable[..., None], ...] = (
-    inspect, attribute, report, check, proxy, suspects, select, clean, compare, tune,
+    inspect, attribute, report, tokens, check, proxy, suspects, dynamics, select, clean, compare, tune,
 )  # fmt: skip
 
 

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from io import StringIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
+import pandas as pd
 import torch
 
 from lightning_influence.errors import ConfigurationError, InfluenceError
@@ -15,6 +17,7 @@ from lightning_influence.log.place import place_of
 from lightning_influence.log.snapshots import snapshot_name
 from lightning_influence.log.steps import LoggedSteps
 from lightning_influence.replay.logged_plan import LoggedPlan
+from lightning_influence.report.tokens import TokenScores
 from lightning_influence.run.data import TrainingData
 from lightning_influence.run.lightning_names import either
 
@@ -99,6 +102,23 @@ def labels_in(path: Path | None) -> Mapping[int, str] | None:
     if isinstance(groups, Mapping):
         return {z: name for name, ids in groups.items() for z in ids}
     return {z: label for z, label in enumerate(groups) if label is not None}
+
+
+def tokens_in(path: Path | None) -> TokenScores | None:
+    """Scores of tokens, from a file that the command ``tokens`` wrote.
+
+    Raises:
+        ConfigurationError: a file that cannot be read, or that holds something else.
+    """
+    if path is None:
+        return None
+    text = _read("tokens", path)
+    try:
+        return TokenScores.from_pandas(pd.read_csv(StringIO(text)))
+    except (ValueError, ConfigurationError) as error:
+        raise ConfigurationError(
+            f"--tokens {path} cannot be used ({error}); give what the command tokens wrote."
+        ) from error
 
 
 def tokenizer_of(name: str) -> Any:

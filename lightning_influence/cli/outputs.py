@@ -6,6 +6,10 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import lightning
+import torch
+from torch import nn
+
 from lightning_influence.errors import ConfigurationError
 from lightning_influence.report.tables import write_csv
 
@@ -33,6 +37,11 @@ def write_table(table: pd.DataFrame, path: Path | None) -> None:
 def write_ids(sample_ids: Iterable[int], path: Path) -> None:
     """Write sample ids as `inputs.Ids` reads them, one per line."""
     path.write_text("".join(f"{z}\n" for z in sample_ids))
+
+
+def write_weights(module: nn.Module, path: Path) -> None:
+    """Write a module's state as ``--checkpoint`` and ``load_from_checkpoint`` read it."""
+    torch.save({"state_dict": module.state_dict(), "pytorch-lightning_version": lightning.__version__}, path)
 
 
 def printable(text: str) -> str:

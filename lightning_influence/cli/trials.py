@@ -21,7 +21,7 @@ from lightning_influence.cli.inputs import (
     require,
     trained,
 )
-from lightning_influence.cli.outputs import check_writable, write_ids, write_table
+from lightning_influence.cli.outputs import check_writable, write_ids, write_table, write_weights
 from lightning_influence.errors import ConfigurationError
 from lightning_influence.lightning.tuning import tune_horizon
 from lightning_influence.report.tables import write_csv
@@ -173,6 +173,7 @@ def clean(
     make_model: Callable | None = None,  # type: ignore[type-arg]
     progress: bool = True,
     out: Path | None = None,
+    checkpoint_out: Path | None = None,
 ) -> None:
     """Train a recorded run again without its suspects, and say what changed beside what was predicted. Example: lightning-influence clean --config run.yaml --dry_run true.
 
@@ -188,10 +189,14 @@ def clean(
         make_model: import path of a function that gives the module at its initialisation; by default it is read from the log.
         progress: show bars.
         out: where the ids that are left out are written, one per line.
+        checkpoint_out: where a checkpoint of the model that was trained without them is written.
     """
     require(log=log)
     assert log is not None
     check_writable("out", out)
+    check_writable("checkpoint_out", checkpoint_out)
+    if dry_run and checkpoint_out is not None:
+        raise ConfigurationError("--checkpoint_out with --dry_run true, which trains nothing; leave one of them out.")
     module, source = trained(model, data, checkpoint, log)
     cleaning = clean_run(
         log,
@@ -211,6 +216,9 @@ def clean(
     else:
         write_ids(cleaning.removed, out)
         print(f"wrote {out}")
+    if checkpoint_out is not None and cleaning.model is not None:
+        write_weights(cleaning.model, checkpoint_out)
+        print(f"wrote {checkpoint_out}")
 
 
 def tune(

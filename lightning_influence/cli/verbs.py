@@ -14,7 +14,9 @@ from lightning_influence.cli.inputs import (
     ids_in,
     labels_in,
     queries_of,
+    require,
     tokenizer_of,
+    tokens_in,
     trained,
 )
 from lightning_influence.cli.outputs import check_writable, printable, write_ids, write_table
@@ -24,10 +26,11 @@ from lightning_influence.log.manifest import Manifest
 from lightning_influence.log.reader import StoreReader
 from lightning_influence.report import InfluenceReport
 from lightning_influence.report.comparison import compare as compare_reports
+from lightning_influence.report.tables import write_csv
 from lightning_influence.scoring.attribution import attribute as attribute_run
 from lightning_influence.scoring.memory import MaxMemory
-from lightning_influence.trust.dynamics import suspects as suspects_of
-from lightning_influence.trust.dynamics import training_dynamics
+from lightning_influence.scoring.tokens import token_scores
+from lightning_influence.trust.dynamics import TrainingDynamics, training_dynamics
 from lightning_influence.words import warn_renamed
 
 
@@ -130,6 +133,7 @@ def report(
     tokenizer: str | None = None,
     groups: Path | None = None,
     classes: list[str] | None = None,
+    tokens: Path | None = None,
     k: int = 8,
     title: str = "Influence report",
 ) -> None:
@@ -144,6 +148,7 @@ def report(
         tokenizer: name or directory of a Hugging Face tokenizer, which decodes token ids.
         groups: file that says which group each sample is of, as of attribute.
         classes: names of the labels.
+        tokens: file that the command tokens wrote; shades its texts by what each token did.
         k: samples in each list.
         title: of the page.
     """
@@ -156,6 +161,7 @@ def report(
         tokenizer=None if tokenizer is None else tokenizer_of(tokenizer),
         groups=labels_in(groups),
         classes=classes,
+        tokens=tokens_in(tokens),
         k=k,
         title=title,
     )
@@ -168,6 +174,7 @@ def suspects(
     model: LightningModule | None = None,
     data: LightningDataModule | None = None,
     checkpoint: Path | None = None,
+    scores: Path | None = None,
     out: Path | None = None,
 ) -> None:
     """Say which samples of a logged run are likely mislabelled. Example: lightning-influence suspects runs/influence --out suspects.csv.
@@ -178,14 +185,93 @@ def suspects(
         model: the module that was trained; with its data, for a look at every sample at the end, which helps after few epochs.
         data: its data.
         checkpoint: of the end of the run; by default its parameters are read from the log, where it can be replayed.
+        scores: file written by attribute; says beside it how much each of them harms the queries.
         out: where all of them are written, as CSV.
     """
     if k < 1:
         raise ConfigurationError(f"--k {k}; give 1 or more.")
     check_writable("out", out)
-    module, source = (None, None) if model is None and data is None else trained(model, data, checkpoint, log)
-    table = suspects_of(log, model=module, data=source)
+    seen = _dynamics(log, model, data, checkpoint)
+    table = seen.suspects() if scores is None else InfluenceReport.load(scores).suspects(dynamics=seen)
     print(f"{len(table)} samples are likely mislabelled\n{table.head(k).to_string(index=False)}")
+    write_table(table, out)
+
+
+def dynamics(
+    log: str,
+    model: LightningModule | None = None,
+    data: LightningDataModule | None = None,
+    checkpoint: Path | None = None,
+    out: Path = Path("dynamics.csv"),
+) -> None:
+    """Write how easy each sample of a logged run was to learn, as a table and as a map. Example: lightning-influence dynamics runs/influence --out dynamics.csv.
+
+    Args:
+        log: directory or URL written by InfluenceCallback.
+        model: the module that was trained; with its data, for one more visit of every sample at the end.
+        data: its data.
+        checkpoint: of the end of the run; by default its parameters are read from the log, where it can be replayed.
+        out: where the table is written, with the map of the same name in .png beside it.
+    """
+    check_writable("out", out)
+    seen = _dynamics(log, model, data, checkpoint)
+    write_csv(seen.to_pandas(), out)
+    seen.plot().savefig(out.with_suffix(".png"), dpi=150)
+    print(f"{seen}\nwrote {out} and .png")
+
+
+def _dynamics(
+    log: str, model: LightningModule | None, data: LightningDataModule | None, checkpoint: Path | None
+) -> TrainingDynamics:
+    """Those of a log, with a look at the end where model and data are named."""
+    module, source = (None, None) if model is None and data is None else trained(model, data, checkpoint, log)
+    return training_dynamics(log, model=module, data=source)
+
+
+def tokens(
+    log: str,
+    samples: Ids = None,
+    model: LightningModule | None = None,
+    data: LightningDataModule | None = None,
+    checkpoint: Path | None = None,
+    target: Literal["mean"] | list[float] | None = "mean",
+    curvature: Literal["none", "gauss_newton", "hessian"] = "hessian",
+    counterfactual: Literal["drop", "zero"] = "drop",
+    query_loss: Callable | None = None,  # type: ignore[type-arg]
+    progress: bool = True,
+    out: Path = Path("tokens.csv"),
+) -> None:
+    """Say which tokens of some training texts helped or harmed. Example: lightning-influence tokens runs/influence --config run.yaml --samples [3,14] --out tokens.csv.
+
+    Args:
+        log: directory or URL written by InfluenceCallback, of a run that can be replayed.
+        samples: ids of the texts, or a file of them.
+        model: the module that was trained.
+        data: its data; the queries are those of val_dataloader.
+        checkpoint: of the end of the run; by default its parameters are read from the log.
+        target: mean for the mean query loss, or weights of the queries; null for the loss of each query.
+        curvature: what stands for the Hessian.
+        counterfactual: drop for a batch of one sample fewer, zero for the same denominator.
+        query_loss: import path of a function of model and batch that gives one loss per example.
+        progress: show bars.
+        out: where the table is written, which the command report shows with --tokens.
+    """
+    require(samples=samples)
+    check_writable("out", out)
+    module, source = trained(model, data, checkpoint, log)
+    table = token_scores(
+        log,
+        ids_in(samples) or (),
+        queries=queries_of(source),
+        model=module,
+        data=source,
+        target=target,
+        curvature=curvature,
+        counterfactual=counterfactual,
+        query_loss=query_loss,
+        progress=progress,
+    ).to_pandas()
+    print(f"most harmful\n{table.nsmallest(5, 'score').to_string(index=False)}")
     write_table(table, out)
 
 
@@ -194,6 +280,7 @@ def select(
     keep: float = 0.8,
     k: int | None = None,
     by: Literal["harm", "suspicion"] = "harm",
+    log: str | None = None,
     out: Path = Path("kept.txt"),
     left_out: Path | None = None,
 ) -> None:
@@ -203,7 +290,8 @@ def select(
         scores: file written by attribute.
         keep: fraction to keep.
         k: how many to leave out, instead of a fraction.
-        by: what they are left out for.
+        by: what they are left out for: harm to the queries on average, or suspicion as of the command suspects.
+        log: of the run; by suspicion then means that another label is more likely, and without it harm to any query.
         out: where the ids are written.
         left_out: where those of the others are written, as clean takes them.
     """
@@ -215,7 +303,8 @@ def select(
     check_writable("left_out", left_out)
     scored = InfluenceReport.load(scores)
     ids = scored.sample_ids.tolist()
-    gone = scored.select(len(ids) - round(keep * len(ids)) if k is None else k, by=by)
+    n = len(ids) - round(keep * len(ids)) if k is None else k
+    gone = scored.select(n, by=by, dynamics=None if log is None else training_dynamics(log))
     best = sorted(set(ids).difference(gone))
     write_ids(best, out)
     if left_out is not None:

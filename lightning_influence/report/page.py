@@ -218,18 +218,19 @@ def _view(
     }
 
 
-def _in_doubt(suspects: Any, samples: _Samples, said: Callable[[Any], Sequence[str]]) -> list[_Card]:
+def _in_doubt(suspects: Any, by: str, samples: _Samples, said: Callable[[Any], Sequence[str]]) -> list[_Card]:
     """The samples of a table of suspects.
 
     Args:
+        by: the column that they are ranked by.
         said: note and words of a row.
     """
-    largest = float(suspects.suspicion.max()) if len(suspects) else 1.0
+    largest = float(suspects[by].max()) if len(suspects) else 1.0
     return [
         _Card(
             z := int(row.sample_id),
-            -row.suspicion,
-            row.suspicion / largest,
+            -getattr(row, by),
+            getattr(row, by) / largest,
             samples.content(z),
             samples.label(z),
             *said(row),
@@ -239,7 +240,8 @@ def _in_doubt(suspects: Any, samples: _Samples, said: Callable[[Any], Sequence[s
 
 
 def _suspects(report: Scores, samples: _Samples, k: int) -> list[_Card]:
-    return _in_doubt(report.suspects().head(k), samples, lambda row: [f"harms {row.harmed:.0%} of the queries"])
+    harmful = report.suspects().head(k)
+    return _in_doubt(harmful, "relative_harm", samples, lambda row: [f"harms {row.harmed:.0%} of the queries"])
 
 
 def _mislabelled(report: Scores, dynamics: PageDynamics, samples: _Samples, k: int) -> list[_Card]:
@@ -251,7 +253,7 @@ def _mislabelled(report: Scores, dynamics: PageDynamics, samples: _Samples, k: i
         rather = f"rather {samples.named(str(row.suggested))}" if row.suggested >= 0 else "doubtful"
         return [f"loss {row.loss:.3g}", rather]
 
-    return _in_doubt(suspects, samples, said)
+    return _in_doubt(suspects, "suspicion", samples, said)
 
 
 def _texts(report: Scores, tokens: TokenScores, tokenizer: Any) -> list[dict[str, Any]]:

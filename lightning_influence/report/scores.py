@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import torch
 from torch import Tensor
@@ -26,6 +26,12 @@ _FLOATS = (torch.float64, torch.float32, torch.float16)
 _MAX_STEPS = 2**40  # more than any run has, and few enough to reckon with
 _MAX_EMPTY_COLUMNS = 2**20  # which cost no bytes in a file
 _MAX_SCORE = 1e30  # more than any loss changes by, and small enough to sum in single precision
+
+
+class _Dynamics(Protocol):
+    """Training dynamics as `Scores.suspects` reads them (`trust.dynamics.TrainingDynamics`)."""
+
+    def suspects(self, k: int | None = None) -> pd.DataFrame: ...
 
 
 class Scores:
@@ -138,48 +144,69 @@ class Scores:
         table = pd.DataFrame({"sample_id": self.sample_ids.numpy(), "score": scores.numpy()})
         return table.sort_values("score", ascending=False, kind="stable")
 
-    def suspects(self, k: int | None = None) -> pd.DataFrame:
-        """Samples that are likely mislabelled or otherwise harmful, the most suspicious first.
+    def suspects(self, k: int | None = None, *, dynamics: _Dynamics | None = None) -> pd.DataFrame:
+        """Samples that are likely mislabelled, with their harm to the queries; the most suspicious first.
 
-        A wrong label harms the queries that resemble its sample and helps others, and the mean of the two may be nothing.
-        So what counts is the harm alone, and every query counts alike, however large its scores are: a report with one
-        column per query finds more than one with a mean target.
+        With ``dynamics`` this is the table of `lightning_influence.suspects`, and the harm stands beside it. Without, the
+        samples are ranked by their harm alone: a wrong label harms the queries that resemble its sample and helps others, and
+        the mean of the two may be nothing. Every query counts alike, however large its scores are: a report with one column
+        per query finds more than one with a mean target.
 
         Args:
-            k: how many; None for all that harm any query.
+            k: how many; None for all for which another label is more likely than their own, or without ``dynamics`` for all
+                that harm any query.
+            dynamics: of `training_dynamics`.
 
         Returns:
-            ``sample_id``, ``score`` (mean over the queries), ``suspicion`` (the mean harm to a query, in units of the
-            root mean square of the query's scores) and ``harmed`` (the share of queries that the sample harms).
+            The columns of `TrainingDynamics.suspects`, where ``dynamics`` are given, and ``score`` (mean over the queries),
+            ``relative_harm`` (the mean harm to a query, in units of the root mean square of the query's scores) and
+            ``harmed`` (the share of queries that the sample harms). These are missing (NaN) where a sample has no scores.
         """
+        if dynamics is not None:
+            return dynamics.suspects(k).merge(self._harm(), on="sample_id", how="left")
+        from lightning_influence.report.harm_table import HarmTable
+
+        table = self._harm().sort_values("relative_harm", ascending=False, kind="stable")
+        table = table[table.relative_harm > 0] if k is None else table.head(k)
+        return HarmTable(table.reset_index(drop=True))
+
+    def _harm(self) -> pd.DataFrame:
+        """What every sample does to the queries, as of `suspects`."""
         import pandas as pd
 
         typical = self.scores.double().square().mean(0).sqrt()
         relative = self.scores / typical.clamp(min=torch.finfo(self.scores.dtype).tiny)
-        table = pd.DataFrame(
+        return pd.DataFrame(
             {
                 "sample_id": self.sample_ids.numpy(),
                 "score": self.scores.mean(1).numpy(),
-                "suspicion": -relative.clamp(max=0).mean(1).numpy(),
+                "relative_harm": -relative.clamp(max=0).mean(1).numpy(),
                 "harmed": (self.scores < 0).float().mean(1).numpy(),
             }
-        ).sort_values("suspicion", ascending=False, kind="stable")
-        table = table[table.suspicion > 0] if k is None else table.head(k)
-        return table.reset_index(drop=True)
+        )
 
-    def select(self, k: int | None = None, *, by: Literal["harm", "suspicion"] = "harm") -> list[int]:
+    def select(
+        self,
+        k: int | None = None,
+        *,
+        by: Literal["harm", "suspicion"] = "harm",
+        dynamics: _Dynamics | None = None,
+    ) -> list[int]:
         """Ids of the samples that might be left out, the worst first.
 
         Args:
-            k: how many; None for all that harm.
-            by: ``"harm"`` to the queries on average, or ``"suspicion"`` as of `suspects`.
+            k: how many; None for all that harm, or all `suspects`.
+            by: ``"harm"`` to the queries on average, or ``"suspicion"``, in the order of `suspects`.
+            dynamics: as of `suspects`.
 
         Raises:
-            ConfigurationError: another criterion.
+            ConfigurationError: another criterion, or ``dynamics`` for one that does not read them.
         """
         check_choice("by", by, ("harm", "suspicion"))
         if by == "suspicion":
-            return self.suspects(k).sample_id.tolist()  # type: ignore[no-any-return]
+            return self.suspects(k, dynamics=dynamics).sample_id.tolist()  # type: ignore[no-any-return]
+        if dynamics is not None:
+            raise ConfigurationError("dynamics say nothing of by='harm'; give by='suspicion', or leave dynamics out.")
         ranked = self._ranked(None).iloc[::-1]
         return (ranked[ranked.score < 0] if k is None else ranked.head(k)).sample_id.tolist()  # type: ignore[no-any-return]
 

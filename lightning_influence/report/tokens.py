@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -15,6 +16,9 @@ from lightning_influence.report.tables import in_notebook
 
 if TYPE_CHECKING:
     import pandas as pd
+
+_TYPES = {"sample_id": "iu", "position": "iu", "token": "iu", "score": "iuf"}
+"""Columns of the table of all samples, and the kinds of numbers in them."""
 
 
 @dataclass(frozen=True, repr=False)
@@ -46,6 +50,26 @@ class TokenScores:
     positions: Sequence[Tensor]
     scores: Sequence[Tensor]
 
+    @classmethod
+    def from_pandas(cls, table: pd.DataFrame) -> TokenScores:
+        """From what `to_pandas` gave, which keeps the mean over the queries alone.
+
+        Raises:
+            ConfigurationError: a column is missing, or holds something else than numbers.
+        """
+        missing = [name for name in _TYPES if name not in table]
+        if missing or not len(table):
+            raise ConfigurationError(f"the table has {f'no column {missing[0]!r}' if missing else 'no rows'}.")
+        wrong = [name for name, kinds in _TYPES.items() if table[name].dtype.kind not in kinds]
+        if wrong or not np.isfinite(table["score"]).all():
+            raise ConfigurationError(f"the column {(wrong or ['score'])[0]!r} holds something else than numbers.")
+        ids, parts = zip(*table.groupby("sample_id"), strict=True)
+        tokens, positions, scores = (
+            [torch.from_numpy(part[name].to_numpy(copy=True)) for part in parts]
+            for name in ("token", "position", "score")
+        )
+        return cls(torch.tensor(ids), tokens, positions, [each[:, None] for each in scores])
+
     def of(self, sample_id: int) -> pd.DataFrame:
         """The tokens of a sample in their order.
 
@@ -75,7 +99,7 @@ class TokenScores:
         import pandas as pd
 
         tables = [self.of(z).assign(sample_id=z) for z in self.sample_ids.tolist()]
-        return pd.concat(tables, ignore_index=True)[["sample_id", "position", "token", "score"]]
+        return pd.concat(tables, ignore_index=True)[list(_TYPES)]
 
     def __repr__(self) -> str:
         n_tokens = sum(map(len, self.tokens))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,6 +23,11 @@ def _is_set_up(datamodule: Any) -> bool:
     if trainer is None or trainer.datamodule is not datamodule or overrides(datamodule, "teardown"):
         return False
     return trainer.state.fn == "fit" and trainer.state.status != "interrupted"
+
+
+def kept(drawn: Iterable[int], without: Collection[int]) -> list[int]:
+    """What is left of the sample ids of a batch."""
+    return [int(z) for z in drawn if int(z) not in without]
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,7 @@ nor the collate function has to change.
 
 from __future__ import annotations
 
+import copy
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, TypeAlias
@@ -162,6 +163,14 @@ def is_map_style(loader: Any) -> bool:
 def _set_batch_sampler(loader: DataLoader[Any], sampler: Any) -> None:
     # past DataLoader.__setattr__, which forbids this after construction; no iterator is running
     object.__setattr__(loader, "batch_sampler", sampler)
+
+
+def with_batch_sampler(loader: DataLoader[Any], sampler: Any) -> DataLoader[Any]:
+    """The same loader with another batch sampler; the given one stays as it is."""
+    twin = copy.copy(loader)
+    twin._iterator = None  # workers that outlive an epoch are each loader's own
+    _set_batch_sampler(twin, sampler)
+    return twin
 
 
 def _describe(loader: Any) -> str:

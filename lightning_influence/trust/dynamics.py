@@ -55,20 +55,19 @@ def suspects(log: str | Path, k: int | None = None, *, model: Any = None, data: 
         LogError: no log, or one without training dynamics.
         ConfigurationError: model without data or data without model, or a training step without a single loss over classes.
     """
-    dynamics = training_dynamics(log)
-    if (model is None) != (data is None):
-        given, missing = ("model", "data") if data is None else ("data", "model")
-        raise ConfigurationError(f"{given} was given without {missing}; give both for a look at the end, or neither.")
-    if model is not None:
-        dynamics = dynamics.followed_by(evaluated(model, data, dynamics.sample_ids))
-    return dynamics.suspects(k)
+    return training_dynamics(log, model=model, data=data).suspects(k)
 
 
-def training_dynamics(log: str | Path) -> TrainingDynamics:
+def training_dynamics(log: str | Path, *, model: Any = None, data: Any = None) -> TrainingDynamics:
     """What a run's loss said of its samples, at every visit.
+
+    Args:
+        log: as of `suspects`.
+        model, data: for one more visit of every sample at the end of the run, as of `suspects`.
 
     Raises:
         LogError: no log, or one without training dynamics.
+        ConfigurationError: as of `suspects`.
     """
     dynamics = dynamics_of(log)
     if dynamics is None:
@@ -77,7 +76,12 @@ def training_dynamics(log: str | Path) -> TrainingDynamics:
             "(cross_entropy, nll_loss, binary_cross_entropy), or several, or the log is of an older version. Score the samples "
             "with attribute(...) instead, whose report has suspects() too."
         )
-    return dynamics
+    if (model is None) != (data is None):
+        given, missing = ("model", "data") if data is None else ("data", "model")
+        raise ConfigurationError(f"{given} was given without {missing}; give both for a look at the end, or neither.")
+    if model is None:
+        return dynamics
+    return dynamics.followed_by(evaluated(model, data, dynamics.sample_ids))
 
 
 def dynamics_of(log: str | Path) -> TrainingDynamics | None:

@@ -25,6 +25,7 @@ from lightning_influence.core.trajectory import Clip, Hyper
 from lightning_influence.errors import ConfigurationError, InfluenceError, check_choice
 from lightning_influence.log.steps import LoggedSteps
 from lightning_influence.run.batches import leaves, to_dtype
+from lightning_influence.run.data import TrainingData, kept
 from lightning_influence.run.lightning_task import CONVERTED, default_dtype
 from lightning_influence.run.moment import Moment, eval_modes, set_modes
 from lightning_influence.run.random_state import random_state
@@ -327,14 +328,14 @@ class _Retraining:
 
     def _backward(self, task: Task, micro_batch: RetrainedMicroBatch, gone: frozenset[int], number: int) -> None:
         drawn = micro_batch.drawn or micro_batch.sample_ids
-        left = sum(z not in gone for z in drawn)
+        left = kept(drawn, gone)
         if not left:
             for p in task.module.parameters():
                 if p.requires_grad and p.grad is None:
                     p.grad = torch.zeros_like(p)
             return
         factor = micro_batch.factor
-        if self.run.averaged and self.counterfactual == "zero" and left < len(drawn):
+        if self.run.averaged and self.counterfactual == "zero" and len(left) < len(drawn):
             factor = sum(w for z, w in zip(micro_batch.sample_ids, micro_batch.weights, strict=True) if z not in gone)
         moment = micro_batch.moment or Moment(number, in_eval=eval_modes(task.module))
         set_modes(task.module, moment.in_eval)
@@ -352,8 +353,7 @@ class _Retraining:
         whole = gone.isdisjoint(drawn)
         if whole and drawn in self._batches:
             return self._batches[drawn]
-        samples = [(z, self.run.dataset[z]) for z in drawn]  # all, so that the others come as they do with them
-        batch = self.run.collate([sample for z, sample in samples if z not in gone])
+        batch = TrainingData(self.run.dataset, self.run.collate).batch(drawn, gone)
         if whole and self._batch_bytes <= _BATCH_BYTES:
             self._batches[drawn] = batch
             self._batch_bytes += sum(t.numel() * t.element_size() for t in leaves(batch))

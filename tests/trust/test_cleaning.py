@@ -9,11 +9,11 @@ import kinds
 import pytest
 import torch
 from kinds import N as N_KIND
-from modules import Classifier, digits, fit, loader
+from modules import Classifier, digits, fit, loader, two_groups
 from test_kinds import losses, samples, trained
 from torch.utils.data import DataLoader, TensorDataset
 
-from lightning_influence import InfluenceCallback, attribute, clean, compare
+from lightning_influence import InfluenceCallback, attribute, clean, compare, suspects, training_dynamics, without
 from lightning_influence.errors import ConfigurationError
 
 N, HELD = 300, 100
@@ -49,6 +49,27 @@ def test_cleaning_lowers_the_validation_loss(tmp_path: Path) -> None:
     assert "30 samples removed" in repr(found)
     with pytest.raises(ConfigurationError, match="no sample to leave out"):
         clean(tmp_path, **options, samples=[])
+
+
+def test_training_without_the_samples_ends_where_cleaning_does(tmp_path: Path) -> None:
+    """The user's own run over what `without` leaves is that of `clean`, and its log knows the samples by the same ids."""
+    train, held, _ = wrongly_labelled()
+
+    def run(data: Any, log: str) -> Classifier:
+        module = Classifier(two_groups, width=8)
+        options: dict[str, Any] = {"max_epochs": 2, "gradient_clip_val": 0.5, "accumulate_grad_batches": 2}
+        fit(module, data, InfluenceCallback(tmp_path / log, record="replay"), **options)
+        return module
+
+    module = run(loader(train, 20), "whole")
+    gone = suspects(tmp_path / "whole", 12).sample_id
+    found = clean(
+        tmp_path / "whole", queries=[tuple(held.tensors)], model=module, data=train, samples=gone, progress=False
+    )
+    assert found.model is not None
+    own = run(without(loader(train, 20), gone), "rest").state_dict()
+    assert all(torch.equal(value, own[name]) for name, value in found.model.state_dict().items())
+    assert training_dynamics(tmp_path / "rest").sample_ids.tolist() == sorted(set(range(N)) - set(gone))
 
 
 def test_queries_are_evaluated_once_for_each_training(tmp_path: Path) -> None:
