@@ -31,7 +31,8 @@ const data = {{ data|tojson }};
 const several = data.queries.length > 1;
 const [ids, score, labels] = [data.ids, data.score, data.labels.codes].map(unpack);
 const harmed = several ? unpack(data.harmed) : null, byQuery = several ? unpack(data.scores) : null;
-const groups = data.groups && unpack(data.groups.codes);
+const [groupStarts, groupCodes] = data.groups ? [data.groups.starts, data.groups.codes].map(unpack) : [];
+const groupsOf = i => groupCodes ? groupCodes.subarray(groupStarts[i], groupStarts[i + 1]) : [];  // their numbers
 const [starts, steps, rowScores] = [data.rows.starts, data.rows.steps, data.rows.scores].map(unpack);
 const dynamics = data.dynamics && Object.fromEntries(Object.entries(data.dynamics).map(([k, v]) => [k, unpack(v)]));
 const n = ids.length, q = data.queries.length;
@@ -109,7 +110,7 @@ const rowOf = i => {
 const find = () => {
   const wanted = search.value.trim().toLowerCase(), group = Number(byId("group")?.value || -1);
   const matches = i => (one === null ? String(ids[i]).includes(wanted) || labelOf(i).toLowerCase().includes(wanted) : ids[i] === one)
-    && sign * score[i] >= 0 && (group < 0 || groups[i] === group);
+    && sign * score[i] >= 0 && (group < 0 || groupsOf(i).includes(group));
   matching = sorted.filter(matches);
   const exact = matching.findIndex(i => String(ids[i]) === wanted);
   if (exact > 0) matching.unshift(...matching.splice(exact, 1));
@@ -200,7 +201,8 @@ const open = id => {
   const told = [["score", element("strong", { class: `number ${kind(score[i])}` }, signed(score[i]))],
     ["rank", `number ${many(place)} of those that ${kind(score[i])}, among ${many(n)} samples`]];
   if (labelOf(i)) told.push(["label", labelOf(i)]);
-  if (groups && data.groups.names[groups[i]] !== labelOf(i)) told.push(["group", data.groups.names[groups[i]]]);
+  const groups = new Set([...groupsOf(i)].map(number => data.groups.names[number]).filter(name => name !== labelOf(i)));
+  if (groups.size) told.push([groups.size > 1 ? "groups" : "group", [...groups].join(", ")]);
   if (several) told.push(["harms", `${Math.round(100 * harmed[i])} % of the queries`]);
   const losses = dynamics && detailed ? [...dynamics.losses.subarray(dynamics.starts[i], dynamics.starts[i + 1])] : [];
   if (losses.length) {

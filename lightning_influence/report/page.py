@@ -13,11 +13,18 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 from torch import Tensor
 
-from lightning_influence.core.scores import mean_score
 from lightning_influence.errors import ConfigurationError
 from lightning_influence.report.arrays import PageDynamics, arrays
-from lightning_influence.report.groups import Groups
+from lightning_influence.report.membership import GroupsOf
 from lightning_influence.report.numbers import short, signed
+from lightning_influence.report.page_groups import (
+    filters_of,
+    joint,
+    members_by_label,
+    members_of,
+    members_removed,
+    totals,
+)
 from lightning_influence.report.rendering import (
     CARD,
     FULL,
@@ -39,7 +46,6 @@ _FINEST = 1e-12  # of the largest score: what the histogram tells from zero
 _TIMES = 80  # bars over training
 _SHOWN_QUERIES = 24
 _SHOWN_ROWS = 1000
-_SHOWN_GROUPS = 100
 _IN_FULL = 200  # samples that can be opened besides those with a card
 _IN_FULL_CHARACTERS = 4_000_000  # of those; what is beyond is shown no larger than on a card
 
@@ -69,7 +75,7 @@ class _Samples:
     def __init__(self, data: Any, render: Render, classes: Sequence[str] | None) -> None:
         self._data, self._render, self._classes = data, render, classes
         known = None if data is None else labels_of(data)
-        self.labels = None if known is None else [self.named(label) for label in known]
+        self.labels = {} if known is None else {z: self.named(label) for z, label in enumerate(known)}
         self._read = lru_cache(maxsize=None)(self._shown)
         self.token_ids = False  # whether numbers were shown that a tokenizer would make a text of
 
@@ -87,7 +93,7 @@ class _Samples:
             yield sample_id, Markup(content)
 
     def label(self, sample_id: int) -> str:
-        if self.labels is not None:
+        if sample_id in self.labels:
             return self.labels[sample_id]
         return "" if self._data is None else self._read(sample_id)[1]
 
@@ -111,7 +117,7 @@ def page(
     show: Render | None = None,
     tokenizer: Any = None,
     queries: Any = None,
-    groups: Sequence[Any] | Mapping[int, Any] | Tensor | None = None,
+    groups: GroupsOf | Mapping[int, Any] | None = None,
     classes: Sequence[str] | None = None,
     dynamics: PageDynamics | None = None,
     tokens: TokenScores | None = None,
@@ -136,11 +142,12 @@ def page(
     order = _order(report, carded)
     rows = _rows(report, samples, order, len(carded))
     opened = [row["id"] for row in rows[: len(carded) + _IN_FULL]]
-    given = samples.labels if groups is None else groups
-    grouped = None if given is None else _grouped(report.sample_ids.tolist(), given, given=groups is not None)
-    labels = {row["id"]: row["label"] for row in rows if row["label"]}
-    if samples.labels is not None:
-        labels = {z: samples.labels[z] for z in report.sample_ids.tolist()}
+    members = (
+        members_by_label(report.sample_ids, samples.labels) if groups is None else members_of(report.sample_ids, groups)
+    )
+    filters = filters_of(members, members_removed(report.sample_ids, report.groups), given=groups is not None)
+    labels = {z: samples.labels[z] for z in report.sample_ids.tolist() if z in samples.labels}
+    labels |= {row["id"]: row["label"] for row in rows if row["label"]}
     rows.sort(key=lambda row: -abs(row["score"]))
     return _template("page.html").render(
         title=title,
@@ -156,10 +163,18 @@ def page(
         histogram=_histogram(mean),
         over_time=_over_time(report),
         rows=rows,
-        groups=[] if grouped is None else _totals(mean, *grouped),
-        joint=_joint(report.groups),
+        groups=totals(mean, members),
+        joint=joint(report.groups),
+        filters=[(title, list(found)) for title, found in filters],
         contents=list(samples.in_full(opened)),
-        data=arrays(report, order, labels=labels, groups=grouped, dynamics=dynamics) | {"classes": classes},
+        data=arrays(
+            report,
+            order,
+            labels=labels,
+            groups=[part for _, found in filters for part in found.items()],
+            dynamics=dynamics,
+        )
+        | {"classes": classes},
         token_ids=(samples.token_ids or tokens is not None) and show is None and tokenizer is None,
         trust=trust(report),
         coverage=made.coverage,
@@ -293,60 +308,6 @@ def _rows(report: Scores, samples: _Samples, order: Tensor, carded: int) -> list
         for rank, i in enumerate(order.tolist())
         if rank < carded or i in largest
     ]
-
-
-def _grouped(
-    sample_ids: list[int], groups: Sequence[Any] | Mapping[int, Any] | Tensor, *, given: bool
-) -> tuple[list[str], Tensor] | None:
-    """Names of the groups, and the number of each sample's; labels that were not given as groups count only where they
-    are few.
-    """
-    names = _group_names(sample_ids, groups)
-    distinct = sorted(set(names), key=lambda name: (len(name), name) if name.isdigit() else (math.inf, name))
-    if not distinct or (not given and not 1 < len(distinct) <= _SHOWN_GROUPS):
-        return None
-    number = {name: i for i, name in enumerate(distinct)}
-    return distinct, torch.tensor([number[name] for name in names])
-
-
-def _totals(mean: Tensor, distinct: Sequence[str], where: Tensor) -> list[dict[str, Any]]:
-    """Sums of single scores by group."""
-    helped, harmed = (
-        torch.zeros(len(distinct), dtype=torch.float64).index_add_(0, where, part)
-        for part in (mean.clamp(min=0), mean.clamp(max=0))
-    )
-    sizes = torch.bincount(where, minlength=len(distinct))
-    largest = float((helped + harmed).abs().max()) or 1.0
-    columns = zip(distinct, sizes.tolist(), helped.tolist(), harmed.tolist(), strict=True)
-    return [
-        {"name": name, "n": n, "helped": up, "harmed": down, "total": up + down, "share": (up + down) / largest}
-        for name, n, up, down in columns
-    ]
-
-
-def _joint(groups: Groups | None) -> list[dict[str, Any]]:
-    """What removing each group as a whole does, on average over the queries; nothing where a report has no groups."""
-    if groups is None:
-        return []
-    effects = mean_score(groups.scores)
-    largest = float(effects.abs().max()) or 1.0
-    return [
-        {"name": name, "n": n, "total": effect, "share": effect / largest, "as_size": as_size}
-        for name, n, effect, as_size in zip(groups.names, groups.sizes, effects.tolist(), groups.as_sizes, strict=True)
-    ]
-
-
-def _group_names(sample_ids: list[int], groups: Sequence[Any] | Mapping[int, Any] | Tensor) -> list[str]:
-    """The group of every sample of the report."""
-    known = groups if isinstance(groups, Mapping) else range(len(groups))
-    missing = [z for z in sample_ids if z not in known]
-    if missing:
-        raise ConfigurationError(
-            f"groups names {len(groups)} samples, but sample {missing[-1]} is in the report; give one group per sample of "
-            "the training dataset."
-        )
-    values = groups if isinstance(groups, Mapping) else groups.tolist() if isinstance(groups, Tensor) else list(groups)
-    return [str(values[z]) for z in sample_ids]
 
 
 # -- figures --------------------------------------------------------------------------------------------------

@@ -6,13 +6,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from torch import Tensor
-
 from lightning_influence.report.scores import Scores
 from lightning_influence.report.tables import made
 
 if TYPE_CHECKING:
     from lightning_influence.report.arrays import PageDynamics
+    from lightning_influence.report.membership import GroupsOf
     from lightning_influence.report.plots import Plots
     from lightning_influence.report.rendering import Render
     from lightning_influence.report.tokens import TokenScores
@@ -23,7 +22,9 @@ class InfluenceReport(Scores):
 
     @property
     def plot(self) -> Plots:
-        """Figures: ``report.plot.histogram()``, ``.over_time()``, ``.samples(dataset)``, ``.proxy_against_truth(...)``."""
+        """Figures: ``report.plot.histogram()``, ``.over_time()``, ``.samples(dataset)``, ``.groups()``,
+        ``.proxy_against_truth(...)``.
+        """
         from lightning_influence.report.plots import Plots
 
         return Plots(self)
@@ -36,7 +37,7 @@ class InfluenceReport(Scores):
         show: Render | None = None,
         tokenizer: Any = None,
         queries: Any = None,
-        groups: Sequence[Any] | Mapping[int, Any] | Tensor | None = None,
+        groups: GroupsOf | Mapping[int, Any] | None = None,
         classes: Sequence[str] | None = None,
         dynamics: PageDynamics | None = None,
         tokens: TokenScores | None = None,
@@ -51,8 +52,9 @@ class InfluenceReport(Scores):
                 see `rendering.default_render` for the default.
             tokenizer: decodes token ids for the default.
             queries: the query examples, indexed like the columns of the scores.
-            groups: a group (class, source) per sample of the training dataset or by sample id, for totals; by default the
-                labels, where the dataset gives them without being read (`rendering.labels_of`).
+            groups: as of `attribute`, for totals and to filter by: a label (class, source) per sample of the training dataset,
+                None for those of no group, or sample ids by name, which may overlap; also a label by sample id. By default
+                the samples' own labels, where these are known without reading the dataset (`rendering.labels_of`).
             classes: names of the labels, which are then indices into it.
             dynamics: of `training_dynamics`, so that labels in doubt and each sample's losses are shown.
             tokens: of `token_scores`, so that texts are shaded by what each of their tokens did.

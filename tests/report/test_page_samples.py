@@ -6,6 +6,7 @@ import base64
 import csv
 import json
 import re
+from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -64,7 +65,8 @@ def test_every_sample_has_its_own_numbers() -> None:
     report, order = report_of(20, 3, epochs=2), torch.randperm(20, generator=torch.Generator().manual_seed(2))
     labels = {int(z): f"class {int(z) % 2}" for z in report.sample_ids[:-1]}
     codes = torch.arange(20) % 3
-    found = arrays(report, order, labels=labels, groups=(["a", "b", "c"], codes), dynamics=None)
+    groups = [(name, (codes == c).nonzero()[:, 0]) for c, name in enumerate("abc")]
+    found = arrays(report, order, labels=labels, groups=groups, dynamics=None)
     ids = unpacked(found["ids"])
     assert ids == report.sample_ids[order].tolist() and found["m"] == 20
     assert unpacked(found["score"]) == report.mean[order].float().tolist()
@@ -77,6 +79,17 @@ def test_every_sample_has_its_own_numbers() -> None:
         own, here = rows.sample_ids == z, slice(int(starts[i]), int(starts[i + 1]))
         assert unpacked(found["rows"]["steps"])[here] == rows.steps[own].tolist()
         assert unpacked(found["rows"]["scores"])[here] == pytest.approx(rows.scores[own].mean(1).tolist(), rel=1e-6)
+
+
+def test_a_sample_may_be_in_several_groups_or_in_none() -> None:
+    report, order = report_of(6, 1), torch.tensor([5, 2, 0, 1, 4, 3])
+    found = arrays(report, order, labels={}, groups=[("a", torch.tensor([1, 2, 5])), ("b", torch.tensor([0, 2]))])[
+        "groups"
+    ]
+    starts, codes = unpacked(found["starts"]), unpacked(found["codes"])
+    own = [codes[int(a) : int(b)] for a, b in pairwise(starts)]
+    assert own == [[0], [0, 1], [1], [0], [], []] and found["names"] == ["a", "b"]
+    assert arrays(report, order, labels={})["groups"] is None
 
 
 def test_losses_are_those_of_the_sample_at_each_visit() -> None:
@@ -288,6 +301,51 @@ def test_what_is_found_can_be_downloaded(browser: Any, tmp_path: Path) -> None:
         assert np.float32(line["score"]) == np.float32(report.mean[z]) and line["label"] == "'=web"
         assert [np.float32(line[str(k)]) for k in range(3)] == report.scores[z].tolist()
     assert [p for p in shown.problems if not p.startswith("blob:")] == []
+
+
+def test_groups_filter_whoever_is_in_them(browser: Any, tmp_path: Path) -> None:
+    report, groups = some_report(), {"few": [3, 5, 8], "some": range(5, 15), "10": [0]}
+    shown = Opened(browser, report.to_html(tmp_path / "r.html", groups=groups))
+    for name, ids in groups.items():
+        shown.page.select_option("#group", label=name)
+        assert {int(z) for z in shown.column(1)} == set(ids)
+    shown.page.select_option("#group", "")
+    for z, told in ((5, "groups\nfew, some\n"), (3, "group\nfew\n"), (39, None)):
+        shown.page.fill("#search", str(z))
+        shown.page.locator("#table tbody tr").first.click()
+        assert told in opened(shown) if told else "group" not in opened(shown)
+    assert shown.problems == []
+
+
+def removed(report: InfluenceReport, members: Any) -> Groups:
+    """Groups with known members, whose scores are 1, -2, 3, ..."""
+    n = len(members)
+    scores = torch.arange(1.0, n + 1)[:, None] * (-1) ** torch.arange(n)[:, None] * torch.ones(1, len(report.query_ids))
+    rows = RowScores(torch.arange(n), torch.zeros(n, dtype=torch.int64), scores, scores)
+    return Groups(
+        list(members), [len(m) for m in members.values()], rows, report.query_ids, None, list(members.values())
+    )
+
+
+def test_the_page_knows_who_was_removed_as_a_whole(browser: Any, tmp_path: Path) -> None:
+    report = some_report()
+    report.groups = removed(report, {"web": [1, 2, 30], "book": [2, 3], "elsewhere": [77]})
+    shown = Opened(browser, report.to_html(tmp_path / "r.html", data=images()))
+    headings = shown.page.locator("#group optgroup").evaluate_all("parts => parts.map(part => part.label)")
+    assert headings == ["removed as a whole", "labels"]
+    for name, ids in (("web", {1, 2, 30}), ("book", {2, 3}), ("elsewhere", set())):
+        shown.page.select_option("#group", label=name)
+        assert {int(z) for z in shown.column(1)} == ids
+    digits = images().tensors[1]
+    shown.page.select_option("#group", label="4")
+    assert {int(z) for z in shown.column(1)} == set((digits == 4).nonzero()[:, 0].tolist())
+    shown.page.select_option("#group", label="book")
+    shown.page.locator('#table td:first-child[data-value="2"]').click()
+    assert "groups\nweb, book\n" in opened(shown) and shown.problems == []
+    labels = {str(c): (digits == c).nonzero()[:, 0].tolist() for c in range(10)}
+    report.groups = removed(report, labels)
+    text = written(report, tmp_path, data=images())
+    assert "<optgroup" not in text and text.count("<option") == 1 + 10 + 4, "once, where the groups are the labels"
 
 
 def test_what_users_bring_is_text_in_an_opened_sample(browser: Any, tmp_path: Path) -> None:
