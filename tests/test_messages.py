@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +19,8 @@ from torch.nn import functional as F
 from torch.nn.utils.rnn import pack_padded_sequence
 from torch.utils.data import DataLoader, TensorDataset, default_collate
 
-from lightning_influence import InfluenceCallback, SelectionDataModule, attribute
-from lightning_influence.errors import ConfigurationError, InfluenceError, ReplayDrift
+from lightning_influence import InfluenceCallback, SelectionDataModule, attribute, error_proxy
+from lightning_influence.errors import ConfigurationError, CurvatureUnavailable, InfluenceError, ReplayDrift
 
 TRAIN, VAL = split_digits(64, 8)
 QUERIES = DataLoader(VAL, 4)
@@ -310,3 +311,87 @@ def test_a_replay_that_drifts_names_what_it_found(kind: type[Classifier], tmp_pa
     module = record(kind(), tmp_path, record="replay", verify=False)
     with pytest.raises(ReplayDrift, match=rf"step \d: the replayed gradient has norm .* {DRIFTS[kind]}"):
         attribute(tmp_path, queries=QUERIES, model=module, progress=False)
+
+
+# -- operations that lack a derivative -----------------------------------------------------------------------
+
+
+class Aligned(Classifier):
+    """A loss of torch that can be differentiated once."""
+
+    def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
+        x, y = batch
+        spread = self.net(x).log_softmax(1).expand(4, -1, -1)
+        return F.ctc_loss(spread, 1 + y[:, None] % 9, torch.full_like(y, 4), torch.ones_like(y), zero_infinity=True)
+
+
+class AlignedAndTaught(Aligned):
+    """The same beside a loss that stops its gradient along one path, which only a second derivative follows."""
+
+    def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
+        logits = self.net(batch[0])
+        taught = (logits.softmax(1) - (2 * logits).softmax(1).detach()).square().sum(1).mean()
+        return super().training_step(batch, batch_idx) + taught
+
+
+class Squash(torch.autograd.Function):
+    """An operation of a user's own."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.save_for_backward(x)
+        return x.tanh()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        return gradient * (1 - ctx.saved_tensors[0].tanh().square())
+
+
+class Squashed(Classifier):
+    def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
+        return F.cross_entropy(Squash.apply(self.net(batch[0])), batch[1])
+
+
+class Penalised(Classifier):
+    """A gradient with respect to the inputs is a part of the loss."""
+
+    def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
+        x = batch[0].clone().requires_grad_()
+        losses = F.cross_entropy(self.net(x), batch[1], reduction="none")
+        (slope,) = torch.autograd.grad(losses.sum(), x, create_graph=True)
+        return losses.mean() + 0.1 * slope.square().sum(1).mean()
+
+
+def proxy(path: Path, **options: Any) -> Any:
+    return error_proxy(path, pairs=2, **options)
+
+
+@pytest.mark.parametrize(
+    ("kind", "ask", "message"),
+    [
+        (
+            Aligned,
+            proxy,
+            r"differentiated three times \(.*ctc_loss.*\); use curvature='fisher' with a log of gradients",
+        ),
+        (Aligned, partial(attribute, curvature="gauss_newton"), r"differentiated forwards \(.*ctc_loss.*\); use curvature='hessian'"),
+        (Squashed, partial(attribute, curvature="gauss_newton"), "differentiated forwards .*; use curvature='hessian'"),
+        (Squashed, proxy, "differentiated three times .*; use curvature='fisher' with a log of gradients"),
+        (AlignedAndTaught, attribute, r"differentiated twice \(.*ctc_loss.*\); use curvature='none'"),
+        (Penalised, proxy, "differentiated three times .*; use curvature='fisher'"),
+    ],
+)
+def test_an_operation_without_a_derivative_is_named_with_what_works(
+    kind: type[Classifier], ask: Callable[..., Any], message: str, tmp_path: Path
+) -> None:
+    module = record(kind(), tmp_path, record="both" if kind is not Penalised else "replay")
+    options: dict[str, Any] = {"queries": QUERIES, "model": module, "progress": False}
+    with pytest.raises(CurvatureUnavailable, match=message):
+        ask(tmp_path, **options)
+    # what the message says to do
+    instead = re.search("curvature='(.*?)'", message)
+    assert instead is not None
+    if kind is not Penalised:  # of which there are no gradients in the log
+        options["curvature"] = instead[1]
+        result = ask(tmp_path, **options) if ask is proxy else attribute(tmp_path, **options)
+        assert result is not None

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypeAlias
 
@@ -65,8 +65,8 @@ class GradientGraph:
                 rows = [self._pulled(leaves, varying, vectors, chunk) for chunk in torch.arange(n).split(1)]
             except RuntimeError as error:
                 raise CurvatureUnavailable(
-                    f"the training step cannot be differentiated twice ({error}); use curvature='none', 'gauss_newton' where "
-                    "the operation lies before the loss, or 'fisher' with a log of gradients."
+                    f"the training step cannot be differentiated twice ({_first_line(error)}); use curvature='none', or 'fisher' with a "
+                    "log of gradients."
                 ) from error
         columns = [torch.cat([row[i].reshape(-1, leaf.numel()) for row in rows]) for i, leaf in enumerate(leaves)]
         products = dict(zip(self.parameters, columns, strict=False))
@@ -114,6 +114,9 @@ def hessian_product(loss: Loss, parameters: dict[str, Tensor], vectors: Vectors,
 
     For many vectors and convolutions, whose second derivative in reverse is slow, faster than `GradientGraph`.
 
+    Raises:
+        CurvatureUnavailable: an operation of the loss has no such derivative.
+
     Example:
         >>> direction = {"weight": torch.tensor([[1.0, 2.0]])}
         >>> hessian_product(lambda p: (p["weight"] ** 3).sum(), {"weight": torch.ones(2)}, direction)
@@ -123,11 +126,15 @@ def hessian_product(loss: Loss, parameters: dict[str, Tensor], vectors: Vectors,
     def product(direction: dict[str, Tensor]) -> dict[str, Tensor]:
         return jvp(grad(loss), (parameters,), (direction,))[1]  # type: ignore[no-any-return]
 
-    return _for_each(product, parameters, vectors, at_once)
+    with _or_unavailable("the training step cannot be differentiated forwards", "use curvature='none'"):
+        return _for_each(product, parameters, vectors, at_once)
 
 
 def third_derivative(loss: Loss, parameters: dict[str, Tensor], vectors: Vectors, *, at_once: int = 8) -> Vectors:
     """``D3L[v, v] = d2/d eps2 grad loss(theta + eps v)``, ``(q, d)`` each.
+
+    Raises:
+        CurvatureUnavailable: an operation of the loss has no such derivative.
 
     Example:
         >>> direction = {"weight": torch.tensor([[1.0, 2.0]])}
@@ -141,14 +148,17 @@ def third_derivative(loss: Loss, parameters: dict[str, Tensor], vectors: Vectors
 
         return jvp(slope, (parameters,), (direction,))[1]  # type: ignore[no-any-return]
 
-    return _for_each(product, parameters, vectors, at_once)
+    instead = "use curvature='fisher' with a log of gradients, or 'none'"
+    with _or_unavailable("the training step cannot be differentiated three times", instead):
+        return _for_each(product, parameters, vectors, at_once)
 
 
 def gauss_newton_product(loss: Loss, parameters: dict[str, Tensor], vectors: Vectors, *, at_once: int = 8) -> Vectors:
     """Exact Gauss-Newton products ``J^T H_out J v``, where the loss is a known functional loss of outputs.
 
     Raises:
-        CurvatureUnavailable: the loss does not go through one of torch's functional losses.
+        CurvatureUnavailable: the loss does not go through one of torch's functional losses, or the outputs cannot be
+            differentiated forwards.
 
     Example:
         Of ``(theta^2 - 1)^2`` at 1 the Gauss-Newton matrix is ``2 (2 theta)^2``, without the curvature of ``theta^2``:
@@ -172,7 +182,26 @@ def gauss_newton_product(loss: Loss, parameters: dict[str, Tensor], vectors: Vec
         (cotangent,) = vjp(grad(of_outputs), logits)[1](moved)  # -> H_out J v; H_out is symmetric
         return vjp(outputs, parameters)[1](cotangent)[0]  # -> J^T H_out J v
 
-    return _for_each(product, parameters, vectors, at_once)
+    with _or_unavailable(
+        "the outputs of the training step cannot be differentiated forwards", "use curvature='hessian'"
+    ):
+        return _for_each(product, parameters, vectors, at_once)
+
+
+@contextmanager
+def _or_unavailable(what: str, instead: str) -> Iterator[None]:
+    """An operation that lacks a derivative says so in torch's words; the user hears what to do."""
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        raise
+    except (RuntimeError, NotImplementedError) as error:
+        raise CurvatureUnavailable(f"{what} ({_first_line(error)}); {instead}.") from error
+
+
+def _first_line(error: Exception) -> str:
+    """Of torch's words, of which the others are for its own developers."""
+    return str(error).splitlines()[0].rstrip(".")
 
 
 def _for_each(

@@ -234,7 +234,7 @@ class ReplayTrajectory:
         """
         try:
             products = self._product(hessian_product, index, vectors)
-        except (RuntimeError, NotImplementedError):  # an operation without a derivative forwards
+        except CurvatureUnavailable:
             self._forward = False
             return self._backwards(index, graph, vectors)
         if self._forward is None:
