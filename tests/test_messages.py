@@ -374,7 +374,11 @@ def proxy(path: Path, **options: Any) -> Any:
             proxy,
             r"differentiated three times \(.*ctc_loss.*\); use curvature='fisher' with a log of gradients",
         ),
-        (Aligned, partial(attribute, curvature="gauss_newton"), r"differentiated forwards \(.*ctc_loss.*\); use curvature='hessian'"),
+        (
+            Aligned,
+            partial(attribute, curvature="gauss_newton"),
+            r"differentiated forwards \(.*ctc_loss.*\); use curvature='hessian'",
+        ),
         (Squashed, partial(attribute, curvature="gauss_newton"), "differentiated forwards .*; use curvature='hessian'"),
         (Squashed, proxy, "differentiated three times .*; use curvature='fisher' with a log of gradients"),
         (AlignedAndTaught, attribute, r"differentiated twice \(.*ctc_loss.*\); use curvature='none'"),

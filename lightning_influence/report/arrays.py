@@ -46,8 +46,8 @@ def arrays(
 ) -> dict[str, Any]:
     """What JSON holds of a report for the page.
 
-    Every sample has its score, label and groups. Scores by query and by step, and losses at the visits, are those of the first
-    ``m`` samples of ``order``, as many as stay within half a million numbers.
+    Every sample has its score, label and groups, and what its label is suspected of. Scores by query and by step, and losses at
+    the visits, are those of the first ``m`` samples of ``order``, as many as stay within half a million numbers.
 
     Args:
         order: ``(n,)`` positions in ``report.sample_ids``.
@@ -74,7 +74,7 @@ def arrays(
         "groups": _memberships(groups, order) if groups else None,
         "scores": packed(report.scores[first].float().flatten()) if several else None,
         "rows": {"starts": packed(starts), "steps": packed(steps), "scores": packed(scores.float())},
-        "dynamics": None if dynamics is None else _dynamics(dynamics, visits, ids, first),
+        "dynamics": None if dynamics is None else _dynamics(dynamics, visits, ids[order], first),
     }
     return tensors
 
@@ -86,13 +86,20 @@ def _memberships(groups: Sequence[tuple[str, Tensor]], order: Tensor) -> dict[st
     return {"names": [name for name, _ in groups], "starts": packed(starts), "codes": packed(codes)}
 
 
-def _dynamics(dynamics: PageDynamics, visits: Tensor, ids: Tensor, first: Tensor) -> dict[str, Any]:
-    """Losses at the visits of some samples, and what their labels are suspected of."""
-    starts, (losses,) = _listed(visits, first, len(ids), dynamics.visits.losses)
-    table = dynamics.suspects(len(dynamics.sample_ids)).set_index("sample_id").reindex(ids[first].numpy())
-    columns = {name: packed(torch.from_numpy(table[name].to_numpy("float32"))) for name in ("suspicion", "share")}
+def _dynamics(dynamics: PageDynamics, visits: Tensor, ordered: Tensor, first: Tensor) -> dict[str, Any]:
+    """What the labels of samples are suspected of, in the order of their ids, and the losses at the visits of the first ones."""
+    starts, (losses,) = _listed(visits, first, len(ordered), dynamics.visits.losses)
+    table = in_doubt(dynamics, ordered)
+    columns = {
+        name: packed(torch.from_numpy(table[name].to_numpy("float32"))) for name in ("suspicion", "share", "loss")
+    }
     suggested = torch.from_numpy(table.suggested.fillna(-1).to_numpy("int32"))
     return {"starts": packed(starts), "losses": packed(losses.float()), **columns, "suggested": packed(suggested)}
+
+
+def in_doubt(dynamics: PageDynamics, sample_ids: Tensor) -> pd.DataFrame:
+    """`PageDynamics.suspects` of some samples by their id, in their order; NaN for those that the run did not visit."""
+    return dynamics.suspects(len(dynamics.sample_ids)).set_index("sample_id").reindex(sample_ids.numpy())
 
 
 def packed(values: Tensor) -> dict[str, str]:

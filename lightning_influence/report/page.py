@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from jinja2 import Environment, PackageLoader, StrictUndefined
@@ -14,7 +14,7 @@ from markupsafe import Markup
 from torch import Tensor
 
 from lightning_influence.errors import ConfigurationError
-from lightning_influence.report.arrays import PageDynamics, arrays
+from lightning_influence.report.arrays import PageDynamics, arrays, in_doubt
 from lightning_influence.report.membership import GroupsOf
 from lightning_influence.report.numbers import short, signed
 from lightning_influence.report.page_groups import (
@@ -41,13 +41,17 @@ from lightning_influence.report.scores import Scores
 from lightning_influence.report.tokens import TokenScores
 from lightning_influence.report.trust import trust
 
+if TYPE_CHECKING:
+    import pandas as pd
+
 _BINS = 41  # of the histogram; odd, so that one is around zero
 _FINEST = 1e-12  # of the largest score: what the histogram tells from zero
 _TIMES = 80  # bars over training
 _SHOWN_QUERIES = 24
 _SHOWN_ROWS = 1000
-_IN_FULL = 200  # samples that can be opened besides those with a card
-_IN_FULL_CHARACTERS = 4_000_000  # of those; what is beyond is shown no larger than on a card
+_IN_FULL = 200  # samples that are shown in full besides those with a card
+_IN_TABLE = replace(CARD, side=68)
+_CHARACTERS = 4_000_000  # of the samples' contents; the last quarter goes to small ones
 
 
 @dataclass(frozen=True)
@@ -70,25 +74,34 @@ class _Card:
 
 
 class _Samples:
-    """What is shown of the samples of a dataset, each of which is read once."""
+    """What is shown of the samples of a dataset, each of which is read once.
 
-    def __init__(self, data: Any, render: Render, classes: Sequence[str] | None) -> None:
-        self._data, self._render, self._classes = data, render, classes
-        known = None if data is None else labels_of(data)
-        self.labels = {} if known is None else {z: self.named(label) for z, label in enumerate(known)}
+    Args:
+        doubts: of `arrays.in_doubt`, whose labels stand for those of the dataset where it would have to be read for them.
+    """
+
+    def __init__(
+        self, data: Any, render: Render, classes: Sequence[str] | None, doubts: pd.DataFrame | None = None
+    ) -> None:
+        self._data, self._render, self._classes, self._doubts = data, render, classes, doubts
+        own = None if data is None else labels_of(data)
+        trained_on = {} if doubts is None else {z: str(int(y)) for z, y in doubts.label.items() if y >= 0}
+        known = trained_on if own is None else dict(enumerate(own))
+        self.labels = {z: self.named(label) for z, label in known.items()}
         self._read = lru_cache(maxsize=None)(self._shown)
         self.token_ids = False  # whether numbers were shown that a tokenizer would make a text of
 
     def content(self, sample_id: int) -> Markup:
         return Markup() if self._data is None else self._read(sample_id)[0]
 
-    def in_full(self, sample_ids: Iterable[int]) -> Iterator[tuple[int, Markup]]:
-        """The contents of samples as they are opened."""
-        if self._data is None:
-            return
-        left = _IN_FULL_CHARACTERS
-        for sample_id in sample_ids:
-            content = as_html(self._render(self._data[sample_id]), FULL if left > 0 else CARD)
+    def contents(self, sample_ids: Sequence[int], opened: int) -> Iterator[tuple[int, Markup]]:
+        """Samples as they are opened, the first ``opened``; the others no larger than in the table, as far as there is room."""
+        left = _CHARACTERS
+        for place, sample_id in enumerate([] if self._data is None else sample_ids):
+            if place >= opened and left <= 0:
+                return
+            size = _IN_TABLE if place >= opened else FULL if left > _CHARACTERS / 4 else CARD
+            content = as_html(self._render(self._data[sample_id]), size)
             left -= len(content)
             yield sample_id, Markup(content)
 
@@ -96,6 +109,17 @@ class _Samples:
         if sample_id in self.labels:
             return self.labels[sample_id]
         return "" if self._data is None else self._read(sample_id)[1]
+
+    def doubt(self, sample_id: int) -> dict[str, Any]:
+        """How suspicious the label is, the label that the network found more likely, if it did, and the mean loss; None where
+        the run did not visit the sample.
+        """
+        if self._doubts is None or math.isnan(self._doubts.suspicion[sample_id]):
+            return {"suspicion": None, "suggested": "", "loss": None}
+        found = self._doubts.loc[sample_id]
+        preferred = found.suspicion > 0 and found.suggested >= 0
+        suggested = self.named(str(int(found.suggested))) if preferred else ""
+        return {"suspicion": float(found.suspicion), "suggested": suggested, "loss": float(found.loss)}
 
     def named(self, label: str) -> str:
         if self._classes is None or not label.isdigit():
@@ -126,7 +150,8 @@ def page(
 ) -> str:
     """The whole page as HTML; arguments as of `InfluenceReport.to_html`."""
     render = show or default_render(tokenizer)
-    samples = _Samples(training_samples(data, report.sample_ids), render, classes)
+    doubts = None if dynamics is None else in_doubt(dynamics, report.sample_ids)
+    samples = _Samples(training_samples(data, report.sample_ids), render, classes, doubts)
     examples, n_examples = indexed(queries)
     asked = None if examples is None else _Samples(examples, render, classes)
     several = len(report.query_ids) > 1
@@ -134,14 +159,18 @@ def page(
         raise ConfigurationError(f"{n_examples} queries to show for {len(report.query_ids)} columns of scores.")
     shown = report.query_ids[:_SHOWN_QUERIES] if several else []
     mean, made = report.mean, report.provenance
-    views = [_view(report, samples, k, None), *(_view(report, samples, k, q, i, asked) for i, q in enumerate(shown))]
+    only = asked if made.target is None and n_examples == 1 and not several else None
+    views = [
+        _view(report, samples, k, None, asked=only),
+        *(_view(report, samples, k, q, i, asked) for i, q in enumerate(shown)),
+    ]
     suspects = _suspects(report, samples, k) if several else []
-    mislabelled = [] if dynamics is None else _mislabelled(report, dynamics, samples, k)
+    mislabelled = [] if doubts is None else _mislabelled(doubts, samples, k)
     cards = [card for view in views for card in (*view["helpful"], *view["harmful"])] + suspects + mislabelled
     carded = {card.sample_id for card in cards}
     order = _order(report, carded)
     rows = _rows(report, samples, order, len(carded))
-    opened = [row["id"] for row in rows[: len(carded) + _IN_FULL]]
+    contents = list(samples.contents([row["id"] for row in rows], len(carded) + _IN_FULL))
     members = (
         members_by_label(report.sample_ids, samples.labels) if groups is None else members_of(report.sample_ids, groups)
     )
@@ -166,7 +195,9 @@ def page(
         groups=totals(mean, members),
         joint=joint(report.groups),
         filters=[(title, list(found)) for title, found in filters],
-        contents=list(samples.in_full(opened)),
+        contents=contents,
+        doubted=None if doubts is None else int((doubts.suspicion > 0).sum()),
+        target=made.target,
         data=arrays(
             report,
             order,
@@ -224,10 +255,11 @@ def _view(
         scored = ((int(r.sample_id), float(r.score)) for r in table.itertuples() if sign * r.score > 0)
         return [_Card(z, s, abs(s) / largest, samples.content(z), samples.label(z)) for z, s in scored]
 
-    label = "" if asked is None or query is None else asked.label(number)
+    label = "" if asked is None else asked.label(number)
+    name = f"query {query}" if query is not None else "all queries" if asked is None else "the query"
     return {
-        "name": "all queries" if query is None else f"query {query}" + (f" ({label})" if label else ""),
-        "asked": Markup() if asked is None or query is None else asked.content(number),
+        "name": name + (f" ({label})" if label else ""),
+        "asked": Markup() if asked is None else asked.content(number),
         "helpful": cards(top, 1),
         "harmful": cards(bottom, -1),
     }
@@ -254,19 +286,23 @@ def _in_doubt(suspects: Any, samples: _Samples, said: Callable[[Any], Sequence[s
 
 
 def _suspects(report: Scores, samples: _Samples, k: int) -> list[_Card]:
-    return _in_doubt(report.suspects().head(k), samples, lambda row: [f"harms {row.harmed:.0%} of the queries"])
-
-
-def _mislabelled(report: Scores, dynamics: PageDynamics, samples: _Samples, k: int) -> list[_Card]:
-    """Samples of the report for which the network found another label the more likely one."""
-    suspects = dynamics.suspects()
-    suspects = suspects[suspects.sample_id.isin(report.sample_ids.numpy())].head(k)
-
     def said(row: Any) -> list[str]:
-        rather = f"rather {samples.named(str(row.suggested))}" if row.suggested >= 0 else "doubtful"
-        return [f"loss {row.loss:.3g}", rather]
+        return [", ".join([f"harms {row.harmed:.0%} of the queries", *_loss_and_label(row, samples)])]
 
-    return _in_doubt(suspects, samples, said)
+    return _in_doubt(report.suspects().head(k), samples, said)
+
+
+def _mislabelled(doubts: pd.DataFrame, samples: _Samples, k: int) -> list[_Card]:
+    """Samples of the report for which the network found another label the more likely one."""
+    suspects = doubts[doubts.suspicion > 0].sort_values("suspicion", ascending=False, kind="stable").reset_index()
+    return _in_doubt(suspects.head(k), samples, lambda row: [*_loss_and_label(row, samples), "doubtful"][:2])
+
+
+def _loss_and_label(row: Any, samples: _Samples) -> list[str]:
+    """Of a sample that the run visited, its loss, and the label that the network found more likely."""
+    doubt = samples.doubt(int(row.sample_id))
+    loss = [] if doubt["loss"] is None else [f"loss {doubt['loss']:.3g}"]
+    return loss + ([f"rather {doubt['suggested']}"] if doubt["suggested"] else [])
 
 
 def _texts(report: Scores, tokens: TokenScores, tokenizer: Any) -> list[dict[str, Any]]:
@@ -304,6 +340,7 @@ def _rows(report: Scores, samples: _Samples, order: Tensor, carded: int) -> list
             "score": float(mean[i]),
             "harmed": float(harmed[i]),
             "label": samples.label(z),
+            **samples.doubt(z),
         }
         for rank, i in enumerate(order.tolist())
         if rank < carded or i in largest

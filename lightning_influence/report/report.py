@@ -54,9 +54,11 @@ class InfluenceReport(Scores):
             queries: the query examples, indexed like the columns of the scores.
             groups: as of `attribute`, for totals and to filter by: a label (class, source) per sample of the training dataset,
                 None for those of no group, or sample ids by name, which may overlap; also a label by sample id. By default
-                the samples' own labels, where these are known without reading the dataset (`rendering.labels_of`).
+                the samples' own labels, where the dataset gives them without being read (`rendering.labels_of`) or ``dynamics``
+                do.
             classes: names of the labels, which are then indices into it.
-            dynamics: of `training_dynamics`, so that labels in doubt and each sample's losses are shown.
+            dynamics: of `training_dynamics`, so that labels in doubt and each sample's losses are shown. Where the dataset gives
+                no labels without being read, those that were trained on are taken.
             tokens: of `token_scores`, so that texts are shaded by what each of their tokens did.
             k: samples in each list.
 
