@@ -11,7 +11,7 @@ demo: $(READY)
 
 # One thread for each of the two test processes: more would fight over the cores.
 test: lint
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadgroup
 
 slow: $(READY)
 	$(BIN)/python -m pytest -m slow

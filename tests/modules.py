@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import functools
+import io
+import multiprocessing
 from collections.abc import Callable
+from contextlib import redirect_stderr, redirect_stdout
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +24,14 @@ from lightning_influence.log.writer import StoreWriter
 OptimizerFactory = Callable[[L.LightningModule], Any]
 
 
+@functools.cache
+def _load_digits() -> Any:
+    return load_digits(return_X_y=True)  # read from a file of text
+
+
 def digits(n: int | None = None, dtype: torch.dtype = torch.float32) -> TensorDataset:
     """scikit-learn's 8 x 8 digits, pixels in [0, 1]."""
-    x, y = load_digits(return_X_y=True)
+    x, y = _load_digits()
     return TensorDataset(torch.tensor(x[:n] / 16, dtype=dtype), torch.tensor(y[:n]))
 
 
@@ -114,6 +124,32 @@ def hooks_of(module: torch.nn.Module) -> int:
         for p in module.parameters()
     )
     return on_layers + on_parameters
+
+
+class Forked:
+    """A process that begins with everything imported, which takes a new one seconds, and what it prints."""
+
+    def __init__(self, work: Callable[..., object], *args: object) -> None:
+        fork = multiprocessing.get_context("fork")
+        self._told, end = fork.Pipe(duplex=False)
+        self._process = fork.Process(target=self._run, args=(end, work, *args))
+        self._process.start()
+        end.close()
+
+    @staticmethod
+    def _run(end: Connection, work: Callable[..., object], *args: object) -> None:
+        out, err = io.StringIO(), io.StringIO()
+        try:
+            with redirect_stdout(out), redirect_stderr(err):
+                work(*args)
+        finally:
+            end.send((out.getvalue(), err.getvalue()))
+
+    def wait(self) -> tuple[int | None, str, str]:
+        """The exit code, and what went to stdout and to stderr."""
+        out, err = self._told.recv()
+        self._process.join()
+        return self._process.exitcode, out, err
 
 
 def forged(log: Path, where: Path, forge: Callable[[str, dict[str, Any], dict[str, Any]], object]) -> Path:

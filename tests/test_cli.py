@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 import os
 import re
+import runpy
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +17,9 @@ import pandas as pd
 import pytest
 import pytorch_lightning as pl
 import torch
+from lightning.fabric.plugins.environments.lightning import find_free_network_port
 from lightning.pytorch.cli import LightningCLI
-from modules import Classifier, digits, fit
+from modules import Classifier, Forked, digits, fit
 from torch.utils.data import DataLoader, TensorDataset, random_split
 
 from lightning_influence import InfluenceCallback, InfluenceReport, SelectionDataModule, tune_horizon
@@ -73,17 +76,43 @@ def test_the_whole_way(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "ceiling" in capsys.readouterr().out
 
 
-def test_processes_of_torchrun_share_the_work(run: Path) -> None:
+def torchrun(arguments: list[str]) -> str:
+    """What the two processes print that it starts."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m"]
+    paths = os.pathsep.join([*sys.path, str(Path(__file__).parent)])
+    environment = {**os.environ, "PYTHONPATH": paths, "CUDA_VISIBLE_DEVICES": ""}
+    command += ["lightning_influence", *arguments]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def as_of_torchrun(rank: int, port: int, arguments: list[str]) -> None:
+    """A process with the environment and the command of one that torchrun has started."""
+    ranks = {"RANK": rank, "LOCAL_RANK": rank, "GROUP_RANK": 0, "WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2}
+    os.environ.update({name: str(value) for name, value in ranks.items()})
+    os.environ.update(
+        MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), TORCHELASTIC_RUN_ID="one", CUDA_VISIBLE_DEVICES=""
+    )
+    sys.argv[1:] = arguments
+    runpy.run_module("lightning_influence", run_name="__main__", alter_sys=True)
+
+
+def forked(arguments: list[str]) -> str:
+    """The same of two processes that begin with everything imported."""
+    port = find_free_network_port()
+    done = [process.wait() for process in [Forked(as_of_torchrun, rank, port, arguments) for rank in range(2)]]
+    assert all(code == 0 for code, _, _ in done), done
+    return "".join(out for _, out, _ in done)
+
+
+@pytest.mark.parametrize("started", [forked, pytest.param(torchrun, marks=pytest.mark.slow)])
+def test_processes_of_torchrun_share_the_work(run: Path, started: Callable[[list[str]], str]) -> None:
     """Both compute, the first writes and prints, and the scores are those of one."""
     known = [str(run / "log"), f"--config={run / 'run.yaml'}", f"--checkpoint={run / 'last.ckpt'}", "--target=mean"]
     assert main(["attribute", *known, f"--out={run / 'alone.safetensors'}"]) == 0
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m"]
-    command += ["lightning_influence", "attribute", *known, f"--out={run / 'two.safetensors'}"]
-    paths = os.pathsep.join([*sys.path, str(Path(__file__).parent)])
-    environment = {**os.environ, "PYTHONPATH": paths, "CUDA_VISIBLE_DEVICES": ""}
-    done = subprocess.run(command, cwd=run, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.count("wrote ") == 1
+    told = started(["attribute", *known, f"--out={run / 'two.safetensors'}"])
+    assert told.count("wrote ") == 1
     alone, two = (InfluenceReport.load(run / f"{name}.safetensors") for name in ("alone", "two"))
     assert torch.equal(two.sample_ids, alone.sample_ids)
     torch.testing.assert_close(two.scores, alone.scores, rtol=1e-3, atol=1e-4 * float(alone.scores.abs().max()))
@@ -316,18 +345,20 @@ def test_a_configuration_of_something_else_is_refused(tmp_path: Path, capsys: py
     assert "--checkpoint missing" in capsys.readouterr().err, "model and data were found"
 
 
+def script(arguments: list[str], folder: Path) -> None:
+    """The installed command called in a folder, which is not on the path of its modules."""
+    command = Path(sys.executable).with_name("lightning-influence")
+    os.chdir(folder)
+    sys.path[:] = [str(command.parent), *(path for path in sys.path if path)]
+    sys.argv[:] = [str(command), *arguments]
+    runpy.run_path(str(command), run_name="__main__")
+
+
 def test_modules_of_the_current_directory_are_found(tmp_path: Path) -> None:
     (tmp_path / "mine.py").write_text("from test_cli import Digits, Net\n")
     (tmp_path / "config.yaml").write_text("model: mine.Net\ndata: mine.Digits\n")
-    script = Path(sys.executable).with_name("lightning-influence")
-    done = subprocess.run(
-        [str(script), "attribute", "none", "--config=config.yaml"],
-        cwd=tmp_path,
-        env={**os.environ, "PYTHONPATH": str(Path(__file__).parent)},
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 2 and "--checkpoint missing" in done.stderr
+    code, _, err = Forked(script, ["attribute", "none", "--config=config.yaml"], tmp_path).wait()
+    assert code == 2 and "--checkpoint missing" in err
 
 
 @pytest.mark.parametrize(
@@ -496,9 +527,9 @@ def test_horizon_and_learning_rate_are_tuned_together() -> None:
     held_out = [(x[60:], y[60:])]
     found = tune_horizon(
         lambda lr: Net(lr=lr), data.train_dataloader(), data.val_dataloader(), held_out,
-        horizons=(0, 2), learning_rates=(1e-4, 1e-2), max_steps=40, keep=0.5, trainer={"accelerator": "cpu"},
+        horizons=(0, 2), learning_rates=(1e-4, 1e-2), max_steps=20, keep=0.5, trainer={"accelerator": "cpu"},
     )  # fmt: skip
     assert found.table.shape == (4, 4) and set(found.table.horizon) == {0, 2}
-    assert found.best[1] == 1e-2, "forty steps at 1e-4 learn nothing"
+    assert found.best[1] == 1e-2, "twenty steps at 1e-4 learn nothing"
     assert found.table.loss.min() == found.table.set_index(["horizon", "lr"]).loss[found.best]
     assert found.plot().axes[0].get_title() == "held-out loss"

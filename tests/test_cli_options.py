@@ -33,7 +33,7 @@ EXCEPTIONS = {
     ("tune", "held_out"): "the other half",
     ("tune", "target"): "the old word for queries",
     ("attribute", "fabric"): "processes that a script has launched",
-    ("report", "queries"): "examples in the memory of a script",
+    ("report", "queries"): "those of a script, whose columns the page shows",
     ("report", "tokens"): "scores of chosen texts, which a script has made",
 }
 """Options of Python that the command line does not have, and why."""

@@ -24,7 +24,7 @@ from lightning_influence.report.files import _TENSORS, FORMAT
 from lightning_influence.trust.results import Results
 
 BUDGET = settings(
-    max_examples=150,
+    max_examples=100,
     deadline=None,
     derandomize=True,
     database=None,
@@ -258,7 +258,7 @@ def test_edited_logs(
         assert n < len(right[curvature].rows) or torch.equal(answer.scores, right[curvature].scores)
 
 
-@settings(BUDGET, max_examples=120)
+@settings(BUDGET, max_examples=80)
 @given(place=st.sampled_from(["manifest", "layout", "step", "snapshot-00000000", FINAL]), choices=st.data())
 @pytest.mark.filterwarnings("ignore")
 def test_forged_logs(recorded: tuple[Classifier, Path], tmp_path: Path, place: str, choices: st.DataObject) -> None:

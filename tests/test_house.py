@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import runpy
+from collections.abc import Iterator
 from pathlib import Path
 
 HOUSE = runpy.run_path(str(Path(__file__).parent.parent / "docs" / "house.py"))
@@ -75,3 +76,35 @@ def test_only_the_adapters_know_lightning() -> None:
     assert ADAPTERS.keys() <= knowing, "what is looked for is found"
     outside = {file for file in knowing if file.partition("/")[0].removesuffix(".py") not in ROOMS_OF_LIGHTNING}
     assert outside == ADAPTERS.keys()
+
+
+FILLERS = {"found", "told", "here", "bent", "some"}
+"""Names that say nothing of what they hold."""
+
+
+def named(tree: ast.AST) -> Iterator[tuple[str, int]]:
+    """What a file names: variables, attributes that are set, arguments, functions and classes, each with its line."""
+    for node in ast.walk(tree):
+        if isinstance(node, (ast.Name, ast.Attribute)) and isinstance(node.ctx, ast.Store):
+            yield (node.id if isinstance(node, ast.Name) else node.attr), node.lineno
+        elif isinstance(node, (ast.arg, ast.FunctionDef, ast.ClassDef)):
+            yield (node.arg if isinstance(node, ast.arg) else node.name), node.lineno
+
+
+def test_a_name_says_what_it_holds() -> None:
+    filler = [
+        f"{path.relative_to(PACKAGE)}:{line}: {name}"
+        for path in PACKAGE.rglob("*.py")
+        for name, line in named(ast.parse(path.read_text()))
+        if name.strip("_") in FILLERS
+    ]
+    assert not filler
+
+
+def test_a_public_class_has_a_name_of_its_own() -> None:
+    places: dict[str, list[str]] = {}
+    for path in PACKAGE.rglob("*.py"):
+        for node in ast.parse(path.read_text()).body:
+            if isinstance(node, ast.ClassDef) and not node.name.startswith("_"):
+                places.setdefault(node.name, []).append(str(path.relative_to(PACKAGE)))
+    assert not {name: files for name, files in places.items() if len(files) > 1}

@@ -7,6 +7,8 @@ import sys
 
 HEAVY = ("jinja2", "matplotlib", "pandas", "pyarrow", "scipy", "transformers")
 CODE = f"""
+import gc
+gc.disable()  # it takes a quarter of the time of an import
 import sys
 import lightning
 import torch
@@ -31,6 +33,8 @@ def test_nothing_heavy_is_loaded_before_it_is_used() -> None:
 
 
 SHOWN = """
+import gc
+gc.disable()
 import sys
 import tempfile
 import torch

@@ -51,7 +51,8 @@ class Count(L.Callback):
 def test_a_kind_is_right_or_refused(kind: type[Base], tmp_path: Path) -> None:
     plain = trained(kind)
     before = losses(kind, plain).mean()
-    truth = torch.stack([losses(kind, trained(kind, z)).mean() - before for z in range(N)])
+    left_out = range(KINDS.index(kind) % 2, N, 2)  # the other half of the samples with the next kind
+    truth = torch.stack([losses(kind, trained(kind, z)).mean() - before for z in left_out])
     for record in ("gradients", "replay", "auto"):
         callback, count = InfluenceCallback(tmp_path / record, record=record, on_error="raise", **kind.options), Count()  # type: ignore[arg-type]
         if record in kind.refused or (record == "auto" and {"gradients", "replay"} <= set(kind.refused)):
@@ -66,7 +67,7 @@ def test_a_kind_is_right_or_refused(kind: type[Base], tmp_path: Path) -> None:
         data = kind.loader(samples(kind)[:N], None) if kind.needs_data else None
         report = attribute(tmp_path / record, queries=queries, model=module, data=data, progress=False)
         known = dict(zip(report.sample_ids.tolist(), report.scores.double().mean(1), strict=True))
-        scores = torch.stack([known.get(z, torch.zeros((), dtype=torch.float64)) for z in range(N)])
+        scores = torch.stack([known.get(z, torch.zeros((), dtype=torch.float64)) for z in left_out])
         error = (scores - truth).norm() / truth.norm()
         replayed = record == "replay" or (record == "auto" and "replay" not in kind.refused)
         assert error <= (0.01 if replayed else 0.1), f"{record}: {float(error):.3g}"

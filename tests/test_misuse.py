@@ -1,4 +1,4 @@
-"""Every way of holding it wrongly that docs/errors.md lists says what the table says it does."""
+"""Each misuse that docs/errors.md lists raises the error, with the message, that the table gives."""
 
 from __future__ import annotations
 

@@ -36,6 +36,9 @@ class Fetched(HTMLParser):
             self.urls.append(str(given[loaded[tag]]))
 
 
+in_one_process = pytest.mark.xdist_group("site")  # which builds it once
+
+
 @pytest.fixture(scope="module")
 def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("site")
@@ -49,6 +52,7 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@in_one_process
 def test_nothing_is_fetched_from_elsewhere(site: Path) -> None:
     pages = sorted(site.rglob("*.html"))
     assert len(pages) > 10
@@ -60,6 +64,7 @@ def test_nothing_is_fetched_from_elsewhere(site: Path) -> None:
     assert "mermaid" not in (site / "index.html").read_text(), "its script would be fetched"
 
 
+@in_one_process
 def test_formulas_and_the_diagram_are_drawn_by_the_browser_itself(site: Path) -> None:
     method = (site / "method.html").read_text()
     assert "math" in Fetched(method).tags and "$$" not in method and "\\theta" not in method.split("<math")[0]

@@ -22,6 +22,7 @@ from lightning_influence import (
     cli,
     error_proxy,
     suspects,
+    token_scores,
     training_dynamics,
     tune_horizon,
 )
@@ -31,11 +32,13 @@ from lightning_influence.errors import ConfigurationError
 VERBS: dict[str, Callable[..., Any]] = {
     verb.__name__: verb
     for verb in (
-        InfluenceCallback, attribute, error_proxy, check_faithfulness, suspects, training_dynamics,
+        InfluenceCallback, attribute, error_proxy, check_faithfulness, token_scores, clean, suspects, training_dynamics,
         SelectionDataModule, tune_horizon,
     )
 }  # fmt: skip
 READERS = ("attribute", "error_proxy", "check_faithfulness")
+ASKERS = (*READERS, "token_scores", "clean")
+"""All that take a log and queries; those that are no readers have defaults of their own, and say why."""
 ORDER = (
     "log", "queries", "model", "data", "target", "curvature", "response", "memory_window", "counterfactual",
     "optimizer_assumption", "query_loss",
@@ -99,19 +102,28 @@ def test_the_sweep_has_the_words_and_defaults_of_attribute(name: str) -> None:
 @pytest.mark.parametrize("verb", VERBS)
 def test_words_come_in_one_order(verb: str) -> None:
     own = [name for name in arguments(VERBS[verb]) if name in ORDER]
-    if verb in READERS:
+    if verb in ASKERS:
         assert own == [name for name in ORDER if name in own]
     assert own, "at least one word is shared"
 
 
-@pytest.mark.parametrize("verb", [*READERS, "SelectionDataModule", "tune_horizon"])
+@pytest.mark.parametrize("verb", [*ASKERS, "SelectionDataModule", "tune_horizon"])
 def test_held_out_data_is_called_queries(verb: str) -> None:
     assert "queries" in arguments(VERBS[verb])
 
 
-@pytest.mark.parametrize("verb", ["InfluenceCallback", *READERS, "suspects", "training_dynamics"])
+@pytest.mark.parametrize("verb", ["InfluenceCallback", *ASKERS, "suspects", "training_dynamics"])
 def test_the_directory_of_a_log_comes_first_and_is_called_log(verb: str) -> None:
     assert next(iter(arguments(VERBS[verb]))) == "log"
+
+
+def test_token_scores_have_the_words_of_attribute_and_say_why_two_defaults_differ() -> None:
+    own, whole = arguments(token_scores), arguments(attribute)
+    differing = {name for name in own.keys() & whole.keys() if own[name].default != whole[name].default}
+    assert differing == {"samples", "target", "curvature"}
+    assert (
+        "one number a token" in (token_scores.__doc__ or "") and 'which ``"auto"`` stands for' in token_scores.__doc__
+    )
 
 
 def test_selection_has_the_words_of_attribute_and_says_why_its_response_differs() -> None:

@@ -287,12 +287,12 @@ def _of_layer(layer: nn.Module, error: Exception) -> Exception:
     """What a hook of a layer raised, as an error that says what can be done."""
     if isinstance(error, (InfluenceError, MemoryError, torch.OutOfMemoryError)):
         return error
-    told = ConfigurationError(
+    refusal = ConfigurationError(
         f"a {type(layer).__name__} is used in a way from which its per-sample gradients do not follow ({type(error).__name__}: "
         f"{error}). Name its parameters in exclude=, or use record='replay', which measures what a removal does."
     )
-    told.__cause__ = error
-    return told
+    refusal.__cause__ = error
+    return refusal
 
 
 def refuse_batch_norm(module: nn.Module) -> None:

@@ -64,9 +64,9 @@ def ids_in(samples: Ids) -> list[int] | None:
     ids = rest if not first.isdecimal() else [first, *rest]
     wrong = [text for text in ids if not text.isdecimal()]
     if wrong or not ids:
-        found = f"holds {wrong[0]!r:.40}" if wrong else "holds no id"
+        content = f"holds {wrong[0]!r:.40}" if wrong else "holds no id"
         raise ConfigurationError(
-            f"--samples {samples} {found}; give a file with a sample id at the start of each line."
+            f"--samples {samples} {content}; give a file with a sample id at the start of each line."
         )
     return [int(text) for text in ids]
 

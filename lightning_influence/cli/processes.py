@@ -12,7 +12,7 @@ def launched() -> Fabric | None:
     """A Fabric over the processes that torchrun started, or None where it started none."""
     if not TorchElasticEnvironment.detect():
         return None
-    processes, here = (int(os.environ[name]) for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE"))
-    fabric = Fabric(accelerator="auto", devices=here, num_nodes=processes // here, strategy="ddp")
+    processes, local = (int(os.environ[name]) for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE"))
+    fabric = Fabric(accelerator="auto", devices=local, num_nodes=processes // local, strategy="ddp")
     fabric.launch()
     return fabric

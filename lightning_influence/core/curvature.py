@@ -169,9 +169,9 @@ def gauss_newton_product(loss: Loss, parameters: dict[str, Tensor], vectors: Vec
     """
 
     def outputs(values: dict[str, Tensor]) -> Tensor:
-        with _Outputs() as seen:
+        with _Outputs() as watch:
             loss(values)
-        return seen.outputs
+        return watch.outputs
 
     def of_outputs(tap: Tensor) -> Tensor:
         with _Outputs(tap):
@@ -245,22 +245,22 @@ class _Outputs(TorchFunctionMode):
 
     def __init__(self, tap: Tensor | None = None) -> None:
         super().__init__()
-        self._tap, self._seen, self._found = tap, False, None
+        self._tap, self._reached, self._first_input = tap, False, None
 
     @property
     def outputs(self) -> Tensor:
-        if self._found is None:
+        if self._first_input is None:
             raise CurvatureUnavailable(
                 "curvature='gauss_newton' needs to know where the model's output ends and the loss begins, and the training "
                 "step calls none of torch.nn.functional's losses; use curvature='hessian'."
             )
-        return self._found
+        return self._first_input
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = keywords_of(func, kwargs)
-        if func in _LOSSES and not self._seen:
-            self._seen = True
-            self._found = args[0] if args else kwargs["input"]
+        if func in _LOSSES and not self._reached:
+            self._reached = True
+            self._first_input = args[0] if args else kwargs["input"]
             if self._tap is not None and args:
                 args = (self._tap, *args[1:])
             elif self._tap is not None:

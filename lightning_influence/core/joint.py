@@ -59,14 +59,14 @@ class JointResponse:
         self._n = len(groups.groups)
         self._moments: dict[int, dict[str, Moments]] = {}  # changed ones at the anchors
         self.anchors = _spread(trajectory.starts, len(trajectory))
-        now: dict[str, Moments] = {}
+        moments: dict[str, Moments] = {}
         steps = range(self.anchors[-1] if self.anchors else 0)
         for index in tqdm(steps, desc="groups, forward", unit="step", delay=2, disable=not progress):
             if index in self.anchors:
-                self._moments[index] = now
-            now = self._after(index, now)
+                self._moments[index] = moments
+            moments = self._after(index, moments)
         for anchor in self.anchors[-1:]:
-            self._moments[anchor] = now
+            self._moments[anchor] = moments
 
     def rows(self, anchor: int, after: Sequence[Vectors], tangents: Sequence[RowScores]) -> RowScores:
         """Scores of the steps from an anchor on.
@@ -75,10 +75,10 @@ class JointResponse:
             after: ``(q, d)`` each, the adjoint of the parameters after every step.
             tangents: of every step, the first-order scores of the groups of which it holds something.
         """
-        now, blocks = self._moments.pop(anchor), []
+        moments, blocks = self._moments.pop(anchor), []
         for index, (adjoints, tangent) in enumerate(zip(after, tangents, strict=True), anchor):
             response = torch.zeros(tangent.n_queries, self._n)
-            now = self._after(index, now, adjoints, response)
+            moments = self._after(index, moments, adjoints, response)
             first = torch.zeros(self._n, tangent.n_queries)
             first[-1 - tangent.sample_ids] = tangent.tangent.to(first)
             steps = torch.full((self._n,), index)

@@ -85,8 +85,8 @@ def gradient_change(
 
     For a mean with weights ``w`` (total ``W``, gradient ``G``), ``drop`` gives ``(w_z G - W s_z) / (W - w_z)`` in every
     micro-batch that holds the sample, and ``zero`` keeps the denominator: ``-s_z``. Under a sum the two are the same. Of a
-    set, ``w_z`` and ``s_z`` are the sums. What was alone in its micro-batch takes the whole loss of that micro-batch with it
-    in both. Where the changes were measured, the shares are the changes themselves, one row a set.
+    set, ``w_z`` and ``s_z`` are the sums. Where nothing is left of a micro-batch, both counterfactuals remove its whole loss.
+    Where the changes were measured, the shares are the changes themselves, one row a set.
 
     Raises:
         ConfigurationError: unknown counterfactual.

@@ -48,15 +48,17 @@ class RunReport:
         Args:
             whole: whether the log is.
         """
-        told = Place(self._log), trainer.global_rank
+        place_and_rank = Place(self._log), trainer.global_rank
         ranks_of(trainer).wait()  # until the whole log is written
         try:
             if whole:
                 self._report = report_run(trainer, module, self._log)
             elif trainer.is_global_zero:
-                tell_missing(*told, PAGE, "the log is not whole", "Training is not affected.")
+                tell_missing(*place_and_rank, PAGE, "the log is not whole", "Training is not affected.")
         except Exception as error:
-            tell_missing(*told, PAGE, error, "Training is not affected; attribute(...) makes a report of the log.")
+            tell_missing(
+                *place_and_rank, PAGE, error, "Training is not affected; attribute(...) makes a report of the log."
+            )
 
     def read(self) -> InfluenceReport | None:
         """The report of the last run; None where there is none."""

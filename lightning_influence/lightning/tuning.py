@@ -55,6 +55,11 @@ class Tuning:
     Attributes:
         table: one row per run: ``horizon``, ``lr``, ``loss`` on the held-out examples, ``kept``, and where it was asked
             for ``proxy``, the predicted error of first-order scores over that horizon relative to the scores.
+
+    Example:
+        >>> import pandas as pd
+        >>> Tuning(pd.DataFrame({"horizon": [0, 2], "lr": [1e-3, 1e-3], "loss": [0.7, 0.5], "kept": [0.5, 0.5]})).best
+        (2, 0.001)
     """
 
     table: pd.DataFrame
@@ -190,11 +195,11 @@ class _ShortRuns(L.Callback):
         begun = [float(group.get("max_lr", group.get("initial_lr", group["lr"]))) for group in groups]
         others = [rates for asked, rates in self._begun.items() if asked != self._asked]
         self._begun[self._asked] = begun
-        taken = any(math.isclose(rate, self._asked, rel_tol=1e-6) for rate in begun)
-        if not taken and (begun in others or not self._several):
-            told = ", ".join(f"{rate:g}" for rate in dict.fromkeys(begun))
+        follows = any(math.isclose(rate, self._asked, rel_tol=1e-6) for rate in begun)
+        if not follows and (begun in others or not self._several):
+            rates = ", ".join(f"{rate:g}" for rate in dict.fromkeys(begun))
             raise ConfigurationError(
-                f"make_model was asked for a learning rate of {self._asked:g}, and the optimizer begins at {told}; let "
+                f"make_model was asked for a learning rate of {self._asked:g}, and the optimizer begins at {rates}; let "
                 "configure_optimizers take the learning rate that make_model is given."
             )
 

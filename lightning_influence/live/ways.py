@@ -39,12 +39,12 @@ class Ways:
         self._auto, self._tell = asked == "auto", tell
         self.record = (begun_as or "both") if self._auto else asked
         self.left_out: dict[str, str] = {}
-        self._told = False
+        self._announced = False
         self._begun: tuple[LiveSteps, Recorder, Manifest] | None = None
 
     def begin(self, steps: LiveSteps, recorder: Recorder, manifest: Manifest) -> None:
         """Recording begins; what is left out from now on is taken from there."""
-        self._begun, self._told = (steps, recorder, manifest), False
+        self._begun, self._announced = (steps, recorder, manifest), False
         if self._auto and recorder.ranks.size > 1:
             recorder.collector.settle = self._settle
 
@@ -75,7 +75,7 @@ class Ways:
             recorder.writer.write_manifest(manifest.to_json())
         elif recorder.begun:
             tell_place(recorder.writer.place, recorder.ranks.rank, LEFT_OUT[what], self.left_out[what])
-        if self._told and self._tell is not None:
+        if self._announced and self._tell is not None:
             self._tell(f"Influence: {recorder.writer.log} goes on with {self._why(what)}")
 
     def _settle(self) -> None:
@@ -98,15 +98,15 @@ class Ways:
         Args:
             steps_left: that the run will have written at its end; infinite where nobody knows.
         """
-        if self._told or self._begun is None or not self._begun[1].begun:
+        if self._announced or self._begun is None or not self._begun[1].begun:
             return None
-        self._told = True
+        self._announced = True
         _, recorder, manifest = self._begun
         step, snapshot = recorder.bytes_written()
         every = recorder.replay.snapshot_every if recorder.replay is not None else 1
         share = recorder.n_coordinates / max(manifest.coverage.trained, 1)
-        told = first_step_line(log, self.record, share, step, snapshot, steps_left, steps_left / every + 1)
-        return " ".join([told, *(f"There are {self._why(what)}" for what in self.left_out)])
+        line = first_step_line(log, self.record, share, step, snapshot, steps_left, steps_left / every + 1)
+        return " ".join([line, *(f"There are {self._why(what)}" for what in self.left_out)])
 
     def _why(self, what: str) -> str:
         return f"no {LEFT_OUT[what]}, because {self.left_out[what]}."

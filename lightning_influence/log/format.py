@@ -123,11 +123,11 @@ def names_of(ranks: int) -> set[str]:
     return {f"rank-{rank}" for rank in range(ranks)}
 
 
-def read_index(path: Path, told: str | None = None) -> list[dict[str, Any]]:
+def read_index(path: Path, called: str | None = None) -> list[dict[str, Any]]:
     """Entries of an index up to its end or its last whole line.
 
     Args:
-        told: what it is called in a message; its path by default.
+        called: what it is called in a message; its path by default.
 
     Raises:
         LogCorrupted: a line is not what was written.
@@ -142,7 +142,7 @@ def read_index(path: Path, told: str | None = None) -> list[dict[str, Any]]:
                 break  # torn by a crash while it was written
             if entry is None:
                 raise LogCorrupted(
-                    f"{told or path}, line {len(entries) + 1}, is not what was written. Restore the log from a copy, or, in a "
+                    f"{called or path}, line {len(entries) + 1}, is not what was written. Restore the log from a copy, or, in a "
                     "log of one process, cut the file before that line to read the steps that precede it."
                 )
             steps += "step" in entry

@@ -73,7 +73,7 @@ class Manifest:
         precision: of the run, by Lightning's names.
         versions: of the packages that recorded.
         budget: bytes of a sample and step within which masks were chosen; None where they were not.
-        run: by which a log is known wherever it lies.
+        run: an identity made when the run began, by which a log that was moved or copied is recognised as the same.
 
     Raises:
         ValueError: content of another type, or an unknown update or way of recording.
@@ -167,12 +167,12 @@ class Manifest:
         Raises:
             LogCorrupted: it does not say what a manifest says.
         """
-        found = cls._written(reader)
+        manifest = cls._written(reader)
         if LEFT_OUT["gradients"] in reader.missing:
-            found = found.without_gradients()
+            manifest = manifest.without_gradients()
         if LEFT_OUT["replay"] in reader.missing:
-            found = replace(found, record="gradients")
-        return found
+            manifest = replace(manifest, record="gradients")
+        return manifest
 
     @classmethod
     def _written(cls, reader: StoreReader) -> Manifest:

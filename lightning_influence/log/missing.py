@@ -26,7 +26,7 @@ def note_missing(part: Path, what: str, why: str) -> None:
 
 
 def tell_place(place: Place, rank: int, what: str, why: str) -> None:
-    """`note_missing` in a rank's part of a log, wherever it lies.
+    """`note_missing` in a rank's part of a log, on this machine or in remote storage.
 
     Raises:
         OSError: it cannot be written.
@@ -35,11 +35,11 @@ def tell_place(place: Place, rank: int, what: str, why: str) -> None:
     place.store(f"rank-{rank}/{MISSING}")
 
 
-def read_missing(part: Path, told: str | None = None) -> dict[str, str]:
+def read_missing(part: Path, called: str | None = None) -> dict[str, str]:
     """What a rank's part of a log lacks, and why; nothing where nothing was noted.
 
     Args:
-        told: what its file is called in a message; its path by default.
+        called: what its file is called in a message; its path by default.
 
     Raises:
         LogCorrupted: the file is not what was written.
@@ -55,5 +55,5 @@ def read_missing(part: Path, told: str | None = None) -> dict[str, str]:
         if len(data) > _MOST or not all(isinstance(why, str) for why in missing.values()):
             raise ValueError("it does not say what is missing")
     except (ValueError, AttributeError, RecursionError) as error:
-        raise LogCorrupted(f"{told or path} is not what was written ({error}); it can be removed.") from error
+        raise LogCorrupted(f"{called or path} is not what was written ({error}); it can be removed.") from error
     return dict(missing)

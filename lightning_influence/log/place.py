@@ -57,7 +57,7 @@ class Place:
         """Of the files in a directory of the log."""
         return {path.name for path in (self.root / directory).iterdir()}
 
-    def told(self, path: Path) -> str:
+    def called(self, path: Path) -> str:
         """What a file is called in a message."""
         return str(path)
 
@@ -115,7 +115,7 @@ class RemotePlace(Place):
             self._fetch(name, path)
         return path
 
-    def told(self, path: Path) -> str:
+    def called(self, path: Path) -> str:
         return f"{self._url}/{path.relative_to(self.root).as_posix()}"
 
     def store(self, name: str) -> None:

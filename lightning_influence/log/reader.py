@@ -97,13 +97,13 @@ class StoreReader:
                 raise ValueError("its version or its content is of another type")
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise LogCorrupted(
-                f"{self._root.told(path)} is not what was written ({error}); restore it from a copy."
+                f"{self._root.called(path)} is not what was written ({error}); restore it from a copy."
             ) from error
         if body["version"] > VERSION:
             raise LogError(
                 f"{self._root} has format version {body['version']}; upgrade lightning_influence to read it."
             )
-        return _Manifest(body["content"], self._root.told(path))
+        return _Manifest(body["content"], self._root.called(path))
 
     def _count_ranks(self) -> int:
         """The number of ranks according to the manifest; the directories of all of them exist, and no other."""
@@ -182,9 +182,9 @@ class _Part:
         self._place, self._name = place, name
         own_path(place.root / name)
         missing, index = (place.file(f"{name}/{file}") for file in (MISSING, INDEX))
-        self.missing = read_missing(missing.parent, place.told(missing))
+        self.missing = read_missing(missing.parent, place.called(missing))
         try:
-            entries = read_index(index, place.told(index))
+            entries = read_index(index, place.called(index))
         except FileNotFoundError as error:
             raise LogCorrupted(f"{place}/{name} has no {INDEX}; restore the log from a copy.") from error
         self.steps = [entry for entry in entries if "step" in entry]
@@ -195,21 +195,21 @@ class _Part:
         if self._last is None or self._last.entry is not entry:
             with told_as_log_error(f"the log {self._place} cannot be read"):
                 path = self._place.file(f"{self._name}/{entry['file']}")
-            self._last = _Shard(path, entry, self._place.told(path))
+            self._last = _Shard(path, entry, self._place.called(path))
         return self._last
 
 
 class _Shard(Shard):
     """The shard of an entry of the index."""
 
-    def __init__(self, path: Path, entry: dict[str, Any], told: str) -> None:
-        self.path, self.entry = told, entry
+    def __init__(self, path: Path, entry: dict[str, Any], called: str) -> None:
+        self.path, self.entry = called, entry
         try:
             super().__init__(own_path(path), self._fault, self._error)
         except FileNotFoundError as error:
             raise self._error("it is not there") from error
         except OSError as error:
-            raise LogError(f"{told} cannot be read: {error}") from error
+            raise LogError(f"{called} cannot be read: {error}") from error
 
     def _fault(self, header: bytes, size: int) -> str | None:
         if size != self.entry["bytes"]:

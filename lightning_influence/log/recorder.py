@@ -103,7 +103,7 @@ class Recorder:
         self._in_snapshots = _in_snapshots(writer)  # parameters
         self._regular: list[int] = []  # steps of this part of the run whose snapshots may be dropped
         self._begun: _Noted | None = None
-        self._taken = False  # the optimizer took a step since the last micro-batch was begun
+        self._took_step = False  # the optimizer took a step since the last micro-batch was begun
         self._noted: list[_Noted] = []
         self._pending: tuple[StepRecord, dict[str, Form], list[_Noted]] | None = None
         self.left: list[float] | None = None
@@ -125,7 +125,7 @@ class Recorder:
             moment, fetched, less: as of `snapshots.pack_micro_batch`.
         """
         self._between.check()
-        self._taken = False
+        self._took_step = False
         if self._snapshot_due() and not self.collector.inside_a_step:
             self._buffers = {name: b.detach().clone() for name, b in self.module.named_buffers()}
         self._begun = _Noted(self._packed(batch, moment, fetched, less))
@@ -308,13 +308,13 @@ class Recorder:
     def _stepped(self) -> None:
         """The optimizer took the step: its gradients are now the clipped ones."""
         if self._pending is None:
-            if self._begun is None and self._taken:
+            if self._begun is None and self._took_step:
                 raise ConfigurationError(
                     f"step {len(self.writer) - 1}: the optimizer stepped once more without another backward pass: optimizer_step is "
                     "overridden and steps twice. Influence follows one step for each gradient; step once."
                 )
             return
-        self._taken, self.left = True, None
+        self._took_step, self.left = True, None
         (record, shares, noted), self._pending = self._pending, None
         self._between.note_step()
         self._check_clip(record.clip, record.index)

@@ -179,8 +179,8 @@ class LoggedSteps:
         with decoding(f"step {index} of {self._log}"):
             record = self._stored(index)
             noted = [m for rank in range(self.reader.ranks) for m in self.reader.meta(index, rank)["micro_batches"]]
-            found = [tuple(map(int, m["drawn"])) if m.get("drawn") else None for m in noted]
-        return found or [None] * len(record.micro_batch_numbers.unique())
+            drawn = [tuple(map(int, m["drawn"])) if m.get("drawn") else None for m in noted]
+        return drawn or [None] * len(record.micro_batch_numbers.unique())
 
     @property
     def rows_assumed(self) -> bool:
@@ -213,16 +213,16 @@ class LoggedSteps:
     def _with_moments(self, steps: range) -> dict[int, StepRecord]:
         """Consecutive records, their moments read where they are stored and followed from there."""
         apply = UPDATES[self.manifest.update].apply
-        records, now = {}, dict[str, Moments]()
+        records, moments = {}, dict[str, Moments]()
         for index in steps:
             record, stored = self._stored(index), set(self.reader.names(index))
             _check_record(record)
-            now |= {k: m for k in record.gradients if (m := self._moments(index, k, stored)) is not None}
-            records[index] = replace(record, moments={k: now[k] for k in record.gradients})
+            moments |= {k: m for k in record.gradients if (m := self._moments(index, k, stored)) is not None}
+            records[index] = replace(record, moments={k: moments[k] for k in record.gradients})
             _check_moments(records[index])
             for k, gradient in consumed_gradients(record).items():
                 effective = effective_gradient(gradient, (record.parameters or {}).get(k), record.hyper[k])
-                now[k] = apply(now[k], effective, record.hyper[k])[1]
+                moments[k] = apply(moments[k], effective, record.hyper[k])[1]
         return records
 
     def _stored(self, index: int) -> StepRecord:

@@ -74,7 +74,7 @@ class StoreWriter:
         self._rank, self._ranks, self._part = rank, ranks, f"rank-{rank}"
         self._manifest_written = False
         refuse_undecodable(Path(log))
-        with ExitStack() as undo, self._told():
+        with ExitStack() as undo, self._as_log_error():
             self.place = place_of(log)
             self._root = self.place.root
             self._dir = self._root / self._part
@@ -101,7 +101,7 @@ class StoreWriter:
         self._thread = threading.Thread(target=self._work, name="influence-log", daemon=True)
         self._thread.start()
 
-    def _told(self) -> AbstractContextManager[None]:
+    def _as_log_error(self) -> AbstractContextManager[None]:
         return told_as_log_error(f"cannot write a log to {self.log}")
 
     def _refuse_existing(self) -> None:
@@ -174,7 +174,7 @@ class StoreWriter:
         """
         body = {"format": FORMAT, "version": VERSION, "content": content | {"ranks": self._ranks}}
         body["crc32"] = zlib.crc32(json.dumps(body, sort_keys=True).encode())
-        with self._told():
+        with self._as_log_error():
             _replace(self._root / MANIFEST, [json.dumps(body, indent=2).encode()])
             self.place.store(MANIFEST)
         self._manifest_written = True
@@ -220,7 +220,7 @@ class StoreWriter:
         ]
         self._steps = steps
         self._index.close()
-        with self._told():
+        with self._as_log_error():
             self._index = self._begin_index()
 
     def flush(self) -> None:

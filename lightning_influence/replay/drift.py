@@ -85,11 +85,11 @@ def _other_versions(plan: Plan) -> Iterator[str]:
     recorded: Mapping[str, str] = getattr(plan, "versions", {})
     for package, then in recorded.items():
         try:
-            now = platform.python_version() if package == "python" else version(package)
+            installed = platform.python_version() if package == "python" else version(package)
         except PackageNotFoundError:
             continue
-        if now != then:
-            yield f"The run had {package} {then}, and here is {now}. Replay with the versions of the run."
+        if installed != then:
+            yield f"The run had {package} {then}, and here is {installed}. Replay with the versions of the run."
 
 
 def _nothing_found(module: nn.Module) -> str:

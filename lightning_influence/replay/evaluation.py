@@ -17,7 +17,7 @@ from lightning_influence.core.curvature import GradientGraph, differentiable_att
 from lightning_influence.core.shares import Form, Stack, nbytes
 from lightning_influence.core.trajectory import Vectors
 from lightning_influence.errors import ConfigurationError
-from lightning_influence.replay.measured_removals import MeasuredRemovals, Part
+from lightning_influence.replay.measured_removals import MeasuredRemovals, WholeMicroBatch
 from lightning_influence.replay.passes import Pass, Passes, leaves_of
 from lightning_influence.replay.plan import PlannedMicroBatch, PlannedStep, State
 from lightning_influence.replay.spread import Spread
@@ -70,7 +70,7 @@ class _Ran:
     stopped: dict[str, Tensor]
     totals: dict[str, Tensor]
     captured: list[dict[str, Form]] | None
-    parts: list[Part]
+    parts: list[WholeMicroBatch]
     buffers: list[Mapping[str, Tensor]]
 
 
@@ -111,7 +111,7 @@ class StepEvaluator:
                 warnings.simplefilter("ignore")  # of layers that are slow to capture
                 return GradientCapture(self.passes.module, exclude=exclude, frozen_batch_norm=True, trained=trained)
         except ConfigurationError as error:
-            self._removals.found.measure(str(error))
+            self._removals.check.measure(str(error))
             return None
 
     @property
@@ -143,7 +143,7 @@ class StepEvaluator:
             self.stopped_paths = self._paths_to_follow(planned, state, graph) if stops else "none"
             if self.stopped_paths == "followed":
                 return self._evaluated(planned, state, planned)
-        if self.spread.divides is None and self.spread.is_short(planned) and self._removals.found.verified:
+        if self.spread.divides is None and self.spread.is_short(planned) and self._removals.check.verified:
             self.spread.divides = self._divides(planned, state, gradients)
         if shares is None:
             form = partial(self._removals.form, planned, state.parameters, ran.parts, gradients)
@@ -176,9 +176,15 @@ class StepEvaluator:
 
     def _part(self, planned: PlannedStep) -> PlannedStep:
         """What this process evaluates of a step: the whole of it where there is something yet to be seen of it."""
-        spread, found = self.spread, self._removals.found
-        seen = self.stopped_paths is not None or not self.exact
-        if spread.ranks.size == 1 or spread.whole or found.measuring or not seen or self._removals.is_due(planned):
+        spread, check = self.spread, self._removals.check
+        paths_known = self.stopped_paths is not None or not self.exact
+        if (
+            spread.ranks.size == 1
+            or spread.whole
+            or check.measuring
+            or not paths_known
+            or self._removals.is_due(planned)
+        ):
             return planned
         return planned if spread.is_short(planned) and not spread.divides else spread.part(planned)
 
@@ -186,14 +192,14 @@ class StepEvaluator:
         leaves = leaves_of(state.parameters)
         stopped = leaves_of(state.parameters) if self.exact and self.stopped_paths == "followed" else {}
         captured: list[dict[str, Form]] = []
-        parts: list[Part] = []
+        parts: list[WholeMicroBatch] = []
         buffers: list[Mapping[str, Tensor]] = [state.buffers]
         totals: dict[str, Tensor] = {}
         with differentiable_attention() if self.exact else nullcontext():
             for micro_batch in part.micro_batches:
                 one = self._pass(leaves, buffers[-1], micro_batch, stopped)
                 captured += [] if one.shares is None else [one.shares]
-                parts.append(Part(buffers[-1], {k: g.detach() for k, g in one.gradients.items()}, one.drew))
+                parts.append(WholeMicroBatch(buffers[-1], {k: g.detach() for k, g in one.gradients.items()}, one.drew))
                 buffers.append(one.buffers)
                 totals |= {k: totals[k] + g if k in totals else g for k, g in one.gradients.items()}
         complete = len(captured) == len(part.micro_batches)
@@ -203,18 +209,18 @@ class StepEvaluator:
         """Whether a step is the sum of what the processes ran; if not, it has to be evaluated whole."""
         apart = self._is_apart(planned, state, ran.buffers[-1], any(part.drew for part in ran.parts))
         self._removals.adopt(self.spread.ranks)
-        return apart and not self._removals.found.measuring
+        return apart and not self._removals.check.measuring
 
     def _is_apart(self, planned: PlannedStep, state: State, buffers: Mapping[str, Tensor], drew: bool) -> bool:
         """Whether no micro-batch is another by what the others do: none leaves something in a buffer, and none of which samples
         were left out draws random numbers. The processes agree, and remember where it is not so.
         """
         left = any(not torch.equal(b, state.buffers[k]) for k, b in buffers.items())
-        told = self.spread.ranks.gather((left, drew and self.spread.is_short(planned)))
-        self.spread.whole |= any(left for left, _ in told)
-        if any(drew for _, drew in told):
+        of_all = self.spread.ranks.gather((left, drew and self.spread.is_short(planned)))
+        self.spread.whole |= any(left for left, _ in of_all)
+        if any(drew for _, drew in of_all):
             self.spread.divides = False
-        return not any(left or drew for left, drew in told)
+        return not any(left or drew for left, drew in of_all)
 
     def _divides(self, planned: PlannedStep, state: State, gradients: Vectors) -> bool:
         """Whether the gradients of the processes' samples add up to that of the step."""
@@ -239,7 +245,7 @@ class StepEvaluator:
                     leaves, buffers, micro_batch, exact=self.exact, capture=self._capture, stopped=stopped
                 )
             except ConfigurationError as error:
-                self._removals.found.measure(str(error))
+                self._removals.check.measure(str(error))
                 self._capture = None
         return self.passes.run(leaves, buffers, micro_batch, exact=self.exact, stopped=stopped)
 
@@ -247,17 +253,17 @@ class StepEvaluator:
         self,
         planned: PlannedStep,
         state: State,
-        parts: Sequence[Part],
+        parts: Sequence[WholeMicroBatch],
         gradients: Vectors,
         captured: Sequence[Mapping[str, Form]] | None,
     ) -> dict[str, Form] | None:
         """The shares of a step; None where the removals of its samples have to be measured."""
         shares: dict[str, Form] | None = None
         if captured is not None:
-            found = {k: _stacked([part[k] for part in captured]) for k in captured[0] if k in gradients}
-            shares = found if self._removals.agree(planned, state.parameters, parts, gradients, found) else None
+            stacked = {k: _stacked([part[k] for part in captured]) for k in captured[0] if k in gradients}
+            shares = stacked if self._removals.agree(planned, state.parameters, parts, gradients, stacked) else None
         self._removals.adopt(self.spread.ranks)
-        return None if self._removals.found.measuring else shares
+        return None if self._removals.check.measuring else shares
 
     def _paths_to_follow(self, planned: PlannedStep, state: State, graph: GradientGraph) -> StoppedPaths:
         """What has to be done about paths that the loss stops: nothing where following them changes no product; otherwise
@@ -305,7 +311,7 @@ def _stacked(forms: Sequence[Form]) -> Form:
 def _saved_bytes() -> Iterator[list[int]]:
     """Sizes of the tensors that autograd saves meanwhile. Watching is slow."""
     sizes: dict[int, int] = {}
-    found: list[int] = []
+    held: list[int] = []
     saved: list[Tensor] = []  # autograd is given positions: a node that held its own output would never be freed
 
     def pack(tensor: Tensor) -> int:
@@ -315,6 +321,6 @@ def _saved_bytes() -> Iterator[list[int]]:
         return len(saved) - 1
 
     with torch.autograd.graph.saved_tensors_hooks(pack, saved.__getitem__):
-        yield found
-    found.extend(sizes.values())
+        yield held
+    held.extend(sizes.values())
     saved.clear()

@@ -32,7 +32,7 @@ class _TakesNoFewerSamples(ConfigurationError):
 
 
 @dataclass(frozen=True)
-class Part:
+class WholeMicroBatch:
     """A micro-batch as it was evaluated as a whole.
 
     Attributes:
@@ -51,26 +51,26 @@ class MeasuredRemovals:
 
     Args:
         plan: of the run.
-        found: what is known of the run's removals, and is added to.
+        check: what is known of the run's removals, and is added to.
         counterfactual: of the removals.
         sets: what is removed.
         announce: warn where measuring will take long.
 
     Attributes:
-        found: what is known of the run's removals.
+        check: what is known of the run's removals.
     """
 
     def __init__(
         self,
         passes: Passes,
         plan: Plan,
-        found: RemovalCheck,
+        check: RemovalCheck,
         *,
         counterfactual: Literal["drop", "zero"] = "drop",
         sets: RemovalSets = EVERY_SAMPLE,
         announce: bool = True,
     ) -> None:
-        self._passes, self._plan, self.found, self._counterfactual = passes, plan, found, counterfactual
+        self._passes, self._plan, self.check, self._counterfactual = passes, plan, check, counterfactual
         self._sets = sets
         self._to_announce = announce
 
@@ -80,19 +80,19 @@ class MeasuredRemovals:
 
     def is_due(self, planned: PlannedStep) -> bool:
         """Whether removals of some samples of a step are to be verified."""
-        return self.found.unverifiable is None and self.found.is_due(*_part_of(planned))
+        return self.check.unverifiable is None and self.check.is_due(*_part_of(planned))
 
     def adopt(self, ranks: Ranks) -> None:
         """What one process has to measure, they all do."""
-        for reason in ranks.gather(self.found.reason):
+        for reason in ranks.gather(self.check.reason):
             if reason is not None:
-                self.found.measure(reason)
+                self.check.measure(reason)
 
     def agree(
         self,
         planned: PlannedStep,
         parameters: Mapping[str, Tensor],
-        parts: Sequence[Part],
+        parts: Sequence[WholeMicroBatch],
         gradients: Vectors,
         shares: Mapping[str, Form],
     ) -> bool:
@@ -102,26 +102,26 @@ class MeasuredRemovals:
         Args:
             parts: the micro-batches, evaluated.
         """
-        if self.found.measuring:
+        if self.check.measuring:
             return False
         if any(micro_batch.less is not None for micro_batch in planned.micro_batches):
-            self.found.measure("the collate function makes another batch of the other samples where one leaves")
+            self.check.measure("the collate function makes another batch of the other samples where one leaves")
             return False
         wrong = not_the_sum(shares, gradients)
         if wrong is not None:
-            self.found.not_summed = wrong
-            self.found.measure(f"the per-sample gradients of {wrong} do not sum to its gradient")
+            self.check.not_summed = wrong
+            self.check.measure(f"the per-sample gradients of {wrong} do not sum to its gradient")
             return False
         if self.is_due(planned):
-            self.found.passed(*_part_of(planned))
+            self.check.passed(*_part_of(planned))
             self._verify(planned, parameters, parts, gradients, shares)
-        return not self.found.measuring
+        return not self.check.measuring
 
     def form(
         self,
         planned: PlannedStep,
         parameters: Mapping[str, Tensor],
-        parts: Sequence[Part],
+        parts: Sequence[WholeMicroBatch],
         gradients: Vectors,
     ) -> dict[str, Form]:
         """The change of the gradient by every removal that is asked for, in place of shares."""
@@ -131,7 +131,7 @@ class MeasuredRemovals:
             changes, _ = self._changes(planned, parameters, parts, gradients, sets)
         except _TakesNoFewerSamples as error:
             raise ConfigurationError(
-                f"{error}, and removals have to be measured, because {self.found.reason}. Let training_step take batches of any "
+                f"{error}, and removals have to be measured, because {self.check.reason}. Let training_step take batches of any "
                 "size."
             ) from error
         self._announce((time.perf_counter() - started) / max(len(sets), 1))
@@ -141,7 +141,7 @@ class MeasuredRemovals:
         self,
         planned: PlannedStep,
         parameters: Mapping[str, Tensor],
-        parts: Sequence[Part],
+        parts: Sequence[WholeMicroBatch],
         gradients: Vectors,
         shares: Mapping[str, Form],
     ) -> None:
@@ -150,14 +150,14 @@ class MeasuredRemovals:
             0, planned.sample_ids, planned.loss_weights, planned.micro_batch_numbers, {}, {}, {}, planned.averaged
         )
         removed = gradient_change(record, self._counterfactual)
-        chosen = self.found.choose(len(removed))
+        chosen = self.check.choose(len(removed))
         try:
             changes, lost = self._changes(planned, parameters, parts, gradients, removed.sample_ids[chosen])
         except _TakesNoFewerSamples as error:
-            self.found.unverifiable = str(error)
+            self.check.unverifiable = str(error)
             return
         if lost is not None:
-            self.found.unverifiable = (
+            self.check.unverifiable = (
                 f"the training step draws random numbers that cannot be kept where a sample leaves ({lost})"
             )
             return
@@ -169,13 +169,13 @@ class MeasuredRemovals:
             at = slice(position, position + 1)
             predicted = {k: removed.change(s, at, totals[k])[0] for k, s in shares.items()}
             measured = {k: changes[k][row] for k in predicted}
-            self.found.compare(predicted, measured, gradients, autocast=self._passes.half)
+            self.check.compare(predicted, measured, gradients, autocast=self._passes.half)
 
     def _changes(
         self,
         planned: PlannedStep,
         parameters: Mapping[str, Tensor],
-        parts: Sequence[Part],
+        parts: Sequence[WholeMicroBatch],
         gradients: Vectors,
         sets: Tensor,
     ) -> tuple[Vectors, str | None]:
@@ -208,11 +208,11 @@ class MeasuredRemovals:
                             change[row].add_(gradient.flatten(), alpha=sign)
             if left and left < gradients.keys():
                 moment = planned.micro_batches[0].moment
-                self.found.without_gradient.add((moment.global_step, moment.batch_idx, sets[row].item()))
+                self.check.without_gradient.add((moment.global_step, moment.batch_idx, sets[row].item()))
         return changes, min(lost, default=None)
 
     def _rest(
-        self, leaves: dict[str, Tensor], part: Part, less: PlannedMicroBatch, random: KeptRandom | None
+        self, leaves: dict[str, Tensor], part: WholeMicroBatch, less: PlannedMicroBatch, random: KeptRandom | None
     ) -> Vectors:
         """Gradients of a micro-batch without a sample; with random numbers of its own, if they cannot be kept."""
         try:
@@ -252,7 +252,7 @@ class MeasuredRemovals:
         n = sum(len(self.asked(self._plan.sample_ids(t))) for t in range(len(self._plan)))
         if n * seconds > _LONG:
             warnings.warn(
-                f"every removal is measured by running its step without the sample, because {self.found.reason}: {n} "
+                f"every removal is measured by running its step without the sample, because {self.check.reason}: {n} "
                 f"removals, about {n * seconds:.0f} s for one pass over the run. samples= restricts it to the ones of interest.",
                 stacklevel=2,
             )

@@ -169,8 +169,8 @@ def _drew(micro_batch: PlannedMicroBatch) -> bool:
     """Whether random numbers were drawn since a micro-batch's random state was put in force."""
     if micro_batch.random is None:
         return False
-    start, now = micro_batch.random, read_random_state()
-    return any(not torch.equal(start[k], now[k]) for k in start if k in now)
+    start, state = micro_batch.random, read_random_state()
+    return any(not torch.equal(start[k], state[k]) for k in start if k in state)
 
 
 class _AutocastWatch(TorchFunctionMode):

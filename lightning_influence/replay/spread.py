@@ -72,8 +72,8 @@ class Spread:
             tensors |= {f"{number}/{k}/{key}": t for k, (parts, _) in packed.items() for key, t in parts.items()}
             metas.append({k: meta for k, (_, meta) in packed.items()})
         of_all: list[dict[str, Form]] = []
-        for held, told in zip(self.ranks.gather_tensors(tensors), self.ranks.gather(metas), strict=True):
-            for number, forms_of in enumerate(told):
+        for held, metas_of_rank in zip(self.ranks.gather_tensors(tensors), self.ranks.gather(metas), strict=True):
+            for number, forms_of in enumerate(metas_of_rank):
                 of_all.append({k: _unpacked(meta, held, f"{number}/{k}/") for k, meta in forms_of.items()})
         return of_all
 

@@ -56,7 +56,9 @@ def arrays(
     """
     ids, n, several = report.sample_ids, len(order), len(report.query_ids) > 1
     rows = torch.searchsorted(ids, report.rows.sample_ids.contiguous())
-    visits = torch.zeros(0, dtype=torch.int64) if dynamics is None else _found(ids, dynamics.sample_ids)[dynamics.owner]
+    visits = (
+        torch.zeros(0, dtype=torch.int64) if dynamics is None else _positions(ids, dynamics.sample_ids)[dynamics.owner]
+    )
     size = 2 * rows.bincount(minlength=n) + visits[visits >= 0].bincount(minlength=n)
     size += len(report.query_ids) if several else 0
     first = order[: int((size[order].cumsum(0) <= _NUMBERS).sum())]
@@ -110,7 +112,7 @@ def packed(values: Tensor) -> dict[str, str]:
     return {"type": _TYPES[values.dtype], "data": base64.b64encode(data).decode()}
 
 
-def _found(ids: Tensor, wanted: Tensor) -> Tensor:
+def _positions(ids: Tensor, wanted: Tensor) -> Tensor:
     """Positions of samples in ascending ids; -1 for those that are not there."""
     if not len(ids):
         return torch.full_like(wanted, -1)

@@ -22,6 +22,15 @@ def compare(first: Scores, second: Scores) -> pd.DataFrame:
 
     Raises:
         ConfigurationError: the reports have no sample in common.
+
+    Example:
+        >>> ids, steps = torch.arange(3), torch.zeros(3, dtype=torch.int64)
+        >>> before = Scores.from_rows(ids, steps, torch.tensor([[1.0], [2.0], [3.0]]))
+        >>> after = Scores.from_rows(ids[1:], steps[1:], torch.tensor([[2.5], [1.0]]))
+        >>> compare(before, after)
+           sample_id  first  second  change
+        0          2    3.0     1.0    -2.0
+        1          1    2.0     2.5     0.5
     """
     import pandas as pd
 

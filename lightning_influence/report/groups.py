@@ -45,6 +45,17 @@ class Groups:
 
     Raises:
         ConfigurationError: parts that do not fit together.
+
+    Example:
+        Of two groups the first is in two steps and helps, the second is in one of them and harms:
+
+        >>> scores = torch.tensor([[1.0], [-2.0], [0.5]])
+        >>> rows = RowScores(torch.tensor([0, 1, 0]), torch.tensor([0, 0, 1]), scores, tangent=scores)
+        >>> groups = Groups(["news", "forum"], [10, 4], rows, query_ids=[0])
+        >>> groups.to_pandas()[["group", "samples", "score", "per_sample"]]
+           group  samples  score  per_sample
+        0   news       10    1.5        0.15
+        1  forum        4   -2.0       -0.50
     """
 
     names: Sequence[str]
@@ -135,7 +146,7 @@ class Groups:
         rows = RowScores(*(tensors[PREFIX + field.name] for field in fields(RowScores)))
         names, sizes = [str(name) for name in metadata["names"]], [int(size) for size in metadata["sizes"]]
         bends = metadata.get("bends")
-        found = None if bends is None else [None if bend is None else float(bend) for bend in bends]
+        of_groups = None if bends is None else [None if bend is None else float(bend) for bend in bends]
         ids = iter(tensors[_MEMBERS].tolist()) if _MEMBERS in tensors else None
         members = None if ids is None else [list(itertools.islice(ids, size)) for size in sizes]
-        return cls(names, sizes, rows, query_ids, found, members)
+        return cls(names, sizes, rows, query_ids, of_groups, members)

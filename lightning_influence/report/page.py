@@ -31,10 +31,10 @@ from lightning_influence.report.rendering import (
     Render,
     as_html,
     default_render,
-    indexed,
     label_of,
     labels_of,
     like_token_ids,
+    query_examples,
     training_samples,
 )
 from lightning_influence.report.scores import Scores
@@ -61,7 +61,7 @@ class _Card:
     Attributes:
         share: of the largest score beside it.
         note: a word on the score.
-        told: the score in words, where it is none.
+        words: the score in words, where it is none.
     """
 
     sample_id: int
@@ -70,7 +70,7 @@ class _Card:
     content: Markup
     label: str
     note: str = ""
-    told: str = ""
+    words: str = ""
 
 
 class _Samples:
@@ -152,7 +152,7 @@ def page(
     render = show or default_render(tokenizer)
     doubts = None if dynamics is None else in_doubt(dynamics, report.sample_ids)
     samples = _Samples(training_samples(data, report.sample_ids), render, classes, doubts)
-    examples, n_examples = indexed(queries)
+    examples, n_examples = query_examples(queries, len(report.query_ids))
     asked = None if examples is None else _Samples(examples, render, classes)
     several = len(report.query_ids) > 1
     if several and n_examples not in (None, len(report.query_ids)):

@@ -13,12 +13,15 @@ from typing import Any, TypeAlias
 
 import numpy as np
 import torch
+from lightning_utilities.core.apply_func import apply_to_collection
 from PIL import Image
 from torch import Tensor
 from torch.utils.data import IterableDataset, Subset, TensorDataset
 
 from lightning_influence.errors import ConfigurationError, LogError
-from lightning_influence.run.data import TrainingData
+from lightning_influence.run.batches import batch_size, example, leaves
+from lightning_influence.run.data import TrainingData, set_up
+from lightning_influence.run.lightning_names import is_a
 
 Shown: TypeAlias = "str | Image.Image | Tensor | np.ndarray | Mapping[str, Any]"
 Render: TypeAlias = "Callable[[Any], Shown]"
@@ -64,6 +67,32 @@ def indexed(data: Any) -> tuple[Any, int | None]:
     return dataset.iloc if _is_pandas(dataset, "DataFrame") else dataset, len(dataset) if known else None
 
 
+def query_examples(queries: Any, n_columns: int) -> tuple[Any, int | None]:
+    """What gives the query of column ``i`` as ``[i]``, and how many there are where that is known.
+
+    Args:
+        queries: in any form that `attribute` takes, or a list of examples. A list is taken for one of batches where these hold
+            as many examples as there are columns and the list itself has another length.
+
+    Raises:
+        ConfigurationError: none of these.
+    """
+    if is_a(queries, "LightningDataModule"):
+        set_up(queries)
+        queries = queries.val_dataloader()
+    if not hasattr(queries, "__getitem__") and not hasattr(queries, "__iter__") and callable(queries):
+        return query_examples(queries(), n_columns)
+    if isinstance(queries, (list, tuple)) and len(queries) != n_columns:
+        examples = [_example(batch, i) for batch in queries if leaves(batch) for i in range(batch_size(batch))]
+        queries = examples if len(examples) == n_columns else queries
+    return indexed(queries)
+
+
+def _example(batch: Any, index: int) -> Any:
+    """An example of a batch as its dataset gave it: without the dimension over which it was collated."""
+    return apply_to_collection(example(batch, index), Tensor, lambda t: t[0] if t.dim() and t.shape[0] == 1 else t)
+
+
 def training_samples(data: Any, sample_ids: Tensor) -> Any:
     """What gives the samples of a report, whose ids ascend; None where they cannot be read.
 
@@ -83,6 +112,13 @@ def default_render(tokenizer: Any = None) -> Render:
 
     A sample may be a tensor, an array, a text, a PIL image, a tuple whose first entry is the input and whose second is
     the label, or a mapping; a mapping without an input of a usual name, in itself or deeper, is a table row.
+
+    Example:
+        >>> render = default_render()
+        >>> render((torch.tensor([1.5, 2.0]), 3))
+        {'0': 1.5, '1': 2.0}
+        >>> render({"text": "a note", "label": 1})
+        'a note'
     """
 
     def render(sample: Any) -> Shown:
@@ -127,6 +163,10 @@ def labels_of(data: Any) -> list[str] | None:
 
     They are in a `TensorDataset`, in an attribute ``targets`` as torchvision's datasets have it, and in a `Subset` of
     these.
+
+    Example:
+        >>> labels_of(TensorDataset(torch.zeros(3, 2), torch.tensor([1, 0, 1])))
+        ['1', '0', '1']
     """
     if isinstance(data, Subset):
         whole = labels_of(data.dataset)

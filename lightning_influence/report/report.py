@@ -18,7 +18,20 @@ if TYPE_CHECKING:
 
 
 class InfluenceReport(Scores):
-    """Which training samples helped or hurt each query: `Scores` with plots and a page, loaded when they are asked for."""
+    """Which training samples helped or hurt each query: `Scores` with plots and a page, loaded when they are asked for.
+
+    Example:
+        Sample 7 was in two steps, and helps more in the end than sample 2 harms:
+
+        >>> import torch
+        >>> ids, steps, scores = torch.tensor([7, 2, 7]), torch.tensor([0, 0, 1]), torch.tensor([[0.5], [-0.25], [0.5]])
+        >>> report = InfluenceReport.from_rows(ids, steps, scores)
+        >>> report.top(1)[["sample_id", "score"]]
+           sample_id  score
+        0          7    1.0
+        >>> report.mean
+        tensor([-0.2500,  1.0000], dtype=torch.float64)
+    """
 
     @property
     def plot(self) -> Plots:
@@ -51,7 +64,8 @@ class InfluenceReport(Scores):
             show: ``show(sample) -> text | PIL image | image tensor | mapping``, a mapping being shown as a small table;
                 see `rendering.default_render` for the default.
             tokenizer: decodes token ids for the default.
-            queries: the query examples, indexed like the columns of the scores.
+            queries: those of the report, in any form that `attribute` takes, or a list of their examples; the example of each
+                column is shown.
             groups: as of `attribute`, for totals and to filter by: a label (class, source) per sample of the training dataset,
                 None for those of no group, or sample ids by name, which may overlap; also a label by sample id. By default
                 the samples' own labels, where the dataset gives them without being read (`rendering.labels_of`) or ``dynamics``

@@ -209,12 +209,12 @@ class Scores:
     def __repr__(self) -> str:
         made_by = self.provenance
         coverage = made_by.coverage.fraction
-        seen = "" if coverage is None else f", {percent(coverage)} of the trained coordinates"
+        covered = "" if coverage is None else f", {percent(coverage)} of the trained coordinates"
         parts = (made_by.response, made_by.curvature, made_by.removals, made_by.queried)
         how = [str(part) for part in parts if part is not None]
         return (
             f"{type(self).__name__}({len(self.sample_ids)} samples x {len(self.query_ids)} queries, "
-            f"{len(self.rows)} rows{seen}; {', '.join(how) or 'no metadata'})"
+            f"{len(self.rows)} rows{covered}; {', '.join(how) or 'no metadata'})"
         )
 
 
@@ -258,8 +258,8 @@ def _validate(rows: RowScores) -> None:
     wrong = ~(rows.scores.abs() <= _MAX_SCORE)  # as NaN is
     if wrong.any():
         row = int(wrong.any(1).nonzero()[0])
-        seen = rows.scores[row][wrong[row]][0]
-        why = f"is {float(seen):.3g}" if seen.isfinite() else "is not finite"
+        score = rows.scores[row][wrong[row]][0]
+        why = f"is {float(score):.3g}" if score.isfinite() else "is not finite"
         raise InfluenceError(
             f"the score of sample {int(rows.sample_ids[row])} at step {int(rows.steps[row])} {why}; the query "
             "loss or the model's parameters are not finite, or they overflowed on the way."

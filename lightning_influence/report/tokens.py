@@ -29,6 +29,16 @@ class TokenScores:
         tokens: for each sample its labels ``(t,)`` int64, without those that are ignored.
         positions: for each sample their places ``(t,)`` int64 among all of its labels.
         scores: for each sample ``(t, n_queries)``.
+
+    Example:
+        >>> ids, tokens, positions = torch.tensor([5]), [torch.tensor([101, 7592])], [torch.tensor([0, 1])]
+        >>> tokens = TokenScores(ids, tokens, positions, scores=[torch.tensor([[0.5], [-0.25]])])
+        >>> tokens.of(5)
+           position  token  score
+        0         0    101   0.50
+        1         1   7592  -0.25
+        >>> tokens.per_sample
+        tensor([[0.2500]])
     """
 
     sample_ids: Tensor

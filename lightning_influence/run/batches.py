@@ -95,7 +95,7 @@ def batch_size(batch: Any) -> int:
     )
 
 
-def some(batch: Any, samples: slice, n: int | None = None) -> Any:
+def samples_of(batch: Any, samples: slice, n: int | None = None) -> Any:
     """Some samples of a batch of ``n``: of every tensor whose first dimension is the batch's, and of every list that holds one
     item a sample.
     """
@@ -160,7 +160,7 @@ def _is_plain(node: Any) -> bool:
 
 def example(batch: Any, index: int) -> Any:
     """A batch of one."""
-    return some(batch, slice(index, index + 1))
+    return samples_of(batch, slice(index, index + 1))
 
 
 def to_dtype(batch: Any, dtype: torch.dtype) -> Any:

@@ -49,8 +49,8 @@ class BetweenSteps:
         """
         if not self._left:
             return
-        now = _looked_at(chain(self._parameters(), self._buffers()))
-        present = {k: now[k] for k in self._left if k in now}
+        fingerprints = _looked_at(chain(self._parameters(), self._buffers()))
+        present = {k: fingerprints[k] for k in self._left if k in fingerprints}
         if not _same(present, {k: self._left[k] for k in present}):
             changed = next(k for k in present if not _same({k: present[k]}, {k: self._left[k]}))
             raise ConfigurationError(

@@ -143,13 +143,13 @@ class KeptRandom(TorchDispatchMode):
     def _permutation(self, numbers: Tensor) -> Tensor:
         """A permutation of the samples without those that leave: each is passed over in its cycle."""
         new, old = self._new_rows().tolist(), numbers.tolist()
-        found = []
+        followed = []
         for row in self._kept:
             other = old[row]
             while new[other] < 0:
                 other = old[other]
-            found.append(new[other])
-        return torch.tensor(found).to(numbers)
+            followed.append(new[other])
+        return torch.tensor(followed).to(numbers)
 
     def _new_rows(self) -> Tensor:
         """Of every row of the whole batch, its position among those that are left; -1 of one that leaves."""

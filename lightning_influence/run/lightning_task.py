@@ -179,8 +179,8 @@ class _TrainerAt(_Beside):
     @property
     def lr_scheduler_configs(self) -> list[Any]:
         schedulers = [None] if self._real is None else [c.scheduler for c in self._real.lr_scheduler_configs]
-        told = {"get_last_lr": lambda: list(self._rates)} if self._rates else {}
-        return [SimpleNamespace(scheduler=_Beside(s, told, "scheduler")) for s in schedulers]
+        replaced = {"get_last_lr": lambda: list(self._rates)} if self._rates else {}
+        return [SimpleNamespace(scheduler=_Beside(s, replaced, "scheduler")) for s in schedulers]
 
 
 def _optimizer_at(real: torch.optim.Optimizer | None, rates: Sequence[float]) -> torch.optim.Optimizer:

@@ -58,15 +58,15 @@ class Ranks:
         if self.size == 1:
             return [dict(tensors)]
         home = next((t.device for t in tensors.values()), self.device)
-        told = self.gather({name: (t.shape, t.dtype) for name, t in tensors.items()})
-        gathered: list[dict[str, Tensor]] = [{} for _ in told]
-        for dtype in sorted({dtype for one in told for _, dtype in one.values()}, key=str):
-            shapes = [{name: shape for name, (shape, of) in one.items() if of == dtype} for one in told]
+        headers = self.gather({name: (t.shape, t.dtype) for name, t in tensors.items()})
+        gathered: list[dict[str, Tensor]] = [{} for _ in headers]
+        for dtype in sorted({dtype for one in headers for _, dtype in one.values()}, key=str):
+            shapes = [{name: shape for name, (shape, of) in one.items() if of == dtype} for one in headers]
             sizes = [sum(shape.numel() for shape in one.values()) for one in shapes]
             flat = torch.zeros(max(sizes), dtype=dtype, device=self.device)
             for name, place in _split(flat, shapes[self.rank]).items():
                 place.copy_(tensors[name])
-            parts = [torch.empty_like(flat) for _ in told]
+            parts = [torch.empty_like(flat) for _ in headers]
             dist.all_gather(parts, flat, group=self.group)
             for one, part, named in zip(gathered, parts, shapes, strict=True):
                 one |= _split(part.to(home), named)

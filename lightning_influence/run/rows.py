@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from lightning_influence.errors import ConfigurationError
-from lightning_influence.run.batches import batch_size, leaves, objects, some, without
+from lightning_influence.run.batches import batch_size, leaves, objects, samples_of, without
 from lightning_influence.run.random_state import random_state
 from lightning_influence.run.task import Task
 from lightning_influence.run.unchanged import Apart
@@ -124,11 +124,11 @@ class RowOrder:
         looked_at = {owners[0], owners[len(owners) // 2], owners[-1], longest}
         for position in sorted(p for p in looked_at if p is not None):
             rest = self._collated([s for i, s in enumerate(samples) if i != position])
-            taken = without(batch, (rows == position).nonzero()[:, 0], len(owners))
-            if rest is not None and not same_batch(rest, taken):
+            left = without(batch, (rows == position).nonzero()[:, 0], len(owners))
+            if rest is not None and not same_batch(rest, left):
                 return True
-            if rest is not None and [x.shape for x in leaves(rest)] != [x.shape for x in leaves(taken)]:
-                self.padded = rest, taken
+            if rest is not None and [x.shape for x in leaves(rest)] != [x.shape for x in leaves(left)]:
+                self.padded = rest, left
         return False
 
 
@@ -145,7 +145,9 @@ def relates_samples(dataset: Any, collate: Callable[[list[Any]], Any]) -> bool:
             n = min(_LOOKED_AT, len(dataset))
             samples = [dataset[i] for i in range(n)]
             together = collate(samples)
-            return not all(same_batch(collate([s]), some(together, slice(i, i + 1), n)) for i, s in enumerate(samples))
+            return not all(
+                same_batch(collate([s]), samples_of(together, slice(i, i + 1), n)) for i, s in enumerate(samples)
+            )
         except Exception:  # fewer samples, or a collate function that takes no such batches: it says nothing
             return False
 

@@ -31,7 +31,7 @@ class TokenLosses(TorchFunctionMode):
 
     def __init__(self) -> None:
         super().__init__()
-        self._seen = 0
+        self._calls = 0
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -39,7 +39,7 @@ class TokenLosses(TorchFunctionMode):
         kwargs = keywords_of(func, kwargs)
         if func not in _LOSSES:
             return func(*args, **kwargs)
-        self._seen += 1
+        self._calls += 1
         options = signature(func).bind(*args, **kwargs).arguments
         reduction = reduction_of(options)
         target = options["target"]
@@ -58,8 +58,8 @@ class TokenLosses(TorchFunctionMode):
 
     def __exit__(self, *error: Any) -> None:
         super().__exit__(*error)
-        if error[0] is None and self._seen != 1:
+        if error[0] is None and self._calls != 1:
             raise ConfigurationError(
-                f"the training step calls cross_entropy or nll_loss {self._seen} times; scores of tokens need a training step that "
+                f"the training step calls cross_entropy or nll_loss {self._calls} times; scores of tokens need a training step that "
                 "calls one of them once."
             )

@@ -63,8 +63,8 @@ _NUMBERS = ("max_epochs", "max_steps", "num_training_batches", "estimated_steppi
 
 def numbers_of(trainer: L.Trainer) -> dict[str, float]:
     """The plain numbers by which training steps make schedules of their own, by the names of a trainer's attributes."""
-    found = {name: getattr(trainer, name) for name in _NUMBERS}
-    return {k: v for k, v in found.items() if isinstance(v, (int, float)) and math.isfinite(v)}
+    values = {name: getattr(trainer, name) for name in _NUMBERS}
+    return {k: v for k, v in values.items() if isinstance(v, (int, float)) and math.isfinite(v)}
 
 
 def ranks_of(trainer: L.Trainer) -> Ranks:

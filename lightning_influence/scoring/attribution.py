@@ -34,7 +34,7 @@ from lightning_influence.run.task import Task, as_task
 from lightning_influence.scoring.bends import bends, straight_lines
 from lightning_influence.scoring.memory import Holding, MaxMemory, held_by_a_sweep, memory_in_bytes
 from lightning_influence.scoring.pace import Pace
-from lightning_influence.scoring.processes import Deal, Fabric, Run
+from lightning_influence.scoring.processes import ConsumedSamples, Deal, Fabric
 from lightning_influence.scoring.queries import (
     Queries,
     Target,
@@ -111,6 +111,30 @@ def attribute(
         LogError: not a log, an empty one, or one of another model.
         ConfigurationError: queries that the model cannot take, an unknown choice, or too little memory.
         CurvatureUnavailable: the log does not hold what the curvature needs.
+
+    Example:
+        Two steps of a linear model on four samples, of which the first and the third are like the query and help it most:
+
+        >>> import lightning as L
+        >>> from tempfile import TemporaryDirectory
+        >>> from torch.utils.data import DataLoader
+        >>> from lightning_influence import InfluenceCallback
+        >>> class Sum(L.LightningModule):
+        ...     def __init__(self):
+        ...         super().__init__()
+        ...         self.layer = torch.nn.Linear(2, 1, bias=False)
+        ...     def training_step(self, batch):
+        ...         return torch.nn.functional.mse_loss(self.layer(batch), batch.sum(1, keepdim=True))
+        ...     def configure_optimizers(self):
+        ...         return torch.optim.AdamW(self.parameters(), lr=0.1)
+        >>> quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "enable_model_summary": False}
+        >>> module, samples = Sum(), torch.eye(2).repeat(2, 1)
+        >>> with TemporaryDirectory() as log:
+        ...     trainer = L.Trainer(max_epochs=1, accelerator="cpu", callbacks=[InfluenceCallback(log)], **quiet)
+        ...     trainer.fit(module, DataLoader(samples, batch_size=2))
+        ...     report = attribute(log, queries=[samples[:1]], model=module, data=samples, progress=False)
+        >>> sorted(report.top(2).sample_id)
+        [0, 2]
     """
     check_target(target)
     task, data, steps = as_task(model), TrainingData.of(data), LoggedSteps.of(log)
@@ -189,7 +213,7 @@ def _with_bends(groups: Groups, task: Task, losses: Callable[[], Tensor], moves:
     return replace(groups, bends=bends(task, losses, moves, straight, largest_first))
 
 
-def consumed_by(trajectory: Run, samples: Collection[int]) -> Tensor:
+def consumed_by(trajectory: ConsumedSamples, samples: Collection[int]) -> Tensor:
     """Ids of the samples that a run consumed, ascending.
 
     Raises:

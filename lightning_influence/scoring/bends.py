@@ -42,7 +42,7 @@ def bends(
         largest_first: groups in the order in which they are looked at, as long as there are not too many; None for the others.
     """
     own = dict(task.module.named_parameters())
-    start, found = losses().double().cpu(), list[float | None]([None] * len(lines))
+    start, by_group = losses().double().cpu(), list[float | None]([None] * len(lines))
     for group in list(largest_first)[: max(1, _LOOKS // len(start))]:
         size = float(lines[group].norm())
         if size == 0:
@@ -52,5 +52,5 @@ def bends(
         there = {k: own[k].data + factor * m[group].view_as(own[k]).to(own[k]) for k, m in moves.items()}
         with parameters_at(task.module, there):
             change = losses().double().cpu() - start
-        found[group] = float((change - factor * lines[group]).norm()) / (factor**2 * size)
-    return found
+        by_group[group] = float((change - factor * lines[group]).norm()) / (factor**2 * size)
+    return by_group

@@ -22,14 +22,14 @@ class Pace:
 
     def __init__(self, what: str, steps: int, held: int, cheaper: Sequence[str]) -> None:
         self._what, self._steps, self._held, self._cheaper = what, steps, held, cheaper
-        self._start, self._passed, self._told = time.perf_counter(), 0, False
+        self._start, self._passed, self._warned = time.perf_counter(), 0, False
 
     def __call__(self) -> None:
         self._passed += 1
         elapsed = time.perf_counter() - self._start
-        if self._told or elapsed < _TELLS:
+        if self._warned or elapsed < _TELLS:
             return
-        self._told = True
+        self._warned = True
         left = elapsed / self._passed * (self._steps - self._passed)
         if left < _LONG:
             return

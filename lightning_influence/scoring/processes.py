@@ -36,8 +36,8 @@ class Fabric(Protocol):
         """Where this one computes."""
 
 
-class Run(Protocol):
-    """What is asked of a run: the samples of its steps."""
+class ConsumedSamples(Protocol):
+    """A run as far as which samples its steps consumed."""
 
     def __len__(self) -> int: ...
 
@@ -62,7 +62,7 @@ class Deal:
     replay: Ranks = ALONE
 
     @classmethod
-    def of(cls, fabric: Fabric | None, n_queries: int, sets: RemovalSets, run: Run) -> Deal:
+    def of(cls, fabric: Fabric | None, n_queries: int, sets: RemovalSets, run: ConsumedSamples) -> Deal:
         """The part of the process that asks; all of them have to ask."""
         if fabric is None or fabric.world_size == 1:
             return cls(range(n_queries), sets)
@@ -87,7 +87,7 @@ class Deal:
         names = ("memory_window", "queries", "replay", "pairs")
         return Holding(**{k: min(getattr(h, k) for h in every) for k in names}, in_files=any(h.in_files for h in every))
 
-    def gathered(self, rows: RowScores, run: Run, groups: int) -> RowScores:
+    def gathered(self, rows: RowScores, run: ConsumedSamples, groups: int) -> RowScores:
         """The rows of all processes, each with the columns of all queries, in the order of one process.
 
         Args:
@@ -112,7 +112,7 @@ def sharing(processes: int, n_queries: int) -> int:
     return next(n for n in range(1, processes + 1) if processes % n == 0 and processes // n <= max(n_queries, 1))
 
 
-def _dealt(sets: RemovalSets, run: Run, ranks: Ranks) -> RemovalSets:
+def _dealt(sets: RemovalSets, run: ConsumedSamples, ranks: Ranks) -> RemovalSets:
     """The sets that one process scores: of the samples in the order in which the run meets them every so-manieth, since the
     processes go through the steps together, and so of the groups.
     """
@@ -135,7 +135,7 @@ def _renumbered(rows: RowScores, rank: int, size: int, groups: int) -> RowScores
     return replace(rows, sample_ids=numbers).where(numbers >= -groups)
 
 
-def _in_order(rows: RowScores, run: Run) -> RowScores:
+def _in_order(rows: RowScores, run: ConsumedSamples) -> RowScores:
     """By step, samples as the step holds them; then groups."""
     place: dict[tuple[int, int], int] = {}
     for t in range(len(run)):

@@ -17,7 +17,7 @@ from tqdm.auto import tqdm
 from lightning_influence.core.curvature import GradientGraph, differentiable_attention
 from lightning_influence.core.trajectory import Vectors
 from lightning_influence.errors import ConfigurationError
-from lightning_influence.run.batches import OneExample, batch_size, example, some, to_dtype
+from lightning_influence.run.batches import OneExample, batch_size, example, samples_of, to_dtype
 from lightning_influence.run.data import TrainingData, set_up
 from lightning_influence.run.lightning_names import is_a
 from lightning_influence.run.lightning_task import CONVERTED, default_dtype
@@ -381,7 +381,7 @@ def _terms(
         if together:
             mean, equal = losses.mean(batch)
             if traits.is_mean is None and n > 1:  # a single example says nothing
-                few = some(batch, slice(_LOOKED_AT))
+                few = samples_of(batch, slice(_LOOKED_AT))
                 of_few = mean if n <= _LOOKED_AT else losses.mean(few)[0]
                 traits.is_mean = _same_mean(of_few, losses.each(few).mean())
             together = traits.is_mean is not False and equal

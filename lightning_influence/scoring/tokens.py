@@ -32,11 +32,11 @@ def token_scores(
     *,
     queries: Any,
     model: Any,
+    data: Any = None,
     target: Target = "mean",
     curvature: Literal["none", "gauss_newton", "hessian"] = "hessian",
     counterfactual: Literal["drop", "zero"] = "drop",
     query_loss: QueryLoss | None = None,
-    data: Any = None,
     progress: bool = True,
 ) -> TokenScores:
     """The scores of chosen samples taken apart by their tokens, to first order.
@@ -44,7 +44,8 @@ def token_scores(
     A token's score is what the loss of predicting it did: the predicted change of the query loss if that one loss were taken out
     of training, scaled as the removal of the whole sample is, so that the tokens of a sample add up to its score of
     ``attribute(..., response="tangent")``. It costs one sweep, and one more evaluation of each step that holds a chosen sample.
-    The other arguments are as of `attribute`.
+    The other arguments are as of `attribute`, and two of them begin elsewhere: the target is the mean of the queries, because a
+    text is shaded by one number a token, and the curvature is the exact one, which ``"auto"`` stands for where a run is replayed.
 
     Args:
         log: directory written by `InfluenceCallback`, with snapshots to replay the run from.

@@ -53,6 +53,16 @@ class SelectionReport:
 
     Attributes:
         removals: how the scores found what a removal changes, and what was verified of it; None where they were given.
+
+    Example:
+        >>> report = SelectionReport()
+        >>> report.add(0, torch.tensor([4, 9]), scores=torch.tensor([0.5, -0.25]), weights=torch.tensor([1.0, 0.0]))
+        >>> report
+        SelectionReport(1 decisions on 2 samples; mean weight 0.5)
+        >>> report.to_pandas()
+           step  sample_id  score  weight
+        0     0          4   0.50     1.0
+        1     0          9  -0.25     0.0
     """
 
     def __init__(self, file: Path | None = None) -> None:

@@ -55,8 +55,8 @@ class LiveStep:
     def weighted(self, weights: Tensor) -> LiveStep:
         """With each sample weighted; what is averaged together is averaged over the weights."""
         weights = self.weights * weights
-        taken = self.ranks.sum((weights != 1).sum())
-        return replace(self, weights=weights, whole=not bool(taken))
+        reweighted = self.ranks.sum((weights != 1).sum())
+        return replace(self, weights=weights, whole=not bool(reweighted))
 
     def part(self, fraction: float, number: int) -> Part:
         """The step on some of the rows of every large parameter, others for each ``number``."""
@@ -100,8 +100,8 @@ class LiveStep:
             return self.ranks.sum(form.combine(factors[None].to(whole))[0])
         # all samples share a factor, and few are taken away
         factor = float(factors.sum() / self.weights.sum())
-        taken = form.combine((factor * (self.weights - 1))[None].to(whole))[0]
-        return taken.add_(whole, alpha=factor)
+        removed = form.combine((factor * (self.weights - 1))[None].to(whole))[0]
+        return removed.add_(whole, alpha=factor)
 
     def sample_ids(self, index: int) -> Tensor:
         return self.full.sample_ids

@@ -21,7 +21,15 @@ Keep: TypeAlias = "float | Literal['positive'] | Policy"
 
 @dataclass(frozen=True)
 class Fraction:
-    """Keep the best fraction of every batch, or of the whole round."""
+    """Keep the best fraction of every batch, or of the whole round.
+
+    Example:
+        >>> scores, batches = torch.tensor([3.0, 2.0, 1.0, -1.0]), torch.tensor([0, 0, 1, 1])
+        >>> Fraction(0.5)(scores, torch.arange(4), batches)
+        tensor([1., 0., 1., 0.])
+        >>> Fraction(0.5, per="round")(scores, torch.arange(4), batches)
+        tensor([1., 1., 0., 0.])
+    """
 
     fraction: float
     per: Literal["batch", "round"] = "batch"
@@ -43,7 +51,12 @@ class Fraction:
 
 @dataclass(frozen=True)
 class Threshold:
-    """Keep what scores above a threshold; 0 keeps what helps."""
+    """Keep what scores above a threshold; 0 keeps what helps.
+
+    Example:
+        >>> Threshold()(torch.tensor([3.0, 0.0, -1.0]), torch.arange(3), torch.zeros(3))
+        tensor([1., 0., 0.])
+    """
 
     above: float = 0.0
 
@@ -53,7 +66,14 @@ class Threshold:
 
 @dataclass(frozen=True)
 class Soft:
-    """Weigh every sample by its score: ``sigmoid(score / (temperature * standard deviation of the batch))``."""
+    """Weigh every sample by its score: ``sigmoid(score / (temperature * standard deviation of the batch))``.
+
+    Example:
+        >>> Soft()(torch.tensor([2.0, -2.0]), torch.arange(2), torch.zeros(2))
+        tensor([0.7311, 0.2689])
+        >>> Soft(temperature=0.1)(torch.tensor([2.0, -2.0]), torch.arange(2), torch.zeros(2))
+        tensor([9.9995e-01, 4.5398e-05])
+    """
 
     temperature: float = 1.0
 

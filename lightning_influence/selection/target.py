@@ -17,7 +17,7 @@ from torch import Tensor
 
 from lightning_influence.core.trajectory import Vectors
 from lightning_influence.errors import ConfigurationError, InfluenceError
-from lightning_influence.run.batches import batch_size, leaves, some
+from lightning_influence.run.batches import batch_size, leaves, samples_of
 from lightning_influence.run.parameters import parameters_at
 from lightning_influence.run.random_state import random_state
 from lightning_influence.run.task import as_task
@@ -308,9 +308,9 @@ def _round_and_round(queries: Iterable[Any], size: int) -> Iterator[list[Any]]:
         for batch in batches:
             start = 0
             while start < batch_size(batch):
-                part.append(some(batch, slice(start, start + size - n)))
-                here = batch_size(part[-1])
-                start, n = start + here, n + here
+                part.append(samples_of(batch, slice(start, start + size - n)))
+                n_cut = batch_size(part[-1])
+                start, n = start + n_cut, n + n_cut
                 if n == size:
                     yield part
                     part, n = [], 0

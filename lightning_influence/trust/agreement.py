@@ -31,6 +31,11 @@ class Agreement:
         relative_error: ``||score - truth|| / ||truth||``; 0 is exact, 1 is what scores of zero reach.
         per_query: ``(n_queries,)`` of each statistic.
         n_removals: rows they rest on.
+
+    Example:
+        >>> truth = torch.tensor([[0.1], [-0.2], [0.4], [0.3]])
+        >>> agreement_of(truth, truth)
+        Agreement(spearman 1.000 [1.000, 1.000], pearson 1.000 [1.000, 1.000], relative error 0.000 [0.000, 0.000] over 4 removals)
     """
 
     spearman: Estimate
@@ -67,6 +72,14 @@ def agreement_of(
     Raises:
         ConfigurationError: other shapes, fewer than three removals, values that are not finite, or a query
             that no removal changed.
+
+    Example:
+        Scores of twice the size rank the removals as the truth does, and are wrong by the whole of it:
+
+        >>> truth = torch.tensor([[0.1], [-0.2], [0.4], [0.3]])
+        >>> twice = agreement_of(2 * truth, truth)
+        >>> round(twice.spearman.value, 6), round(twice.relative_error.value, 6)
+        (1.0, 1.0)
     """
     _validate(scores, truth)
     scores, truth = scores.detach().double().cpu(), truth.detach().double().cpu()

@@ -39,6 +39,11 @@ class Cleaning:
         accuracy: share of the queries whose label is the most probable class, before and after; None where the loss is not one
             over classes.
         model: trained without the samples.
+
+    Example:
+        >>> cleaning = Cleaning([3, 8], torch.tensor([-0.25]), before=torch.tensor([1.0]), after=torch.tensor([0.5]))
+        >>> cleaning
+        Cleaning(2 samples removed; predicted_change -0.25, change -0.5, loss_before 1, loss_after 0.5)
     """
 
     removed: Sequence[int]
@@ -135,14 +140,14 @@ def _asked(task: Task, queries: Queries, query_loss: QueryLoss | None) -> tuple[
             rows = 1 if query_loss is None else n  # of each call: the task's own loss is asked for each example alone
             right.append(_margins(tap, rows) if len(tap.seen) * rows == n else None)
     losses = torch.cat(each)
-    found = [margins for margins in right if margins is not None]
-    if not found or len(found) < len(right):
+    known = [margins for margins in right if margins is not None]
+    if not known or len(known) < len(right):
         return losses, None
-    return losses, float((torch.cat(found) > 0).float().mean())
+    return losses, float((torch.cat(known) > 0).float().mean())
 
 
 def _margins(tap: LossTap, rows: int) -> Tensor | None:
     """Those of all samples, ``rows`` in each loss that was called; None where one is not a loss over classes."""
-    found = [None if seen is None else seen.dynamics(rows) for seen in tap.seen]
-    margins = [dynamics.margins for dynamics in found if dynamics is not None]
-    return torch.cat(margins) if len(margins) == len(found) else None
+    dynamics_of = [None if seen is None else seen.dynamics(rows) for seen in tap.seen]
+    margins = [dynamics.margins for dynamics in dynamics_of if dynamics is not None]
+    return torch.cat(margins) if len(margins) == len(dynamics_of) else None

@@ -41,8 +41,8 @@ class Results:
             raise self._malformed(number, "it does not say of which check the file is")
         if not _same(before, subject):
             raise ConfigurationError(
-                f"results={str(path)!r} holds the retrainings of another check ({_told(before)}; here "
-                f"{_told(subject)}). Give another file, or delete it."
+                f"results={str(path)!r} holds the retrainings of another check ({_described(before)}; here "
+                f"{_described(subject)}). Give another file, or delete it."
             )
 
     def done(self, what: str) -> dict[str, list[float]]:
@@ -126,7 +126,7 @@ def _same(before: Mapping[str, Any], now: Mapping[str, Any]) -> bool:
     return losses.shape == expected.shape and torch.allclose(losses, expected, rtol=1e-5, atol=0)
 
 
-def _told(subject: Mapping[str, Any]) -> str:
+def _described(subject: Mapping[str, Any]) -> str:
     mean = sum(subject["baseline"]) / len(subject["baseline"])
     rest = ", ".join(f"{k}={v!r}" for k, v in subject.items() if k != "baseline")
     return f"{len(subject['baseline'])} losses of mean {mean:.6g}, {rest:.300}"

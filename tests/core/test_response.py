@@ -13,7 +13,7 @@ from lightning_influence.core.response import finite_response
 
 @pytest.mark.parametrize("kind", ["adamw", "adamw_maximize", "amsgrad", "nesterov", "momentum"])
 @pytest.mark.parametrize("length", [1, 2, 5])
-def test_finite_response_is_the_formula_of_section_5(kind: str, length: int) -> None:
+def test_finite_response_is_the_formula_with_moments_in_closed_form(kind: str, length: int) -> None:
     """Against the formula with the perturbed moments written in closed form (linear in the stream)."""
     torch.manual_seed(1)
     d, n, q = 6, 3, 2

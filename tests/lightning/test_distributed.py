@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 import shutil
 from collections.abc import Iterator
 from functools import partial
@@ -14,6 +15,7 @@ import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
+from lightning.pytorch.strategies.launchers.multiprocessing import _MultiProcessingLauncher
 from modules import Classifier, fit, loader, split_digits
 from torch.utils.data import DataLoader, DistributedSampler, IterableDataset, Sampler
 
@@ -247,11 +249,28 @@ def test_report_of_two_processes(tmp_path: Path) -> None:
     assert (tmp_path / "report.html").exists()
 
 
-def test_the_report_is_there_after_processes_of_their_own(tmp_path: Path) -> None:
+def as_if_sent(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Processes that are forked work on copies of what processes of their own would be sent."""
+    run = _MultiProcessingLauncher._wrapping_function
+
+    def run_copies(launcher: Any, rank: int, *sent: Any) -> None:
+        *work, answers = sent
+        launcher, *work = pickle.loads(pickle.dumps([launcher, *work]))
+        run(launcher, rank, *work, answers)
+
+    monkeypatch.setattr(_MultiProcessingLauncher, "_wrapping_function", run_copies)
+
+
+@pytest.mark.parametrize("strategy", ["ddp_fork", pytest.param("ddp_spawn", marks=pytest.mark.slow)])
+def test_the_report_is_there_after_processes_of_their_own(
+    strategy: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """What they hold does not come back: the report is that of the log."""
+    if strategy == "ddp_fork":
+        as_if_sent(monkeypatch)
     callback, module = InfluenceCallback(tmp_path, report=True, record="gradients"), Classifier(plain_adamw)
     val = DataLoader(QUERIES, 6)
-    fit(module, DataLoader(TRAIN, LOCAL), callback, val=val, strategy="ddp_spawn", devices=PROCESSES)
+    fit(module, DataLoader(TRAIN, LOCAL), callback, val=val, strategy=strategy, devices=PROCESSES)
     assert callback.report is not None and len(callback.report.sample_ids) == N
     expected = attribute(tmp_path, queries=val, model=module, target="mean", progress=False)
     torch.testing.assert_close(callback.report.scores, expected.scores, rtol=1e-4, atol=1e-9)

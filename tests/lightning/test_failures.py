@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import os
+import resource
 import shutil
-import subprocess
-import sys
-import textwrap
 import warnings
 from collections.abc import Callable
 from contextlib import suppress
@@ -17,7 +15,7 @@ import lightning as L
 import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
-from modules import Classifier, fit, loader, split_digits, two_groups
+from modules import Classifier, Forked, fit, loader, split_digits, two_groups
 from torch import nn
 from torch.utils.data import DataLoader
 
@@ -289,31 +287,24 @@ def test_a_checkpoint_is_saved_also_where_the_log_cannot_be(tmp_path: Path, monk
     assert same(plain, recorded) and len(list((tmp_path / "steps").glob("*.ckpt"))) == STEPS
 
 
-CHILD = """
-import resource, sys, warnings
-sys.path[:0] = {paths!r}
-from pathlib import Path
-from modules import *
-from lightning_influence import InfluenceCallback
-limit = int(sys.argv[2])
-resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))
-try:
-    fit(Classifier(), loader(digits(64)), InfluenceCallback(Path(sys.argv[1]), record="both"))
-except Exception as error:
-    print(type(error).__name__, error)
-resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
-fit(Classifier(), loader(digits(64)), InfluenceCallback(Path(sys.argv[1]), record="both"))
-print("done")
-"""
+def recorded_twice(log: Path, limit: int) -> None:
+    """The first run can write no file of more than ``limit`` bytes, the second any."""
+    unlimited = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, unlimited[1]))
+    try:
+        fit(Classifier(), loader(TRAIN), InfluenceCallback(log, record="both"))
+    except Exception as error:
+        print(type(error).__name__, error)
+    resource.setrlimit(resource.RLIMIT_FSIZE, unlimited)
+    fit(Classifier(), loader(TRAIN), InfluenceCallback(log, record="both"))
+    print("done")
 
 
 @pytest.mark.parametrize("limit", [0, 700, 4000], ids=["nothing", "no manifest", "no step"])
 def test_a_disk_that_is_full_from_the_start_leaves_nothing_in_the_way(limit: int, tmp_path: Path) -> None:
-    script = textwrap.dedent(CHILD).format(paths=[p for p in sys.path if p])
-    done = subprocess.run(
-        [sys.executable, "-c", script, str(tmp_path / "log"), str(limit)], capture_output=True, text=True, check=True
-    )
-    first, last = done.stdout.splitlines()
+    code, out, err = Forked(recorded_twice, tmp_path / "log", limit).wait()
+    assert code == 0, err
+    first, last = out.splitlines()
     assert first.startswith("LogError") and "File too large" in first and last == "done"
     assert len(LoggedTrajectory(tmp_path / "log")) == 4
 

@@ -7,14 +7,12 @@ import multiprocessing
 import os
 import random
 import shutil
-import signal
 import struct
-import subprocess
-import sys
 import time
 import zlib
 from collections.abc import Callable
 from contextlib import ExitStack, suppress
+from multiprocessing.synchronize import Event
 from pathlib import Path
 from typing import IO, Any
 
@@ -477,28 +475,24 @@ def test_hostile_headers_do_not_allocate(tmp_path: Path) -> None:
         StoreReader(tmp_path / "s").meta(0)
 
 
-WRITER = """
-import sys, torch
-sys.path.insert(0, {tests!r})
-from test_store import tensors_of
-from lightning_influence.log.writer import StoreWriter
-with StoreWriter({path!r}) as writer:
-    writer.write_manifest({{}})
-    print("ready", flush=True)
-    for step in range(100000):
-        writer.append(step, tensors_of(step), {{"step": step, "lr": 0.1 / (step + 1)}})
-"""
+def keep_writing(path: Path, ready: Event) -> None:
+    with StoreWriter(path) as writer:
+        writer.write_manifest({})
+        ready.set()
+        for step in range(100000):
+            writer.append(step, tensors_of(step), {"step": step, "lr": 0.1 / (step + 1)})
 
 
 @pytest.mark.parametrize("seed", range(2))
 def test_a_killed_writer_leaves_its_complete_steps(seed: int, tmp_path: Path) -> None:
-    script = WRITER.format(tests=str(Path(__file__).parent), path=str(tmp_path / "s"))
-    process = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE)
-    assert process.stdout is not None
-    assert process.stdout.readline() == b"ready\n"
+    fork = multiprocessing.get_context("fork")
+    ready = fork.Event()
+    process = fork.Process(target=keep_writing, args=(tmp_path / "s", ready))
+    process.start()
+    assert ready.wait(60)
     time.sleep(random.Random(seed).uniform(0.05, 0.3))
-    os.kill(process.pid, signal.SIGKILL)
-    process.wait()
+    process.kill()
+    process.join()
     steps = check(tmp_path / "s")
     with StoreWriter(tmp_path / "s", existing="resume") as writer:
         assert len(writer) == steps

@@ -45,11 +45,19 @@ def gradient_bytes(module: nn.Module) -> int:
     return sum(4 * p.numel() for p in module.parameters())
 
 
+@pytest.fixture(scope="module")
+def whole(run: tuple[Path, Any, Any]) -> RowScores:
+    """With memory for every state."""
+    rows, everything = swept(run, None)
+    assert everything.states.evaluated == STEPS + 1, "all kept on the way; one more tells how large they are"
+    return rows
+
+
 @pytest.mark.parametrize("gradients", [0, 1, 4, 12, 30])
 @pytest.mark.parametrize("walks", [False, True])
-def test_scores_do_not_depend_on_memory(run: tuple[Path, Any, Any], gradients: int, walks: bool) -> None:
-    whole, everything = swept(run, None)
-    assert everything.states.evaluated == STEPS + 1, "all kept on the way; one more tells how large they are"
+def test_scores_do_not_depend_on_memory(
+    run: tuple[Path, Any, Any], whole: RowScores, gradients: int, walks: bool
+) -> None:
     rows, replay = swept(run, gradients * gradient_bytes(run[1]), walks=walks)
     error = (rows.scores - whole.scores).norm() / whole.scores.norm()
     assert error <= (1e-4 if walks else 1e-6)
@@ -75,11 +83,12 @@ def test_walking_back_is_the_forward_replay(run: tuple[Path, Any, Any]) -> None:
         assert max(back.drift.values()) <= 1e-4
 
 
-def test_a_walk_that_goes_astray_is_run_forward(run: tuple[Path, Any, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_walk_that_goes_astray_is_run_forward(
+    run: tuple[Path, Any, Any], whole: RowScores, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A norm that disagrees on the way sends the part forward, with the same scores."""
     from lightning_influence.replay import walking_back
 
-    whole, _ = swept(run, None)
     before = walking_back.parameter_before
     wrong = lambda *args: before(*args) * 1.01
     monkeypatch.setattr(walking_back, "parameter_before", wrong)

@@ -152,6 +152,30 @@ def test_what_does_not_fit_is_named(tmp_path: Path) -> None:
         written(report, tmp_path, queries=images(7))
 
 
+def test_queries_are_shown_in_every_form_that_attribute_takes(tmp_path: Path) -> None:
+    class Module(L.LightningDataModule):
+        def train_dataloader(self) -> Any:
+            raise AssertionError("queries are not training samples")
+
+        def val_dataloader(self) -> Any:
+            return DataLoader(images(3), 2)
+
+    report, of_dataset = some_report(), None
+    for queries in (
+        images(3),
+        DataLoader(images(3), 2),
+        list(DataLoader(images(3), 2)),
+        Module(),
+        Module().val_dataloader,
+    ):
+        text = written(report, tmp_path, queries=queries)
+        assert "query 2" in text and of_dataset in (None, text)
+        of_dataset = text
+    assert of_dataset != written(report, tmp_path), "the examples are shown"
+    with pytest.raises(ConfigurationError, match="2 queries to show for 3 columns"):
+        written(report, tmp_path, queries=list(DataLoader(images(7), 4)))
+
+
 def test_an_empty_report_or_one_without_queries_is_a_page(tmp_path: Path) -> None:
     none = torch.zeros(0, dtype=torch.int64)
     for report in (

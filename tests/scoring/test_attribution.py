@@ -156,7 +156,8 @@ def _spread(fabric: Any, log: Path, module: Any, queries: Any) -> None:
     report.save(log / f"from-{fabric.global_rank}.safetensors")
 
 
-def test_queries_spread_over_processes_are_the_same_scores(tmp_path: Path) -> None:
+@pytest.mark.parametrize("strategy", ["ddp_fork", pytest.param("ddp_spawn", marks=pytest.mark.slow)])
+def test_queries_spread_over_processes_are_the_same_scores(strategy: str, tmp_path: Path) -> None:
     train, val = split_digits(40, 5)
     module = Classifier()
     log = tmp_path / "log"
@@ -164,7 +165,7 @@ def test_queries_spread_over_processes_are_the_same_scores(tmp_path: Path) -> No
     module.make_optimizer = None  # a lambda, which a new process cannot be sent
     object.__setattr__(module, "_trainer", None)
     whole = attribute(log, queries=[val.tensors], model=module, progress=False)
-    Fabric(accelerator="cpu", devices=2, strategy="ddp_spawn").launch(_spread, log, module, [val.tensors])
+    Fabric(accelerator="cpu", devices=2, strategy=strategy).launch(_spread, log, module, [val.tensors])
     for rank in (0, 1):
         found = InfluenceReport.load(log / f"from-{rank}.safetensors")
         torch.testing.assert_close(found.scores, whole.scores, rtol=1e-4, atol=1e-9)

@@ -28,7 +28,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Any, Any]:
     log = tmp_path_factory.mktemp("run") / "log"
     train, val = split_digits(STEPS * 4, 3)
     module = Classifier(lambda m: torch.optim.AdamW(m.parameters(), lr=1e-4), width=WIDTH)
-    fit(module, loader(train, 4), InfluenceCallback(log, record="replay", snapshot_every=6))
+    fit(module, loader(train, 4), InfluenceCallback(log, record="replay", snapshot_every=STEPS))
     return log, module, [val.tensors]
 
 

@@ -94,7 +94,7 @@ CASES = {
     "gauss-newton": Case(asked={"curvature": "gauss_newton"}),
     "fisher": Case(asked={"curvature": "fisher"}),
     "some samples": Case(asked={"samples": [3, 40, 41]}),
-    "groups": Case(asked={"groups": {"few": [1, 2, 3], "many": list(range(0, 96, 2)), "one": [7]}}),
+    "groups": Case(asked={"groups": {"few": [1, 2, 3], "many": list(range(0, 8 * STEPS, 2)), "one": [7]}}),
     "one group": Case(asked={"groups": {"few": [1, 2, 3]}}),
     "dropout, evaluated whole": Case(make=dropping, share=1.2),
     "dropout, by micro-batches": Case(make=dropping, trainer={"accumulate_grad_batches": 3}, batch_size=4, share=0.75),
@@ -153,6 +153,7 @@ def answers(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.xdist_group("answers of two processes")  # which no second process of tests computes again
 @pytest.mark.parametrize("name", CASES)
 def test_two_processes_give_the_scores_of_one(answers: Path, name: str) -> None:
     case = CASES[name]

@@ -236,7 +236,7 @@ RUNS: dict[str, dict[str, Any]] = {
 }
 
 
-def loader(n: int = 40, start: int = 0) -> DataLoader[Any]:
+def loader(n: int = 24, start: int = 0) -> DataLoader[Any]:
     x, y = digits(n + start).tensors
     return DataLoader(TensorDataset(x[start:].clone(), y[start:]), BATCH)
 
