@@ -116,10 +116,10 @@ class _Samples:
         """
         if self._doubts is None or math.isnan(self._doubts.suspicion[sample_id]):
             return {"suspicion": None, "suggested": "", "loss": None}
-        found = self._doubts.loc[sample_id]
-        preferred = found.suspicion > 0 and found.suggested >= 0
-        suggested = self.named(str(int(found.suggested))) if preferred else ""
-        return {"suspicion": float(found.suspicion), "suggested": suggested, "loss": float(found.loss)}
+        doubt = self._doubts.loc[sample_id]
+        preferred = doubt.suspicion > 0 and doubt.suggested >= 0
+        suggested = self.named(str(int(doubt.suggested))) if preferred else ""
+        return {"suspicion": float(doubt.suspicion), "suggested": suggested, "loss": float(doubt.loss)}
 
     def named(self, label: str) -> str:
         if self._classes is None or not label.isdigit():
@@ -194,7 +194,7 @@ def page(
         rows=rows,
         groups=totals(mean, members),
         joint=joint(report.groups),
-        filters=[(title, list(found)) for title, found in filters],
+        filters=[(title, list(members)) for title, members in filters],
         contents=contents,
         doubted=None if doubts is None else int((doubts.suspicion > 0).sum()),
         target=made.target,
@@ -202,7 +202,7 @@ def page(
             report,
             order,
             labels=labels,
-            groups=[part for _, found in filters for part in found.items()],
+            groups=[part for _, members in filters for part in members.items()],
             dynamics=dynamics,
         )
         | {"classes": classes},

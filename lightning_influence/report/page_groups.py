@@ -27,29 +27,11 @@ def members_of(sample_ids: Tensor, groups: GroupsOf | Mapping[int, Any]) -> dict
     Raises:
         ConfigurationError: as of `named_groups`; labels that leave out a sample of the report, or ids of which none is in it.
     """
-    ids = sample_ids.tolist()
-    if not ids:
+    if not len(sample_ids):
         return {}
     if isinstance(groups, Mapping) and not _labels_by_id(groups):
-        found = {name: _positions(sample_ids, members) for name, members in named_groups(groups).items()}
-        if not any(map(len, found.values())):
-            first = next(iter(named_groups(groups).values()))
-            raise ConfigurationError(
-                f"groups names samples of which none is in the report ({first[:4]}...); ids are indices into the training dataset."
-            )
-    else:
-        every = (
-            groups if isinstance(groups, Mapping) else groups.tolist() if isinstance(groups, Tensor) else list(groups)
-        )
-        labels = every if isinstance(every, Mapping) else dict(enumerate(every))
-        missing = [z for z in ids if z not in labels]
-        if missing:
-            raise ConfigurationError(
-                f"groups names {len(labels)} samples, but sample {missing[-1]} is in the report; give one group per sample of "
-                "the training dataset, None for those of no group, or sample ids by the name of their group."
-            )
-        found = _labelled([labels[z] for z in ids])
-    return _in_order(found)
+        return _in_order(_named(sample_ids, named_groups(groups)))
+    return _in_order(_labelled(_labels(sample_ids.tolist(), groups)))
 
 
 def members_by_label(sample_ids: Tensor, labels: Mapping[int, str]) -> dict[str, Tensor]:
@@ -106,20 +88,43 @@ def _compared(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
 def _labels_by_id(groups: Mapping[Any, Any]) -> bool:
     """Whether a mapping goes from sample ids to labels, rather than from names to sample ids."""
     several = any(isinstance(value, Iterable) and not isinstance(value, str) for value in groups.values())
-    return not several and all(isinstance(key, Integral) for key in groups)
+    return len(groups) > 0 and not several and all(isinstance(key, Integral) for key in groups)
 
 
 def _positions(sample_ids: Tensor, members: Sequence[int]) -> Tensor:
     return torch.isin(sample_ids, torch.tensor(members, dtype=torch.int64)).nonzero()[:, 0]
 
 
+def _named(sample_ids: Tensor, groups: Mapping[str, Sequence[int]]) -> dict[str, Tensor]:
+    members = {name: _positions(sample_ids, ids) for name, ids in groups.items()}
+    if not any(map(len, members.values())):
+        first = next(iter(groups.values()))
+        raise ConfigurationError(
+            f"groups names samples of which none is in the report ({first[:4]}...); ids are indices into the training dataset."
+        )
+    return members
+
+
+def _labels(sample_ids: Sequence[int], groups: Any) -> list[Any]:
+    """The label of every sample of the report."""
+    values = groups.tolist() if isinstance(groups, Tensor) else groups
+    labels = values if isinstance(values, Mapping) else dict(enumerate(values))
+    missing = [z for z in sample_ids if z not in labels]
+    if missing:
+        raise ConfigurationError(
+            f"groups names {len(labels)} samples, but sample {missing[-1]} is in the report; give one group per sample of "
+            "the training dataset, None for those of no group, or sample ids by the name of their group."
+        )
+    return [labels[z] for z in sample_ids]
+
+
 def _labelled(labels: Sequence[Any]) -> dict[str, Tensor]:
     return {name: torch.tensor(at) for name, at in named_groups(labels).items()}
 
 
-def _in_order(found: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def _in_order(members: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """By name: numbers by their value, before other names."""
-    return {name: found[name] for name in sorted(found, key=_place)}
+    return {name: members[name] for name in sorted(members, key=_place)}
 
 
 def _place(name: str) -> tuple[float, str]:

@@ -18,7 +18,7 @@ import torch
 from PIL import Image
 from test_report import images, some_report
 from test_report_page import Opened, written
-from torch.utils.data import TensorDataset
+from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_influence import InfluenceReport
 from lightning_influence.core.scores import RowScores
@@ -248,6 +248,7 @@ def test_one_column_says_what_it_does_not_show(tmp_path: Path) -> None:
     assert told not in written(several, tmp_path)
     single = InfluenceReport.from_rows(torch.arange(4), torch.arange(4), torch.ones(4, 1))
     text = written(single, tmp_path, queries=images(1))
+    assert text == written(single, tmp_path, queries=[next(iter(DataLoader(images(1))))]), "or a batch of it"
     assert told not in text and "This is the query (0)." in text, "the only query is shown"
 
 

@@ -165,6 +165,7 @@ def test_queries_are_shown_in_every_form_that_attribute_takes(tmp_path: Path) ->
         images(3),
         DataLoader(images(3), 2),
         list(DataLoader(images(3), 2)),
+        list(DataLoader(images(3), 1)),
         Module(),
         Module().val_dataloader,
     ):
@@ -264,6 +265,7 @@ def test_groups_overlap_and_leave_samples_out(tmp_path: Path) -> None:
     ("groups", "message"),
     [
         ({"a": [100], "b": [40]}, "groups names samples of which none is in the report"),
+        ({}, "names no group"),
         ({"a": 3}, "group 'a' does not hold sample ids"),
         ({"a": "web"}, "group 'a' does not hold sample ids"),
         ({"a": [-1]}, "count from 0"),
