@@ -6,6 +6,7 @@ import base64
 import csv
 import json
 import re
+from dataclasses import replace
 from io import BytesIO
 from itertools import pairwise
 from pathlib import Path
@@ -183,6 +184,22 @@ def test_labels_are_those_that_were_trained_on_where_the_data_does_not_tell_them
     assert len(data.read) < n, "no sample is read for its label"
     own = TensorDataset(torch.rand(n, 8, 8), torch.full((n,), 3))
     assert 'class="label">label 3<' in written(report, tmp_path, data=own, dynamics=dynamics), "the data's come first"
+
+
+def test_samples_of_several_labels_are_doubtful_without_a_suggestion(tmp_path: Path) -> None:
+    """As texts are, whose tokens are the labels."""
+    seen = visited(40, 2)
+    nothing = torch.full_like(seen.visits.labels, -1)
+    visits = replace(seen.visits, labels=nothing, others=nothing, log_probabilities=torch.zeros(80, 0))
+    dynamics = TrainingDynamics.of(seen.sample_ids[seen.owner], seen.numbers, visits)
+    text = written(some_report(), tmp_path, dynamics=dynamics)
+    part = text.split('id="mislabelled"')[1].split("</section>")[0]
+    assert (
+        part.count(">doubtful<") == 8 == part.count(">loss ") and "rather" not in part and 'class="label"' not in part
+    )
+    table = text.split('id="table"')[1].split("</table>")[0]
+    rows = [re.findall(r'data-value="([^"]*)"', row) for row in table.split("<tr>")[2:]]
+    assert all(row[1] == row[-2] == "" and float(row[-1]) > 0 for row in rows), "no label, no suggestion, but a loss"
 
 
 def test_what_to_check_first_is_told_with_loss_and_label(tmp_path: Path) -> None:
