@@ -87,9 +87,15 @@ def wait_for_the_log(trainer: L.Trainer) -> None:
         callback._recorder.writer.flush()  # type: ignore[union-attr]
 
 
+def deleted(log: Path) -> None:
+    """While its thread writes, which renames files that were just listed."""
+    while log.exists():
+        shutil.rmtree(log, ignore_errors=True)
+
+
 PATCHES: dict[str, Callable[[pytest.MonkeyPatch, Path], object]] = {
     "a full disk": lambda patch, log: patch.setattr(store, "_replace", full_from(5)),
-    "the log deleted": lambda patch, log: shutil.rmtree(log),
+    "the log deleted": lambda patch, log: deleted(log),
     "the manifest deleted": lambda patch, log: (log / "manifest.json").unlink(),
     "collecting": lambda patch, log: patch.setattr(Recorder, "before_step", broken),
     "beginning": lambda patch, log: patch.setattr(Recorder, "begin", broken),
