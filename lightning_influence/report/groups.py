@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     import pandas as pd
 
 STRAIGHT = 0.1
-"""A bend below which scores were off by at most 0.024 of their size, and above it by 0.075 to 0.47 (docs/benchmarks.md, "Groups")."""
+"""A bend below which scores were off by at most 0.024 of their size, and above it by 0.075 to 4.1 (docs/benchmarks.md, "Groups")."""
 
 PREFIX = "groups/"
 """Of the names of the tensors of `Groups.packed`."""
