@@ -1,10 +1,13 @@
-"""Files from strangers: whatever is in them, an InfluenceError or an answer, and no more memory than a bound."""
+"""Files from strangers: whatever is in them, an InfluenceError or an answer, within bounds on memory and time."""
 
 from __future__ import annotations
 
 import json
 import resource
 import shutil
+import signal
+import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -32,6 +35,7 @@ BUDGET = settings(
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow, HealthCheck.data_too_large],
 )
 MEMORY = 2**30
+SECONDS = 60  # that one file may take, on a machine that is busy; an honest one takes less than one
 
 JSON = st.recursive(
     st.none()
@@ -56,15 +60,27 @@ def edited(data: bytes, edits: list[tuple[int, bytes, int]]) -> bytes:
     return data
 
 
+class TooLong(BaseException):
+    """No error that the library could take for one of a file's."""
+
+
 @contextmanager
 def bounded() -> Iterator[None]:
-    """What would need more memory than the bound fails, with another error than ours."""
+    """What would need more memory or time than the bounds fails, with another error than ours."""
+
+    def too_long(*_: Any) -> None:
+        raise TooLong(f"took more than {SECONDS} s")
+
     pages = int(Path("/proc/self/statm").read_text().split()[0])
     before = resource.getrlimit(resource.RLIMIT_AS)
     resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + MEMORY, before[1]))
+    handler = signal.signal(signal.SIGALRM, too_long)
+    signal.setitimer(signal.ITIMER_REAL, SECONDS)
     try:
         yield
     finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, handler)
         resource.setrlimit(resource.RLIMIT_AS, before)
 
 
@@ -82,6 +98,13 @@ def use_report(path: Path) -> None:
 def test_the_bound_on_memory_holds() -> None:
     with bounded(), pytest.raises((MemoryError, RuntimeError)):
         torch.zeros(2 * MEMORY, dtype=torch.uint8)
+
+
+def test_the_bound_on_time_holds(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys.modules[__name__], "SECONDS", 0.05)
+    with pytest.raises(TooLong, match="more than 0.05 s"), bounded():
+        time.sleep(30)
+    assert signal.getitimer(signal.ITIMER_REAL) == (0, 0), "no alarm is left"
 
 
 # -- reports ----------------------------------------------------------------------------------------------------

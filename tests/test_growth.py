@@ -13,9 +13,10 @@ import lightning as L
 import pytest
 import torch
 from modules import Classifier, digits
+from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from lightning_influence import InfluenceCallback, SelectionDataModule
+from lightning_influence import FunctionTask, InfluenceCallback, SelectionDataModule, recording
 
 BATCH, STEPS, SETTLED = 8, 3000, 500
 GROWTH = 6 * 2**20  # bytes of memory that the allocator may keep in 2,500 steps: 2.5 kB a step
@@ -31,6 +32,18 @@ def queries() -> DataLoader[Any]:
     return DataLoader(TensorDataset(x[400:], y[400:]), 20)
 
 
+def held() -> dict[str, int]:
+    """What the process holds."""
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)  # what is free and was not given back says nothing
+    return {
+        "memory": int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE"),
+        "files": len(os.listdir("/proc/self/fd")),
+        "threads": threading.active_count(),
+        "tensors": sum(isinstance(o, torch.Tensor) for o in gc.get_objects()),
+    }
+
+
 class Watches(L.Callback):
     """What the process holds, after the first steps and at the end, and how large a checkpoint would be."""
 
@@ -39,23 +52,22 @@ class Watches(L.Callback):
 
     def on_train_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
         if trainer.global_step in (SETTLED, STEPS - 1):
-            gc.collect()
-            ctypes.CDLL(None).malloc_trim(0)  # what is free and was not given back says nothing
             trainer.save_checkpoint(self.folder / "size.ckpt")
-            resident = int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
-            held = {
-                "memory": resident,
-                "files": len(os.listdir("/proc/self/fd")),
-                "threads": threading.active_count(),
-                "checkpoint": (self.folder / "size.ckpt").stat().st_size,
-                "tensors": sum(isinstance(o, torch.Tensor) for o in gc.get_objects()),
-            }
-            self.seen.append(held)
+            self.seen.append(held() | {"checkpoint": (self.folder / "size.ckpt").stat().st_size})
+
+
+def refuse_growth(mode: str, start: dict[str, int], end: dict[str, int]) -> None:
+    print(mode, {k: (start[k], end[k]) for k in start})
+    assert end["files"] == start["files"] and end["threads"] == start["threads"]
+    assert end["tensors"] <= start["tensors"] + 3 * 2**17 // (16 * BATCH)  # what is kept in memory of the decisions
+    assert end["memory"] <= start["memory"] + GROWTH
 
 
 MODES: dict[str, tuple[dict[str, Any] | None, dict[str, Any] | None]] = {
     "gradients": ({"record": "gradients", "compression": "mask", "mask_size": 64}, None),
     "replay": ({"record": "replay", "snapshot_every": 500}, None),
+    "default": ({}, None),
+    "both, with a report": ({"record": "both", "report": True}, None),
     "inside the step": (None, {"every": 1}),
     "rounds": (None, {"every": "epoch"}),
     "look-ahead": (None, {"every": 5, "horizon": 1}),
@@ -66,11 +78,11 @@ MODES: dict[str, tuple[dict[str, Any] | None, dict[str, Any] | None]] = {
 @pytest.mark.slow
 @pytest.mark.parametrize("mode", MODES)
 def test_nothing_grows(mode: str, tmp_path: Path) -> None:
-    recording, selection = MODES[mode]
+    options, selection = MODES[mode]
     watch = Watches(tmp_path)
     callbacks: list[L.Callback] = [watch]
-    if recording is not None:
-        callbacks.append(InfluenceCallback(tmp_path / "log", **recording))
+    if options is not None:
+        callbacks.append(InfluenceCallback(tmp_path / "log", **options))
     trainer = L.Trainer(
         max_steps=STEPS,
         max_epochs=-1,
@@ -83,10 +95,28 @@ def test_nothing_grows(mode: str, tmp_path: Path) -> None:
         callbacks=callbacks,
     )
     data = loader() if selection is None else SelectionDataModule(loader(), queries(), keep=0.5, **selection)
-    trainer.fit(Classifier(width=4), data)
+    with_report = options is not None and options.get("report", False)
+    trainer.fit(Classifier(width=4), data, queries() if with_report else None)
     start, end = watch.seen
-    print(mode, {k: (start[k], end[k]) for k in start})
-    assert end["files"] == start["files"] and end["threads"] == start["threads"]
+    refuse_growth(mode, start, end)
     assert end["checkpoint"] <= start["checkpoint"] + 2**18  # what is kept in memory of the decisions
-    assert end["tensors"] <= start["tensors"] + 3 * 2**17 // (16 * BATCH)  # the same
-    assert end["memory"] <= start["memory"] + GROWTH
+    assert (tmp_path / "log" / "report.html").exists() == with_report
+
+
+@pytest.mark.slow
+def test_nothing_grows_in_a_loop_of_one_s_own(tmp_path: Path) -> None:
+    task = FunctionTask(
+        nn.Sequential(nn.Linear(64, 4), nn.GELU(), nn.Linear(4, 10)),
+        lambda module, batch: nn.functional.cross_entropy(module(batch[0]), batch[1]),
+    )
+    optimizer, seen = torch.optim.AdamW(task.module.parameters()), []
+    with recording(tmp_path / "log", task, optimizer) as recorder:
+        while recorder.n_steps < STEPS:
+            for batch in recorder.batches(loader()):
+                recorder.backward(batch)
+                optimizer.step()
+                optimizer.zero_grad()
+                if recorder.n_steps in (SETTLED, STEPS - 1):
+                    seen.append(held())
+    assert recorder.n_steps == STEPS
+    refuse_growth("a loop of one's own", *seen)
