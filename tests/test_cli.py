@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import os
+import re
 import runpy
 import subprocess
 import sys
@@ -185,9 +187,14 @@ def test_groups_samples_and_a_loss_of_ones_own_are_named(run: Path, capsys: pyte
     )
     (run / "groups.json").write_text('{"first": [0, 1, 2], "second": [2, 3]}')
     out = ["--target=mean", "--progress=false", f"--out={run / 's.safetensors'}"]
-    assert main(["attribute", log, known, f"--samples={run / 'ids.csv'}", f"--groups={run / 'labels.txt'}", *out]) == 0
+    table = f"--groups_out={run / 'groups.csv'}"
+    known_groups = [f"--groups={run / 'labels.txt'}", table]
+    assert main(["attribute", log, known, f"--samples={run / 'ids.csv'}", *known_groups, *out]) == 0
     assert "even" in capsys.readouterr().out
     found = InfluenceReport.load(run / "s.safetensors")
+    pd.testing.assert_frame_equal(pd.read_csv(run / "groups.csv"), found.groups.to_pandas(), check_dtype=False)
+    assert main(["attribute", log, known, table, *out]) == 2
+    assert "but no groups were named; name them with --groups" in capsys.readouterr().err
     assert found.sample_ids.tolist() == [3, 7]
     assert found.groups is not None and found.groups.sizes == [20, 7] and found.groups.names == ["even", "third"]
     own = [
@@ -290,6 +297,19 @@ def test_scores_of_tokens_are_written_and_shown(tmp_path: Path, capsys: pytest.C
         table.write_text(content)
         assert main(["report", str(scores), f"--tokens={table}", f"--out={page}"]) == 2
         assert told in capsys.readouterr().err
+
+
+def test_the_page_takes_groups_as_attribute_does(tmp_path: Path) -> None:
+    """A label on each line, empty for none; or names with ids, which may overlap."""
+    InfluenceReport.from_rows(torch.arange(12), torch.arange(12), torch.ones(12, 1)).save(tmp_path / "s")
+    (tmp_path / "labels.txt").write_text("".join(f"{'' if z % 3 else 'third'}\n" for z in range(12)))
+    (tmp_path / "groups.json").write_text(json.dumps({"a": [*range(10)], "b": [7, 8, 9, 10]}))
+    for file, told in (("labels.txt", [("third", "4")]), ("groups.json", [("a", "10"), ("b", "4")])):
+        page = tmp_path / "r.html"
+        assert main(["report", str(tmp_path / "s"), f"--groups={tmp_path / file}", f"--out={page}"]) == 0
+        part = page.read_text().split('id="groups"')[1].split("</section>")[0]
+        found = re.findall(r'<td data-value="([^"]*)">[^<]*</td><td class="right" data-value="([^"]*)">', part)
+        assert found == told
 
 
 def squares(model: Any, batch: Any) -> torch.Tensor:

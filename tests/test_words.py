@@ -59,6 +59,7 @@ OF_THE_COMMAND_LINE = {
     "checkpoint",
     "checkpoint_out",
     "out",
+    "groups_out",
     "attr_name",
     "keep",
     "scores",

@@ -94,16 +94,6 @@ def groups_in(path: Path | None) -> Mapping[str, list[int]] | Sequence[str | Non
         ) from error
 
 
-def labels_in(path: Path | None) -> Mapping[int, str] | None:
-    """The group of each sample that has one, from such a file; of a sample of several groups, the last one's name."""
-    groups = groups_in(path)
-    if groups is None:
-        return None
-    if isinstance(groups, Mapping):
-        return {z: name for name, ids in groups.items() for z in ids}
-    return {z: label for z, label in enumerate(groups) if label is not None}
-
-
 def tokens_in(path: Path | None) -> TokenScores | None:
     """Scores of tokens, from a file that the command ``tokens`` wrote.
 

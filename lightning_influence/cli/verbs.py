@@ -12,7 +12,6 @@ from lightning_influence.cli.inputs import (
     LightningModule,
     groups_in,
     ids_in,
-    labels_in,
     queries_of,
     require,
     tokenizer_of,
@@ -67,6 +66,7 @@ def attribute(
     max_memory: MaxMemory = "auto",
     progress: bool = True,
     out: Path = Path("influence.safetensors"),
+    groups_out: Path | None = None,
 ) -> None:
     """Score the training samples of a logged run against the validation data. Example: lightning-influence attribute runs/influence --config run.yaml --checkpoint last.ckpt --target mean.
 
@@ -91,8 +91,12 @@ def attribute(
         max_memory: bytes that may be held besides the model.
         progress: show bars.
         out: where the report is written.
+        groups_out: where the scores of the groups are written, as CSV.
     """
     check_writable("out", out)
+    check_writable("groups_out", groups_out)
+    if groups is None and groups_out is not None:
+        raise ConfigurationError(f"--groups_out {groups_out}, but no groups were named; name them with --groups.")
     if target == "each":
         warn_renamed("--target null", "--target each", shown=True)
         target = None
@@ -120,8 +124,12 @@ def attribute(
     if fabric is not None and fabric.global_rank > 0:
         return
     report.save(out)
-    of_groups = "" if report.groups is None else f"\n\ngroups\n{report.groups.to_pandas().to_string(index=False)}"
-    print(f"{report}\n\nmost harmful\n{report.bottom(5).to_string(index=False)}{of_groups}\n\nwrote {out}")
+    print(f"{report}\n\nmost harmful\n{report.bottom(5).to_string(index=False)}\n")
+    if report.groups is not None:
+        table = report.groups.to_pandas()
+        print(f"groups\n{table.to_string(index=False)}\n")
+        write_table(table, groups_out)
+    print(f"wrote {out}")
 
 
 def report(
@@ -146,7 +154,7 @@ def report(
         log: of the run; shows the samples' losses and labels in doubt.
         show: import path of a function that makes a text, an image or a mapping of a sample.
         tokenizer: name or directory of a Hugging Face tokenizer, which decodes token ids.
-        groups: file that says which group each sample is of, as of attribute.
+        groups: file that says which samples are of which group, as of attribute; for totals, and to filter by.
         classes: names of the labels.
         tokens: file that the command tokens wrote; shades its texts by what each token did.
         k: samples in each list.
@@ -159,7 +167,7 @@ def report(
         dynamics=None if log is None else training_dynamics(log),
         show=show,
         tokenizer=None if tokenizer is None else tokenizer_of(tokenizer),
-        groups=labels_in(groups),
+        groups=groups_in(groups),
         classes=classes,
         tokens=tokens_in(tokens),
         k=k,

@@ -41,18 +41,18 @@ def arrays(
     order: Tensor,
     *,
     labels: Mapping[int, str],
-    groups: tuple[Sequence[str], Tensor] | None = None,
+    groups: Sequence[tuple[str, Tensor]] = (),
     dynamics: PageDynamics | None = None,
 ) -> dict[str, Any]:
     """What JSON holds of a report for the page.
 
-    Every sample has its score, label and group. Scores by query and by step, and losses at the visits, are those of the first
-    ``m`` samples of ``order``, as many as stay within half a million numbers.
+    Every sample has its score, label and groups, and what its label is suspected of. Scores by query and by step, and losses at
+    the visits, are those of the first ``m`` samples of ``order``, as many as stay within half a million numbers.
 
     Args:
         order: ``(n,)`` positions in ``report.sample_ids``.
         labels: by sample id; missing where they are not known.
-        groups: names, and the number of each sample's group ``(n,)`` in the order of ``report.sample_ids``.
+        groups: names, and positions in ``report.sample_ids`` of the samples of each; a sample may be in several or in none.
     """
     ids, n, several = report.sample_ids, len(order), len(report.query_ids) > 1
     rows = torch.searchsorted(ids, report.rows.sample_ids.contiguous())
@@ -73,21 +73,35 @@ def arrays(
         "score": packed(report.mean[order].float()),
         "harmed": packed((report.scores < 0).float().mean(1)[order]) if several else None,
         "labels": {"names": names, "codes": packed(codes)},
-        "groups": None if groups is None else {"names": list(groups[0]), "codes": packed(groups[1][order].int())},
+        "groups": _memberships(groups, order) if groups else None,
         "scores": packed(report.scores[first].float().flatten()) if several else None,
         "rows": {"starts": packed(starts), "steps": packed(steps), "scores": packed(scores.float())},
-        "dynamics": None if dynamics is None else _dynamics(dynamics, visits, ids, first),
+        "dynamics": None if dynamics is None else _dynamics(dynamics, visits, ids[order], first),
     }
     return tensors
 
 
-def _dynamics(dynamics: PageDynamics, visits: Tensor, ids: Tensor, first: Tensor) -> dict[str, Any]:
-    """Losses at the visits of some samples, and what their labels are suspected of."""
-    starts, (losses,) = _listed(visits, first, len(ids), dynamics.visits.losses)
-    table = dynamics.suspects(len(dynamics.sample_ids)).set_index("sample_id").reindex(ids[first].numpy())
-    columns = {name: packed(torch.from_numpy(table[name].to_numpy("float32"))) for name in ("suspicion", "share")}
+def _memberships(groups: Sequence[tuple[str, Tensor]], order: Tensor) -> dict[str, Any]:
+    """Names of groups, and the numbers of those that each sample is in, one sample after the other."""
+    numbers = torch.arange(len(groups)).repeat_interleave(torch.tensor([len(at) for _, at in groups]))
+    starts, (codes,) = _listed(torch.cat([at for _, at in groups]), order, len(order), numbers)
+    return {"names": [name for name, _ in groups], "starts": packed(starts), "codes": packed(codes)}
+
+
+def _dynamics(dynamics: PageDynamics, visits: Tensor, ordered: Tensor, first: Tensor) -> dict[str, Any]:
+    """What the labels of samples are suspected of, in the order of their ids, and the losses at the visits of the first ones."""
+    starts, (losses,) = _listed(visits, first, len(ordered), dynamics.visits.losses)
+    table = in_doubt(dynamics, ordered)
+    columns = {
+        name: packed(torch.from_numpy(table[name].to_numpy("float32"))) for name in ("suspicion", "share", "loss")
+    }
     suggested = torch.from_numpy(table.suggested.fillna(-1).to_numpy("int32"))
     return {"starts": packed(starts), "losses": packed(losses.float()), **columns, "suggested": packed(suggested)}
+
+
+def in_doubt(dynamics: PageDynamics, sample_ids: Tensor) -> pd.DataFrame:
+    """`PageDynamics.suspects` of some samples by their id, in their order; NaN for those that the run did not visit."""
+    return dynamics.suspects(len(dynamics.sample_ids)).set_index("sample_id").reindex(sample_ids.numpy())
 
 
 def packed(values: Tensor) -> dict[str, str]:

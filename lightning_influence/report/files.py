@@ -13,7 +13,7 @@ from safetensors import safe_open
 from lightning_influence.core.scores import RowScores
 from lightning_influence.errors import ConfigurationError, InfluenceError
 from lightning_influence.log.shard import UNDECODABLE, Shard, is_sealed, sealed
-from lightning_influence.report.groups import TENSORS as GROUP_TENSORS
+from lightning_influence.report.groups import PREFIX as OF_GROUPS
 from lightning_influence.report.groups import Groups
 from lightning_influence.report.tables import made
 
@@ -66,7 +66,7 @@ def read(path: str | Path) -> Saved:
         if metadata.get("format") != FORMAT:
             raise InfluenceError(f"{path} is not a report of this version ({metadata.get('format')}).")
         shard = Shard(Path(path), _fault, lambda reason: _unreadable(path, reason))
-        names = _TENSORS + (GROUP_TENSORS if "groups" in shard.meta else ())
+        names = [*_TENSORS, *(name for name in shard.sums if name.startswith(OF_GROUPS))]
         return _saved({name: shard.tensor(name) for name in names}, shard.meta)
     except (OSError, *UNDECODABLE) as error:
         raise _unreadable(path, repr(error)) from error

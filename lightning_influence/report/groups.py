@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -20,7 +21,10 @@ if TYPE_CHECKING:
 STRAIGHT = 0.1
 """A bend below which scores were off by at most 0.024 of their size, and above it by 0.075 to 0.47 (docs/benchmarks.md, "Groups")."""
 
-_PREFIX = "groups/"
+PREFIX = "groups/"
+"""Of the names of the tensors of `Groups.packed`."""
+
+_MEMBERS = PREFIX + "members"  # of one group after the other
 
 
 @dataclass(frozen=True, repr=False)
@@ -37,6 +41,10 @@ class Groups:
         query_ids: of the report.
         bends: how far the query losses are from straight lines where the removal of a group moves the parameters, relative to
             the lines' change; None for a group that was not looked at, or where nothing was looked at.
+        members: ids of the samples of each group that the run consumed, ascending; None in a report of an older version.
+
+    Raises:
+        ConfigurationError: parts that do not fit together.
 
     Example:
         Of two groups the first is in two steps and helps, the second is in one of them and harms:
@@ -55,6 +63,7 @@ class Groups:
     rows: RowScores
     query_ids: Sequence[int | str]
     bends: Sequence[float | None] | None = None
+    members: Sequence[Sequence[int]] | None = None
 
     def __post_init__(self) -> None:
         ids = self.rows.sample_ids
@@ -64,6 +73,8 @@ class Groups:
             raise ConfigurationError(
                 f"{len(self.names)} names and {len(self.sizes)} sizes do not fit the rows of groups."
             )
+        if self.members is not None and [len(ids) for ids in self.members] != list(self.sizes):
+            raise ConfigurationError(f"groups of {list(self.sizes)!r:.40} samples do not fit the ids of their members.")
 
     def __len__(self) -> int:
         return len(self.names)
@@ -121,7 +132,9 @@ class Groups:
 
     def packed(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """Tensors and JSON from which `unpacked` makes the same."""
-        tensors = {_PREFIX + field.name: getattr(self.rows, field.name) for field in fields(RowScores)}
+        tensors = {PREFIX + field.name: getattr(self.rows, field.name) for field in fields(RowScores)}
+        if self.members is not None:
+            tensors[_MEMBERS] = torch.tensor([z for ids in self.members for z in ids], dtype=torch.int64)
         bends = {} if self.bends is None else {"bends": list(self.bends)}
         return tensors, {"names": list(self.names), "sizes": list(self.sizes), **bends}
 
@@ -130,12 +143,10 @@ class Groups:
         cls, tensors: Mapping[str, Tensor], metadata: Mapping[str, Any], query_ids: Sequence[int | str]
     ) -> Groups:
         """The inverse of `packed`."""
-        rows = RowScores(*(tensors[_PREFIX + field.name] for field in fields(RowScores)))
+        rows = RowScores(*(tensors[PREFIX + field.name] for field in fields(RowScores)))
         names, sizes = [str(name) for name in metadata["names"]], [int(size) for size in metadata["sizes"]]
         bends = metadata.get("bends")
         of_groups = None if bends is None else [None if bend is None else float(bend) for bend in bends]
-        return cls(names, sizes, rows, query_ids, of_groups)
-
-
-TENSORS = tuple(_PREFIX + field.name for field in fields(RowScores))
-"""Names of the tensors of `Groups.packed`."""
+        ids = iter(tensors[_MEMBERS].tolist()) if _MEMBERS in tensors else None
+        members = None if ids is None else [list(itertools.islice(ids, size)) for size in sizes]
+        return cls(names, sizes, rows, query_ids, of_groups, members)

@@ -31,11 +31,13 @@ const data = {{ data|tojson }};
 const several = data.queries.length > 1;
 const [ids, score, labels] = [data.ids, data.score, data.labels.codes].map(unpack);
 const harmed = several ? unpack(data.harmed) : null, byQuery = several ? unpack(data.scores) : null;
-const groups = data.groups && unpack(data.groups.codes);
+const [groupStarts, groupCodes] = data.groups ? [data.groups.starts, data.groups.codes].map(unpack) : [];
+const groupsOf = i => groupCodes ? groupCodes.subarray(groupStarts[i], groupStarts[i + 1]) : [];  // their numbers
 const [starts, steps, rowScores] = [data.rows.starts, data.rows.steps, data.rows.scores].map(unpack);
 const dynamics = data.dynamics && Object.fromEntries(Object.entries(data.dynamics).map(([k, v]) => [k, unpack(v)]));
 const n = ids.length, q = data.queries.length;
 const position = new Map([...ids].map((id, i) => [id, i]));
+const suggestedOf = i => dynamics.suspicion[i] > 0 && dynamics.suggested[i] >= 0 ? String(data.classes?.[dynamics.suggested[i]] ?? dynamics.suggested[i]) : "";
 const labelOf = i => data.labels.names[labels[i]] ?? "";
 const ranked = [...score.keys()].sort((i, j) => Math.abs(score[j]) - Math.abs(score[i]));
 const contents = new Map(all("[data-sample]", byId("contents").content).map(held => [Number(held.dataset.sample), held]));
@@ -84,10 +86,11 @@ all("table.sortable").forEach(table => sortable(table, (column, direction) => {
 // -- all samples: found, sorted, listed ----------------------------------------------------------------------
 
 const PAGE = 1000;  // rows at a time
-const table = byId("table"), body = table.tBodies[0], search = byId("search"), signs = all("[data-sign]");
+const table = byId("table"), body = table.tBodies[0], search = byId("search"), whiches = all("[data-which]");
 const rows = new Map(all("tr", body).map(row => [Number(row.cells[0].dataset.value), row]));
 const thumbnails = new Set();
-let sign = 0, one = null, limit = PAGE, sorted = ranked, matching = [];  // one: the sample of the card that was chosen
+const WHICH = { all: () => true, helpful: i => score[i] >= 0, harmful: i => score[i] <= 0, suspects: i => dynamics.suspicion[i] > 0 };
+let which = "all", one = null, limit = PAGE, sorted = ranked, matching = [];  // one: the sample of the card that was chosen
 
 const rowOf = i => {
   const cell = (value, text, look = "") => element("td", { "data-value": value, class: look }, text);
@@ -95,7 +98,11 @@ const rowOf = i => {
   if (!row) {
     row = element("tr", {}, cell(ids[i], element("button", { class: "id", type: "button" }, String(ids[i]))),
       cell(labelOf(i), labelOf(i)), cell(score[i], signed(score[i]), `right number ${kind(score[i])}`));
-    if (several) row.append(cell(harmed[i], `${Math.round(100 * harmed[i])} %`, "right number"));
+    if (several) row.append(cell(harmed[i], `${Math.round(100 * harmed[i])} %`, `right number${dynamics ? " extra" : ""}`));
+    if (dynamics) {
+      const number = (value, text) => Number.isNaN(value) ? cell("", "", "right number extra") : cell(value, text, "right number extra");
+      row.append(number(dynamics.suspicion[i], signed(dynamics.suspicion[i])), cell(suggestedOf(i), suggestedOf(i)), number(dynamics.loss[i], signed(dynamics.loss[i]).slice(1)));
+    }
     rows.set(ids[i], row);
   }
   const image = !thumbnails.has(ids[i]) && contents.get(ids[i])?.querySelector("img");
@@ -109,7 +116,7 @@ const rowOf = i => {
 const find = () => {
   const wanted = search.value.trim().toLowerCase(), group = Number(byId("group")?.value || -1);
   const matches = i => (one === null ? String(ids[i]).includes(wanted) || labelOf(i).toLowerCase().includes(wanted) : ids[i] === one)
-    && sign * score[i] >= 0 && (group < 0 || groups[i] === group);
+    && WHICH[which](i) && (group < 0 || groupsOf(i).includes(group));
   matching = sorted.filter(matches);
   const exact = matching.findIndex(i => String(ids[i]) === wanted);
   if (exact > 0) matching.unshift(...matching.splice(exact, 1));
@@ -126,27 +133,39 @@ const list = () => {
 };
 
 sortable(table, (column, direction) => {
-  const keys = [i => ids[i], i => labelOf(i), i => score[i], i => harmed[i]], key = keys[column];
-  const order = column === 1 ? (i, j) => compare(key(i), key(j)) : (i, j) => key(i) - key(j);
+  const keys = [i => ids[i], labelOf, i => score[i], ...(several ? [i => harmed[i]] : []),
+    ...(dynamics ? [i => dynamics.suspicion[i], suggestedOf, i => dynamics.loss[i]] : [])], key = keys[column];
+  const known = i => Number.isNaN(key(i)) ? -Infinity : key(i);  // what is not known comes last
+  const order = typeof key(0) === "string" ? (i, j) => compare(key(i), key(j)) : (i, j) => (known(i) > known(j)) - (known(i) < known(j));
   sorted = [...ranked].sort((i, j) => direction * order(i, j));
   find();
 });
 search.addEventListener("input", () => { one = null; find(); });
 byId("group")?.addEventListener("change", find);
 byId("more").addEventListener("click", () => { limit += PAGE; list(); });
-signs.forEach(button => button.addEventListener("click", () => {
-  sign = Number(button.dataset.sign);
-  signs.forEach(other => other.setAttribute("aria-pressed", String(other === button)));
+whiches.forEach(button => button.addEventListener("click", () => {
+  which = button.dataset.which;
+  whiches.forEach(other => other.setAttribute("aria-pressed", String(other === button)));
+  const head = which === "suspects" && byId("by-suspicion");
+  if (head && head.getAttribute("aria-sort") !== "descending") head.querySelector("button").click();
   find();
 }));
+const show = (text, chosen) => {  // nothing but what is asked for
+  search.value = text;
+  if (byId("group")) byId("group").value = "";
+  whiches.find(button => button.dataset.which === chosen).click();
+  byId("all").scrollIntoView();
+};
+byId("doubted")?.addEventListener("click", () => { one = null; show("", "suspects"); });
 
 // the samples that match, in the order shown, as CSV; a text that a spreadsheet would run as a formula is quoted
 byId("save").addEventListener("click", () => {
   const exact = value => String(Number(value.toPrecision(9))), text = value => `"${(/^[=+\-@\t\r]/.test(value) ? "'" : "") + value.replaceAll('"', '""')}"`;
+  const known = value => Number.isNaN(value) ? "" : exact(value);
   const each = several && data.m === n ? data.queries : [];
   const lines = matching.map(i => [ids[i], text(labelOf(i)), exact(score[i]), ...(several ? [exact(harmed[i])] : []),
-    ...each.map((_, k) => exact(byQuery[i * q + k]))].join(","));
-  const head = ["sample_id", "label", "score", ...(several ? ["harmed"] : []), ...each.map(text)].join(",");
+    ...(dynamics ? [known(dynamics.suspicion[i]), text(suggestedOf(i)), known(dynamics.loss[i])] : []), ...each.map((_, k) => exact(byQuery[i * q + k]))].join(","));
+  const head = ["sample_id", "label", "score", ...(several ? ["harmed"] : []), ...(dynamics ? ["suspicion", "suggested", "loss"] : []), ...each.map(text)].join(",");
   const file = URL.createObjectURL(new Blob([[head, ...lines, ""].join("\n")], { type: "text/csv" }));
   element("a", { href: file, download: "influence.csv" }).click();
   setTimeout(() => URL.revokeObjectURL(file), 10000);
@@ -200,13 +219,13 @@ const open = id => {
   const told = [["score", element("strong", { class: `number ${kind(score[i])}` }, signed(score[i]))],
     ["rank", `number ${many(place)} of those that ${kind(score[i])}, among ${many(n)} samples`]];
   if (labelOf(i)) told.push(["label", labelOf(i)]);
-  if (groups && data.groups.names[groups[i]] !== labelOf(i)) told.push(["group", data.groups.names[groups[i]]]);
+  const groups = new Set([...groupsOf(i)].map(number => data.groups.names[number]).filter(name => name !== labelOf(i)));
+  if (groups.size) told.push([groups.size > 1 ? "groups" : "group", [...groups].join(", ")]);
   if (several) told.push(["harms", `${Math.round(100 * harmed[i])} % of the queries`]);
   const losses = dynamics && detailed ? [...dynamics.losses.subarray(dynamics.starts[i], dynamics.starts[i + 1])] : [];
-  if (losses.length) {
-    told.push(["mean loss", (losses.reduce((a, b) => a + b) / losses.length).toPrecision(3)]);
-    const suggested = dynamics.suggested[i];
-    if (dynamics.suspicion[i] > 0 && suggested >= 0) told.push(["suggested label", `${data.classes?.[suggested] ?? suggested}, preferred at ${Math.round(100 * dynamics.share[i])} % of the visits`]);
+  if (dynamics && !Number.isNaN(dynamics.loss[i])) {
+    told.push(["mean loss", dynamics.loss[i].toPrecision(3)]);
+    if (suggestedOf(i)) told.push(["suggested label", `${suggestedOf(i)}, preferred at ${Math.round(100 * dynamics.share[i])} % of the visits`]);
   }
   const parts = [shown ?? element("p", { class: "meta" }, `What it is, is not in this page, which holds the ${many(contents.size)} samples of the largest scores and those on cards. It is sample ${id} of the training dataset.`),
     element("dl", { class: "facts" }, ...told.flatMap(([name, value]) => [element("dt", {}, name), element("dd", {}, value)]))];
@@ -248,11 +267,8 @@ byId("close").addEventListener("click", () => {
 all("main .card, .texts > li").forEach(card => card.addEventListener("click", () => {
   if (!getSelection().isCollapsed) return;
   one = Number(card.querySelector(".id").dataset.sample);
-  search.value = one;
-  if (byId("group")) byId("group").value = "";
-  signs[0].click();
+  show(one, "all");
   open(one);
-  byId("all").scrollIntoView();
   search.focus({ preventScroll: true });
 }));
 find();

@@ -4,20 +4,27 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 from torch import Tensor
 
-from lightning_influence.core.scores import mean_score
 from lightning_influence.errors import ConfigurationError
-from lightning_influence.report.arrays import PageDynamics, arrays
-from lightning_influence.report.groups import Groups
+from lightning_influence.report.arrays import PageDynamics, arrays, in_doubt
+from lightning_influence.report.membership import GroupsOf
 from lightning_influence.report.numbers import short, signed
+from lightning_influence.report.page_groups import (
+    filters_of,
+    joint,
+    members_by_label,
+    members_of,
+    members_removed,
+    totals,
+)
 from lightning_influence.report.rendering import (
     CARD,
     FULL,
@@ -34,14 +41,17 @@ from lightning_influence.report.scores import Scores
 from lightning_influence.report.tokens import TokenScores
 from lightning_influence.report.trust import trust
 
+if TYPE_CHECKING:
+    import pandas as pd
+
 _BINS = 41  # of the histogram; odd, so that one is around zero
 _FINEST = 1e-12  # of the largest score: what the histogram tells from zero
 _TIMES = 80  # bars over training
 _SHOWN_QUERIES = 24
 _SHOWN_ROWS = 1000
-_SHOWN_GROUPS = 100
-_IN_FULL = 200  # samples that can be opened besides those with a card
-_IN_FULL_CHARACTERS = 4_000_000  # of those; what is beyond is shown no larger than on a card
+_IN_FULL = 200  # samples that are shown in full besides those with a card
+_IN_TABLE = replace(CARD, side=68)
+_CHARACTERS = 4_000_000  # of the samples' contents; the last quarter goes to small ones
 
 
 @dataclass(frozen=True)
@@ -64,32 +74,52 @@ class _Card:
 
 
 class _Samples:
-    """What is shown of the samples of a dataset, each of which is read once."""
+    """What is shown of the samples of a dataset, each of which is read once.
 
-    def __init__(self, data: Any, render: Render, classes: Sequence[str] | None) -> None:
-        self._data, self._render, self._classes = data, render, classes
-        known = None if data is None else labels_of(data)
-        self.labels = None if known is None else [self.named(label) for label in known]
+    Args:
+        doubts: of `arrays.in_doubt`, whose labels stand for those of the dataset where it would have to be read for them.
+    """
+
+    def __init__(
+        self, data: Any, render: Render, classes: Sequence[str] | None, doubts: pd.DataFrame | None = None
+    ) -> None:
+        self._data, self._render, self._classes, self._doubts = data, render, classes, doubts
+        own = None if data is None else labels_of(data)
+        trained_on = {} if doubts is None else {z: str(int(y)) for z, y in doubts.label.items() if y >= 0}
+        known = trained_on if own is None else dict(enumerate(own))
+        self.labels = {z: self.named(label) for z, label in known.items()}
         self._read = lru_cache(maxsize=None)(self._shown)
         self.token_ids = False  # whether numbers were shown that a tokenizer would make a text of
 
     def content(self, sample_id: int) -> Markup:
         return Markup() if self._data is None else self._read(sample_id)[0]
 
-    def in_full(self, sample_ids: Iterable[int]) -> Iterator[tuple[int, Markup]]:
-        """The contents of samples as they are opened."""
-        if self._data is None:
-            return
-        left = _IN_FULL_CHARACTERS
-        for sample_id in sample_ids:
-            content = as_html(self._render(self._data[sample_id]), FULL if left > 0 else CARD)
+    def contents(self, sample_ids: Sequence[int], opened: int) -> Iterator[tuple[int, Markup]]:
+        """Samples as they are opened, the first ``opened``; the others no larger than in the table, as far as there is room."""
+        left = _CHARACTERS
+        for place, sample_id in enumerate([] if self._data is None else sample_ids):
+            if place >= opened and left <= 0:
+                return
+            size = _IN_TABLE if place >= opened else FULL if left > _CHARACTERS / 4 else CARD
+            content = as_html(self._render(self._data[sample_id]), size)
             left -= len(content)
             yield sample_id, Markup(content)
 
     def label(self, sample_id: int) -> str:
-        if self.labels is not None:
+        if sample_id in self.labels:
             return self.labels[sample_id]
         return "" if self._data is None else self._read(sample_id)[1]
+
+    def doubt(self, sample_id: int) -> dict[str, Any]:
+        """How suspicious the label is, the label that the network found more likely, if it did, and the mean loss; None where
+        the run did not visit the sample.
+        """
+        if self._doubts is None or math.isnan(self._doubts.suspicion[sample_id]):
+            return {"suspicion": None, "suggested": "", "loss": None}
+        doubt = self._doubts.loc[sample_id]
+        preferred = doubt.suspicion > 0 and doubt.suggested >= 0
+        suggested = self.named(str(int(doubt.suggested))) if preferred else ""
+        return {"suspicion": float(doubt.suspicion), "suggested": suggested, "loss": float(doubt.loss)}
 
     def named(self, label: str) -> str:
         if self._classes is None or not label.isdigit():
@@ -111,7 +141,7 @@ def page(
     show: Render | None = None,
     tokenizer: Any = None,
     queries: Any = None,
-    groups: Sequence[Any] | Mapping[int, Any] | Tensor | None = None,
+    groups: GroupsOf | Mapping[int, Any] | None = None,
     classes: Sequence[str] | None = None,
     dynamics: PageDynamics | None = None,
     tokens: TokenScores | None = None,
@@ -120,7 +150,8 @@ def page(
 ) -> str:
     """The whole page as HTML; arguments as of `InfluenceReport.to_html`."""
     render = show or default_render(tokenizer)
-    samples = _Samples(training_samples(data, report.sample_ids), render, classes)
+    doubts = None if dynamics is None else in_doubt(dynamics, report.sample_ids)
+    samples = _Samples(training_samples(data, report.sample_ids), render, classes, doubts)
     examples, n_examples = query_examples(queries, len(report.query_ids))
     asked = None if examples is None else _Samples(examples, render, classes)
     several = len(report.query_ids) > 1
@@ -128,19 +159,24 @@ def page(
         raise ConfigurationError(f"{n_examples} queries to show for {len(report.query_ids)} columns of scores.")
     shown = report.query_ids[:_SHOWN_QUERIES] if several else []
     mean, made = report.mean, report.provenance
-    views = [_view(report, samples, k, None), *(_view(report, samples, k, q, i, asked) for i, q in enumerate(shown))]
+    only = asked if made.target is None and n_examples == 1 and not several else None
+    views = [
+        _view(report, samples, k, None, asked=only),
+        *(_view(report, samples, k, q, i, asked) for i, q in enumerate(shown)),
+    ]
     suspects = _suspects(report, samples, k) if several else []
-    mislabelled = [] if dynamics is None else _mislabelled(report, dynamics, samples, k)
+    mislabelled = [] if doubts is None else _mislabelled(doubts, samples, k)
     cards = [card for view in views for card in (*view["helpful"], *view["harmful"])] + suspects + mislabelled
     carded = {card.sample_id for card in cards}
     order = _order(report, carded)
     rows = _rows(report, samples, order, len(carded))
-    opened = [row["id"] for row in rows[: len(carded) + _IN_FULL]]
-    given = samples.labels if groups is None else groups
-    grouped = None if given is None else _grouped(report.sample_ids.tolist(), given, given=groups is not None)
-    labels = {row["id"]: row["label"] for row in rows if row["label"]}
-    if samples.labels is not None:
-        labels = {z: samples.labels[z] for z in report.sample_ids.tolist()}
+    contents = list(samples.contents([row["id"] for row in rows], len(carded) + _IN_FULL))
+    members = (
+        members_by_label(report.sample_ids, samples.labels) if groups is None else members_of(report.sample_ids, groups)
+    )
+    filters = filters_of(members, members_removed(report.sample_ids, report.groups), given=groups is not None)
+    labels = {z: samples.labels[z] for z in report.sample_ids.tolist() if z in samples.labels}
+    labels |= {row["id"]: row["label"] for row in rows if row["label"]}
     rows.sort(key=lambda row: -abs(row["score"]))
     return _template("page.html").render(
         title=title,
@@ -156,10 +192,20 @@ def page(
         histogram=_histogram(mean),
         over_time=_over_time(report),
         rows=rows,
-        groups=[] if grouped is None else _totals(mean, *grouped),
-        joint=_joint(report.groups),
-        contents=list(samples.in_full(opened)),
-        data=arrays(report, order, labels=labels, groups=grouped, dynamics=dynamics) | {"classes": classes},
+        groups=totals(mean, members),
+        joint=joint(report.groups),
+        filters=[(title, list(members)) for title, members in filters],
+        contents=contents,
+        doubted=None if doubts is None else int((doubts.suspicion > 0).sum()),
+        target=made.target,
+        data=arrays(
+            report,
+            order,
+            labels=labels,
+            groups=[part for _, members in filters for part in members.items()],
+            dynamics=dynamics,
+        )
+        | {"classes": classes},
         token_ids=(samples.token_ids or tokens is not None) and show is None and tokenizer is None,
         trust=trust(report),
         coverage=made.coverage,
@@ -209,10 +255,11 @@ def _view(
         scored = ((int(r.sample_id), float(r.score)) for r in table.itertuples() if sign * r.score > 0)
         return [_Card(z, s, abs(s) / largest, samples.content(z), samples.label(z)) for z, s in scored]
 
-    label = "" if asked is None or query is None else asked.label(number)
+    label = "" if asked is None else asked.label(number)
+    name = f"query {query}" if query is not None else "all queries" if asked is None else "the query"
     return {
-        "name": "all queries" if query is None else f"query {query}" + (f" ({label})" if label else ""),
-        "asked": Markup() if asked is None or query is None else asked.content(number),
+        "name": name + (f" ({label})" if label else ""),
+        "asked": Markup() if asked is None else asked.content(number),
         "helpful": cards(top, 1),
         "harmful": cards(bottom, -1),
     }
@@ -240,20 +287,25 @@ def _in_doubt(suspects: Any, by: str, samples: _Samples, said: Callable[[Any], S
 
 
 def _suspects(report: Scores, samples: _Samples, k: int) -> list[_Card]:
-    harmful = report.suspects().head(k)
-    return _in_doubt(harmful, "relative_harm", samples, lambda row: [f"harms {row.harmed:.0%} of the queries"])
-
-
-def _mislabelled(report: Scores, dynamics: PageDynamics, samples: _Samples, k: int) -> list[_Card]:
-    """Samples of the report for which the network found another label the more likely one."""
-    suspects = dynamics.suspects()
-    suspects = suspects[suspects.sample_id.isin(report.sample_ids.numpy())].head(k)
-
     def said(row: Any) -> list[str]:
-        rather = f"rather {samples.named(str(row.suggested))}" if row.suggested >= 0 else "doubtful"
-        return [f"loss {row.loss:.3g}", rather]
+        return [", ".join([f"harms {row.harmed:.0%} of the queries", *_loss_and_label(row, samples)])]
 
-    return _in_doubt(suspects, "suspicion", samples, said)
+    return _in_doubt(report.suspects().head(k), "relative_harm", samples, said)
+
+
+def _mislabelled(doubts: pd.DataFrame, samples: _Samples, k: int) -> list[_Card]:
+    """Samples of the report for which the network found another label the more likely one."""
+    suspects = doubts[doubts.suspicion > 0].sort_values("suspicion", ascending=False, kind="stable").reset_index()
+    return _in_doubt(
+        suspects.head(k), "suspicion", samples, lambda row: [*_loss_and_label(row, samples), "doubtful"][:2]
+    )
+
+
+def _loss_and_label(row: Any, samples: _Samples) -> list[str]:
+    """Of a sample that the run visited, its loss, and the label that the network found more likely."""
+    doubt = samples.doubt(int(row.sample_id))
+    loss = [] if doubt["loss"] is None else [f"loss {doubt['loss']:.3g}"]
+    return loss + ([f"rather {doubt['suggested']}"] if doubt["suggested"] else [])
 
 
 def _texts(report: Scores, tokens: TokenScores, tokenizer: Any) -> list[dict[str, Any]]:
@@ -291,64 +343,11 @@ def _rows(report: Scores, samples: _Samples, order: Tensor, carded: int) -> list
             "score": float(mean[i]),
             "harmed": float(harmed[i]),
             "label": samples.label(z),
+            **samples.doubt(z),
         }
         for rank, i in enumerate(order.tolist())
         if rank < carded or i in largest
     ]
-
-
-def _grouped(
-    sample_ids: list[int], groups: Sequence[Any] | Mapping[int, Any] | Tensor, *, given: bool
-) -> tuple[list[str], Tensor] | None:
-    """Names of the groups, and the number of each sample's; labels that were not given as groups count only where they
-    are few.
-    """
-    names = _group_names(sample_ids, groups)
-    distinct = sorted(set(names), key=lambda name: (len(name), name) if name.isdigit() else (math.inf, name))
-    if not distinct or (not given and not 1 < len(distinct) <= _SHOWN_GROUPS):
-        return None
-    number = {name: i for i, name in enumerate(distinct)}
-    return distinct, torch.tensor([number[name] for name in names])
-
-
-def _totals(mean: Tensor, distinct: Sequence[str], where: Tensor) -> list[dict[str, Any]]:
-    """Sums of single scores by group."""
-    helped, harmed = (
-        torch.zeros(len(distinct), dtype=torch.float64).index_add_(0, where, part)
-        for part in (mean.clamp(min=0), mean.clamp(max=0))
-    )
-    sizes = torch.bincount(where, minlength=len(distinct))
-    largest = float((helped + harmed).abs().max()) or 1.0
-    columns = zip(distinct, sizes.tolist(), helped.tolist(), harmed.tolist(), strict=True)
-    return [
-        {"name": name, "n": n, "helped": up, "harmed": down, "total": up + down, "share": (up + down) / largest}
-        for name, n, up, down in columns
-    ]
-
-
-def _joint(groups: Groups | None) -> list[dict[str, Any]]:
-    """What removing each group as a whole does, on average over the queries; nothing where a report has no groups."""
-    if groups is None:
-        return []
-    effects = mean_score(groups.scores)
-    largest = float(effects.abs().max()) or 1.0
-    return [
-        {"name": name, "n": n, "total": effect, "share": effect / largest, "as_size": as_size}
-        for name, n, effect, as_size in zip(groups.names, groups.sizes, effects.tolist(), groups.as_sizes, strict=True)
-    ]
-
-
-def _group_names(sample_ids: list[int], groups: Sequence[Any] | Mapping[int, Any] | Tensor) -> list[str]:
-    """The group of every sample of the report."""
-    known = groups if isinstance(groups, Mapping) else range(len(groups))
-    missing = [z for z in sample_ids if z not in known]
-    if missing:
-        raise ConfigurationError(
-            f"groups names {len(groups)} samples, but sample {missing[-1]} is in the report; give one group per sample of "
-            "the training dataset."
-        )
-    values = groups if isinstance(groups, Mapping) else groups.tolist() if isinstance(groups, Tensor) else list(groups)
-    return [str(values[z]) for z in sample_ids]
 
 
 # -- figures --------------------------------------------------------------------------------------------------

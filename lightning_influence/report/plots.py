@@ -8,9 +8,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 from matplotlib.figure import Figure
+from matplotlib.patches import Patch
 from PIL import Image
 from torch import Tensor
 
+from lightning_influence.core.scores import mean_score
 from lightning_influence.errors import ConfigurationError
 from lightning_influence.report.rendering import Render, Shown, as_image, default_render, label_of, training_samples
 from lightning_influence.report.scores import Scores
@@ -75,6 +77,37 @@ class Plots:
                 label = label_of(sample)
                 title = f"sample {row.sample_id}" + (f", label {label}" if label else "")
                 place.set_title(f"{title}\n{row.score:+.2g}", fontsize=7, color=colour)
+        return figure
+
+    def groups(self, k: int = 30) -> Figure:
+        """What removing each group as a whole does, on average over the queries: the ``k`` largest effects. Bars that are
+        hatched are to be read as a rank only (`Groups.as_sizes`).
+
+        Raises:
+            ConfigurationError: a report without groups, or fewer than one bar.
+        """
+        groups = self._report.groups
+        if groups is None:
+            raise ConfigurationError("the report has no groups; give attribute(..., groups=...) a label per sample.")
+        if k < 1:
+            raise ConfigurationError(f"k={k}; give 1 or more groups.")
+        effects = mean_score(groups.scores)
+        largest = effects.abs().argsort(descending=True, stable=True)[:k]
+        shown = largest[effects[largest].argsort(stable=True)].tolist()  # the most helpful at the top
+        figure = Figure(figsize=(6, 1 + 0.25 * len(shown)), layout="constrained")
+        axes = figure.subplots()
+        bars = axes.barh(range(len(shown)), effects[shown].numpy())
+        for bar, group in zip(bars, shown, strict=True):
+            bar.set_color(_HELP if effects[group] > 0 else _HARM)
+            if not groups.as_sizes[group]:
+                bar.set(hatch="///", facecolor="none")
+        axes.set_yticks(range(len(shown)), [groups.names[group] for group in shown], parse_math=False)
+        axes.axvline(0, color="0.6", lw=0.8)
+        axes.set(xlabel="score of the group, removed as a whole")
+        if not all(groups.as_sizes[group] for group in shown):
+            axes.legend(
+                handles=[Patch(facecolor="none", edgecolor="0.4", hatch="///", label="rank only")], frameon=False
+            )
         return figure
 
     @staticmethod

@@ -72,7 +72,7 @@ def query_examples(queries: Any, n_columns: int) -> tuple[Any, int | None]:
 
     Args:
         queries: in any form that `attribute` takes, or a list of examples. A list is taken for one of batches where these hold
-            as many examples as there are columns and the list itself has another length.
+            as many examples as there are columns, and the list itself has another length or each of them holds one.
 
     Raises:
         ConfigurationError: none of these.
@@ -82,10 +82,15 @@ def query_examples(queries: Any, n_columns: int) -> tuple[Any, int | None]:
         queries = queries.val_dataloader()
     if not hasattr(queries, "__getitem__") and not hasattr(queries, "__iter__") and callable(queries):
         return query_examples(queries(), n_columns)
-    if isinstance(queries, (list, tuple)) and len(queries) != n_columns:
+    if isinstance(queries, (list, tuple)) and (len(queries) != n_columns or all(map(_like_batch_of_one, queries))):
         examples = [_example(batch, i) for batch in queries if leaves(batch) for i in range(batch_size(batch))]
         queries = examples if len(examples) == n_columns else queries
     return indexed(queries)
+
+
+def _like_batch_of_one(query: Any) -> bool:
+    tensors = leaves(query)
+    return len(tensors) > 0 and all(tensor.dim() > 0 and len(tensor) == 1 for tensor in tensors)
 
 
 def _example(batch: Any, index: int) -> Any:

@@ -6,13 +6,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from torch import Tensor
-
 from lightning_influence.report.scores import Scores
 from lightning_influence.report.tables import made
 
 if TYPE_CHECKING:
     from lightning_influence.report.arrays import PageDynamics
+    from lightning_influence.report.membership import GroupsOf
     from lightning_influence.report.plots import Plots
     from lightning_influence.report.rendering import Render
     from lightning_influence.report.tokens import TokenScores
@@ -36,7 +35,9 @@ class InfluenceReport(Scores):
 
     @property
     def plot(self) -> Plots:
-        """Figures: ``report.plot.histogram()``, ``.over_time()``, ``.samples(dataset)``, ``.proxy_against_truth(...)``."""
+        """Figures: ``report.plot.histogram()``, ``.over_time()``, ``.samples(dataset)``, ``.groups()``,
+        ``.proxy_against_truth(...)``.
+        """
         from lightning_influence.report.plots import Plots
 
         return Plots(self)
@@ -49,7 +50,7 @@ class InfluenceReport(Scores):
         show: Render | None = None,
         tokenizer: Any = None,
         queries: Any = None,
-        groups: Sequence[Any] | Mapping[int, Any] | Tensor | None = None,
+        groups: GroupsOf | Mapping[int, Any] | None = None,
         classes: Sequence[str] | None = None,
         dynamics: PageDynamics | None = None,
         tokens: TokenScores | None = None,
@@ -65,10 +66,13 @@ class InfluenceReport(Scores):
             tokenizer: decodes token ids for the default.
             queries: those of the report, in any form that `attribute` takes, or a list of their examples; the example of each
                 column is shown.
-            groups: a group (class, source) per sample of the training dataset or by sample id, for totals; by default the
-                labels, where the dataset gives them without being read (`rendering.labels_of`).
+            groups: as of `attribute`, for totals and to filter by: a label (class, source) per sample of the training dataset,
+                None for those of no group, or sample ids by name, which may overlap; also a label by sample id. By default
+                the samples' own labels, where the dataset gives them without being read (`rendering.labels_of`) or ``dynamics``
+                do.
             classes: names of the labels, which are then indices into it.
-            dynamics: of `training_dynamics`, so that labels in doubt and each sample's losses are shown.
+            dynamics: of `training_dynamics`, so that labels in doubt and each sample's losses are shown. Where the dataset gives
+                no labels without being read, those that were trained on are taken.
             tokens: of `token_scores`, so that texts are shaded by what each of their tokens did.
             k: samples in each list.
 

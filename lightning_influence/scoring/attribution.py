@@ -25,13 +25,13 @@ from lightning_influence.replay.logged_plan import LoggedPlan
 from lightning_influence.replay.trajectory import ReplayTrajectory, walked_or_run
 from lightning_influence.report import InfluenceReport
 from lightning_influence.report.groups import Groups
+from lightning_influence.report.membership import GroupsOf, named_groups
 from lightning_influence.report.provenance import Coverage, Provenance, RemovalSummary
 from lightning_influence.run.data import TrainingData
 from lightning_influence.run.lightning_task import default_dtype
 from lightning_influence.run.random_state import random_state
 from lightning_influence.run.task import Task, as_task
 from lightning_influence.scoring.bends import bends, straight_lines
-from lightning_influence.scoring.groups import GroupsOf, named_groups
 from lightning_influence.scoring.memory import Holding, MaxMemory, held_by_a_sweep, memory_in_bytes
 from lightning_influence.scoring.pace import Pace
 from lightning_influence.scoring.processes import ConsumedSamples, Deal, Fabric
@@ -158,7 +158,7 @@ def attribute(
         most, own = memory_in_bytes(max_memory, task.device, deal.everyone.size), deal.queries
         parameters = dict(task.module.named_parameters())
         held = deal.holding(lambda: held_by_a_sweep(trajectory, method, parameters, max(len(own), 1), most))
-        sizes = _sizes(consumed_by(trajectory, samples or ()), named)
+        members = _members(consumed_by(trajectory, samples or ()), named)
         method = _within(held, method, trajectory)
 
         traits = Traits()
@@ -200,7 +200,7 @@ def attribute(
             _provenance(steps, trajectory, method, target), queried=queried, query_gradient=traits.wrong or None
         )
     query_ids = list(range(rows.n_queries)) if target is None else ["mean" if isinstance(target, str) else "target"]
-    scored = Groups(list(named), sizes, of_groups, query_ids) if named else None
+    scored = Groups(list(named), list(map(len, members)), of_groups, query_ids, members=members) if named else None
     if scored is not None and moves is not None:
         losses = partial(target_losses, task, asked, target, query_loss)
         scored = _with_bends(scored, task, losses, moves, torch.cat(lines, 1))
@@ -228,19 +228,19 @@ def consumed_by(trajectory: ConsumedSamples, samples: Collection[int]) -> Tensor
     return used
 
 
-def _sizes(used: Tensor, named: Mapping[str, list[int]]) -> list[int]:
-    """How many samples of each group are among those that the run consumed.
+def _members(used: Tensor, named: Mapping[str, list[int]]) -> list[list[int]]:
+    """The samples of each group that are among those that the run consumed.
 
     Raises:
         ConfigurationError: none of any group.
     """
-    sizes = [int(torch.isin(used, torch.tensor(list(members))).sum()) for members in named.values()]
-    if named and not any(sizes):
+    members = [used[torch.isin(used, torch.tensor(ids))].tolist() for ids in named.values()]
+    if named and not any(members):
         raise ConfigurationError(
             f"groups names samples of which the run consumed none ({next(iter(named.values()))[:4]}...); ids are indices into "
             "the training dataset."
         )
-    return sizes
+    return members
 
 
 def _within(held: Holding, method: Method, trajectory: Trajectory) -> Method:

@@ -15,12 +15,12 @@ from tqdm.auto import tqdm
 from lightning_influence.errors import ConfigurationError
 from lightning_influence.log.steps import LoggedSteps
 from lightning_influence.report import InfluenceReport
+from lightning_influence.report.membership import GroupsOf, named_groups
 from lightning_influence.report.provenance import Measured
 from lightning_influence.report.tables import in_notebook
 from lightning_influence.run.data import TrainingData
 from lightning_influence.run.task import as_task
 from lightning_influence.scoring.attribution import attribute, consumed_by
-from lightning_influence.scoring.groups import GroupsOf, named_groups
 from lightning_influence.scoring.queries import Queries, Target, asked_of, check_target, query_losses
 from lightning_influence.scoring.query_loss import QueryLoss
 from lightning_influence.trust.agreement import Agreement, agreement_of

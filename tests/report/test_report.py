@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,9 @@ from safetensors.torch import save_file
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_influence import InfluenceCallback, InfluenceReport, attribute
+from lightning_influence.core.scores import RowScores
 from lightning_influence.errors import ConfigurationError, InfluenceError
+from lightning_influence.report.groups import Groups
 
 
 def images(n: int = 40) -> TensorDataset:
@@ -174,6 +177,28 @@ def test_the_error_proxy_is_drawn_against_the_truth() -> None:
     assert "measured" in axes.get_xlabel() and "predicted" in axes.get_ylabel()
     with pytest.raises(ConfigurationError, match=r"\(5, 2\) predicted and \(5,\) measured"):
         some_report().plot.proxy_against_truth(predicted, measured[:, 0])
+
+
+def test_groups_are_drawn_by_their_effect(tmp_path: Path) -> None:
+    report = some_report()
+    scores = torch.tensor([[1.0, 3.0, 2.0], [-4.0, -5.0, -6.0], [0.1, 0.2, 0.0]])
+    rows = RowScores(torch.arange(3), torch.zeros(3, dtype=torch.int64), scores, scores)
+    report.groups = Groups(["web", "$\\bad", "few"], [30, 10, 2], rows, report.query_ids, bends=[0.01, 0.5, None])
+    axes = report.plot.groups().axes[0]
+    assert [label.get_text() for label in axes.get_yticklabels()] == ["$\\bad", "few", "web"]
+    assert [bar.get_width() for bar in axes.patches] == pytest.approx([-5.0, 0.1, 2.0])
+    assert [bool(bar.get_hatch()) for bar in axes.patches] == [True, True, False], "rank only"
+    assert [text.get_text() for text in axes.get_legend().get_texts()] == ["rank only"]
+    report.plot.groups().savefig(tmp_path / "groups.png")
+    two = report.plot.groups(k=2).axes[0]
+    assert [label.get_text() for label in two.get_yticklabels()] == ["$\\bad", "web"]
+    report.groups = replace(report.groups, bends=[0.0, 0.0, 0.0])
+    assert report.plot.groups().axes[0].get_legend() is None
+    with pytest.raises(ConfigurationError, match="k=0"):
+        report.plot.groups(k=0)
+    report.groups = None
+    with pytest.raises(ConfigurationError, match="has no groups"):
+        report.plot.groups()
 
 
 def test_what_cannot_be_drawn_or_written_is_named(tmp_path: Path) -> None:

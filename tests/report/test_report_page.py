@@ -165,6 +165,7 @@ def test_queries_are_shown_in_every_form_that_attribute_takes(tmp_path: Path) ->
         images(3),
         DataLoader(images(3), 2),
         list(DataLoader(images(3), 2)),
+        list(DataLoader(images(3), 1)),
         Module(),
         Module().val_dataloader,
     ):
@@ -234,6 +235,47 @@ def test_groups_by_sample_id(tmp_path: Path) -> None:
     del by_id[7]
     with pytest.raises(ConfigurationError, match="groups names 39 samples, but sample 7 is in the report"):
         written(report, tmp_path, groups=by_id)
+
+
+def totals(report: InfluenceReport, folder: Path, groups: Any) -> dict[str, tuple[int, float]]:
+    """Samples and total of each group on the page."""
+    part = written(report, folder, groups=groups).split('id="groups"')[1].split("</section>")[0]
+    rows = [re.findall(r'data-value="([^"]*)"', row) for row in part.split("<tr>")[2:]]
+    return {row[0]: (int(row[1]), float(row[4])) for row in rows}
+
+
+def test_groups_overlap_and_leave_samples_out(tmp_path: Path) -> None:
+    """In every form that `attribute` takes."""
+    report = some_report()
+    mean = report.scores.double().mean(1)
+    groups = {"b": range(5, 20), "a": torch.arange(10), "10": [7], "beyond": [3, 99]}
+    found = totals(report, tmp_path, groups)
+    assert list(found) == ["10", "a", "b", "beyond"]
+    for name, ids in (("a", range(10)), ("b", range(5, 20)), ("10", [7]), ("beyond", [3])):
+        assert found[name] == (len(ids), pytest.approx(float(mean[list(ids)].sum()), rel=1e-6)), name
+    assert "a sample of several counts in each" in written(report, tmp_path, groups={"a": range(30), "b": range(30)})
+    labels = ["first" if z < 10 else None for z in range(40)]
+    assert totals(report, tmp_path, labels) == totals(report, tmp_path, {"first": range(10)})
+    assert totals(report, tmp_path, torch.arange(40) % 2) == totals(
+        report, tmp_path, {"0": range(0, 40, 2), "1": range(1, 40, 2)}
+    )
+
+
+@pytest.mark.parametrize(
+    ("groups", "message"),
+    [
+        ({"a": [100], "b": [40]}, "groups names samples of which none is in the report"),
+        ({}, "names no group"),
+        ({"a": 3}, "group 'a' does not hold sample ids"),
+        ({"a": "web"}, "group 'a' does not hold sample ids"),
+        ({"a": [-1]}, "count from 0"),
+        ([None] * 40, "names no group"),
+        (["a"] * 39, "groups names 39 samples, but sample 39 is in the report"),
+    ],
+)
+def test_groups_of_nobody_are_refused(groups: Any, message: str, tmp_path: Path) -> None:
+    with pytest.raises(ConfigurationError, match=message):
+        written(some_report(), tmp_path, groups=groups)
 
 
 def test_what_users_bring_is_escaped(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -15,8 +16,8 @@ from torch.utils.data import DataLoader
 from lightning_influence import InfluenceCallback, InfluenceReport, attribute
 from lightning_influence.errors import ConfigurationError
 from lightning_influence.report.groups import Groups
+from lightning_influence.report.membership import named_groups
 from lightning_influence.run.batches import to_dtype
-from lightning_influence.scoring.groups import named_groups
 from lightning_influence.trust.retraining import leave_one_out, recorded_run
 
 GROUPS = {"even": range(0, 48, 2), "first": range(6), "never seen": [70]}
@@ -56,6 +57,7 @@ def test_groups_are_those_of_retraining(make: Any, tmp_path: Path) -> None:
     options: dict[str, Any] = {"data": digits(48), "groups": GROUPS, "samples": (), "progress": False}
     report = attribute(tmp_path, queries=queries, model=module, query_loss=each_loss, **options)
     assert groups_of(report).names == list(GROUPS) and list(groups_of(report).sizes) == [24, 6, 0]
+    assert groups_of(report).members == [[*range(0, 48, 2)], [*range(6)], []], "of those that the run consumed"
     assert report.provenance.removals is not None
     assert report.provenance.removals.by == ("shares" if make is Classifier else "rerun")
     (query,) = (to_dtype(q, torch.float64) for q in queries)
@@ -146,6 +148,14 @@ def test_a_report_keeps_its_groups(tmp_path: Path) -> None:
     )
     groups_of(report).to_csv(tmp_path / "groups.csv")
     assert pd.read_csv(tmp_path / "groups.csv").group[0] == "'=1+1"
+    assert again.members == groups_of(report).members == [[0, 5], [1]]
+    before = replace(groups_of(report), members=None)  # as an older version wrote it
+    older = InfluenceReport(report.rows, query_ids=report.query_ids, groups=before)
+    older.save(tmp_path / "older.safetensors")
+    read = groups_of(InfluenceReport.load(tmp_path / "older.safetensors"))
+    assert read.members is None and torch.equal(read.scores, again.scores) and list(read.sizes) == [2, 1]
+    with pytest.raises(ConfigurationError, match="do not fit the ids of their members"):
+        replace(before, members=[[0, 5], [1, 2]])
     without = attribute(tmp_path / "log", **options)
     assert without.groups is None
     assert torch.equal(without.scores, report.scores)

@@ -69,6 +69,12 @@ def test_groups_and_subsets_are_predicted_as_wholes(tmp_path: Path) -> None:
     report = attribute(tmp_path / "log", queries=queries, model=module, data=train, groups=labels, progress=False)
     assert report.groups is not None
     torch.testing.assert_close(check.scores["finite"][7:], report.groups.scores.double())
+    drawn = {str(i): sorted(subset) for i, subset in enumerate(check.removals[3:7])}
+    joint = attribute(tmp_path / "log", queries=queries, model=module, data=train, groups=drawn, progress=False)
+    assert joint.groups is not None and all(len(ids) == 12 for ids in drawn.values())
+    torch.testing.assert_close(check.scores["finite"][3:7], joint.groups.scores.double())
+    alone = torch.stack([report.scores[ids].double().sum(0) for ids in drawn.values()])
+    assert float((check.scores["finite"][3:7] - alone).norm() / alone.norm()) > 0.05, "not the sums of single scores"
     summed = torch.stack([report.scores[i::4].double().sum(0) for i in range(4)])
     error = float((summed - check.truth[7:]).norm() / check.truth[7:].norm())
     assert check.groups["finite"].relative_error.value < 0.15 < error
