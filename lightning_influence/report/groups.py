@@ -127,7 +127,11 @@ class Groups:
             after={
                 "per_sample": (scores.double().mean(1) / sizes.clamp(min=1)).numpy(),
                 "nonlinearity": self.nonlinearity.mean(1).numpy(),
-                **({} if self.bends is None else {"bend": list(self.bends), "as_size": self.as_sizes, "read_as": self.readings}),
+                **(
+                    {}
+                    if self.bends is None
+                    else {"bend": list(self.bends), "as_size": self.as_sizes, "read_as": self.readings}
+                ),
             },
         )
 
