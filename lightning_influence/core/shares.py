@@ -414,39 +414,67 @@ _FIELDS: dict[str, tuple[type[Any], tuple[str, ...]]] = {
     "outer": (Outer, ("left", "right")),
     "rows": (SparseRows, ("rows", "values")),
 }
+_OF_PARTS = ("sum", "stack")
 
 
-def pack(shares: Shares) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Tensors and JSON metadata from which `unpack` makes the same form.
+@dataclass(frozen=True)
+class Layout:
+    """How a form is made of named tensors.
+
+    Attributes:
+        form: ``"dense"``, ``"outer"``, ``"rows"``, or ``"sum"`` or ``"stack"`` of parts.
+        parts: of a sum or a stack.
+        n_rows: of all rows, where only some of them are there.
+    """
+
+    form: str
+    parts: tuple[Layout, ...] = ()
+    n_rows: int | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        """As it is written into a log."""
+        if self.form in _OF_PARTS:
+            return {"form": self.form, "parts": [part.to_json() for part in self.parts]}
+        return {"form": self.form} if self.n_rows is None else {"form": self.form, "n_rows": self.n_rows}
+
+    @classmethod
+    def from_json(cls, entry: Mapping[str, Any]) -> Layout:
+        """The inverse of `to_json`; an entry that is none raises one of `log.shard.UNDECODABLE`."""
+        form = entry["form"]
+        parts = entry["parts"] if form in _OF_PARTS else ()
+        return cls(form, tuple(map(cls.from_json, parts)), int(entry["n_rows"]) if form == "rows" else None)
+
+
+def pack(shares: Shares) -> tuple[dict[str, Tensor], Layout]:
+    """The tensors from which `unpack` makes the same form, and how.
 
     Example:
-        >>> tensors, meta = pack(Sum([Dense(torch.ones(1, 1)), Dense(torch.zeros(1, 1))]))
-        >>> meta
+        >>> tensors, layout = pack(Sum([Dense(torch.ones(1, 1)), Dense(torch.zeros(1, 1))]))
+        >>> layout.to_json()
         {'form': 'sum', 'parts': [{'form': 'dense'}, {'form': 'dense'}]}
         >>> list(tensors)
         ['0/values', '1/values']
-        >>> unpack(meta, tensors.__getitem__).dense()
+        >>> unpack(layout, tensors.__getitem__).dense()
         tensor([[1.]])
     """
     if isinstance(shares, (Sum, Stack)):
         parts = [pack(part) for part in shares.parts]
         tensors = {f"{i}/{key}": t for i, (part, _) in enumerate(parts) for key, t in part.items()}
-        return tensors, {"form": type(shares).__name__.lower(), "parts": [meta for _, meta in parts]}
+        return tensors, Layout(type(shares).__name__.lower(), tuple(layout for _, layout in parts))
     for form, (kind, fields) in _FIELDS.items():
         if isinstance(shares, kind):
-            extra = {"n_rows": shares.n_rows} if isinstance(shares, SparseRows) else {}
-            return {field: getattr(shares, field) for field in fields}, {"form": form, **extra}
+            n_rows = shares.n_rows if isinstance(shares, SparseRows) else None
+            return {field: getattr(shares, field) for field in fields}, Layout(form, n_rows=n_rows)
     raise TypeError(f"{type(shares).__name__} is not a form of per-sample gradients")
 
 
-def unpack(meta: Mapping[str, Any], load: Callable[[str], Tensor]) -> Form:
+def unpack(layout: Layout, load: Callable[[str], Tensor]) -> Form:
     """The inverse of `pack`; ``load`` gives a tensor by its name."""
-    form = meta["form"]
-    if form in ("sum", "stack"):
-        parts = [unpack(part, lambda key, i=i: load(f"{i}/{key}")) for i, part in enumerate(meta["parts"])]  # type: ignore[misc]
-        return Sum(parts) if form == "sum" else Stack(parts)
-    kind, fields = _FIELDS[form]
-    extra = {"n_rows": int(meta["n_rows"])} if form == "rows" else {}
+    if layout.form in _OF_PARTS:
+        parts = [unpack(part, lambda key, i=i: load(f"{i}/{key}")) for i, part in enumerate(layout.parts)]  # type: ignore[misc]
+        return Sum(parts) if layout.form == "sum" else Stack(parts)
+    kind, fields = _FIELDS[layout.form]
+    extra = {} if layout.n_rows is None else {"n_rows": layout.n_rows}
     result: Form = kind(*(load(field) for field in fields), **extra)
     return result
 

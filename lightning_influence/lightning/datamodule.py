@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -16,7 +17,7 @@ from torch.utils.data import DataLoader
 
 from lightning_influence.capture.step import StepOptions
 from lightning_influence.core.sweep import Method
-from lightning_influence.errors import ConfigurationError
+from lightning_influence.errors import ConfigurationError, check_choice
 from lightning_influence.lightning.callback import InfluenceCallback
 from lightning_influence.lightning.step_selection import RoundSelection, StepSelection
 from lightning_influence.report import InfluenceReport
@@ -32,7 +33,7 @@ from lightning_influence.selection.decisions import SelectionReport
 from lightning_influence.selection.loader import SelectingLoader
 from lightning_influence.selection.policies import Fraction, Keep, policy_of, stepwise
 from lightning_influence.selection.selector import Known, LookAhead, Selector, Settings
-from lightning_influence.selection.target import Joined, LiveTarget, is_loss_of_module
+from lightning_influence.selection.target import FiniteExamples, Joined, LiveTarget, is_loss_of_module
 from lightning_influence.words import renamed
 
 _LOADERS = ("val_dataloader", "test_dataloader", "predict_dataloader")
@@ -72,6 +73,9 @@ class SelectionDataModule(L.LightningDataModule):
         rebatch: deliver full batches of kept samples, drawing on further passes over the candidates until the
             epoch has as many batches as before; otherwise batches shrink.
         floor: least fraction of a batch that stays whatever the scores.
+        not_finite: what to do about queries whose loss is not finite: ``"error"`` names one and ends the run; ``"skip"`` leaves them
+            out of the target, warns, and logs their number as ``influence/target_left_out``. It evaluates the loss of every
+            query at each reading.
         refresh_target_every: inside the step, all queries are read once in this many optimizer steps; in between, a part of
             them at a time tells how the gradient of the target moves. A function is read at every step.
         coordinates: inside the step, samples are scored on this fraction of the rows of every large parameter, on others at the
@@ -111,6 +115,7 @@ class SelectionDataModule(L.LightningDataModule):
         rescore: int = 1,
         rebatch: bool = False,
         floor: float = 0.1,
+        not_finite: Literal["error", "skip"] = "error",
         refresh_target_every: int = 10,
         coordinates: float = 0.25,
         curvature: Literal["auto", "none", "fisher", "gauss_newton", "hessian"] = "auto",
@@ -133,8 +138,11 @@ class SelectionDataModule(L.LightningDataModule):
         if wraps:
             self.__dict__.clear()  # trainer, hyperparameters and the like are the wrapped datamodule's
         self.online_selection = online_selection
+        check_choice("not_finite", not_finite, ("error", "skip"))
+        self._skips = not_finite == "skip"
         self.live_target = LiveTarget(refresh_target_every)
-        self._queries, self._batches = queries, None  # as given, and as they are read
+        self._queries = queries  # as given
+        self._batches: Any = None  # as they are read
         self._generator: torch.Generator | None = None  # by which selection in rounds draws
         self._resumed_generator: Tensor | None = None
         policy = policy_of(keep)
@@ -298,7 +306,18 @@ class SelectionDataModule(L.LightningDataModule):
                     "val_dataloader."
                 )
             self._batches = given
+            if self._skips and self.trainer is not None:
+                self._batches = FiniteExamples(given, self.trainer.lightning_module, self._tell_left_out)
         return self._batches
+
+    def _tell_left_out(self, n: int) -> None:
+        """Queries were left out of the target."""
+        assert self.trainer is not None
+        warnings.warn(
+            f"{n} examples of the target have a loss that is not finite, and are left out of it.", stacklevel=2
+        )
+        for logger in self.trainer.loggers:
+            logger.log_metrics({"influence/target_left_out": n}, self.trainer.global_step)
 
     def _given_queries(self) -> Any:
         if self._queries is None and self.val_dataloader is not None:

@@ -7,6 +7,7 @@ import re
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,34 +25,59 @@ NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,99}")
 MAX_MANIFEST, MAX_LINE = 2**26, 2**12
 
 
-def index_line(entry: dict[str, Any]) -> bytes:
+@dataclass(frozen=True)
+class IndexEntry:
+    """A step or an artifact that is whole.
+
+    Attributes:
+        file: its shard.
+        bytes: of the shard, known once it has been written.
+        header: checksum of the shard's header, likewise.
+        step: its number; None for an artifact.
+        artifact: its name; None for a step.
+        after: steps that were appended before an artifact; None for a step.
+    """
+
+    file: str
+    bytes: int = 0
+    header: int = 0
+    step: int | None = None
+    artifact: str | None = None
+    after: int | None = None
+
+
+def index_line(entry: IndexEntry) -> bytes:
     """An entry as a line of the index, behind its checksum."""
-    text = json.dumps(entry, separators=(",", ":"), sort_keys=True).encode()
+    content = {key: value for key, value in asdict(entry).items() if value is not None}
+    text = json.dumps(content, separators=(",", ":"), sort_keys=True).encode()
     return b"%08x %s\n" % (zlib.crc32(text), text)
 
 
-def _parse(line: bytes, steps: int) -> dict[str, Any] | None:
+def _parse(line: bytes, steps: int) -> IndexEntry | None:
     """The entry of an index line that follows ``steps`` steps; None where the line is not what was written."""
     if len(line) < 10 or line[8:9] != b" " or not line.endswith(b"\n"):
         return None
     if line[:8] != b"%08x" % zlib.crc32(line[9:-1]):
         return None
     try:
-        entry = json.loads(line[9:-1])
+        content = json.loads(line[9:-1])
     except (ValueError, RecursionError):
         return None
-    return entry if _is_entry(entry, steps) else None
+    return _entry_of(content, steps)
 
 
-def _is_entry(entry: Any, steps: int) -> bool:
-    """Whether it says all that is read of it: a checksum alone does not tell a writer from a stranger."""
-    if not isinstance(entry, dict) or not all(isinstance(entry.get(key), int) for key in ("bytes", "header")):
-        return False
-    if not isinstance(entry.get("file"), str) or not NAME.fullmatch(entry["file"]):
-        return False
-    if "step" in entry:
-        return bool(entry["step"] == steps)
-    return isinstance(entry.get("artifact"), str) and isinstance(entry.get("after"), int)
+def _entry_of(content: Any, steps: int) -> IndexEntry | None:
+    """None where the content does not say all that is read of it: a checksum alone does not tell a writer from a stranger."""
+    if not isinstance(content, dict) or not all(isinstance(content.get(key), int) for key in ("bytes", "header")):
+        return None
+    if not isinstance(content.get("file"), str) or not NAME.fullmatch(content["file"]):
+        return None
+    shard = content["file"], content["bytes"], content["header"]
+    if "step" in content:
+        return IndexEntry(*shard, step=steps) if content["step"] == steps else None
+    if not isinstance(content.get("artifact"), str) or not isinstance(content.get("after"), int):
+        return None
+    return IndexEntry(*shard, artifact=content["artifact"], after=content["after"])
 
 
 def own_path(path: Path) -> Path:
@@ -123,7 +149,7 @@ def names_of(ranks: int) -> set[str]:
     return {f"rank-{rank}" for rank in range(ranks)}
 
 
-def read_index(path: Path, called: str | None = None) -> list[dict[str, Any]]:
+def read_index(path: Path, called: str | None = None) -> list[IndexEntry]:
     """Entries of an index up to its end or its last whole line.
 
     Args:
@@ -133,7 +159,7 @@ def read_index(path: Path, called: str | None = None) -> list[dict[str, Any]]:
         LogCorrupted: a line is not what was written.
         OSError: the file is not there or cannot be read.
     """
-    entries: list[dict[str, Any]] = []
+    entries: list[IndexEntry] = []
     steps = 0
     with open(own_path(path), "rb") as file:
         while line := file.readline(MAX_LINE):
@@ -145,6 +171,6 @@ def read_index(path: Path, called: str | None = None) -> list[dict[str, Any]]:
                     f"{called or path}, line {len(entries) + 1}, is not what was written. Restore the log from a copy, or, in a "
                     "log of one process, cut the file before that line to read the steps that precede it."
                 )
-            steps += "step" in entry
+            steps += entry.step is not None
             entries.append(entry)
     return entries

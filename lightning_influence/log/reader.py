@@ -17,6 +17,7 @@ from lightning_influence.log.format import (
     MANIFEST,
     MAX_MANIFEST,
     VERSION,
+    IndexEntry,
     names_of,
     own_path,
     read_index,
@@ -117,7 +118,7 @@ class StoreReader:
 
     def _refuse_short_ranks(self) -> None:
         """A run that was killed leaves ranks of different lengths; one that ended leaves them whole."""
-        end = self._ranks[0].artifacts[FINAL]["after"] if self.ranks and FINAL in self._ranks[0].artifacts else 0
+        end = self._ranks[0].artifacts[FINAL].after or 0 if self.ranks and FINAL in self._ranks[0].artifacts else 0
         for rank, part in enumerate(self._ranks):
             if len(part.steps) < end:
                 raise LogCorrupted(
@@ -132,7 +133,7 @@ class StoreReader:
     @property
     def nbytes(self) -> int:
         """Of all steps and artifacts."""
-        return sum(entry["bytes"] for part in self._ranks for entry in [*part.steps, *part.artifacts.values()])
+        return sum(entry.bytes for part in self._ranks for entry in [*part.steps, *part.artifacts.values()])
 
     def meta(self, step: int, rank: int = 0) -> dict[str, Any]:
         """JSON metadata of a step."""
@@ -162,12 +163,12 @@ class StoreReader:
         """One tensor of an artifact, verified."""
         return self._ranks[rank].open(self._artifact(name, rank)).tensor(tensor)
 
-    def _step(self, step: int, rank: int) -> dict[str, Any]:
+    def _step(self, step: int, rank: int) -> IndexEntry:
         if not 0 <= step < len(self):
             raise IndexError(f"step {step} of a log of {len(self)} steps")
         return self._ranks[rank].steps[step]
 
-    def _artifact(self, name: str, rank: int) -> dict[str, Any]:
+    def _artifact(self, name: str, rank: int) -> IndexEntry:
         if name not in self._ranks[rank].artifacts:
             raise LogError(
                 f"{self._root} holds no artifact {name!r}; it holds {', '.join(self.artifacts(rank)) or 'none'}."
@@ -187,14 +188,14 @@ class _Part:
             entries = read_index(index, place.called(index))
         except FileNotFoundError as error:
             raise LogCorrupted(f"{place}/{name} has no {INDEX}; restore the log from a copy.") from error
-        self.steps = [entry for entry in entries if "step" in entry]
-        self.artifacts = {entry["artifact"]: entry for entry in entries if "artifact" in entry}
+        self.steps = [entry for entry in entries if entry.step is not None]
+        self.artifacts = {entry.artifact: entry for entry in entries if entry.artifact is not None}
         self._last: _Shard | None = None
 
-    def open(self, entry: dict[str, Any]) -> _Shard:
+    def open(self, entry: IndexEntry) -> _Shard:
         if self._last is None or self._last.entry is not entry:
             with told_as_log_error(f"the log {self._place} cannot be read"):
-                path = self._place.file(f"{self._name}/{entry['file']}")
+                path = self._place.file(f"{self._name}/{entry.file}")
             self._last = _Shard(path, entry, self._place.called(path))
         return self._last
 
@@ -202,7 +203,7 @@ class _Part:
 class _Shard(Shard):
     """The shard of an entry of the index."""
 
-    def __init__(self, path: Path, entry: dict[str, Any], called: str) -> None:
+    def __init__(self, path: Path, entry: IndexEntry, called: str) -> None:
         self.path, self.entry = called, entry
         try:
             super().__init__(own_path(path), self._fault, self._error)
@@ -212,9 +213,9 @@ class _Shard(Shard):
             raise LogError(f"{called} cannot be read: {error}") from error
 
     def _fault(self, header: bytes, size: int) -> str | None:
-        if size != self.entry["bytes"]:
-            return f"it has {size} bytes instead of {self.entry['bytes']}"
-        return None if zlib.crc32(header) == self.entry["header"] else "its header's checksum does not agree"
+        if size != self.entry.bytes:
+            return f"it has {size} bytes instead of {self.entry.bytes}"
+        return None if zlib.crc32(header) == self.entry.header else "its header's checksum does not agree"
 
     def tensor(self, name: str) -> Tensor:
         if name not in self.sums:

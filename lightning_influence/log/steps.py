@@ -20,7 +20,7 @@ from torch import Tensor
 from lightning_influence.core.coordinates import Coordinates, pack_coordinates, unpack_coordinates
 from lightning_influence.core.optimizers import UPDATES, Moments, coupling, effective_gradient
 from lightning_influence.core.removal import consumed_gradients
-from lightning_influence.core.shares import Form, Stack, pack, unpack
+from lightning_influence.core.shares import Form, Layout, Stack, pack, unpack
 from lightning_influence.core.trajectory import Clip, Hyper, Shares, StepRecord, Vectors
 from lightning_influence.errors import CurvatureUnavailable, LogError
 from lightning_influence.log.format import FINAL as FINAL
@@ -53,7 +53,8 @@ def pack_step(record: StepRecord, shares: Mapping[str, Shares], *, state: bool) 
     }
     forms = {}
     for name, share in shares.items():
-        parts, forms[name] = pack(share)
+        parts, layout = pack(share)
+        forms[name] = layout.to_json()
         tensors |= {f"share/{name}/{key}": value.cpu() for key, value in parts.items()}
     meta: dict[str, Any] = {"shares": forms, "averaged": record.averaged}
     if state:
@@ -334,18 +335,18 @@ class _LazyShares(Mapping[str, Shares]):
         if name not in self._read:
             of_ranks = [forms[name] for forms in self._forms]
             with decoding(f"the share of {name} in step {self._index}"):
-                parts = [self._unpack(name, rank, form) for rank, form in enumerate(of_ranks)]
+                parts = [self._unpack(name, rank, Layout.from_json(form)) for rank, form in enumerate(of_ranks)]
             self._read[name] = parts[0] if len(parts) == 1 else Stack(parts)
         return self._read[name]
 
-    def _unpack(self, name: str, rank: int, form: dict[str, Any]) -> Form:
+    def _unpack(self, name: str, rank: int, layout: Layout) -> Form:
         read = dict[str, Tensor]()
 
         def load(key: str) -> Tensor:
             read[key] = self._reader.tensor(self._index, f"share/{name}/{key}", rank)
             return read[key]
 
-        share = unpack(form, load)
+        share = unpack(layout, load)
         _check_types_of_share(read)
         samples = len(self._reader.tensor(self._index, "sample_ids", rank))
         expect((share.n_samples, share.n_coordinates) == (samples, self._sizes[name][0]), "a share of another size")

@@ -8,8 +8,10 @@ import os
 import queue
 import threading
 import zlib
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, suppress
+from dataclasses import replace
+from functools import partial
 from io import RawIOBase
 from pathlib import Path
 from typing import IO, Any, Literal
@@ -24,6 +26,7 @@ from lightning_influence.log.format import (
     MANIFEST,
     NAME,
     VERSION,
+    IndexEntry,
     index_line,
     names_of,
     own_path,
@@ -89,7 +92,7 @@ class StoreWriter:
             self._refuse_other_ranks()
             index = self.place.file(f"{self._part}/{INDEX}")
             self._entries = read_index(index) if existing == "resume" and index.exists() else []
-            self._steps = sum("step" in entry for entry in self._entries)
+            self._steps = self.complete
             self.place.remove(f"{self._part}/{MISSING}")
             self._index = self._begin_index()
             undo.pop_all()
@@ -154,7 +157,7 @@ class StoreWriter:
     @property
     def complete(self) -> int:
         """Steps that are on disk."""
-        return sum("step" in entry for entry in self._entries)
+        return _steps_among(self._entries)
 
     def __len__(self) -> int:
         """Steps appended so far."""
@@ -162,8 +165,8 @@ class StoreWriter:
 
     def first_bytes(self, prefix: str) -> tuple[int, int]:
         """Bytes of the first step that is on disk, and of the first artifact whose name begins so; 0 where there is none."""
-        steps = (entry["bytes"] for entry in self._entries if "step" in entry)
-        artifacts = (e["bytes"] for e in self._entries if e.get("artifact", "").startswith(prefix))
+        steps = (entry.bytes for entry in self._entries if entry.step is not None)
+        artifacts = (e.bytes for e in self._entries if e.artifact is not None and e.artifact.startswith(prefix))
         return next(steps, 0), next(artifacts, 0)
 
     def write_manifest(self, content: dict[str, Any]) -> None:
@@ -188,17 +191,20 @@ class StoreWriter:
         if step != self._steps:
             raise LogError(f"step {step} cannot be appended; the next step of {self.log} is {self._steps}.")
         self._steps += 1
-        self._submit({"step": step, "file": step_name(step)}, tensors, meta)
+        self._submit(
+            partial(self._write, IndexEntry(f"{step_name(step)}.safetensors", step=step), tensors, meta), tensors
+        )
 
     def save(self, name: str, tensors: Mapping[str, Tensor], meta: dict[str, Any]) -> None:
         """Write a named artifact, replacing one of that name."""
         if not NAME.fullmatch(f"{name}.safetensors") or name.startswith("step-"):
             raise LogError(f"{name!r} cannot name an artifact; use letters, digits, '.', '_' and '-'.")
-        self._submit({"artifact": name, "file": name, "after": self._steps}, tensors, meta)
+        entry = IndexEntry(f"{name}.safetensors", artifact=name, after=self._steps)
+        self._submit(partial(self._write, entry, tensors, meta), tensors)
 
     def drop(self, names: Collection[str]) -> None:
         """Remove artifacts, after what was appended before."""
-        self._submit({"drop": set(names)}, {}, {})
+        self._submit(partial(self._drop, set(names)), {})
 
     def truncate(self, steps: int) -> None:
         """Drop the steps from number ``steps`` on, the artifacts that were written after them, and `FINAL`: a store
@@ -216,7 +222,7 @@ class StoreWriter:
         self._entries = [
             e
             for e in self._entries
-            if e.get("step", -1) < steps and e.get("after", -1) <= steps and e.get("artifact") != FINAL
+            if (e.step is None or e.step < steps) and (e.after is None or e.after <= steps) and e.artifact != FINAL
         ]
         self._steps = steps
         self._index.close()
@@ -252,7 +258,8 @@ class StoreWriter:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _submit(self, entry: dict[str, Any], tensors: Mapping[str, Tensor], meta: dict[str, Any]) -> None:
+    def _submit(self, work: Callable[[], None], tensors: Mapping[str, Tensor]) -> None:
+        """Let the thread do some work, which holds tensors."""
         self._raise()
         size = sum(t.numel() * t.element_size() for t in tensors.values()) + 1
         large = size > self._limit
@@ -265,7 +272,7 @@ class StoreWriter:
             else:
                 self._pending += size
         self._raise()
-        self._queue.put((entry, tensors, meta, size))
+        self._queue.put((work, size))
 
     def _raise(self) -> None:
         if self._error is not None:
@@ -273,10 +280,11 @@ class StoreWriter:
 
     def _work(self) -> None:
         while (item := self._queue.get()) is not _STOP:
-            entry, tensors, meta, size = item
+            work, size = item
             try:
                 if self._error is None:
-                    self._write(entry, tensors, meta)
+                    self._refuse_lost()
+                    work()
             except BaseException as error:
                 self._fail(error)
             finally:
@@ -287,15 +295,11 @@ class StoreWriter:
                         self._pending -= size
                     self._room.notify_all()
 
-    def _write(self, entry: dict[str, Any], tensors: Mapping[str, Tensor], meta: dict[str, Any]) -> None:
-        self._refuse_lost()
-        if "drop" in entry:
-            self._drop(entry["drop"])
-            return
+    def _write(self, entry: IndexEntry, tensors: Mapping[str, Tensor], meta: dict[str, Any]) -> None:
         header, *parts = serialise(tensors, meta)
         size = len(header) + sum(map(len, parts))
-        entry |= {"file": f"{entry['file']}.safetensors", "bytes": size, "header": zlib.crc32(header)}
-        name = f"{self._part}/{entry['file']}"
+        entry = replace(entry, bytes=size, header=zlib.crc32(header))
+        name = f"{self._part}/{entry.file}"
         _replace(self._root / name, [header, *parts])
         self.place.store(name)
         self._written += self._index.write(index_line(entry))
@@ -305,12 +309,12 @@ class StoreWriter:
         self._entries.append(entry)
 
     def _drop(self, names: Collection[str]) -> None:
-        gone = [entry for entry in self._entries if entry.get("artifact") in names]
+        gone = [entry for entry in self._entries if entry.artifact in names]
         self._entries = [entry for entry in self._entries if entry not in gone]
         self._index.close()
         self._index = self._begin_index()  # without them, before their files go
         for entry in gone:
-            self.place.remove(f"{self._part}/{entry['file']}")
+            self.place.remove(f"{self._part}/{entry.file}")
 
     def _fail(self, error: BaseException) -> None:
         """Keep the first error for whoever calls next."""
@@ -394,4 +398,8 @@ def _write_whole(file: RawIOBase, part: bytes | memoryview) -> None:
 
 
 def _steps_in(index: Path) -> int:
-    return sum("step" in entry for entry in read_index(index))
+    return _steps_among(read_index(index))
+
+
+def _steps_among(entries: Sequence[IndexEntry]) -> int:
+    return sum(entry.step is not None for entry in entries)

@@ -8,12 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from lightning_influence.core.shares import Form, pack, unpack
+from lightning_influence.core.shares import Form, Layout, pack, unpack
 from lightning_influence.core.trajectory import Vectors
 from lightning_influence.replay.plan import PlannedMicroBatch, PlannedStep
 from lightning_influence.run.batches import without
@@ -66,20 +65,20 @@ class Spread:
     def gathered(self, shares: Sequence[Mapping[str, Form]]) -> list[dict[str, Form]]:
         """The shares of all processes, micro-batch by micro-batch."""
         tensors: dict[str, Tensor] = {}
-        metas = []
+        layouts = []
         for number, forms in enumerate(shares):
             packed = {k: pack(form) for k, form in forms.items()}
             tensors |= {f"{number}/{k}/{key}": t for k, (parts, _) in packed.items() for key, t in parts.items()}
-            metas.append({k: meta for k, (_, meta) in packed.items()})
+            layouts.append({k: layout for k, (_, layout) in packed.items()})
         of_all: list[dict[str, Form]] = []
-        for held, metas_of_rank in zip(self.ranks.gather_tensors(tensors), self.ranks.gather(metas), strict=True):
-            for number, forms_of in enumerate(metas_of_rank):
-                of_all.append({k: _unpacked(meta, held, f"{number}/{k}/") for k, meta in forms_of.items()})
+        for held, of_rank in zip(self.ranks.gather_tensors(tensors), self.ranks.gather(layouts), strict=True):
+            for number, by_name in enumerate(of_rank):
+                of_all.append({k: _unpacked(layout, held, f"{number}/{k}/") for k, layout in by_name.items()})
         return of_all
 
 
-def _unpacked(meta: Mapping[str, Any], tensors: Mapping[str, Tensor], prefix: str) -> Form:
-    return unpack(meta, lambda key: tensors[prefix + key])
+def _unpacked(layout: Layout, tensors: Mapping[str, Tensor], prefix: str) -> Form:
+    return unpack(layout, lambda key: tensors[prefix + key])
 
 
 def _of_rows(planned: PlannedStep, rows: Tensor) -> PlannedStep:

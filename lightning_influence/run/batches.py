@@ -106,7 +106,7 @@ def samples_of(batch: Any, samples: slice, n: int | None = None) -> Any:
 
 
 def without(batch: Any, rows: Tensor, n: int | None = None) -> Any:
-    """A batch of ``n`` without some of its samples, ``rows`` ``(k,)`` int64, as of `some`."""
+    """A batch of ``n`` without some of its samples, ``rows`` ``(k,)`` int64, as of `samples_of`."""
     n = batch_size(batch) if n is None else n
     leave = set(rows.tolist())
     return _chosen(batch, batch, n, [i for i in range(n) if i not in leave])

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, TypeAlias
 
 import torch
@@ -99,7 +99,7 @@ class SampleIds:
         return loader
 
     def start(self, loader: Any) -> None:
-        """Choose the loader that the training batches come from.
+        """Choose the loader that the training batches come from, and let go of those before it.
 
         Raises:
             ConfigurationError: the ids cannot be known and no source was given.
@@ -112,14 +112,18 @@ class SampleIds:
                 f"the training data is {_describe(loader)}, which does not say which samples a batch holds. {_REMEDY}"
             )
         self._recorder = sampler
+        self._let_go([before for before in self._listening if before.batch_sampler is not sampler])
 
     def stop(self) -> None:
         """Give every loader its own batch sampler back."""
         if self._recorder is not None:
             self._recorder.unsubscribe(self)
         self._recorder = None
-        while self._listening:
-            loader = self._listening.pop()
+        self._let_go(self._listening)
+
+    def _let_go(self, loaders: Sequence[DataLoader[Any]]) -> None:
+        self._listening = [loader for loader in self._listening if not any(loader is one for one in loaders)]
+        for loader in loaders:
             if isinstance(loader.batch_sampler, RecordedBatchSampler):
                 _set_batch_sampler(loader, loader.batch_sampler._wrapped)
 

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from lightning_influence.core.trajectory import Vectors
 from lightning_influence.errors import ConfigurationError, InfluenceError
-from lightning_influence.run.batches import batch_size, leaves, samples_of
+from lightning_influence.run.batches import batch_size, leaves, samples_of, without
 from lightning_influence.run.parameters import parameters_at
 from lightning_influence.run.random_state import random_state
 from lightning_influence.run.task import as_task
@@ -145,6 +145,39 @@ class Joined:
                     except StopIteration:
                         break
                 yield batch
+
+
+class FiniteExamples:
+    """Batches without the examples whose loss is not finite at the module's present parameters.
+
+    Args:
+        tell: told how many a pass left out, at the first pass that leaves some out and whenever their number changes.
+
+    Raises:
+        InfluenceError: when read, and no example is left.
+    """
+
+    def __init__(self, batches: Iterable[Any], module: L.LightningModule, tell: Callable[[int], None]) -> None:
+        self.batches, self._module, self._tell = batches, module, tell
+        self._left_out = 0
+
+    def __iter__(self) -> Iterator[Any]:
+        n_left, n_left_out = 0, 0
+        for batch in self.batches:
+            finite = query_losses(self._module, [batch]).isfinite()
+            n_left, n_left_out = n_left + int(finite.sum()), n_left_out + int((~finite).sum())
+            if finite.all():
+                yield batch
+            elif finite.any():
+                yield without(batch, (~finite).nonzero()[:, 0], len(finite))
+        if not n_left:
+            raise InfluenceError(
+                f"none of the {n_left_out} examples of the target that were read has a finite loss, so nothing is left of it; lower "
+                "the learning rate, or give other queries, as a list or a loader that can be read again."
+            )
+        if n_left_out != self._left_out:
+            self._left_out = n_left_out
+            self._tell(n_left_out)
 
 
 class LiveTarget:

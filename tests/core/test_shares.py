@@ -11,6 +11,7 @@ from lightning_influence.core.shares import (
     CoordinateBlock,
     Dense,
     Form,
+    Layout,
     Outer,
     SparseRows,
     Stack,
@@ -82,6 +83,19 @@ def test_contractions(kind: str, n: int, t: int, q: int, seed: int, data: st.Dat
     torch.testing.assert_close(form.at(index).dense(), dense[:, index])
     tensors, meta = pack(form)
     torch.testing.assert_close(unpack(meta, tensors.__getitem__).dense(), dense)
+
+
+def test_a_layout_in_a_log_is_what_earlier_versions_wrote() -> None:
+    rows = SparseRows(torch.zeros(2, 1, dtype=torch.int64), torch.ones(2, 1, 3), n_rows=4)
+    form = Stack([Sum([Dense(torch.ones(2, 12)), rows]), Outer(torch.ones(2, 1, 4), torch.ones(2, 1, 3))])
+    tensors, layout = pack(form)
+    written = {
+        "form": "stack",
+        "parts": [{"form": "sum", "parts": [{"form": "dense"}, {"form": "rows", "n_rows": 4}]}, {"form": "outer"}],
+    }
+    assert layout.to_json() == written and Layout.from_json(written) == layout
+    assert list(tensors) == ["0/0/values", "0/1/rows", "0/1/values", "1/left", "1/right"]
+    torch.testing.assert_close(unpack(Layout.from_json(written), tensors.__getitem__).dense(), form.dense())
 
 
 @pytest.mark.parametrize("first", ["dense", "outer", "rows", "sum"])

@@ -226,6 +226,20 @@ def test_a_lightning_module_may_train_in_a_plain_loop(tmp_path: Path) -> None:
     assert torch.equal(scores(tmp_path / "lit", module).scores, scores(tmp_path / "plain", task).scores)
 
 
+def test_the_loader_of_an_earlier_epoch_is_let_go(tmp_path: Path) -> None:
+    task, loaders = FunctionTask(network(), loss_of), [DataLoader(DATA, BATCH) for _ in range(2)]
+    samplers, optimizer = [loader.batch_sampler for loader in loaders], adamw(task.module)
+    with recording(tmp_path / "log", task, optimizer, record="replay") as recorder:
+        for number in (0, 1, 0):
+            for batch in recorder.batches(loaders[number]):
+                recorder.backward(batch)
+                optimizer.step()
+                optimizer.zero_grad()
+            assert loaders[1 - number].batch_sampler is samplers[1 - number], "its own again"
+    assert [loader.batch_sampler for loader in loaders] == samplers
+    assert LoggedSteps(tmp_path / "log").record(2 * len(samplers[0])).sample_ids.tolist() == list(range(BATCH))
+
+
 def test_a_loss_may_run_in_mixed_precision(tmp_path: Path) -> None:
     def autocast_loss(module: nn.Module, batch: Any) -> Tensor:
         with torch.autocast("cpu", torch.bfloat16):

@@ -24,7 +24,7 @@ from safetensors.torch import load_file
 
 from lightning_influence.errors import LogCorrupted, LogError
 from lightning_influence.log import shard
-from lightning_influence.log.format import FINAL, FORMAT
+from lightning_influence.log.format import FINAL, FORMAT, IndexEntry, index_line, read_index
 from lightning_influence.log.reader import StoreReader
 from lightning_influence.log.writer import StoreWriter
 
@@ -508,3 +508,26 @@ def test_every_type_of_tensor_is_written_as_safetensors_reads_it(dtype: torch.dt
     for name, tensor in tensors.items():
         assert read[name].dtype == dtype and read[name].shape == tensor.shape
         assert shard.bytes_of(read[name]).tobytes() == shard.bytes_of(tensor).tobytes()
+
+
+# -- the format, as earlier versions wrote it --------------------------------------------------------------------
+
+LINES = {
+    b'a581472a {"bytes":120,"file":"step-00000003.safetensors","header":7,"step":3}\n': IndexEntry(
+        "step-00000003.safetensors", 120, 7, step=3
+    ),
+    b'b36d3f25 {"after":4,"artifact":"final","bytes":64,"file":"final.safetensors","header":9}\n': IndexEntry(
+        "final.safetensors", 64, 9, artifact="final", after=4
+    ),
+}
+
+
+@pytest.mark.parametrize(("line", "entry"), LINES.items())
+def test_an_index_line_is_what_it_was(line: bytes, entry: IndexEntry) -> None:
+    assert index_line(entry) == line
+
+
+def test_an_index_of_an_earlier_version_is_read(tmp_path: Path) -> None:
+    steps = [index_line(IndexEntry(f"step-0000000{i}.safetensors", 120, 7, step=i)) for i in range(3)]
+    (tmp_path / "index.jsonl").write_bytes(b"".join([*steps, *LINES]))
+    assert read_index(tmp_path / "index.jsonl")[3:] == list(LINES.values())

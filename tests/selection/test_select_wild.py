@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import copy
 import re
+import warnings
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import lightning as L
+import pandas as pd
 import pytest
 import torch
+from lightning.pytorch.loggers import CSVLogger
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset, default_collate
@@ -369,6 +373,40 @@ def test_a_target_that_is_not_finite_is_an_error_that_names_the_example(options:
     asked = DataLoader(TensorDataset(x, y), 4)
     with pytest.raises(InfluenceError, match="example 3 of its batch 1 has a loss of nan; leave such examples out"):
         trainer(precision="64-true").fit(Base(), selecting({}, target=asked, **options))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"every": 1}, {"every": 1, "refresh_target_every": 3}, {"every": "epoch"}, {"every": 2, "horizon": 1}],
+    ids=str,
+)
+def test_queries_that_are_not_finite_are_left_out_and_logged(options: dict[str, Any], tmp_path: Path) -> None:
+    x, y = data(10, seed=9).tensors
+    without = [(x[:4], y[:4]), (x[4:7], y[4:7]), (x[8:], y[8:])]
+    broken = x.clone()
+    broken[7, 0] = torch.nan
+    chosen = []
+    for queries in (without, DataLoader(TensorDataset(broken, y), 4)):
+        every_step = {"keep": 0.5, "refresh_target_every": 1}
+        selected = SelectionDataModule(DataLoader(data(), BATCH), queries, not_finite="skip", **every_step | options)
+        run = trainer(max_epochs=2, precision="64-true", logger=CSVLogger(tmp_path))
+        with warnings.catch_warnings(record=True) as said:
+            warnings.simplefilter("always")
+            run.fit(Base(), selected)
+        warned = [str(w.message) for w in said if "are left out of it" in str(w.message)]
+        assert [text[:24] for text in warned] == ([] if queries is without else ["1 examples of the target"])
+        chosen.append(selected.selection_report.to_pandas())
+    assert len(chosen[0]) and chosen[0].equals(chosen[1])
+    assert isinstance(run.logger, CSVLogger)
+    logged = pd.read_csv(run.logger.experiment.metrics_file_path)
+    assert logged["influence/target_left_out"].dropna().tolist() == [1]
+
+
+def test_a_target_of_which_nothing_is_finite_is_an_error() -> None:
+    x, y = data(10, seed=9).tensors
+    asked = [(torch.full_like(x, torch.nan), y)]
+    with pytest.raises(InfluenceError, match="none of the 10 examples of the target that were read has a finite loss"):
+        trainer(precision="64-true").fit(Base(), selecting({}, target=asked, every=1, not_finite="skip"))
 
 
 def test_a_candidate_that_is_not_finite_is_an_error() -> None:
