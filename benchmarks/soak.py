@@ -27,7 +27,6 @@ from typing import Any
 
 import lightning as L
 import torch
-from crash import SeedsSteps
 from lightning.pytorch.callbacks import ModelCheckpoint
 from measure import quiet
 from torch import Tensor, nn
@@ -40,6 +39,19 @@ from lightning_influence.log.reader import StoreReader
 from lightning_influence.selection import decisions
 
 SAMPLES, QUERIES, BATCH, EPOCHS = 64, 16, 8, 3
+
+
+class SeedsSteps(L.Callback):
+    """Random numbers that follow from the step: a checkpoint does not hold the generators' states.
+
+    Also before an epoch, which selection in rounds may begin with a roll-out.
+    """
+
+    def on_train_epoch_start(self, trainer: L.Trainer, *_: Any) -> None:
+        L.seed_everything(trainer.global_step, verbose=False)
+
+    def on_train_batch_start(self, trainer: L.Trainer, *_: Any) -> None:
+        L.seed_everything(trainer.global_step, verbose=False)
 
 
 @dataclass(frozen=True)

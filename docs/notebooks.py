@@ -25,6 +25,7 @@ SHOWN = {
 """What is looked at in the end of each notebook."""
 
 _MARK = re.compile(r"^<!-- notebook: (\w+) -->$", re.M)
+_STYLE = re.compile(r'<style.*?</style>|( border="1")? class="dataframe"')  # of pandas; the page has its own for tables
 _KERNEL = {"kernelspec": {"name": "python3", "display_name": "Python 3", "language": "python"}}
 _QUIET = (
     "import logging\nimport warnings\n\n"
@@ -154,8 +155,8 @@ def _rendered(output: Any) -> str:
     if "image/png" in data:
         return f'<img alt="What the cell shows" src="data:image/png;base64,{"".join(data["image/png"]).strip()}">'
     if "text/html" in data:
-        shown = "".join(data["text/html"])
-        return '<div class="shown">' + re.sub(r"\n\s*", " ", shown) + "</div>"
+        shown = _STYLE.sub("", re.sub(r"\n\s*", " ", "".join(data["text/html"])))
+        return f'<div class="shown">{shown}</div>'
     return f'<pre class="shown">{html.escape("".join(data["text/plain"]))}</pre>'
 
 

@@ -27,6 +27,7 @@ from lightning_influence import (
     errors,
     token_scores,
     tune_horizon,
+    without,
 )
 from lightning_influence.cli import main
 from lightning_influence.log.format import FINAL
@@ -458,6 +459,9 @@ misuse("selection by a target that is not finite")(
 )
 misuse("selection inside the step of samples that see each other")(lambda here: fit(Together(), select(every=1)))
 misuse("selection from a stream")(lambda here: fit(Classifier(), SelectionDataModule(DataLoader(Stream(), 8), QUERIES)))
+misuse("leaving out a sample that the data does not have")(lambda here: without(loader(TRAIN), [999]))
+misuse("leaving samples out of a stream")(lambda here: without(DataLoader(Stream(), 8), [3]))
+misuse("leaving out all of a batch")(lambda here: fit(Classifier(), without(DataLoader(TRAIN, 2), [2, 3])))
 misuse("tuning with nothing to compare on")(lambda here: tune_horizon(lambda lr: Classifier(), loader(TRAIN), QUERIES))
 misuse("tuning over nothing")(
     lambda here: tune_horizon(lambda lr: Classifier(), loader(TRAIN), QUERIES, QUERIES, horizons=())

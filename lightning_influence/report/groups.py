@@ -19,7 +19,10 @@ if TYPE_CHECKING:
     import pandas as pd
 
 STRAIGHT = 0.1
-"""A bend below which scores were off by at most 0.024 of their size, and above it by 0.075 to 0.47 (docs/benchmarks.md, "Groups")."""
+"""A bend below which scores were off by at most 0.024 of their size, and above it by 0.075 to 4.1 (docs/benchmarks.md, "Groups")."""
+
+ORDERED = 1.0
+"""A bend above which not even the order of the scores was that of retraining (there)."""
 
 PREFIX = "groups/"
 """Of the names of the tensors of `Groups.packed`."""
@@ -96,6 +99,17 @@ class Groups:
         """
         return [bend is not None and bend < STRAIGHT for bend in self.bends or [None] * len(self)]
 
+    @property
+    def readings(self) -> list[str]:
+        """What the score of each group may be read as: ``"a size"``, ``"rank only"``, or ``"nothing"`` where the group bends the
+        run so far that only training again without it tells.
+        """
+        bends = self.bends or [None] * len(self)
+        return [
+            "a size" if as_size else "nothing" if bend is not None and bend >= ORDERED else "rank only"
+            for bend, as_size in zip(bends, self.as_sizes, strict=True)
+        ]
+
     def _summed(self, values: Tensor) -> Tensor:
         total = torch.zeros(len(self), self.rows.n_queries, dtype=torch.float64)
         return total.index_add_(0, self.rows.sample_ids, values.double()).to(values.dtype)
@@ -103,7 +117,7 @@ class Groups:
     def to_pandas(self) -> pd.DataFrame:
         """One row per group: ``group``, ``samples`` (that the run consumed), one score column per query (``score`` where there
         is one), ``per_sample`` (the mean score over the queries, divided by the samples) and ``nonlinearity`` (mean); where
-        it was looked at ``bend`` and ``as_size`` (`as_sizes`).
+        it was looked at ``bend``, ``as_size`` (`as_sizes`) and ``read_as`` (`readings`).
         """
         scores, sizes = self.scores, torch.tensor(self.sizes, dtype=torch.float64)
         return score_table(
@@ -113,7 +127,11 @@ class Groups:
             after={
                 "per_sample": (scores.double().mean(1) / sizes.clamp(min=1)).numpy(),
                 "nonlinearity": self.nonlinearity.mean(1).numpy(),
-                **({} if self.bends is None else {"bend": list(self.bends), "as_size": self.as_sizes}),
+                **(
+                    {}
+                    if self.bends is None
+                    else {"bend": list(self.bends), "as_size": self.as_sizes, "read_as": self.readings}
+                ),
             },
         )
 

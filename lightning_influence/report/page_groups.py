@@ -73,9 +73,9 @@ def joint(groups: Groups | None) -> list[dict[str, Any]]:
     """What removing each group as a whole does, on average over the queries; nothing where a report has no groups."""
     if groups is None:
         return []
-    columns = zip(groups.names, groups.sizes, mean_score(groups.scores).tolist(), groups.as_sizes, strict=True)
+    columns = zip(groups.names, groups.sizes, mean_score(groups.scores).tolist(), groups.readings, strict=True)
     return _compared(
-        [{"name": name, "n": n, "total": effect, "as_size": as_size} for name, n, effect, as_size in columns]
+        [{"name": name, "n": n, "total": effect, "reading": reading} for name, n, effect, reading in columns]
     )
 
 

@@ -81,7 +81,7 @@ class Plots:
 
     def groups(self, k: int = 30) -> Figure:
         """What removing each group as a whole does, on average over the queries: the ``k`` largest effects. Bars that are
-        hatched are to be read as a rank only (`Groups.as_sizes`).
+        hatched are to be read as a rank at most (`Groups.readings`).
 
         Raises:
             ConfigurationError: a report without groups, or fewer than one bar.
@@ -106,7 +106,7 @@ class Plots:
         axes.set(xlabel="score of the group, removed as a whole")
         if not all(groups.as_sizes[group] for group in shown):
             axes.legend(
-                handles=[Patch(facecolor="none", edgecolor="0.4", hatch="///", label="rank only")], frameon=False
+                handles=[Patch(facecolor="none", edgecolor="0.4", hatch="///", label="rank at most")], frameon=False
             )
         return figure
 

@@ -6,7 +6,7 @@ import copy
 from collections.abc import Collection, Iterator
 from typing import Any, TypeVar
 
-from torch.utils.data import BatchSampler, DataLoader, RandomSampler, SequentialSampler
+from torch.utils.data import DataLoader, RandomSampler, SequentialSampler
 
 from lightning_influence.errors import ConfigurationError
 from lightning_influence.run.data import kept
@@ -14,38 +14,6 @@ from lightning_influence.run.lightning_names import is_a
 from lightning_influence.run.sample_ids import is_map_style, with_batch_sampler
 
 T = TypeVar("T")
-
-
-class KeptBatches(BatchSampler):
-    """The batches of another sampler without some samples, whose places stay empty.
-
-    Args:
-        wrapped: draws the batches.
-        gone: sample ids that are left out.
-        alone: whether each batch is one sample and each sample comes once, so that it is known how many batches remain.
-    """
-
-    def __init__(self, wrapped: Any, gone: frozenset[int], *, alone: bool) -> None:  # the rest is the wrapped sampler's
-        self._wrapped, self._gone, self._alone = wrapped, gone, alone
-
-    def __iter__(self) -> Iterator[list[int]]:
-        for drawn in self._wrapped:
-            batch = kept(drawn, self._gone)
-            if batch:
-                yield batch
-            elif not self._alone:
-                raise ConfigurationError(
-                    f"nothing is left of the batch of the samples {sorted(map(int, drawn))[:10]}, and a trainer counts batches that do not "
-                    "come; give the loader larger batches, or leave the samples out with clean(...)."
-                )
-
-    def __len__(self) -> int:
-        return len(self._wrapped) - (len(self._gone) if self._alone else 0)
-
-    def __getattr__(self, name: str) -> Any:
-        if name == "_wrapped":  # while unpickled, before __dict__ is there
-            raise AttributeError(name)
-        return getattr(self._wrapped, name)
 
 
 def without(data: T, ids: Collection[int]) -> T:
@@ -85,8 +53,46 @@ def _loader_without(loader: Any, gone: frozenset[int]) -> Any:
     unknown = sorted(z for z in gone if not 0 <= z < len(loader.dataset))
     if unknown:
         raise ConfigurationError(f"sample {unknown[0]} is not one of the {len(loader.dataset)} of the training data.")
-    alone = loader.batch_size == 1 and _each_once(loader.sampler)
-    return with_batch_sampler(loader, KeptBatches(loader.batch_sampler, gone, alone=alone))
+    return with_batch_sampler(loader, _kept_batches(loader.batch_sampler, gone))
+
+
+def _kept_batches(batches: Any, gone: frozenset[int]) -> Any:
+    """A batch sampler of the same class that leaves samples out, whose places stay empty.
+
+    Lightning makes a batch sampler of the same class anew where it deals the data out to processes, so it is the class that
+    leaves out.
+    """
+    kind: Any = type(batches)
+    if kind.__module__ == "builtins":
+        raise ConfigurationError(
+            f"samples cannot be taken out of the batches of a {kind.__name__}; take them out of it, or give a loader whose batch_sampler "
+            "is a torch.utils.data.BatchSampler."
+        )
+
+    class KeptBatches(kind):  # type: ignore[misc]
+        def __iter__(self) -> Iterator[list[int]]:
+            alone = _of_one_each(self)
+            for drawn in super().__iter__():
+                batch = kept(drawn, gone)
+                if batch:
+                    yield batch
+                elif not alone:
+                    raise ConfigurationError(
+                        f"nothing is left of the batch of the samples {sorted(map(int, drawn))[:10]}, and a trainer counts batches that do "
+                        "not come; give the loader larger batches, or leave the samples out with clean(...)."
+                    )
+
+        def __len__(self) -> int:
+            return super().__len__() - (len(gone) if _of_one_each(self) else 0)  # type: ignore[no-any-return]
+
+    twin = copy.copy(batches)
+    twin.__class__ = KeptBatches
+    return twin
+
+
+def _of_one_each(batches: Any) -> bool:
+    """Whether each batch is one sample and each sample comes once, so that it is known how many batches are left."""
+    return getattr(batches, "batch_size", None) == 1 and _each_once(getattr(batches, "sampler", None))
 
 
 def _each_once(sampler: Any) -> bool:

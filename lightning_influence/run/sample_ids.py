@@ -168,7 +168,12 @@ def _set_batch_sampler(loader: DataLoader[Any], sampler: Any) -> None:
 def with_batch_sampler(loader: DataLoader[Any], sampler: Any) -> DataLoader[Any]:
     """The same loader with another batch sampler; the given one stays as it is."""
     twin = copy.copy(loader)
-    twin._iterator = None  # workers that outlive an epoch are each loader's own
+    held = vars(twin)  # past what Lightning puts in the place of DataLoader.__setattr__
+    held["_iterator"] = None  # workers that outlive an epoch are each loader's own
+    if type(twin) is DataLoader:
+        # what Lightning noted of the other's arguments, to make it anew, names no batch sampler
+        for name in [name for name in held if name.startswith("__pl_saved")]:
+            del held[name]
     _set_batch_sampler(twin, sampler)
     return twin
 

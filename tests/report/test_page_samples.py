@@ -279,9 +279,10 @@ def test_whole_groups_are_told_where_a_report_has_them(tmp_path: Path) -> None:
     assert [(name, int(n), float(score)) for name, n, score in found] == [("web", 30, 2.0), ("book", 10, -0.5)]
     assert "removed as a whole" in part
     assert part.count("rank only</td>") == 2, "nothing was looked at"
-    report.groups = Groups(["web", "book"], [30, 10], rows, report.query_ids, bends=[0.01, 0.5])
-    part = written(report, tmp_path).split('id="groups"')[1].split("</section>")[0]
-    assert re.findall(r"<td>(a size|rank only)</td>", part) == ["a size", "rank only"]
+    for bend, reading in ((0.5, "rank only"), (1.5, "nothing")):
+        report.groups = Groups(["web", "book"], [30, 10], rows, report.query_ids, bends=[0.01, bend])
+        part = written(report, tmp_path).split('id="groups"')[1].split("</section>")[0]
+        assert re.findall(r"<td>(a size|rank only|nothing)</td>", part) == ["a size", reading]
     assert all("<button" in head for head in re.findall(r"<th .*?</th>", part)), (
         "the page's script sorts by every heading"
     )

@@ -188,7 +188,7 @@ def test_groups_are_drawn_by_their_effect(tmp_path: Path) -> None:
     assert [label.get_text() for label in axes.get_yticklabels()] == ["$\\bad", "few", "web"]
     assert [bar.get_width() for bar in axes.patches] == pytest.approx([-5.0, 0.1, 2.0])
     assert [bool(bar.get_hatch()) for bar in axes.patches] == [True, True, False], "rank only"
-    assert [text.get_text() for text in axes.get_legend().get_texts()] == ["rank only"]
+    assert [text.get_text() for text in axes.get_legend().get_texts()] == ["rank at most"]
     report.plot.groups().savefig(tmp_path / "groups.png")
     two = report.plot.groups(k=2).axes[0]
     assert [label.get_text() for label in two.get_yticklabels()] == ["$\\bad", "web"]

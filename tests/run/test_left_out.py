@@ -2,13 +2,23 @@
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from typing import Any
 
 import lightning as L
 import pytest
 import torch
+from lightning.fabric.utilities.data import _replace_dunder_methods, _update_dataloader
 from modules import Classifier, digits, fit
-from torch.utils.data import DataLoader, IterableDataset, TensorDataset, WeightedRandomSampler
+from torch.utils.data import (
+    BatchSampler,
+    DataLoader,
+    DistributedSampler,
+    IterableDataset,
+    Sampler,
+    TensorDataset,
+    WeightedRandomSampler,
+)
 
 from lightning_influence import without
 from lightning_influence.errors import ConfigurationError
@@ -90,6 +100,41 @@ def test_a_datamodule_keeps_all_but_its_training_loader() -> None:
     assert len(rest.val_dataloader().dataset) == N
     given.setup("fit")
     assert [len(y) for _, y in given.train_dataloader()] == [10, 10, 10]
+
+
+@pytest.mark.parametrize("in_hook", [False, True])
+def test_where_lightning_deals_the_data_out_to_processes_they_stay_out(in_hook: bool) -> None:
+    """It makes the batch sampler anew, from the arguments that it saw or from its attributes."""
+    watched = (_replace_dunder_methods(DataLoader, "dataset"), _replace_dunder_methods(BatchSampler))
+    with ExitStack() as stack:
+        if in_hook:
+            for each in watched:
+                stack.enter_context(each)
+        rest = without(without(numbered(8, shuffle=True), [7, 8]), [0, 29])
+    sampler = DistributedSampler(rest.dataset, 2, 1, shuffle=False)  # type: ignore[var-annotated]
+    of_process = [z for z in range(N) if z % 2]
+    whole = [of_process[i : i + 8] for i in range(0, len(of_process), 8)]
+    assert drawn(_update_dataloader(rest, sampler)) == [[z for z in batch if z not in GONE] for batch in whole]
+
+
+def test_a_batch_sampler_of_one_s_own_is_kept() -> None:
+    class Halves(Sampler[list[int]]):
+        def __init__(self) -> None:
+            self.epoch = 0
+
+        def __iter__(self) -> Any:
+            self.epoch += 1
+            yield from (list(range(15)), list(range(15, N)))
+
+        def __len__(self) -> int:
+            return 2
+
+    given = DataLoader(TensorDataset(torch.arange(N)), batch_sampler=Halves())
+    rest = without(given, GONE)
+    assert drawn(rest) == [[z for z in part if z not in GONE] for part in (range(15), range(15, N))]
+    assert rest.batch_sampler.epoch == 1 and given.batch_sampler.epoch == 0 and len(rest) == 2  # type: ignore[union-attr]
+    with pytest.raises(ConfigurationError, match="the batches of a list"):
+        without(DataLoader(TensorDataset(torch.arange(4)), batch_sampler=[[0, 1], [2, 3]]), [0])
 
 
 def test_what_cannot_be_left_out_is_refused() -> None:

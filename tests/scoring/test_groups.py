@@ -102,7 +102,7 @@ def test_a_bend_is_how_far_the_losses_are_from_straight_lines(tmp_path: Path) ->
     assert groups.bends[0] > 0.1 and groups.bends[1] is None and groups.as_sizes == [False, False]
     report.save(tmp_path / "report.safetensors")
     again = groups_of(InfluenceReport.load(tmp_path / "report.safetensors"))
-    assert again.bends == groups.bends and list(again.to_pandas().columns)[-2:] == ["bend", "as_size"]
+    assert again.bends == groups.bends and list(again.to_pandas().columns)[-3:] == ["bend", "as_size", "read_as"]
     assert "rank only" in report.to_html(tmp_path / "page.html").read_text()
     asked = attribute(tmp_path, **options, query_loss=each_loss, target="mean", groups={"two": [0, 5]})
     expected = float((change.mean() - line.mean()).abs() / line.mean().abs())
