@@ -110,6 +110,13 @@ def fit(
     return trainer
 
 
+def trainer_under(strategy: Any) -> L.Trainer:
+    """A trainer on the CPU that says that it uses a strategy, also one that Lightning accepts beside a GPU only."""
+    trainer = L.Trainer(accelerator="cpu", devices=1, logger=False)
+    trainer._accelerator_connector.strategy = strategy
+    return trainer
+
+
 def loader(data: TensorDataset, batch_size: int = 16, seed: int = 0, **options: Any) -> DataLoader[Any]:
     generator = torch.Generator().manual_seed(seed)
     return DataLoader(data, batch_size, shuffle=True, generator=generator, **options)

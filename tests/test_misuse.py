@@ -13,7 +13,8 @@ from typing import Any
 import lightning as L
 import pytest
 import torch
-from modules import Classifier, fit, loader, split_digits
+from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
+from modules import Classifier, fit, loader, split_digits, trainer_under
 from torch import nn
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
@@ -137,6 +138,16 @@ misuse("going on from another run's checkpoint")(
         ).fit(Classifier(), loader(TRAIN), ckpt_path=here.path / "ckpt"),
     )
 )
+misuse("per-sample gradients of a sharded model")(
+    lambda here: InfluenceCallback(here.path / "new", record="gradients").setup(
+        trainer_under(ModelParallelStrategy()), here.module, "fit"
+    )
+)
+misuse("a run under FSDP1")(
+    lambda here: InfluenceCallback(here.path / "new", record="replay").setup(
+        trainer_under(FSDPStrategy()), here.module, "fit"
+    )
+)
 misuse("a report without validation data")(lambda here: here.record(report=True))
 misuse("a report without validation batches")(
     lambda here: fit(
@@ -175,7 +186,8 @@ class Deletes(L.Callback):
 @misuse("an index deleted while the run writes")
 def _(here: Here) -> None:
     callbacks = [InfluenceCallback(here.path / "new", on_error="raise", record="gradients"), Deletes()]
-    fit(Classifier(), loader(TRAIN), *callbacks, default_root_dir=here.path)
+    # many steps follow: the writer's thread notices, and the next step raises
+    fit(Classifier(), loader(TRAIN), *callbacks, default_root_dir=here.path, max_epochs=20)
 
 
 @misuse("manual optimization")

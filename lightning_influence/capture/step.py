@@ -25,6 +25,7 @@ from lightning_influence.run.optimizer import read_hypers, read_moments, update_
 from lightning_influence.run.ranks import Ranks
 from lightning_influence.run.refusals import refuse_unowned
 from lightning_influence.run.sample_weights import WeightSource
+from lightning_influence.run.sharding import local
 
 _CHANGE_TOLERANCE = 1e-3  # relative, of a gradient's norm
 
@@ -400,10 +401,10 @@ class _Started:
 
 
 def total_norm(gradients: Iterable[Tensor | None]) -> Tensor:
-    """Norm of all gradients together, in single precision at least."""
+    """Norm of all gradients together, of what this process holds of them, in single precision at least."""
     by_dtype: dict[torch.dtype, list[Tensor]] = {}
     for g in gradients:
         if g is not None:
-            by_dtype.setdefault(torch.promote_types(g.dtype, torch.float32), []).append(g.detach())
+            by_dtype.setdefault(torch.promote_types(g.dtype, torch.float32), []).append(local(g))
     norms = [norm for dtype, group in by_dtype.items() for norm in torch._foreach_norm(group, 2, dtype)]
     return torch.linalg.vector_norm(torch.stack(norms)) if norms else torch.zeros(())

@@ -12,9 +12,9 @@ import pandas as pd
 import torch
 
 from lightning_influence.errors import ConfigurationError, InfluenceError
-from lightning_influence.log.format import FINAL, MANIFEST
+from lightning_influence.log.format import MANIFEST
+from lightning_influence.log.logged_snapshots import LoggedSnapshots
 from lightning_influence.log.place import place_of
-from lightning_influence.log.snapshots import snapshot_name
 from lightning_influence.log.steps import LoggedSteps
 from lightning_influence.replay.logged_plan import LoggedPlan
 from lightning_influence.report.tokens import TokenScores
@@ -160,8 +160,7 @@ def _end_of(log: str, model: LightningModule) -> Mapping[str, Any]:
     """
     if place_of(log).file(MANIFEST).exists():
         steps = LoggedSteps(log)
-        artifacts = steps.reader.artifacts()
-        if FINAL in artifacts and snapshot_name(len(steps)) in artifacts:
+        if steps.end is not None and len(steps) in LoggedSnapshots(steps.reader).steps:
             end = LoggedPlan(steps, model).snapshot(len(steps))
             return {**end.parameters, **end.buffers}
     raise ConfigurationError(

@@ -20,7 +20,7 @@ from lightning_influence.errors import ConfigurationError, LogError, check_choic
 from lightning_influence.lightning.failures import tell_missing
 from lightning_influence.lightning.live_run import LiveRun
 from lightning_influence.lightning.run_log import RunLog
-from lightning_influence.lightning.run_report import RunReport, refuse_no_queries
+from lightning_influence.lightning.run_report import RunReport, refuse_no_queries, refuse_sharded_report
 from lightning_influence.live.ways import Ways, budget_of
 from lightning_influence.log.format import refuse_undecodable
 from lightning_influence.log.manifest import RECORDS, Manifest, Mask
@@ -159,6 +159,7 @@ class InfluenceCallback(L.Callback):
             self.sample_ids,
             self,
             otherwise="use record='replay'",
+            sharded=record in ("auto", "replay"),
             guard=self._inside,
             give_up=self._leave_out if record == "auto" else None,
         )
@@ -210,6 +211,8 @@ class InfluenceCallback(L.Callback):
         if stage != "fit":
             return
         self._live.listen(trainer, pl_module)
+        if self.writes_report:
+            refuse_sharded_report(trainer)
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if self.writes_report:
@@ -239,7 +242,9 @@ class InfluenceCallback(L.Callback):
                 guard=self._inside,
                 give_up=self._leave_out if self.record == "auto" else None,
             )
-            self._recorder.left = self._log.left
+            self._recorder.left = (
+                self._log.left if collector.ranks.rank == 0 else None
+            )  # a checkpoint is the first one's
             undo.pop_all()
         self._ways.begin(self._live.steps, self._recorder, replace(manifest, run=self._log.run))
 
@@ -255,7 +260,7 @@ class InfluenceCallback(L.Callback):
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         # an error here would keep the checkpoints of the end from being saved
-        whole = all(ranks_of(trainer).gather(self._is_complete(trainer)))
+        whole = all(ranks_of(trainer, sharded=True).gather(self._is_complete(trainer)))
         self._close(trainer, finished=whole)
         if self.writes_report:
             self._report.write(trainer, pl_module, whole)

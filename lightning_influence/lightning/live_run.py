@@ -16,8 +16,10 @@ from lightning_influence.live.steps import LiveSteps
 from lightning_influence.run.lightning_names import overrides
 from lightning_influence.run.lightning_task import LightningTask, tapped
 from lightning_influence.run.moment import Moment
+from lightning_influence.run.optimizer import trained_by
 from lightning_influence.run.refusals import left_out, recommending, refuse_thawing
 from lightning_influence.run.sample_ids import SampleIds
+from lightning_influence.run.sharding import let_go, refuse_other_shards
 from lightning_influence.run.trainer import loss_scaler, moment_of, numbers_of, only_optimizer, ranks_of
 
 _MAY_CHANGE_GRADIENTS = ("on_after_backward", "on_before_optimizer_step")
@@ -31,6 +33,7 @@ class LiveRun:
         sample_ids: tells which samples a batch holds.
         follower: the callback, whose own hooks are no reason to watch the gradients.
         otherwise: what a user can do where per-sample gradients do not say what a removal does, for the errors' texts.
+        sharded: whether the run may be one whose parameters are sharded over processes, without per-sample gradients.
         guard, give_up: as of `LiveSteps`.
 
     Attributes:
@@ -46,10 +49,11 @@ class LiveRun:
         follower: L.Callback,
         *,
         otherwise: str,
+        sharded: bool = False,
         guard: Callable[[], AbstractContextManager[None]] = nullcontext,
         give_up: Callable[[str, ConfigurationError], None] | None = None,
     ) -> None:
-        self._give_up = give_up
+        self._give_up, self._sharded = give_up, sharded
         self.options, self.sample_ids = options, sample_ids
         self._follower, self._otherwise, self._guard = follower, otherwise, guard
         self._undo = ExitStack()
@@ -62,7 +66,7 @@ class LiveRun:
         Raises:
             ConfigurationError: a run whose steps cannot be followed.
         """
-        ranks_of(trainer)
+        ranks_of(trainer, sharded=self._sharded)
         if not module.automatic_optimization:
             raise ConfigurationError(
                 f"{type(module).__name__} uses manual optimization, whose steps the trainer does not see; "
@@ -95,15 +99,19 @@ class LiveRun:
                 f"{type(module).__name__} overrides configure_gradient_clipping, so how its gradients are clipped is not known. Leave "
                 "it to Trainer(gradient_clip_val=..., gradient_clip_algorithm=...)."
             )
+        ranks, optimizer = ranks_of(trainer, sharded=self._sharded), only_optimizer(trainer)
+        if ranks.sharded:
+            let_go(module)  # which sanity checking has gathered
+            refuse_other_shards(module, trained_by(optimizer, module), ranks.size)
         self.steps = LiveSteps(
             LightningTask(module),
-            only_optimizer(trainer),
+            optimizer,
             self.options,
             self.sample_ids,
             captures=captures and self._may_capture(trainer, module),
             rehearses=rehearses,
             lasting=lasting,
-            ranks=ranks_of(trainer),
+            ranks=ranks,
             autocast=trainer.precision_plugin.forward_context,
             watches=self._changes_gradients(trainer, module),
             otherwise=self._otherwise,
@@ -118,6 +126,7 @@ class LiveRun:
     def _may_capture(self, trainer: L.Trainer, module: L.LightningModule) -> bool:
         """Whether per-sample gradients can be collected throughout the run."""
         with left_out("gradients", self._give_up), recommending(self._otherwise):
+            ranks_of(trainer)
             refuse_thawing(trainer, module, self.options.exclude)
             return True
         return False

@@ -72,6 +72,19 @@ def _identity(path: Path) -> tuple[int, int] | None:
     return (path.stat().st_mtime_ns, path.stat().st_ino) if path.exists() else None
 
 
+def refuse_sharded_report(trainer: L.Trainer) -> None:
+    """Refuse to attribute inside of a run whose parameters are sharded.
+
+    Raises:
+        ConfigurationError: they are.
+    """
+    if ranks_of(trainer, sharded=True).sharded:
+        raise ConfigurationError(
+            f"report=True attributes inside of the run, and under {type(trainer.strategy).__name__} no process holds the whole model. "
+            "Leave it out, and call attribute(...) after the run in one process, with the module made without the strategy."
+        )
+
+
 def refuse_no_queries(trainer: L.Trainer) -> None:
     """What a report would miss at the end of the run is said at its start.
 

@@ -115,7 +115,8 @@ class LiveSteps:
         self.removals = RemovalCheck(unverifiable=None if options.verify else "verify=False", few=_VERIFIED)
         self._to_verify = capture is not None and options.verify  # the next batch
         # steps that are still to be run again
-        self._rehearsals = _REHEARSALS if rehearses and options.verify and self.collector.ranks.size == 1 else 0
+        alone = self.collector.ranks.size == 1 and not self.collector.ranks.sharded
+        self._rehearsals = _REHEARSALS if rehearses and options.verify and alone else 0
         self._twin: Task | None = None  # on which steps are tried
         self._trial: Trial | None = None
         self._rerun: Rerun | None = None  # of the trial

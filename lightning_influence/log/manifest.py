@@ -16,6 +16,7 @@ from lightning_influence.core.optimizers import UPDATES
 from lightning_influence.errors import LogCorrupted
 from lightning_influence.log.reader import StoreReader
 from lightning_influence.run.optimizer import trained_by, update_name
+from lightning_influence.run.sharding import class_of
 
 RECORDS = ("gradients", "replay", "both")
 """Ways of recording."""
@@ -134,7 +135,7 @@ class Manifest:
         """
         trained = sum(p.numel() for p in trained_by(optimizer, module).values())
         return cls(
-            module=f"{type(module).__module__}.{type(module).__qualname__}",
+            module=f"{class_of(module).__module__}.{class_of(module).__qualname__}",
             optimizer=type(optimizer).__name__,
             update=update_name(optimizer),
             record=record,

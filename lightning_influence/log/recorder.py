@@ -21,6 +21,7 @@ from lightning_influence.core.coordinates import Coordinates, choose_coordinates
 from lightning_influence.core.shares import Form
 from lightning_influence.core.trajectory import Clip, StepRecord
 from lightning_influence.errors import ConfigurationError
+from lightning_influence.log.end import MOVED, pack_end
 from lightning_influence.log.reader import StoreReader
 from lightning_influence.log.snapshots import (
     SNAPSHOT,
@@ -31,11 +32,12 @@ from lightning_influence.log.snapshots import (
     pack_snapshot,
     snapshot_name,
 )
-from lightning_influence.log.steps import FINAL, LAYOUT, MOMENTS_EVERY, checksum, pack_dynamics, pack_layout, pack_step
+from lightning_influence.log.steps import FINAL, LAYOUT, MOMENTS_EVERY, pack_dynamics, pack_layout, pack_step
 from lightning_influence.log.writer import StoreWriter
 from lightning_influence.run.between_steps import BetweenSteps
 from lightning_influence.run.losses import Dynamics, joined
 from lightning_influence.run.refusals import left_out
+from lightning_influence.run.sharding import let_go, local
 
 CompressionName = Literal["auto", "full", "factored", "mask"]
 
@@ -71,7 +73,7 @@ class Recorder:
     Args:
         collector: collects the steps.
         replay: what is written so that the run can be replayed; None for nothing. Of several processes, the first writes
-            what they share.
+            what they share, and each the shards that it holds. None waits for another.
         guard: makes the context of what is done inside the optimizer's step, where an error would tear the run.
         give_up: told ``"replay"`` and why a batch cannot be kept for it, where the run is recorded without; None to raise that.
 
@@ -97,6 +99,7 @@ class Recorder:
         self.keeps: dict[str, Coordinates] | None = None
         self.verified: Mapping[str, Any] | None = None
         self._with_moments = _with_moments(writer)  # parameters whose moments the present block of steps holds
+        self._holds_state = self.ranks.rank == 0 or self.ranks.sharded
         self._names = {id(p): name for name, p in self.module.named_parameters()}
         self._between = BetweenSteps(self.module)
         self._buffers: dict[str, Tensor] = {}  # before the first micro-batch of a step whose state is due
@@ -189,7 +192,8 @@ class Recorder:
         Moments are in one step of several.
         """
         step, snapshot = self.writer.first_bytes(SNAPSHOT)
-        return step - (1 - 1 / MOMENTS_EVERY) * self._moment_bytes, snapshot
+        parts = self.ranks.size if self.ranks.sharded else 1
+        return step - (1 - 1 / MOMENTS_EVERY) * self._moment_bytes, snapshot * parts
 
     def close(self, *, finished: bool) -> None:
         """Write what is pending and let go of the optimizer.
@@ -200,7 +204,7 @@ class Recorder:
         """
         self._post_hook.remove()
         try:
-            if finished and len(self.writer) and self.ranks.rank == 0:
+            if finished and len(self.writer) and self._holds_state:
                 self._finish()
         finally:
             self.writer.close()
@@ -208,26 +212,25 @@ class Recorder:
     def _finish(self) -> None:
         """Note the parameters that the run ended with, and whether they are still those of its last step."""
         if self.left is not None and self._sums() != self.left:
-            self.writer.save(FINAL, {}, {"moved": True})
+            self.writer.save(FINAL, *MOVED)
             return
         if self.replay is not None:
             self._snapshot(len(self.writer), dict(self.module.named_buffers()))
         trained = ((self._names.get(id(p)), p) for p in self.collector.parameters() if p.requires_grad)
-        checksums = {name: checksum(p) for name, p in trained if name is not None}
-        self.writer.save(FINAL, {}, {"checksums": checksums})
+        self.writer.save(FINAL, *pack_end({name: p for name, p in trained if name is not None}))
 
     def end_epoch(self) -> None:
         """An epoch's last step was taken; what changes the parameters after this is not the run's doing."""
         self.left = self._sums()
 
     def _sums(self) -> list[float]:
-        """A number for each parameter that tells whether it was changed."""
-        sums: list[float] = torch.stack([p.detach().double().sum() for p in self.collector.parameters()]).tolist()
+        """A number for each parameter, for what this process holds of it, that tells whether it was changed."""
+        sums: list[float] = torch.stack([local(p).double().sum() for p in self.collector.parameters()]).tolist()
         return sums
 
     def _snapshot_due(self) -> bool:
         """Whether the state before this step is written: every few steps, and where a parameter begins to train."""
-        if self.replay is None or self.ranks.rank > 0:
+        if self.replay is None or not self._holds_state:
             return False
         return (
             len(self.writer) % self.replay.spacing(len(self.writer)) == 0 or not self._training() <= self._in_snapshots
@@ -242,7 +245,10 @@ class Recorder:
         if index and self._training() <= self._in_snapshots:
             self._regular.append(index)
         self._in_snapshots |= self._training()
-        packed = pack_snapshot(self.module, self.optimizer, self.collector.update_name, self._in_snapshots, buffers)
+        if self.ranks.sharded:
+            let_go(self.module)  # what validation has gathered
+        own = buffers if self.ranks.rank == 0 else {}
+        packed = pack_snapshot(self.module, self.optimizer, self.collector.update_name, self._in_snapshots, own)
         self.writer.save(snapshot_name(index), *packed)
 
     def _thin(self, steps: int) -> None:
@@ -318,7 +324,7 @@ class Recorder:
         (record, shares, noted), self._pending = self._pending, None
         self._between.note_step()
         self._check_clip(record.clip, record.index)
-        tensors, meta = pack_step(record, shares, state=self.ranks.rank == 0)
+        tensors, meta = pack_step(record, shares, state=self.ranks.rank == 0, norm=self.ranks.sharded)
         tensors |= pack_dynamics(joined([m.dynamics for m in noted]))
         replays = [m.replay for m in noted]
         for number, replay in enumerate(replays):
@@ -330,10 +336,12 @@ class Recorder:
         consumed = float(total_norm(p.grad for p in self.collector.parameters()))
         if clip.rule == "value":
             expected = consumed  # a clamp cannot be told from its norm; every coordinate is within the bound
-            largest = max(
-                float(p.grad.abs().max()) for p in self.collector.parameters() if p.grad is not None and p.numel()
-            )
+            held = (local(p.grad) for p in self.collector.parameters() if p.grad is not None)
+            largest = max((float(g.abs().max()) for g in held if g.numel()), default=0.0)
             agrees = largest <= clip.bound * (1 + _CLIP_TOLERANCE)
+        elif clip.rule == "norm" and self.ranks.sharded:
+            expected = min(clip.raw_norm, clip.bound)  # at most: by how much less, the other processes know
+            agrees = consumed <= expected * (1 + _CLIP_TOLERANCE)
         else:
             expected = clip.raw_norm * float(norm_coefficient(clip, clip.raw_norm))
             agrees = abs(consumed - expected) <= _CLIP_TOLERANCE * max(expected, 1e-30)

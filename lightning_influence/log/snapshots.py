@@ -3,13 +3,14 @@
 In a step's shard: ``random/<m>/<generator>`` before each micro-batch's training step, and either the batch,
 ``batch/<m>/<leaf>``, or ``fetch/<m>/<generator>``, the random state when its samples were fetched, and
 ``fingerprint/<m>`` of what came; ``less/<m>/<sample>/<leaf>``, the batch without a sample, where the collate function relates
-samples. Every few steps an artifact ``snapshot-<step>``: ``parameter/<name>``, ``moment/<k>/<name>``, ``buffer/<name>``.
+samples. Every few steps an artifact ``snapshot-<step>``: ``parameter/<name>``, ``moment/<k>/<name>``, ``buffer/<name>``. Where
+parameters are sharded over processes, each writes its own parts and says in the metadata which they are; the first also writes buffers.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
@@ -20,6 +21,7 @@ from lightning_influence.errors import ConfigurationError
 from lightning_influence.run.batches import fingerprint, leaves, pack_batch
 from lightning_influence.run.optimizer import read_moments
 from lightning_influence.run.random_state import read_random_state
+from lightning_influence.run.sharding import Chunk, chunk_of, local
 
 SNAPSHOT = "snapshot-"
 _SMALL = 2**20  # bytes of a batch that is stored unasked
@@ -125,21 +127,37 @@ def pack_snapshot(
     trained: Collection[str],
     buffers: Mapping[str, Tensor],
 ) -> Packed:
-    """Trained parameters, by their names, their moments, and buffers, before a step."""
-    tensors: dict[str, Tensor] = {}
+    """Trained parameters, by their names, their moments, and buffers, before a step: what this process holds of them."""
+    tensors, chunks = dict[str, Tensor](), dict[str, Any]()
+    for name, tensor in _state_of(module, optimizer, update_name, trained, buffers):
+        tensors[name] = local(tensor).to("cpu", copy=True)
+        if (chunk := chunk_of(tensor)) is not None:
+            chunks[name] = asdict(chunk)
+    return tensors, {"chunks": chunks} if chunks else {}
+
+
+def _state_of(
+    module: torch.nn.Module,
+    optimizer: torch.optim.Optimizer,
+    update_name: str,
+    trained: Collection[str],
+    buffers: Mapping[str, Tensor],
+) -> Iterator[tuple[str, Tensor]]:
     for name, p in module.named_parameters():
         if name in trained:
-            tensors[f"parameter/{name}"] = _copy(p)
-            moments = read_moments(optimizer.state.get(p, {}), UPDATES[update_name], p)
-            tensors |= {f"moment/{i}/{name}": _copy(m) for i, m in enumerate(moments)}
-    tensors |= {f"buffer/{name}": _copy(b) for name, b in buffers.items()}
-    return tensors, {}
+            yield f"parameter/{name}", p
+            for i, moment in enumerate(read_moments(optimizer.state.get(p, {}), UPDATES[update_name], p)):
+                yield f"moment/{i}/{name}", moment
+    for name, buffer in buffers.items():
+        yield f"buffer/{name}", buffer
+
+
+def read_chunk(meta: Mapping[str, Any], name: str) -> Chunk | None:
+    """Which part of a tensor an artifact is about; None where that is the whole. To be read inside of `format.decoding`."""
+    fields = meta.get("chunks", {}).get(name)
+    return None if fields is None else Chunk(*(tuple(map(int, fields[key])) for key in ("shape", "offset", "size")))
 
 
 def snapshot_name(step: int) -> str:
     """Name of the artifact that holds the state before a step."""
     return f"{SNAPSHOT}{step:08d}"
-
-
-def _copy(tensor: Tensor) -> Tensor:
-    return tensor.detach().to("cpu", copy=True)

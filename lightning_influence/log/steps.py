@@ -8,7 +8,7 @@ steps; in between they follow from the gradients), ``parameter/<parameter>`` (co
 
 from __future__ import annotations
 
-import zlib
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -23,6 +23,7 @@ from lightning_influence.core.removal import consumed_gradients
 from lightning_influence.core.shares import Form, Layout, Stack, pack, unpack
 from lightning_influence.core.trajectory import Clip, Hyper, Shares, StepRecord, Vectors
 from lightning_influence.errors import CurvatureUnavailable, LogError
+from lightning_influence.log.end import End
 from lightning_influence.log.format import FINAL as FINAL
 from lightning_influence.log.format import decoding, expect
 from lightning_influence.log.manifest import Manifest
@@ -40,11 +41,12 @@ _CLIP_RULES = ("none", "norm", "value")
 Packed = tuple[dict[str, Tensor], dict[str, Any]]
 
 
-def pack_step(record: StepRecord, shares: Mapping[str, Shares], *, state: bool) -> Packed:
+def pack_step(record: StepRecord, shares: Mapping[str, Shares], *, state: bool, norm: bool = False) -> Packed:
     """Tensors and metadata of one step, as `LoggedTrajectory` reads them back.
 
     Args:
         state: also gradients, moments and hyperparameters, which are the same on every rank.
+        norm: also the clipping without them, of a rank that holds a part of the gradient.
     """
     tensors = {
         "sample_ids": record.sample_ids,
@@ -57,9 +59,11 @@ def pack_step(record: StepRecord, shares: Mapping[str, Shares], *, state: bool) 
         forms[name] = layout.to_json()
         tensors |= {f"share/{name}/{key}": value.cpu() for key, value in parts.items()}
     meta: dict[str, Any] = {"shares": forms, "averaged": record.averaged}
+    if state or norm:
+        meta["clip"] = asdict(record.clip)
     if state:
         tensors |= _pack_state(record)
-        meta |= {"clip": asdict(record.clip), **_pack_hyper(record.hyper)}
+        meta |= _pack_hyper(record.hyper)
     return tensors, meta
 
 
@@ -99,11 +103,6 @@ def pack_layout(keeps: Mapping[str, Coordinates], optimizer: str) -> Packed:
     return tensors, {"parameters": forms, "optimizer": optimizer}
 
 
-def checksum(parameter: Tensor) -> int:
-    """CRC32 of a parameter's bytes, from which a log tells whether a model is the one that the run ended with."""
-    return zlib.crc32(parameter.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
-
-
 class LoggedSteps:
     """The steps of a log: everything of them except per-sample gradients.
 
@@ -112,6 +111,7 @@ class LoggedSteps:
 
     Attributes:
         manifest: what the log is of.
+        end: how the run ended; None where it did not.
 
     Raises:
         LogError: not a log, or a log without a complete step.
@@ -123,8 +123,7 @@ class LoggedSteps:
         self._log = log = self.reader.path
         self.manifest = Manifest.of(self.reader)
         with decoding(f"the end of {log}"):
-            if FINAL in self.reader.artifacts():
-                _check_final(self.reader.artifact_meta(FINAL), self.manifest)
+            self.end = End.of(self.reader, self.manifest.shapes)
         if len(self.reader) == 0:
             raise LogError(
                 f"the log {log} holds no complete step; let the run take at least one optimizer step with "
@@ -240,9 +239,15 @@ class LoggedSteps:
             moments={},
             hyper=hyper,
             averaged=meta["averaged"],
-            clip=Clip(**meta["clip"]),
+            clip=self._clip(index),
             parameters=self._parameters(index, stored) or None,
         )
+
+    def _clip(self, index: int) -> Clip:
+        """How a step was clipped; where every process held a part of the gradient, each measured the norm of its own."""
+        metas = (self.reader.meta(index, rank) for rank in range(self.reader.ranks))
+        clips = [Clip(**meta["clip"]) for meta in metas if "clip" in meta]
+        return replace(clips[0], raw_norm=math.hypot(*(clip.raw_norm for clip in clips)))
 
     def _state(self, index: int, name: str) -> Tensor:
         return self.reader.tensor(index, name)
@@ -360,10 +365,6 @@ class _LazyShares(Mapping[str, Shares]):
 
 
 # -- what a recorder never writes -----------------------------------------------------------------------------
-
-
-def _check_final(meta: Mapping[str, Any], manifest: Manifest) -> None:
-    expect(bool(meta.get("moved")) or meta["checksums"].keys() <= manifest.shapes.keys(), "an unknown parameter")
 
 
 def _check_layout(optimizer: str, keeps: Mapping[str, Coordinates], shapes: Mapping[str, Any]) -> None:

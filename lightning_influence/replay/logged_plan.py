@@ -17,8 +17,8 @@ from torch import Tensor
 from lightning_influence.core.optimizers import UPDATES
 from lightning_influence.errors import ConfigurationError, CurvatureUnavailable, ReplayDrift
 from lightning_influence.log.format import decoding, expect
+from lightning_influence.log.logged_snapshots import LoggedSnapshots
 from lightning_influence.log.reader import StoreReader
-from lightning_influence.log.snapshots import SNAPSHOT, snapshot_name
 from lightning_influence.log.steps import LoggedSteps
 from lightning_influence.replay.plan import PlannedMicroBatch, PlannedStep, State
 from lightning_influence.run.batches import fingerprint, unpack_batch
@@ -46,9 +46,8 @@ class LoggedPlan:
 
     def __init__(self, steps: LoggedSteps, model: Any, data: Any = None) -> None:
         self._steps, self._reader, self._task = steps, steps.reader, as_task(model)
-        names = [name for name in self._reader.artifacts() if name.startswith(SNAPSHOT)]
-        with decoding("the name of a snapshot"):
-            self.snapshots = sorted(int(name.removeprefix(SNAPSHOT)) for name in names)
+        self._snapshots = LoggedSnapshots(self._reader)
+        self.snapshots = self._snapshots.steps
         if 0 not in self.snapshots or steps.manifest.record == "gradients":
             raise CurvatureUnavailable(
                 "this log cannot be replayed, because it was recorded with record='gradients'; record with "
@@ -59,7 +58,7 @@ class LoggedPlan:
         self._data = TrainingData.of(data)
         self._first_in: dict[str, int] = {}  # the first snapshot that holds a parameter: before it, it did not train
         for start in reversed(self.snapshots):
-            names = self._reader.artifact_names(snapshot_name(start))
+            names = self._snapshots.names(start)
             self._first_in |= {k.removeprefix("parameter/"): start for k in names if k.startswith("parameter/")}
 
     def __len__(self) -> int:
@@ -104,13 +103,13 @@ class LoggedPlan:
         )
 
     def snapshot(self, index: int) -> State:
-        artifact, device = snapshot_name(index), self._task.device
+        device = self._task.device
         tensors: dict[str, dict[str, Tensor]] = {"parameter": {}, "buffer": {}}
         moments: dict[str, dict[int, Tensor]] = {}
         with decoding(f"the snapshot before step {index}"):
-            for name in self._reader.artifact_names(artifact):
+            for name in self._snapshots.names(index):
                 kind, rest = name.split("/", 1)
-                tensor = self._reader.artifact(artifact, name).to(device)
+                tensor = self._snapshots.tensor(index, name).to(device)
                 if kind == "moment":
                     order, parameter = rest.split("/", 1)
                     moments.setdefault(parameter, {})[int(order)] = tensor
@@ -118,7 +117,7 @@ class LoggedPlan:
                     tensors[kind][rest] = tensor
         late = {k: start for k, start in self._first_in.items() if k not in tensors["parameter"]}
         for k, start in late.items():
-            tensors["parameter"][k] = self._reader.artifact(snapshot_name(start), f"parameter/{k}").to(device)
+            tensors["parameter"][k] = self._snapshots.tensor(start, f"parameter/{k}").to(device)
             moments[k] = {
                 i: torch.zeros_like(tensors["parameter"][k]) for i in range(len(UPDATES[self.optimizer].moments))
             }
@@ -145,11 +144,11 @@ class LoggedPlan:
             expect(p.shape == own[k].shape and p.is_floating_point(), f"{k} of another shape or type")
 
     def parameters(self, index: int) -> dict[str, Tensor]:
-        artifact, kind = snapshot_name(index), "parameter/"
+        kind = "parameter/"
         with decoding(f"the snapshot before step {index}"):
-            held = [n.removeprefix(kind) for n in self._reader.artifact_names(artifact) if n.startswith(kind)]
-            starts = {k: artifact if k in held else snapshot_name(start) for k, start in self._first_in.items()}
-            parameters = {k: self._reader.artifact(a, kind + k).to(self._task.device) for k, a in starts.items()}
+            held = [n.removeprefix(kind) for n in self._snapshots.names(index) if n.startswith(kind)]
+            starts = {k: index if k in held else start for k, start in self._first_in.items()}
+            parameters = {k: self._snapshots.tensor(s, kind + k).to(self._task.device) for k, s in starts.items()}
             self._check_parameters(parameters)
             return parameters
 

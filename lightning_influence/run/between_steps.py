@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_influence.errors import ConfigurationError
+from lightning_influence.run.sharding import is_sharded, local
 
 _LOOKED_AT = 16  # coordinates of a tensor
 
@@ -24,10 +25,13 @@ class BetweenSteps:
     def __init__(self, module: nn.Module) -> None:
         # walking a module for its parameters takes longer than looking at them; these are its own dicts, which stay
         self._held = [(f"{path}." if path else "", m._parameters, m._buffers) for path, m in module.named_modules()]
+        # while the module runs, the whole parameters may stand there in the place of the shards
+        self._shards = {k: p for k, p in module.named_parameters(remove_duplicate=False) if is_sharded(p)}
         self._left: dict[str, Tensor] = {}
 
     def _parameters(self) -> Iterator[tuple[str, Tensor]]:
-        return ((f"{path}{k}", p) for path, own, _ in self._held for k, p in own.items() if p is not None)
+        named = ((f"{path}{k}", p) for path, own, _ in self._held for k, p in own.items() if p is not None)
+        return ((name, self._shards.get(name, p)) for name, p in named)
 
     def _buffers(self) -> Iterator[tuple[str, Tensor]]:
         return ((f"{path}{k}", b) for path, _, own in self._held for k, b in own.items() if b is not None)
@@ -64,7 +68,7 @@ class BetweenSteps:
 def _looked_at(named: Iterable[tuple[str, Tensor]]) -> dict[str, Tensor]:
     kinds: dict[Any, dict[str, Tensor]] = {}
     for name, tensor in named:
-        flat = tensor.detach().reshape(-1)
+        flat = local(tensor).reshape(-1)
         few = flat[:: max(1, len(flat) // _LOOKED_AT)]
         kinds.setdefault((tensor.dtype, tensor.device), {})[name] = few
     values = dict[str, Tensor]()

@@ -10,6 +10,8 @@ from typing import Any
 
 from torch import nn
 
+from lightning_influence.run.sharding import MARKS, class_of
+
 
 @dataclass(frozen=True)
 class Moment:
@@ -71,7 +73,8 @@ def _set_numbers(module: nn.Module, numbers: Mapping[str, float]) -> None:
 
 
 def _own_modules(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    return ((path, m) for path, m in module.named_modules() if type(m).__module__.partition(".")[0] not in _LIBRARIES)
+    named = module.named_modules()
+    return ((path, m) for path, m in named if class_of(m).__module__.partition(".")[0] not in _LIBRARIES)
 
 
 def _numbers_in(module: nn.Module) -> Iterator[tuple[str, dict[str, Any], float]]:
@@ -81,7 +84,7 @@ def _numbers_in(module: nn.Module) -> Iterator[tuple[str, dict[str, Any], float]
     for prefix, held in (("", attributes), *((prefix, d) for prefix, d in dicts if len(d) <= _SMALL)):
         for name, value in held.items():
             plain = type(value) in (bool, int, float) and type(name) is str and "/" not in name
-            if plain and name != "training" and math.isfinite(value):
+            if plain and name != "training" and name not in MARKS and math.isfinite(value):
                 yield f"{prefix}{name}", held, value
 
 

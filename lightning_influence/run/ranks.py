@@ -28,6 +28,8 @@ class Ranks:
     """Where the processes exchange tensors."""
     group: Any = None
     """The process group of torch that they form; None for all processes."""
+    sharded: bool = False
+    """Whether each holds a part of every parameter, of its gradient and of its moments (`sharding`), and none the whole."""
 
     def sum(self, tensor: Tensor) -> Tensor:
         """The sum over the processes; a new tensor where there are several."""

@@ -67,20 +67,37 @@ def numbers_of(trainer: L.Trainer) -> dict[str, float]:
     return {k: v for k, v in values.items() if isinstance(v, (int, float)) and math.isfinite(v)}
 
 
-def ranks_of(trainer: L.Trainer) -> Ranks:
+def ranks_of(trainer: L.Trainer, *, sharded: bool = False) -> Ranks:
     """The processes of a trainer.
 
+    Args:
+        sharded: whether each may hold a part of every parameter alone.
+
     Raises:
-        ConfigurationError: a strategy under which a process does not hold whole parameters and gradients.
+        ConfigurationError: a strategy under which a process does not hold whole parameters and gradients, or not even that part.
     """
-    strategy = trainer.strategy
-    if not is_a(strategy, "SingleDeviceStrategy", "DDPStrategy"):
+    strategy: Any = trainer.strategy
+    if is_a(strategy, "SingleDeviceStrategy", "DDPStrategy"):
+        return Ranks(trainer.global_rank, trainer.world_size, strategy.root_device)
+    name = type(strategy).__name__
+    if not is_a(strategy, "ModelParallelStrategy"):
         raise ConfigurationError(
-            f"the trainer uses {type(strategy).__name__}, which shards parameters or steps: no process holds the whole gradients that "
-            "per-sample ones are part of, nor the whole parameters and moments that a replay starts from (record='replay'); use "
-            "strategy='ddp' or one device."
+            f"the trainer uses {name}, which shards parameters or steps: no process holds whole parameters, gradients and moments, or "
+            "says which part of each it holds. Use strategy='ddp' or one device; recording with record='replay' also takes "
+            "ModelParallelStrategy(data_parallel_size=..., tensor_parallel_size=1) with fully_shard in configure_model."
         )
-    return Ranks(trainer.global_rank, trainer.world_size, strategy.root_device)
+    if not sharded:
+        raise ConfigurationError(
+            f"the trainer uses {name}, which shards parameters: no process holds the whole gradients that per-sample ones are part "
+            "of, as record='gradients', record='both' and selection need. Use strategy='ddp' or one device, or record with record='replay'."
+        )
+    parallel = strategy.device_mesh["tensor_parallel"].size()
+    if parallel > 1:
+        raise ConfigurationError(
+            f"{name}(tensor_parallel_size={parallel}) lets {parallel} processes see the same samples, of which a log would hold each "
+            f"several times. Use {name}(data_parallel_size={trainer.world_size}, tensor_parallel_size=1) with fully_shard."
+        )
+    return Ranks(trainer.global_rank, trainer.world_size, strategy.root_device, sharded=True)
 
 
 def steps_left(trainer: L.Trainer) -> float:

@@ -25,6 +25,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from lightning_influence.run.lightning_names import is_a
+from lightning_influence.run.sharding import is_sharded, local
 
 _LARGE = 2**24  # bytes of a tensor that is not copied before it is written to
 _OF_DATA = 2**8  # elements of what a dataset holds besides its data
@@ -230,6 +231,9 @@ class _Kept:
             self._later(setattr, tensor, "grad", gradient)
         if tensor.is_meta or tensor.layout != torch.strided or tensor.is_inference() or is_lazy(tensor):
             return  # it cannot be written to
+        if is_sharded(tensor):  # to compare the whole, all processes would have to be here
+            self._later(tensor.requires_grad_, tensor.requires_grad)
+            tensor = local(tensor)
         if tensor.numel() * tensor.element_size() < _LARGE:
             self._later(_rewrite, tensor, tensor.detach().clone(), tensor.requires_grad)
         else:

@@ -20,7 +20,7 @@ from lightning_influence.core.sweep import Method, sweep
 from lightning_influence.core.trajectory import Trajectory, Vectors
 from lightning_influence.errors import ConfigurationError, LogError
 from lightning_influence.log.manifest import LEFT_OUT
-from lightning_influence.log.steps import FINAL, LoggedSteps, LoggedTrajectory, checksum
+from lightning_influence.log.steps import LoggedSteps, LoggedTrajectory
 from lightning_influence.replay.logged_plan import LoggedPlan
 from lightning_influence.replay.trajectory import ReplayTrajectory, walked_or_run
 from lightning_influence.report import InfluenceReport
@@ -359,12 +359,12 @@ def _refuse_another_model(steps: LoggedSteps, task: Task) -> None:
         if what in LEFT_OUT.values():  # as record="auto" may
             continue
         warnings.warn(f"the log lacks {what}: {why}", stacklevel=5)
-    if FINAL not in steps.reader.artifacts():
+    if steps.end is None:
         warnings.warn(
             f"the logged run did not finish; scores hold for its {len(steps)} complete steps and the model given.",
             stacklevel=5,
         )
-    elif steps.reader.artifact_meta(FINAL).get("moved"):
+    elif steps.end.moved:
         warnings.warn(
             f"{_MOVED}. Scores take the model given for the run's last parameters; for exact ones, train without that callback.",
             stacklevel=5,
@@ -381,13 +381,11 @@ def _not_the_last(steps: LoggedSteps, task: Task) -> str | None:
     """What is wrong with the parameters of a model, which are not those that a run ended with; None where they are, or where
     it cannot be told.
     """
-    if FINAL not in steps.reader.artifacts():
+    if steps.end is None:
         return None
-    meta = steps.reader.artifact_meta(FINAL)
-    if meta.get("moved"):
+    if steps.end.moved:
         return _MOVED
-    known = {name: p for name, p in task.module.named_parameters() if not p.is_meta and name in meta["checksums"]}
-    changed = [name for name, parameter in known.items() if checksum(parameter) != meta["checksums"][name]]
+    changed = steps.end.differing({name: p for name, p in task.module.named_parameters() if not p.is_meta})
     if not changed:
         return None
     return f"{len(changed)} parameters ({changed[0]}, ...) differ from those at the end of the logged run"

@@ -16,7 +16,7 @@ import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
 from lightning.pytorch.strategies.launchers.multiprocessing import _MultiProcessingLauncher
-from modules import Classifier, fit, loader, split_digits
+from modules import Classifier, fit, loader, split_digits, trainer_under
 from torch.utils.data import DataLoader, DistributedSampler, IterableDataset, Sampler
 
 from lightning_influence import InfluenceCallback, InfluenceReport, SelectionDataModule, attribute
@@ -355,10 +355,8 @@ def test_without_a_sample_its_process_averages_over_the_rest_and_the_others_stay
 
 @pytest.mark.parametrize("strategy", [ModelParallelStrategy, FSDPStrategy])
 def test_sharded_strategies_are_refused(strategy: Any, tmp_path: Path) -> None:
-    trainer = L.Trainer(accelerator="cpu", devices=1, logger=False)
-    trainer._accelerator_connector.strategy = strategy()  # by its name it is accepted beside a GPU only
     with pytest.raises(ConfigurationError, match=f"{strategy.__name__}, which shards"):
-        InfluenceCallback(tmp_path, record="gradients").setup(trainer, Classifier(), "fit")
+        InfluenceCallback(tmp_path, record="gradients").setup(trainer_under(strategy()), Classifier(), "fit")
 
 
 # -- selection ---------------------------------------------------------------------------------------------

@@ -6,11 +6,16 @@ import math
 from pathlib import Path
 
 import lightning as L
+import pytest
+import torch
 from modules import Classifier, digits, fit, loader, split_digits
 
 from lightning_influence import InfluenceCallback, attribute
+from lightning_influence.errors import LogCorrupted
+from lightning_influence.log.logged_snapshots import LoggedSnapshots
 from lightning_influence.log.reader import StoreReader
 from lightning_influence.log.snapshots import ReplaySettings
+from lightning_influence.log.writer import StoreWriter
 
 
 class Stop(L.Callback):
@@ -41,3 +46,56 @@ def test_a_long_run_of_unknown_length_is_thinned_and_can_be_replayed(tmp_path: P
     queries = [split_digits(1, 3)[1].tensors]
     report = attribute(log, queries=queries, model=module, data=digits(160), target="mean", samples=[0, 1])
     assert len(report.metadata["replay_drift"]) >= 18
+
+
+WHOLE = torch.arange(15.0).view(5, 3)
+Shard = tuple[tuple[int, int], torch.Tensor]
+HALVES: list[Shard] = [((0, 0), WHOLE[:3]), ((3, 0), WHOLE[3:])]
+
+
+def sharded(log: Path, shards: list[Shard], shape: tuple[int, int] = (5, 3)) -> LoggedSnapshots:
+    """The snapshots of a log of several processes, each of which wrote a part of one parameter."""
+    writers = [StoreWriter(log, rank=rank, ranks=len(shards)) for rank in range(len(shards))]
+    writers[0].write_manifest({})
+    for writer, (offset, part) in zip(writers, shards, strict=True):
+        chunk = {"shape": shape, "offset": offset, "size": part.shape}
+        writer.save("snapshot-00000000", {"parameter/p": part.contiguous()}, {"chunks": {"parameter/p": chunk}})
+        writer.append(0, {}, {})
+        writer.close()
+    return LoggedSnapshots(StoreReader(log))
+
+
+@pytest.mark.parametrize(
+    "shards",
+    [
+        HALVES,
+        HALVES[::-1],
+        [((0, 0), WHOLE[:, :1]), ((0, 1), WHOLE[:, 1:])],
+        [((0, 0), WHOLE), ((5, 0), WHOLE[5:])],
+        [*HALVES, ((5, 0), WHOLE[5:])],
+    ],
+    ids=["rows", "in another order", "columns", "one holds all", "one holds nothing"],
+)
+def test_shards_are_joined(shards: list[Shard], tmp_path: Path) -> None:
+    snapshots = sharded(tmp_path, shards)
+    assert snapshots.steps == [0] and snapshots.names(0) == ["parameter/p"]
+    assert torch.equal(snapshots.tensor(0, "parameter/p"), WHOLE)
+
+
+@pytest.mark.parametrize(
+    ("shards", "shape"),
+    [
+        (HALVES[:1], (5, 3)),
+        ([HALVES[0], ((0, 0), WHOLE[3:])], (5, 3)),
+        ([HALVES[0], ((2, 0), WHOLE[2:])], (5, 3)),
+        ([HALVES[0], ((3, 0), WHOLE[3:].double())], (5, 3)),
+        (HALVES, (6, 3)),
+    ],
+    ids=["one is missing", "one twice", "overlapping", "of two types", "of a larger whole"],
+)
+def test_shards_that_do_not_make_up_the_whole_are_no_answer(
+    shards: list[Shard], shape: tuple[int, int], tmp_path: Path
+) -> None:
+    snapshots = sharded(tmp_path, shards, shape)
+    with pytest.raises(LogCorrupted, match="parameter/p in the snapshot before step 0 is not what was written"):
+        snapshots.tensor(0, "parameter/p")
