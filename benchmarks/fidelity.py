@@ -19,13 +19,13 @@ BETAS = [(0.9, 0.999), (0.9, 0.95)]
 
 
 def study(
-    name: str, lr: float, betas: tuple[float, float], counterfactual: str, removals: int
+    name: str, lr: float, betas: tuple[float, float], counterfactual: str, removals: int, moments: str = "full"
 ) -> list[dict[str, object]]:
     workload = WORKLOADS[name]
     settings = {"lr": lr, "betas": betas}
     with tempfile.TemporaryDirectory() as folder:
         log = Path(folder)
-        module = trained(workload, log, **settings)
+        module = trained(workload, log, **settings, snapshot_moments=moments)
         chosen = picked(removals, workload.n_train)
         truth = true_effects(workload, log, chosen, counterfactual=counterfactual, **settings)
         rows = []
@@ -45,11 +45,12 @@ def main() -> None:
     parser.add_argument("--beta2", type=float, nargs="*", default=[b for _, b in BETAS])
     parser.add_argument("--removal", nargs="*", default=["drop", "zero"])
     parser.add_argument("--removals", type=int, default=40)
+    parser.add_argument("--snapshot-moments", default="full", help="bfloat16: rounded in the log")
     parser.add_argument("--csv", type=Path, help="also write the table there")
     args = parser.parse_args()
     every = []
     for name, lr, beta2, removal in itertools.product(args.networks, args.lr, args.beta2, args.removal):
-        rows = study(name, lr, (0.9, beta2), removal, args.removals)
+        rows = study(name, lr, (0.9, beta2), removal, args.removals, args.snapshot_moments)
         show(rows)
         every += rows
         if args.csv:

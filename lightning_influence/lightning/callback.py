@@ -26,7 +26,7 @@ from lightning_influence.log.format import refuse_undecodable
 from lightning_influence.log.manifest import RECORDS, Manifest, Mask
 from lightning_influence.log.place import is_remote, place_of
 from lightning_influence.log.recorder import Compression, CompressionName, Recorder
-from lightning_influence.log.snapshots import ReplaySettings
+from lightning_influence.log.snapshots import SNAPSHOT_MOMENTS, ReplaySettings, SnapshotMoments
 from lightning_influence.report import InfluenceReport
 from lightning_influence.report.tables import in_notebook
 from lightning_influence.run.sample_ids import IdSource, SampleIds
@@ -62,6 +62,8 @@ class InfluenceCallback(L.Callback):
             without the data; ``"both"``. ``"auto"`` is both as far as they are possible and cheap: per-sample gradients
             within ``budget``, left out where the layers do not give them; one line says so, and how large the log will be.
         snapshot_every: steps between snapshots; None for about the square root of their number.
+        snapshot_moments: ``"bfloat16"`` rounds the optimizer's moments in snapshots, which then take two thirds of the bytes; what
+            it costs in accuracy is measured in docs/benchmarks.md, "Fidelity".
         store_batches: whether the batches themselves go into the log for replay; None where they are
             small or their loader has workers.
         compression: ``"full"`` keeps every coordinate of every per-sample gradient, ``"factored"`` the same
@@ -108,6 +110,7 @@ class InfluenceCallback(L.Callback):
         *,
         record: Literal["auto", "gradients", "replay", "both"] = "auto",
         snapshot_every: int | None = None,
+        snapshot_moments: SnapshotMoments = "full",
         store_batches: bool | None = None,
         compression: CompressionName = "auto",
         mask_size: int = 8192,
@@ -142,6 +145,7 @@ class InfluenceCallback(L.Callback):
             ("compression", compression, COMPRESSIONS),
             ("existing", existing, ("error", "overwrite", "resume")),
             ("on_error", on_error, ("raise", "stop_recording")),
+            ("snapshot_moments", snapshot_moments, SNAPSHOT_MOMENTS),
         ):
             check_choice(name, value, known)
         if mask_size < 1:
@@ -151,6 +155,7 @@ class InfluenceCallback(L.Callback):
         if snapshot_every is not None and snapshot_every < 1:
             raise ConfigurationError(f"snapshot_every={snapshot_every}; it counts steps and is at least 1")
         self.record, self.snapshot_every, self.store_batches = record, snapshot_every, store_batches
+        self._moments = SNAPSHOT_MOMENTS[snapshot_moments]
         self.compression = Compression(compression, mask_size, seed, budget_of(record, budget))
         self.options = StepOptions(reduction, sample_weights, exclude, frozen_batch_norm, verify)
         self.sample_ids = SampleIds(sample_ids, random=True)
@@ -256,7 +261,8 @@ class InfluenceCallback(L.Callback):
         steps = trainer.estimated_stepping_batches
         known = steps >= 0 and math.isfinite(steps)  # -1 where neither the loader nor the trainer says when a run ends
         every = self.snapshot_every or (max(1, math.isqrt(int(steps))) if known else 8)
-        return ReplaySettings(every, self.store_batches, thinned=self.snapshot_every is None and not known)
+        thinned = self.snapshot_every is None and not known
+        return ReplaySettings(every, self.store_batches, thinned, self._moments)
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         # an error here would keep the checkpoints of the end from being saved

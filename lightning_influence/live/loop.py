@@ -21,7 +21,7 @@ from lightning_influence.live.steps import LiveSteps
 from lightning_influence.live.ways import Ways, budget_of
 from lightning_influence.log.manifest import RECORDS, Manifest, Mask
 from lightning_influence.log.recorder import Compression, CompressionName, Recorder
-from lightning_influence.log.snapshots import ReplaySettings
+from lightning_influence.log.snapshots import SNAPSHOT_MOMENTS, ReplaySettings, SnapshotMoments
 from lightning_influence.log.writer import StoreWriter
 from lightning_influence.run.moment import Moment
 from lightning_influence.run.sample_ids import IdSource, SampleIds
@@ -41,6 +41,7 @@ def recording(
     *,
     record: Literal["auto", "gradients", "replay", "both"] = "auto",
     snapshot_every: int = 100,
+    snapshot_moments: SnapshotMoments = "full",
     store_batches: bool | None = None,
     compression: CompressionName = "auto",
     mask_size: int = 8192,
@@ -94,6 +95,7 @@ def recording(
         ("record", record, ("auto", *RECORDS)),
         ("compression", compression, COMPRESSIONS),
         ("existing", existing, ("error", "overwrite")),
+        ("snapshot_moments", snapshot_moments, SNAPSHOT_MOMENTS),
     ):
         check_choice(name, value, known)
     for name, number in (("mask_size", mask_size), ("snapshot_every", snapshot_every), ("budget", budget)):
@@ -126,7 +128,11 @@ def recording(
         budget=settings.budget,
     )
     manifest = replace(manifest, run=uuid4().hex)
-    replays = None if ways.record == "gradients" else ReplaySettings(snapshot_every, store_batches)
+    replays = (
+        None
+        if ways.record == "gradients"
+        else ReplaySettings(snapshot_every, store_batches, moments=SNAPSHOT_MOMENTS[snapshot_moments])
+    )
     with ExitStack() as undo:
         undo.callback(steps.close)
         writer = undo.enter_context(StoreWriter(log, existing=existing))

@@ -248,7 +248,9 @@ class Recorder:
         if self.ranks.sharded:
             let_go(self.module)  # what validation has gathered
         own = buffers if self.ranks.rank == 0 else {}
-        packed = pack_snapshot(self.module, self.optimizer, self.collector.update_name, self._in_snapshots, own)
+        assert self.replay is not None
+        of_optimizer = self.optimizer, self.collector.update_name
+        packed = pack_snapshot(self.module, *of_optimizer, self._in_snapshots, own, self.replay.moments)
         self.writer.save(snapshot_name(index), *packed)
 
     def _thin(self, steps: int) -> None:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, Literal, TypeAlias
 
 import torch
 from torch import Tensor
@@ -24,6 +24,10 @@ from lightning_influence.run.random_state import read_random_state
 from lightning_influence.run.sharding import Chunk, chunk_of, local
 
 SNAPSHOT = "snapshot-"
+SnapshotMoments: TypeAlias = Literal["full", "bfloat16"]
+SNAPSHOT_MOMENTS: dict[str, torch.dtype | None] = {"full": None, "bfloat16": torch.bfloat16}
+"""The types that moments in snapshots may be rounded to, by their names; None for their own."""
+
 _SMALL = 2**20  # bytes of a batch that is stored unasked
 Packed = tuple[dict[str, Tensor], dict[str, Any]]
 
@@ -40,11 +44,13 @@ class ReplaySettings:
         store_batches: None stores batches that are small.
         thinned: whether snapshots become rarer as a run goes on whose number of steps nobody knows: there are then between
             one and two times the square root of the steps so far.
+        moments: the type that the optimizer's moments are rounded to; None for their own.
     """
 
     snapshot_every: int
     store_batches: bool | None = None
     thinned: bool = False
+    moments: torch.dtype | None = None
 
     def spacing(self, steps: int) -> int:
         """Steps between snapshots after so many steps.
@@ -126,11 +132,16 @@ def pack_snapshot(
     update_name: str,
     trained: Collection[str],
     buffers: Mapping[str, Tensor],
+    moments: torch.dtype | None = None,
 ) -> Packed:
-    """Trained parameters, by their names, their moments, and buffers, before a step: what this process holds of them."""
+    """Trained parameters, by their names, their moments, and buffers, before a step: what this process holds of them.
+
+    Args:
+        moments: as of `ReplaySettings`.
+    """
     tensors, chunks = dict[str, Tensor](), dict[str, Any]()
     for name, tensor in _state_of(module, optimizer, update_name, trained, buffers):
-        tensors[name] = local(tensor).to("cpu", copy=True)
+        tensors[name] = local(tensor).to("cpu", moments if name.startswith("moment/") else None, copy=True)
         if (chunk := chunk_of(tensor)) is not None:
             chunks[name] = asdict(chunk)
     return tensors, {"chunks": chunks} if chunks else {}

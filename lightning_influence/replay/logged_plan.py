@@ -121,7 +121,10 @@ class LoggedPlan:
             moments[k] = {
                 i: torch.zeros_like(tensors["parameter"][k]) for i in range(len(UPDATES[self.optimizer].moments))
             }
-        ordered = {k: tuple(moments.get(k, {})[i] for i in sorted(moments.get(k, {}))) for k in tensors["parameter"]}
+        ordered = {
+            k: tuple(_unrounded(m, p) for _, m in sorted(moments.get(k, {}).items()))
+            for k, p in tensors["parameter"].items()
+        }
         state = State(tensors["parameter"], ordered, tensors["buffer"])
         with decoding(f"the snapshot before step {index}"):
             self._check(state)
@@ -226,3 +229,8 @@ class _Read:
     def generators(self, prefix: str) -> dict[str, Tensor]:
         names = [name for name in self.reader.names(self.index, self.rank) if name.startswith(prefix)]
         return {name.removeprefix(prefix): self.tensor(name) for name in names}
+
+
+def _unrounded(moment: Tensor, p: Tensor) -> Tensor:
+    """A moment that was rounded to bfloat16 for its snapshot, in the type of its parameter again."""
+    return moment.to(p.dtype) if moment.dtype == torch.bfloat16 else moment

@@ -1,4 +1,4 @@
-"""The number of snapshots of a run whose length nobody knows."""
+"""Snapshots: their number in a run whose length nobody knows, moments that are rounded, and shards that are joined."""
 
 from __future__ import annotations
 
@@ -46,6 +46,26 @@ def test_a_long_run_of_unknown_length_is_thinned_and_can_be_replayed(tmp_path: P
     queries = [split_digits(1, 3)[1].tensors]
     report = attribute(log, queries=queries, model=module, data=digits(160), target="mean", samples=[0, 1])
     assert len(report.metadata["replay_drift"]) >= 18
+
+
+def test_moments_that_are_rounded_take_less_and_cost_little(tmp_path: Path) -> None:
+    train, val = split_digits(240, 3)
+    queries, reports, sizes = [val.tensors], [], []
+    for moments in ("full", "bfloat16"):
+        log, module = tmp_path / moments, Classifier(width=64)
+        fit(
+            module,
+            loader(train, 8),
+            InfluenceCallback(log, record="replay", snapshot_every=5, snapshot_moments=moments),
+        )
+        reports.append(attribute(log, queries=queries, model=module, data=train, progress=False))
+        sizes.append((log / "rank-0" / "snapshot-00000025.safetensors").stat().st_size)
+    full, rounded = reports
+    assert sizes[1] == pytest.approx(2 / 3 * sizes[0], rel=0.05)
+    assert 0 < max(rounded.metadata["replay_drift"].values()) < 5e-3, "rounding moves the run a little"
+    assert max(full.metadata["replay_drift"].values()) < 1e-6
+    error = (rounded.scores - full.scores).norm() / full.scores.norm()
+    assert 0 < error < 0.01
 
 
 WHOLE = torch.arange(15.0).view(5, 3)
