@@ -30,7 +30,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
-from lightning_influence import InfluenceCallback, attribute, error_proxy
+from lightning_influence import InfluenceCallback, SelectionDataModule, attribute, error_proxy
 
 N_QUERIES = 4
 
@@ -118,6 +118,12 @@ def recorded(setting: Setting, where: Path) -> float:
     return seconds
 
 
+def selected(setting: Setting, where: Path) -> float:
+    """Half of each batch is kept, for the queries."""
+    data = SelectionDataModule(DataLoader(setting.train(), setting.batch), setting.queries(), every=1, keep=0.5)
+    return _fit(setting, setting.module(), data=data)
+
+
 def scored(setting: Setting, where: Path, **options: Any) -> tuple[float, dict[int, float], int]:
     """Seconds, the score of every sample, and the memory window that was used."""
     module = _trained(setting, where)
@@ -160,13 +166,13 @@ def _trained(setting: Setting, where: Path) -> LanguageModel:
     return module
 
 
-def _fit(setting: Setting, module: LanguageModel, *callbacks: L.Callback) -> float:
+def _fit(setting: Setting, module: LanguageModel, *callbacks: L.Callback, data: Any = None) -> float:
     trainer = L.Trainer(
         max_epochs=1, accelerator="auto", devices=1, logger=False, enable_checkpointing=False,
         enable_progress_bar=False, enable_model_summary=False, callbacks=list(callbacks),
     )  # fmt: skip
     start = time.perf_counter()
-    trainer.fit(module, DataLoader(setting.train(), setting.batch))
+    trainer.fit(module, DataLoader(setting.train(), setting.batch) if data is None else data)
     return time.perf_counter() - start
 
 
@@ -223,6 +229,10 @@ def main() -> None:
     )
     parser.add_argument("--removals", type=int, default=4, help="to be held against retraining, spread over the steps")
     parser.add_argument("--proxy", action="store_true", help="the error proxy of one pair, too")
+    parser.add_argument("--selection", action="store_true", help="training with selection inside the step, too")
+    parser.add_argument(
+        "--only-training", action="store_true", help="no attribution: what recording costs over many steps"
+    )
     args = parser.parse_args()
     gpt2 = args.model == "gpt2"
     setting = Setting(
@@ -231,10 +241,24 @@ def main() -> None:
     )  # fmt: skip
     memory = {} if args.max_memory is None else {"max_memory": args.max_memory}
     with tempfile.TemporaryDirectory() as name:
-        measure(setting, Path(name), memory, args.removals, proxy=args.proxy)
+        table = Table()
+        training(setting, Path(name), table, selects=args.selection)
+        if not args.only_training:
+            attribution(setting, Path(name), table, memory, args.removals, proxy=args.proxy)
 
 
-def measure(setting: Setting, where: Path, memory: dict[str, int], removals: int, *, proxy: bool) -> None:
+class Table:
+    """Phases beside the first of them, printed as they end."""
+
+    def __init__(self) -> None:
+        self._plain: float | None = None
+
+    def note(self, phase: str, seconds: float, peak: float) -> None:
+        self._plain = self._plain or seconds
+        show([{"phase": phase, "s": seconds, "times plain": seconds / self._plain, "GB": peak}], 2)
+
+
+def training(setting: Setting, where: Path, table: Table, *, selects: bool) -> None:
     (total, trained), _ = apart(_count, setting)
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{torch.get_num_threads()} CPU threads"
     print(
@@ -242,24 +266,23 @@ def measure(setting: Setting, where: Path, memory: dict[str, int], removals: int
         f"{setting.steps} steps of {setting.batch} x {setting.tokens} tokens, lr {setting.lr:g}; {device}",
         flush=True,
     )
-    rows = list[dict[str, Any]]()
+    table.note("plain", *apart(plain, setting, where))
+    table.note("recorded", *apart(recorded, setting, where))
+    print(f"log: {sum(f.stat().st_size for f in where.rglob('*.safetensors')) / 2**30:.2f} GB", flush=True)
+    if selects:
+        table.note("selection inside the step", *apart(selected, setting, where))
 
-    def note(phase: str, seconds: float, peak: float) -> None:
-        rows.append(
-            {"phase": phase, "s": seconds, "times plain": seconds / (rows or [{"s": seconds}])[0]["s"], "GB": peak}
-        )
-        show(rows[-1:], 2)
 
-    note("plain", *apart(plain, setting, where))
-    note("recorded", *apart(recorded, setting, where))
-    print(f"log: {sum(f.stat().st_size for f in where.rglob('*.safetensors')) / 2**30:.2f} GB")
+def attribution(
+    setting: Setting, where: Path, table: Table, memory: dict[str, int], removals: int, *, proxy: bool
+) -> None:
     (seconds, _, _), peak = apart(scored, setting, where, response="tangent", **memory)
-    note("tangent + Hessian", seconds, peak)
+    table.note("tangent + Hessian", seconds, peak)
     (seconds, scores, window), peak = apart(scored, setting, where, **memory)
-    note("finite + Hessian", seconds, peak)
-    print(f"memory window of {window} steps")
+    table.note("finite + Hessian", seconds, peak)
+    print(f"memory window of {window} steps", flush=True)
     if proxy:
-        note("error proxy, one pair", *apart(proxied, setting, where, **memory))
+        table.note("error proxy, one pair", *apart(proxied, setting, where, **memory))
     if removals:
         _truth(setting, where, scores, removals)
 

@@ -203,8 +203,8 @@ class GradientCapture:
             if tensor.requires_grad:
                 shared = None
                 if self._shared is not None and len(tensor) == 1 and tensor.dim() > 1:
-                    self._shared.follow(tensor)
-                    shared = tensor
+                    shared = self._shared.follow(tensor)
+                # it must not hold the tensor itself, which would then never be freed
                 hook = partial(self._collect, layer, args, kwargs, position, tensor.shape, shared)
                 _hooked(tensor).register_hook(hook)
 
@@ -221,7 +221,7 @@ class GradientCapture:
         kwargs: dict[str, Any],
         position: int,
         shape: torch.Size,
-        shared: Tensor | None,
+        shared: int | None,
         gradient: Tensor,
     ) -> None:
         if self._n is None or self._failure is not None:  # a gradient of the gradient
@@ -238,7 +238,7 @@ class GradientCapture:
         kwargs: dict[str, Any],
         position: int,
         shape: torch.Size,
-        shared: Tensor | None,
+        shared: int | None,
         gradient: Tensor,
     ) -> None:
         function, own = rule_for(layer), self._own_names[layer]

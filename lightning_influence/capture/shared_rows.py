@@ -7,6 +7,7 @@ summed over the samples. The gradient of the *sum* is not: it has a row for each
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -38,17 +39,18 @@ class SharedRows(TorchFunctionMode):
         self._gradients: dict[int, list[Tensor]] = {}
         self._rows: dict[int, Tensor] = {}  # held, so that no other tensor takes their place in memory
 
-    def follow(self, rows: Tensor) -> None:
-        """Look for additions of ``rows`` ``(1, ...)``."""
+    def follow(self, rows: Tensor) -> int:
+        """Look for additions of ``rows`` ``(1, ...)``; by what is returned their gradient is asked for."""
         self._rows[id(rows)] = rows
+        return id(rows)
 
-    def gradient_of(self, rows: Tensor, total: Tensor) -> Tensor:
+    def gradient_of(self, rows: int, total: Tensor) -> Tensor:
         """The gradient ``(n, ...)`` of every sample, from the ``total`` ``(1, ...)`` that reached the rows.
 
         What came through something else than an addition (a term of the loss that no sample brings or takes with it, say)
         is shared equally.
         """
-        contributions = self._gradients.pop(id(rows), [])
+        contributions = self._gradients.pop(rows, [])
         each = torch.stack(contributions).sum(0) if contributions else total.new_zeros(self._n, *total.shape[1:])
         rest = total - each.sum(0, keepdim=True)
         if contributions and rest.norm() <= 1e-4 * each.norm():  # rounding
@@ -63,7 +65,7 @@ class SharedRows(TorchFunctionMode):
         if self._rows and func in _ADDITIONS and not kwargs:
             shared = [id(arg) for arg in args[:2] if id(arg) in self._rows]
             if len(shared) == 1 and self._broadcasts(result, self._rows[shared[0]]):
-                result.register_hook(self._gradients.setdefault(shared[0], []).append)
+                result.register_hook(partial(_note, self._gradients.setdefault(shared[0], [])))
         return result
 
     def _broadcasts(self, result: Any, rows: Tensor) -> bool:
@@ -73,3 +75,8 @@ class SharedRows(TorchFunctionMode):
             and result.shape[1:] == rows.shape[1:]
             and len(result) == self._n
         )
+
+
+def _note(gradients: list[Tensor], gradient: Tensor) -> None:
+    """Detached: a hook that holds a part of the graph that it hangs on is never freed."""
+    gradients.append(gradient.detach())

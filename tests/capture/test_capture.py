@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable
 from typing import Any
 
@@ -226,6 +227,37 @@ def test_checkpointed_activations() -> None:
         shares.append(captured(module, lambda: module(ids).square().sum()))
     for name, rows in shares[0].items():
         torch.testing.assert_close(shares[1][name], rows, rtol=1e-12, atol=1e-14)
+
+
+def live_tensors() -> int:
+    gc.collect()
+    return sum(isinstance(o, Tensor) for o in gc.get_objects())
+
+
+@pytest.mark.filterwarnings("ignore:.*no rule for")
+@pytest.mark.parametrize("create_graph", [False, True])
+@pytest.mark.parametrize(
+    "make", [Reused, lambda: Reused(True), Attention, Scale, lambda: Recurrent(nn.LSTM), lambda: nn.Conv1d(3, 4, 2)]
+)
+def test_nothing_is_left_of_a_pass(make: Callable[[], nn.Module], create_graph: bool) -> None:
+    """A hook that holds a part of the graph it hangs on is never freed, nor is that graph."""
+    module = nn.Sequential(make())
+    x = torch.randint(0, 9, (N, 5)) if isinstance(module[0], Reused) else torch.randn(N, 3, 6)
+    capture = GradientCapture(module)
+
+    def run() -> None:
+        capture.attach()
+        capture.begin(N)
+        loss = module(x).square().sum()
+        gradients = torch.autograd.grad(loss, list(module.parameters()), create_graph=create_graph)
+        assert capture.take() and gradients
+        capture.detach()
+
+    run()
+    before = live_tensors()
+    for _ in range(3):
+        run()
+    assert live_tensors() == before
 
 
 @pytest.mark.parametrize("n", [1, 3])
