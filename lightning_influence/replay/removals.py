@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -69,13 +70,12 @@ class RemovalCheck:
         Args:
             autocast: whether the step was evaluated in half precision.
         """
-        missed, size, whole = (
-            _norm(t) for t in ({k: predicted[k].double() - measured[k].double() for k in measured}, measured, gradients)
-        )
+        # one parameter after another, so that no difference of all of them is held
+        misses = {k: _norm({k: predicted[k].double() - measured[k].double()}) for k in measured}
+        missed, size, whole = math.hypot(*misses.values()), _norm(measured), _norm(gradients)
         half = autocast or any(g.dtype in (torch.float16, torch.bfloat16) for g in gradients.values())
         error = missed / max(size, 1e-30)
         if missed > (_TOLERANCE_HALF if half else _TOLERANCE) * size + _NOISE * whole:
-            misses = {k: _norm({k: predicted[k].double() - measured[k].double()}) for k in measured}
             most = max(misses, key=misses.__getitem__)
             self.measure(
                 f"the per-sample gradients miss the effect of a removal by {error:.2g} of its size (most at {most})"
@@ -104,4 +104,4 @@ def not_the_sum(shares: Mapping[str, Form], gradients: Vectors) -> str | None:
 
 
 def _norm(tensors: Vectors) -> float:
-    return float(torch.stack([t.double().square().sum() for t in tensors.values()]).sum().sqrt())
+    return float(torch.stack([torch.linalg.vector_norm(t, dtype=torch.float64) for t in tensors.values()]).norm())

@@ -55,6 +55,14 @@ def test_a_mask_is_a_fixed_set_of_coordinates(size: int) -> None:
         assert any(not torch.equal(k.index, other[n].index) for n, k in keeps.items())
 
 
+def test_a_budget_that_is_just_enough_masks_nothing() -> None:
+    forms, shapes = shares()
+    needed = 4 * (2 * 60 + 2 * 50 + 20 + 60)  # factors of the wide weight, and what is smaller in full
+    for budget, masked in ((needed, 0), (needed - 1, 1)):
+        keeps = choose_coordinates(forms, shapes, compression="auto", mask_size=30, budget=budget)
+        assert sum(k.kind == "mask" for k in keeps.values()) == masked
+
+
 def test_auto_masks_what_does_not_fit() -> None:
     forms, shapes = shares()
     lossless = choose_coordinates(forms, shapes, compression="auto")

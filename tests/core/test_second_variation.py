@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 from torch.func import grad, jvp
-from toy import RUNS, OptimizerFactory, Toy, ToyTrajectory, adamw
+from toy import RUNS, SCHEDULE, OptimizerFactory, Toy, ToyTrajectory, adamw
 
 from lightning_influence.core.clipping import clip_adjoint
 from lightning_influence.core.optimizers import UPDATES, step
@@ -67,18 +67,23 @@ def test_tangent_is_the_sweep_s() -> None:
         torch.testing.assert_close(proxy.tangent[i], rows.scores[(rows.sample_ids == z) & (rows.steps == t)][0])
 
 
-def test_step_and_memory_are_what_the_finite_response_adds() -> None:
+COUPLED = Toy(lambda p: torch.optim.Adam(p, lr=1e-2, weight_decay=10.0), SCHEDULE)
+"""The gradient holds the parameter, which stays where it is in what is elementwise."""
+
+
+@pytest.mark.parametrize("toy", [RUNS["adamw"], COUPLED])
+def test_step_and_memory_are_what_the_finite_response_adds(toy: Toy) -> None:
     """For a small removal, finite minus tangent is the second-order elementwise part."""
-    toy = RUNS["adamw"]
+    pairs = PAIRS
     run = ToyTrajectory(toy)
     share = 1e-3
-    proxy = second_variation(run, run.query_gradients(), PAIRS, curvature="hessian")
+    proxy = second_variation(run, run.query_gradients(), pairs, curvature="hessian")
     elementwise = proxy.step + proxy.memory
     shrunk = ToyTrajectory(toy)
     shares = shrunk.shares
     shrunk.shares = lambda t: {k: type(s)(share * s.values) for k, s in shares(t).items()}  # type: ignore[method-assign]
     rows = sweep(shrunk, run.query_gradients(), Method("hessian", "finite", memory_window=50))
-    for i, (z, t) in enumerate(PAIRS):
+    for i, (z, t) in enumerate(pairs):
         row = (rows.sample_ids == z) & (rows.steps == t)
         difference = (rows.scores - rows.tangent)[row][0] / share**2
         torch.testing.assert_close(difference, elementwise[i], rtol=2e-2, atol=1e-6 * float(elementwise.abs().max()))
