@@ -67,11 +67,12 @@ def fused_response(
     bases = [*_filled([s.taken[0] for s in steps], length), *steps[-1].taken[1]]
     weights = _filled([*_filled([w.to(change) for w in after], length), *(w.to(change) for w in closing)], len(bases))
     sign = -1.0 if steps[0].hyper["maximize"] else 1.0
-    arguments = (update.formula, steps[0].moments, gradients, numbers + numbers[-1:] * missing, bases, sign * change)
+    moments = tuple(map(_on_its_own, steps[0].moments))
+    arguments = (update.formula, moments, gradients, numbers + numbers[-1:] * missing, bases, sign * change)
     try:
         with torch.no_grad():
             if len(weights[0]) == 1:
-                response: Tensor = _compiled(_contracted)([w[0] for w in weights], *arguments)[None]
+                response: Tensor = _compiled(_contracted)([_on_its_own(w[0]) for w in weights], *arguments)[None]
             else:
                 moves = _compiled(_moves)(*arguments)
                 response = torch.stack([w @ m.T for w, m in zip(weights, moves, strict=True)]).sum(0)
@@ -83,7 +84,12 @@ def fused_response(
 
 
 def _filled(tensors: list[Tensor], count: int) -> list[Tensor]:
-    return tensors + [torch.zeros_like(tensors[0]) for _ in range(count - len(tensors))]
+    return [*map(_on_its_own, tensors), *(torch.zeros_like(tensors[0]) for _ in range(count - len(tensors)))]
+
+
+def _on_its_own(tensor: Tensor) -> Tensor:
+    """The same values, not known as a part of a larger tensor, for whose every shape a kernel would be compiled anew."""
+    return tensor.data
 
 
 def _moves(

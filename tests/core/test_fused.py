@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import shutil
+from dataclasses import replace
 
 import pytest
 import torch
@@ -48,6 +49,31 @@ def test_compiled_and_separate_kernels_agree(kind: str, dtype: torch.dtype, q: i
         tolerance = 1e-5 if dtype == torch.float32 else 1e-10
         assert (found - expected).norm() <= tolerance * expected.norm()
         torch.testing.assert_close(finite_response(*case, fuse=3), found, rtol=0, atol=0)
+
+
+@needs_compiler
+def test_parts_of_larger_tensors_of_any_shape_are_one_kernel() -> None:
+    """As a window in files and its blocks of coordinates are; of each shape of the whole another kernel would be compiled."""
+
+    def part(tensor: torch.Tensor, kind: int) -> torch.Tensor:
+        if kind == 0:
+            return tensor
+        around = torch.zeros(*(n + kind for n in tensor.shape)) if kind < 3 else torch.zeros(2, *tensor.shape)
+        view = around[tuple(slice(n) for n in tensor.shape)] if kind < 3 else around[1]
+        return view.copy_(tensor)
+
+    window, after, closing, change = _case("adamw", torch.float32, 1, 3, closed=True)
+    expected = finite_response(window, after, closing, change)
+    fused.fused_response(window, after, closing, change, 3)
+    kernels = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    for kind in (1, 2, 3):
+        parts = [
+            replace(s, moments=tuple(part(m, kind) for m in s.moments), gradient=part(s.gradient, kind)) for s in window
+        ]
+        weights, ends = [part(w, kind) for w in after], tuple(part(w, kind) for w in closing)
+        found = fused.fused_response(parts, weights, ends, part(change, kind), 3)
+        assert found is not None and (found - expected).norm() <= 1e-5 * expected.norm()
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == kernels
 
 
 def test_a_window_with_a_gap_is_left_to_separate_kernels() -> None:
