@@ -63,7 +63,8 @@ def training_dynamics(log: str | Path, *, model: Any = None, data: Any = None) -
 
     Args:
         log: as of `suspects`.
-        model, data: for one more visit of every sample at the end of the run, as of `suspects`.
+        model: for one more visit of every sample at the end of the run, as of `suspects`.
+        data: likewise.
 
     Raises:
         LogError: no log, or one without training dynamics.
