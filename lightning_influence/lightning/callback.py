@@ -247,9 +247,7 @@ class InfluenceCallback(L.Callback):
                 guard=self._inside,
                 give_up=self._leave_out if self.record == "auto" else None,
             )
-            self._recorder.left = (
-                self._log.left if collector.ranks.rank == 0 else None
-            )  # a checkpoint is the first one's
+            self._recorder.left = self._log.left
             undo.pop_all()
         self._ways.begin(self._live.steps, self._recorder, replace(manifest, run=self._log.run))
 

@@ -86,7 +86,7 @@ class RunLog:
         """
         resume_at, self._resume_at = self._resume_at, None
         existing = self.existing if resume_at is None else "resume"
-        if resume_at is None:
+        if resume_at is None or ranks.rank > 0:  # a checkpoint holds what the first process noted
             self.left = None
         if existing == "resume" and self.stopped is not None:
             raise ConfigurationError(
